@@ -9,6 +9,7 @@ import pandas as pd
 
 from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder, folded, without_suffix
 from kitlib.errors import DatasetError
+from kitlib.tables import storable
 
 # The name of a folder of masks, such as masks, leftMask and lung_masks, but not masked.
 OF_MASKS = re.compile(r"(^|[ _-])masks?([ _-]|$)|masks?$", re.IGNORECASE)
@@ -17,7 +18,7 @@ OF_MASKS = re.compile(r"(^|[ _-])masks?([ _-]|$)|masks?$", re.IGNORECASE)
 class ImageNames:
     """Finds the image files of a data set by the names that a table gives them; `masks` are files that are no images.
 
-    Other files in a folder called mask are no images either, and counted in a fault.
+    Other files in a folder called mask are no images either, nor are files without a valid name; both are faults.
 
     A cell may have fewer folders than the file's path, or more, such as those of another computer; those that both have must
     agree. Case, Unicode form and suffix need not, but a file whose suffix agrees is preferred. DICOM files may have none.
@@ -29,10 +30,13 @@ class ImageNames:
         self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
         paths = [path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))]
         unused = {path for path in paths if any(map(OF_MASKS.search, source.name(path).split("/")[:-1]))}
-        source.mark_read(unused)
+        unnamed = {path for path in paths if storable(str(path)) != str(path)}
+        source.mark_read(unused | unnamed)
+        problem = "have a name that is not UTF-8, which no table can store; left out: rename the files"
+        source.faults.add_summary("the folder", map(source.name, unnamed), problem, "other image files")
         problem = "lie in a folder of masks; left out. To use them, set the parameter mask_folder"
         source.faults.add_summary("the folder", map(source.name, unused), problem, "other image files")
-        self.paths = [path for path in paths if path not in unused]
+        self.paths = [path for path in paths if path not in unused and path not in unnamed]
         for path in self.paths:
             self._by_name[folded(path.name)].append(path)
             self._by_stem[without_suffix(folded(path.name))].append(path)

@@ -155,7 +155,7 @@ def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: Imag
     wanted = {key: name for key, name in spec.single().items() if key in (*BOX_KEYS, "finding")}
     file = spec.box_file or spec.file
     rows = read_rows(path, ({"file": file} if file else {}) | wanted, source, names, "box_file")
-    return rows[rows.path.notna()].reset_index(drop=True), path.name
+    return join_repeats(rows[rows.path.notna()], source, path.name), path.name
 
 
 def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:

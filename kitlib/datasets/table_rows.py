@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from kitlib.datasets.base import first_faults
@@ -12,7 +11,6 @@ from kitlib.datasets.table_columns import BOX_KEYS, check_columns
 from kitlib.datasets.table_file import read_table_file
 from kitlib.datasets.table_images import ImageNames
 from kitlib.errors import DatasetError
-from kitlib.tables import storable
 
 TRIED = 50  # rows in which a column of file names is looked for
 
@@ -46,12 +44,7 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
             f"competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
         )
     source.mark_read(path for paths in found for path in paths)
-    # A name that is not UTF-8 cannot be stored in a table.
-    is_text = [storable(str(paths[0])) == str(paths[0]) if len(paths) == 1 else True for paths in found]
-    problem = "have a file name that is not UTF-8; left out: rename the file"
-    source.faults.add_summary(path.name, rows.file[~np.array(is_text, bool)], problem)
-    usable = [len(paths) == 1 and text for paths, text in zip(found, is_text, strict=True)]
-    return rows.assign(path=[paths[0] if use else None for paths, use in zip(found, usable, strict=True)])
+    return rows.assign(path=[paths[0] if len(paths) == 1 else None for paths in found])
 
 
 def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:

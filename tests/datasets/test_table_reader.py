@@ -1,6 +1,8 @@
 """Own images: every kind of broken row is a fault or an error that says what to change, and nothing is lost silently."""
 
 import codecs
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -243,7 +245,7 @@ def test_an_image_with_a_box_that_cannot_be_used_is_left_out(folder, row, proble
 
 
 def test_boxes_may_be_in_a_file_of_their_own(folder):
-    (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nx5.png,1,1,4,4\n")
+    (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nx0.png,45,5,52,10\nx5.png,1,1,4,4\n")
     columns = {**NAMED, "box_file": "name", "xmin": "a", "ymin": "b", "xmax": "c", "ymax": "d"}
     data = read(folder, "Image,Class\nx0,A\nx1,B\n", columns, boxes_table="boxes.csv")
     assert data.boxes.to_numpy().tolist() == [["x0", 45, 5, COLUMNS, 10]]
@@ -255,12 +257,13 @@ def test_boxes_may_be_in_a_file_of_their_own(folder):
 
 def test_unlabelled_images_are_a_data_set_with_folds(folder):
     (folder / "notes.csv").write_text("a,b\n")
+    shutil.copy(folder / "images" / "x0.png", os.fsencode(folder) + b"/\xff.png")
     data = read_own(folder, False)
     assert len(data.images) == 6 and list(data.labels) == ["id"] and data.boxes.empty
-    assert data.faults.row.tolist() == ["notes.csv", "x0"]
+    assert data.faults.row.tolist() == ["\\udcff.png", "notes.csv", "x0"]
     folds = make_folds(data.images, data.labels, data.boxes, 3)
     assert folds.fold.value_counts().tolist() == [2, 2, 2]
-    assert compare_with_published(data).set_index("what").here[["images", "faults"]].tolist() == [6, 2]
+    assert compare_with_published(data).set_index("what").here[["images", "faults"]].tolist() == [6, 3]
 
 
 def test_dicom_files_state_their_patient_and_need_no_suffix(tmp_path):
