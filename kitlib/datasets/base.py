@@ -25,8 +25,9 @@ class Dataset:
     """The tables of one data set (see kitlib.tables), its faults, and the counts of its content that its authors published.
 
     `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
-    official list) and `convention` (of MASK_CONVENTIONS). `masks` is None for data sets without masks, otherwise it has the
-    columns image_id, structure (a key of MASK_CODES) and path; several files for the same image and structure are combined.
+    official list) and `convention` (of MASK_CONVENTIONS, "" for images of a pooled set without masks). `masks` is None for
+    data sets without masks, otherwise it has the columns image_id, structure (a key of MASK_CODES) and path; several files
+    for the same image and structure are combined.
     `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says how the fault
     was handled. `published` maps the name of a count to its value for the whole data set. Raises ValueError if a convention
     is unknown.
@@ -41,7 +42,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         conventions = set(self.images["convention"]) if "convention" in self.images else set()
-        if unknown := sorted(conventions - set(MASK_CONVENTIONS)):
+        if unknown := sorted(conventions - {"", *MASK_CONVENTIONS}):
             raise ValueError(f"unknown mask conventions {unknown}; valid: {', '.join(MASK_CONVENTIONS)}")
 
     @classmethod

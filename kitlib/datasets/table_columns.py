@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kitlib.errors import DatasetError, SettingsError
-from kitlib.settings import Settings, field_kinds
+from kitlib.settings import Settings
 
 BOX_KEYS = ("xmin", "ymin", "xmax", "ymax", "width", "height")
 
@@ -66,7 +66,7 @@ class Columns(Settings):
 
     def single(self) -> dict[str, str]:
         """Return key -> name of the column, for all keys of one column that are given, except `box_file`."""
-        keys = [key for key, kind in field_kinds(type(self)).items() if kind is str and key != "box_file"]
+        keys = [key for key, value in vars(self).items() if isinstance(value, str) and key != "box_file"]
         return {key: name for key in keys if (name := getattr(self, key))}
 
 

@@ -1,5 +1,6 @@
 """Which image file a cell of an own table names, which image ids the files get, and which class their folder is."""
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -8,10 +9,16 @@ import pandas as pd
 
 from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder, folded, without_suffix
 from kitlib.errors import DatasetError
+from kitlib.tables import storable
+
+# The name of a folder of masks, such as masks, leftMask and lung_masks, but not masked.
+OF_MASKS = re.compile(r"(^|[ _-])masks?([ _-]|$)|masks?$", re.IGNORECASE)
 
 
 class ImageNames:
     """Finds the image files of a data set by the names that a table gives them; `masks` are files that are no images.
+
+    Other files in a folder called mask are no images either, nor are files without a valid name; both are faults.
 
     A cell may have fewer folders than the file's path, or more, such as those of another computer; those that both have must
     agree. Case, Unicode form and suffix need not, but a file whose suffix agrees is preferred. DICOM files may have none.
@@ -21,9 +28,15 @@ class ImageNames:
         self.source = source
         self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
         self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
-        self.paths = [
-            path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))
-        ]
+        paths = [path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))]
+        unused = {path for path in paths if any(map(OF_MASKS.search, source.name(path).split("/")[:-1]))}
+        unnamed = {path for path in paths if storable(str(path)) != str(path)}
+        source.mark_read(unused | unnamed)
+        problem = "have a name that is not UTF-8, which no table can store; left out: rename the files"
+        source.faults.add_summary("the folder", map(source.name, unnamed), problem, "other image files")
+        problem = "lie in a folder of masks; left out. To use them, set the parameter mask_folder"
+        source.faults.add_summary("the folder", map(source.name, unused), problem, "other image files")
+        self.paths = [path for path in paths if path not in unused and path not in unnamed]
         for path in self.paths:
             self._by_name[folded(path.name)].append(path)
             self._by_stem[without_suffix(folded(path.name))].append(path)
@@ -71,25 +84,20 @@ def make_image_ids(names: pd.Series) -> pd.Series:
     return ids
 
 
-def find_class_folders(names: pd.Series) -> pd.Series:
-    """Return the class of each of `names`, paths with slashes: the nearest folder that differs; "" if it has none.
+def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
+    """Return the class of each row: the nearest folder of its `path` that differs from others; "" if it has none.
 
-    `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs,
-    or if these folders hold masks.
+    `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs.
     """
-    folders = [name.split("/")[-2::-1] for name in names]  # the nearest first
+    folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
     for level in range(max(map(len, folders), default=0)):
         classes = [parts[level] if level < len(parts) else "" for parts in folders]
         there = sorted(set(classes) - {""})
         if len(there) > 1:
-            if masks := [name for name in there if "mask" in name.lower()]:
-                raise DatasetError(
-                    f"the folders {', '.join(there)} are no classes: set the parameter mask_folder to {masks[0]!r}"
-                )
-            return pd.Series(classes, index=names.index, dtype=object)
+            return pd.Series(classes, index=rows.index, dtype=object)
     there = sorted({"/".join(parts[::-1]) for parts in folders})
     raise DatasetError(
-        f"class_folders is set, but all {len(names)} images lie in the folder {there[0] or '.'!r}: put each class into a "
+        f"class_folders is set, but all {len(rows)} images lie in the folder {there[0] or '.'!r}: put each class into a "
         "folder of its own, or give a table with a column of classes"
     )
 

@@ -16,38 +16,46 @@ RESERVED |= {"images", "studies", "patients", "boxes", "faults", "masks"}  # cou
 VALUES = {"true": "1", "false": "0"}
 
 
-def name_classes(rows: pd.DataFrame, class_names: Mapping[str, str], source: DataFolder, file: str) -> pd.DataFrame:
-    """Return the `rows` that have a `label`, renamed as `class_names` says; rows without one are counted in a fault.
-
-    Raises SettingsError if `class_names` names no label, and DatasetError if no row has a label.
-    """
-    is_blank = rows.label == ""
-    source.faults.add_summary(file, rows.file[is_blank], "have no class; left out", "other images")
-    rows = rows[~is_blank]
-    if rows.empty:
-        raise DatasetError(f"{source.folder}: no image has a class; to read unlabelled images, leave `label` out of columns")
-    there = sorted(set(rows.label))
+def rename_classes(rows: pd.DataFrame, class_names: Mapping[str, str]) -> pd.DataFrame:
+    """Return `rows` with the classes in `label` renamed. Raises SettingsError if `class_names` names no class."""
+    there = sorted(set(rows.label) - {""})
     if unknown := sorted(set(class_names) - set(there)):
         raise SettingsError(f"class_names renames {unknown[0]!r}, but the classes are {', '.join(map(repr, there))}")
-    rows = rows.assign(label=rows.label.replace(dict(class_names)))
-    if reserved := sorted(set(rows.label) & RESERVED):
-        raise DatasetError(f"the class {reserved[0]!r} has the name of a column of the kit: rename it by class_names")
-    return rows
+    return rows.assign(label=rows.label.replace(dict(class_names)))
+
+
+def stated_classes(rows: pd.DataFrame, names: Sequence[str], file: str) -> set[str]:
+    """Return the classes that rows have: those in `label`, or those of the columns `names` with a 1.
+
+    Raises DatasetError if a class has the name of a column of the kit.
+    """
+    if "label" in rows:
+        classes = set(rows.label) - {""}
+    else:
+        classes = {name for name in names if (_parse(rows[label_column(name)]) > 0).any()}
+    if reserved := sorted((classes | set(names)) & RESERVED):
+        raise DatasetError(f"{file}: the class {reserved[0]!r} has the name of a column of the kit: rename it")
+    return classes
+
+
+def leave_out_blank(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
+    """Return the `rows` that have a class in `label`; the others are counted in a fault."""
+    is_blank = rows.label == ""
+    source.faults.add_summary(file, rows.file[is_blank], "have no class; left out", "other images")
+    return rows[~is_blank].reset_index(drop=True)
 
 
 def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFolder, file: str) -> pd.DataFrame:
     """Return `rows` with a column of 1.0, 0.0 and NaN (unknown) for each of `names`, in place of text.
 
     Other values than 0, 1, true, false and blank are unknown, with a fault that counts them. Raises DatasetError if a column
-    has no 0 and no 1, or the name of a column of the kit.
+    has no 0 and no 1.
     """
-    if reserved := sorted(set(names) & RESERVED):
-        raise DatasetError(f"{file}: the class {reserved[0]!r} has the name of a column of the kit: rename the column")
     columns = {}
     for name in names:
         cells = rows[label_column(name)]
-        numbers = pd.to_numeric(cells.str.lower().replace(VALUES), errors="coerce").astype(float)
-        is_known = numbers.isin([0, 1])
+        numbers = _parse(cells)
+        is_known = numbers.notna()
         other = ~is_known & (cells != "")
         values = ", ".join(map(repr, sorted(set(cells[other]))[:5]))
         if not is_known.any():
@@ -57,7 +65,7 @@ def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFo
             )
         problem = f"have in {name} another value than 0, 1 and blank ({values}); their label is unknown"
         source.faults.add_summary(file, rows.file[other], problem, "other images")
-        columns[label_column(name)] = numbers.where(is_known)
+        columns[label_column(name)] = numbers
     return rows.assign(**columns)
 
 
@@ -113,3 +121,9 @@ def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: D
     if len(listed) == 1 and len(classes) == 1 and np.all(labels[classes] > 0):
         problem = "is the class of all images; to train a classifier, add images of others, such as by the parameter pool"
         source.faults.add("the folder", next(iter(listed)), problem)
+
+
+def _parse(cells: pd.Series) -> pd.Series:
+    """Return 1.0 or 0.0 for each cell, and NaN for other values."""
+    numbers = pd.to_numeric(cells.str.lower().replace(VALUES), errors="coerce").astype(float)
+    return numbers.where(numbers.isin([0, 1]))

@@ -51,7 +51,9 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
     for image_id, path in zip(images.image_id, images.path, strict=True):
         *folders, name = folded(source.name(path)).split("/")
         images_of[without_suffix(name)].append((image_id, tuple(folders)))
-    rows, orphans, unclear = [], [], []
+    rows: list[tuple[str, str, str]] = []
+    orphans: list[str] = []
+    unclear: list[str] = []
     for path, (above, below) in files.items():
         name = without_suffix(folded(path.name))
         named = images_of.get(name) or images_of.get(AFFIX.sub("", name)) or []

@@ -19,8 +19,10 @@ from kitlib.datasets.table_labels import (
     class_labels,
     column_labels,
     label_column,
-    name_classes,
+    leave_out_blank,
     parse_label_columns,
+    rename_classes,
+    stated_classes,
 )
 from kitlib.datasets.table_masks import find_mask_files, match_masks
 from kitlib.datasets.table_rows import join_repeats, read_rows
@@ -72,18 +74,18 @@ def read_own(
     else:
         rows, file = _read_found(source, names), "the folder"
     if class_folders:
-        rows["label"] = find_class_folders(rows.path.map(source.name))
-    ids = make_image_ids(rows.path.drop_duplicates().map(source.name))
-    rows["image_id"] = rows.path.map(dict(zip(rows.path.drop_duplicates(), ids, strict=True)))
+        rows["label"] = find_class_folders(rows, source)
+    has_classes = "label" in rows
+    rows = rename_classes(rows, class_names or {}) if has_classes else rows
+    classes = stated_classes(rows, spec.labels, file)  # also of rows that are left out from here on
+    rows = join_repeats(rows[rows.path.notna()], source, file)
+    paths = rows.path.drop_duplicates()
+    rows["image_id"] = rows.path.map(dict(zip(paths, make_image_ids(paths.map(source.name)), strict=True)))
 
     listed = _select_split(rows.drop_duplicates("path", ignore_index=True), source, file)
-    has_classes = "label" in listed
     if has_classes:
-        listed = name_classes(listed, class_names or {}, source, file)
-        classes = set(listed.label)
-    else:
-        listed = parse_label_columns(listed, spec.labels, source, file)
-        classes = {name for name in spec.labels if (listed[label_column(name)] > 0).any()}
+        listed = leave_out_blank(listed, source, file)
+    listed = parse_label_columns(listed, spec.labels, source, file)
     images = _make_images(listed, source, file, progress)
     boxes = None
     if spec.box:
@@ -139,13 +141,12 @@ def _check_parameters(
 def _read_listed(
     source: DataFolder, spec: Columns, table: str, names: ImageNames, with_boxes: bool
 ) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the table, with their `path`, and the table's name."""
+    """Return the rows of the table, with their `path` (None if they have no file), and the table's name."""
     path = find_table_file(source, table, "table")
     left_to_boxes = () if with_boxes else (*BOX_KEYS, "finding")
     wanted = {key: name for key, name in spec.single().items() if key not in left_to_boxes}
     wanted |= {label_column(name): name for name in spec.labels}
-    rows = read_rows(path, wanted, source, names, "file")
-    return join_repeats(rows, source, path.name), path.name
+    return read_rows(path, wanted, source, names, "file"), path.name
 
 
 def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: ImageNames) -> tuple[pd.DataFrame, str]:
@@ -153,7 +154,8 @@ def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: Imag
     path = find_table_file(source, boxes_table, "boxes_table")
     wanted = {key: name for key, name in spec.single().items() if key in (*BOX_KEYS, "finding")}
     file = spec.box_file or spec.file
-    return read_rows(path, ({"file": file} if file else {}) | wanted, source, names, "box_file"), path.name
+    rows = read_rows(path, ({"file": file} if file else {}) | wanted, source, names, "box_file")
+    return join_repeats(rows[rows.path.notna()], source, path.name), path.name
 
 
 def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:

@@ -5,22 +5,22 @@ from pathlib import Path
 
 import pandas as pd
 
+from kitlib.datasets.base import first_faults
 from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.table_columns import BOX_KEYS, check_columns
 from kitlib.datasets.table_file import read_table_file
 from kitlib.datasets.table_images import ImageNames
 from kitlib.errors import DatasetError
-from kitlib.tables import storable
 
 TRIED = 50  # rows in which a column of file names is looked for
 
 
 def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: ImageNames, file_key: str) -> pd.DataFrame:
-    """Return the rows of the table `path` whose image is there: the `wanted` columns (key -> name) and `path`.
+    """Return the rows of the table `path`: the `wanted` columns (key -> name), and `path`, the image file.
 
-    All cells are text. `file_key` is the key of Columns for the column of files, for messages. Rows without a file, and
-    those whose name several files have, are left out, with a fault. Raises DatasetError if the table cannot be read, lacks a
-    column, or names no file that is there.
+    All cells are text. `file_key` is the key of Columns for the column of files, for messages. `path` is None, with a fault,
+    for rows without a file, and for those whose name several files have. Raises DatasetError if the table cannot be read,
+    lacks a column, or names no file that is there.
     """
     table = read_table_file(path, wanted.values(), source.faults)
     if "file" not in wanted:
@@ -37,19 +37,14 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
         several = ", ".join(sorted(source.name(path) for path in found[rows.index[rows.file == cell][0]]))
         source.faults.add(path.name, cell, f"several files have this name ({several}); left out. Write its folder before it")
     if not (counts == 1).any():
+        example = f", such as {source.name(names.paths[0])!r}" if names.paths else ""
         raise DatasetError(
             f"{path.name}: none of the {len(rows)} files in the column {wanted['file']!r}, such as {rows.file.iloc[0]!r}, "
-            f"is one of the {len(names.paths)} image files in {source.folder}"
-            + (f", such as {source.name(names.paths[0])!r}" if names.paths else "")
-            + f". Set competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
+            f"is clearly one of the {len(names.paths)} image files in {source.folder}{example}; {first_faults(source)}. Set "
+            f"competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
         )
     source.mark_read(path for paths in found for path in paths)
-    rows = rows.assign(path=[paths[0] if len(paths) == 1 else None for paths in found])[counts == 1].reset_index(drop=True)
-    is_text = rows.path.map(lambda path: storable(str(path)) == str(path))
-    source.faults.add_summary(
-        path.name, rows.file[~is_text], "have a file name that is not UTF-8; left out: rename the file"
-    )
-    return rows[is_text].reset_index(drop=True)
+    return rows.assign(path=[paths[0] if len(paths) == 1 else None for paths in found])
 
 
 def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:

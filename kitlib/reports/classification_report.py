@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from kitlib.errors import DatasetError
 from kitlib.lungs.clean_up import FOUND
 from kitlib.reports.findings_report import Answers, answers, mean_over_folds
 from kitlib.scoring.temperature import LEAST, cross_scaled
@@ -51,6 +52,26 @@ class Judged:
     def rows(self, chosen: np.ndarray) -> "Judged":
         """Return the predictions for only some images, `chosen` by a bool array (n,) or by indices in the order wanted."""
         return Judged(self.answers.rows(chosen), self.image_id[chosen], self.source[chosen], self.truth[chosen])
+
+
+def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> None:
+    """Raise DatasetError unless `judged` could judge a model of these tables of a prepared run, before one is trained.
+
+    Every image in a fold or in the split "test" needs exactly one true class, and the recipe must not be `multi_label`. Says
+    nothing if there are no classes, which training reports.
+    """
+    images, labels = prepared["images"], prepared["labels"].set_index("id")
+    is_used = images.image_id.isin(prepared["folds"].id) | (images["split"] == "test" if "split" in images else False)
+    label = labels.loc[images.study_id[is_used]]
+    wrong = images.image_id[is_used][(label.isna().any(axis=1) | (label.sum(axis=1) != 1)).to_numpy()]
+    if len(labels.columns) and (multi_label or len(wrong)):
+        problem = (
+            f"{len(wrong)} images have not, such as {wrong.iloc[0]}" if len(wrong) else "multi_label is true in overrides"
+        )
+        raise DatasetError(
+            f"notebook 25 is for images with exactly one true class, but {problem}; notebook 20 trains on several findings "
+            "per image, or unknown ones (own images: `labels` in columns, where `label` is one class)"
+        )
 
 
 def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, source: str = "") -> Judged:

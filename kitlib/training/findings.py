@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from torch.nn import functional
 
+from kitlib.errors import DatasetError
 from kitlib.inference.predict import load_predictor
 from kitlib.models.classifier import FindingsClassifier, check_classes, mean_of_known, smooth_labels
 from kitlib.models.patch_classifier import PatchClassifier
@@ -31,11 +32,16 @@ def check_findings(
 ) -> None:
     """Raise ValueError if a findings classifier cannot be trained with these tables and this recipe.
 
-    Checks that a frozen backbone has starting weights, that the recipe fits the classes, that no image in the split "test"
-    is in a fold, and, unless the recipe is `multi_label`, that each image's labels sum to 1. `model_name` is used in
-    messages.
+    Checks that a frozen backbone has starting weights, that there are labels, that the recipe fits the classes, that no
+    image in the split "test" is in a fold, and, unless the recipe is `multi_label`, that each image's labels sum to 1.
+    `model_name` is used in messages.
     """
     check_frozen(recipe, model_name)
+    if not class_columns(labels, "labels"):
+        raise DatasetError(
+            f"{model_name}: the prepared run has no labels; in notebook 10, give `label` or `labels` in columns, or set "
+            "class_folders"
+        )
     check_classes(recipe, class_columns(labels, "labels"))
     if "split" in images:
         test = set(images.image_id[images.split == "test"])

@@ -148,16 +148,12 @@ def check_classes_differ(task: Task, images: pd.DataFrame, labels: pd.DataFrame)
     label = labels.set_index("id").reindex(images.study_id)
     if (label.min() < label.max()).any():  # which ignore NaN
         return
-    if label.columns.empty:
-        problem = "the prepared run has no labels; in notebook 10, give `label` or `labels` in columns, or set class_folders"
-    else:
-        always = [name for name in label if (label[name] > 0).any()]
-        problem = (
-            f"all {len(images)} training images have the same labels ({', '.join(always) or 'none of the classes'}), so "
-            "there is nothing to learn, and any accuracy would be 1.0; in notebook 10, add images of another class (pool)"
-        )
+    always = ", ".join(name for name in label if (label[name] > 0).any()) or "none of the classes"
     limit = f", or raise limit_train, which is {task.limit_train}" if task.limit_train is not None else ""
-    raise DatasetError(f"{task.model_name}: {problem}{limit}")
+    raise DatasetError(
+        f"{task.model_name}: all {len(images)} training images have the same labels ({always}), so there is nothing to "
+        f"learn, and any accuracy would be 1.0; in notebook 10, add images of another class (pool){limit}"
+    )
 
 
 def without_images(label: np.ndarray, classes: Sequence[str]) -> list[str]:

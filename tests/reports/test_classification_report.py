@@ -5,11 +5,13 @@ import pandas as pd
 import pytest
 from sklearn import metrics
 
+from kitlib.errors import DatasetError
 from kitlib.reports.classification_report import (
     at_prevalence,
     by_model,
     calibrated,
     calibration_table,
+    check_one_class,
     class_table,
     confusion,
     count_metrics,
@@ -156,6 +158,20 @@ def test_folds_are_averaged_and_models_are_split():
     shared = on_shared_images({name: judged(rows, images, labels) for name, rows in parted.items()})
     assert len(shared["m"].truth) == 15 and (shared["m"].image_id == shared["n"].image_id).all()
     assert (shared["m"].probabilities == shared["n"].probabilities).all()
+
+
+def test_several_or_unknown_classes_are_refused_before_training():
+    _, images, labels = tables(10)
+    prepared = {"images": images, "labels": labels, "folds": pd.DataFrame({"id": images.image_id.iloc[:8], "fold": 0})}
+    check_one_class(prepared, multi_label=False)
+    several = labels.assign(**{CLASSES[0]: 1.0, CLASSES[1]: np.nan})
+    # Images without a fold are not judged.
+    partly = labels.where(labels.id.isin(images.study_id.iloc[:8]), several)
+    check_one_class(prepared | {"labels": partly}, multi_label=False)
+    with pytest.raises(DatasetError, match=r"8 images have not, such as i000; notebook 20 trains on several findings"):
+        check_one_class(prepared | {"labels": several}, multi_label=False)
+    with pytest.raises(DatasetError, match=r"but multi_label is true in overrides; notebook 20"):
+        check_one_class(prepared, multi_label=True)
 
 
 def test_inconsistent_scores_and_labels_are_refused():
