@@ -9,7 +9,7 @@ from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override
 from kitlib.training.loop import make_optimizer
 
-RECIPE = FindingsRecipe(backbone="test_resnet", hidden=0, image_size=32)
+RECIPE = FindingsRecipe(backbone="test_resnet", hidden=0, image_size=64)
 
 
 def test_gem_is_the_mean_for_the_power_1_and_near_the_maximum_for_a_large_one():
@@ -29,7 +29,7 @@ def test_a_network_with_gem_learns_the_power(backbone):
     model = FindingsClassifier(override(RECIPE, backbone=backbone, pooling="gem"), ["Mass"])
     plain = FindingsClassifier(override(RECIPE, backbone=backbone), ["Mass"])
     assert set(model.state_dict()) - set(plain.state_dict()) == {name for name in model.state_dict() if "gem_power" in name}
-    model(torch.rand(2, 3, 32, 32)).sum().backward()
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
     (power,) = (value for name, value in model.named_parameters() if name.endswith("gem_power"))
     assert power.item() == 3 and power.grad.abs() > 0
 
