@@ -291,6 +291,36 @@ def convert_weights(
 
 
 @app.command()
+def publish(
+    runs: Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="New folder for the bundles, the card and the metadata.")],
+    title: Annotated[str, typer.Option(help="Title of the dataset, 6 to 50 characters; Kaggle makes the slug of it.")],
+    owner: Annotated[str, typer.Option(envvar="KAGGLE_USERNAME", help="Kaggle user name.")],
+    licence: Annotated[str, typer.Option(help="Kaggle's name of a licence, such as CC-BY-NC-SA-4.0.")] = "other",
+    description: Annotated[str, typer.Option(help="The first paragraph of the card.")] = "",
+    should_push: Annotated[
+        bool, typer.Option("--push", help="Upload it, as a private dataset; needs an API token.")
+    ] = False,
+) -> None:
+    """Write the models of RUNS as a Kaggle dataset with a card, and upload it on request.
+
+    The card says what each model was trained on, and its out-of-fold figures. Read it before you make the dataset public:
+    weights inherit the terms of the data and of the starting weights.
+    """
+    from kitlib.errors import KitError
+    from kitlib.kernels.publish import publish as upload
+    from kitlib.kernels.publish import write_publication
+
+    try:
+        folder = write_publication(runs, out, title, owner, licence, description)
+        typer.echo(f"{folder} has {len(runs)} runs; read {folder / 'README.md'}")
+        if should_push:
+            typer.echo(f"https://www.kaggle.com/datasets/{upload(folder)}")
+    except KitError as error:
+        _fail(error)
+
+
+@app.command()
 def demo(
     whole: Annotated[
         bool, typer.Option("--whole", help="Also segment lungs, pre-train on phantoms of NIH and RSNA, and pseudo-label.")

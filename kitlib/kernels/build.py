@@ -171,7 +171,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
             )
         if any(entry["folder"] == name for entry in manifest):
             raise KernelError(f"runs: {bundle} is a second {name}; list only one run for each model and fold")
-        record = _copy_bundle(bundle, folder / name)
+        record = copy_bundle(bundle, folder / name)
         family = recorded_family(record, bundle)
         if family.no_submission:
             raise KernelError(f"runs: {bundle} {family.no_submission}")
@@ -231,7 +231,7 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> str:
     bundle = spec.named_bundle("lungs")
     if bundle is None:
         return ""
-    record = _copy_bundle(bundle, folder / "lungs")
+    record = copy_bundle(bundle, folder / "lungs")
     if recorded_family(record, bundle).answers != LUNGS:
         raise KernelError(
             f"lungs: {bundle} is a {record['family']} model; give a run of notebook 14, or a fold of notebook 12"
@@ -239,12 +239,12 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> str:
     return segmenter_digest(record)
 
 
-def _copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
-    """Copy a bundle into the new folder `folder`; return the bundle's record.
+def copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
+    """Copy a bundle into the new folder `folder`, whose parents are made as well; return the bundle's record.
 
     The record is read from the copy, which verifies the copied weights.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for file in (WEIGHTS, RECORD):
         if (bundle / file).is_file():
             shutil.copyfile(bundle / file, folder / file)

@@ -77,6 +77,19 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
     return Pushed(url, version, datasets)
 
 
+def push_dataset(name: str, folder: Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> str:
+    """Upload `folder` as the dataset `name`, OWNER/SLUG, and wait until it is ready, as `push` does.
+
+    Returns "created" or "new version". Raises KernelError if signing in fails, if the owner is somebody else, or if Kaggle
+    refuses the dataset or is not ready in time.
+    """
+    client = _sign_in()
+    user = client.config_values[client.CONFIG_NAME_USER]
+    if name.split("/")[0] != user.lower():
+        raise KernelError(f"the dataset is {name}, but the token belongs to {user}; give the owner {user.lower()}")
+    return _push_dataset(client, name, folder, wait_s, poll_s)
+
+
 def _sign_in() -> Any:
     """Return Kaggle's client, signed in, and changed to raise KernelError if a file of a dataset cannot be uploaded."""
     output = io.StringIO()

@@ -9,7 +9,7 @@ import pytest
 
 from kitlib.errors import KernelError
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.push import push
+from kitlib.kernels.push import push, push_dataset
 from kitlib.kernels.spec import read_spec
 from tests.small_kaggle import SmallKaggle
 from tests.small_kernels import make_submission, make_training, make_wheel
@@ -98,6 +98,16 @@ def test_wheels_that_are_there_are_left_alone(kaggle, out):
     kaggle.files[WHEELS] = {wheel.name: wheel.stat().st_size}
     assert pushed(out).datasets == {WHEELS: "unchanged", WEIGHTS: "created"}
     assert wheel.name not in kaggle.uploads
+
+
+def test_a_publication_is_a_private_dataset_of_the_tokens_owner(kaggle, out, tmp_path):
+    shutil.copytree(out / "weights", tmp_path / "publication")
+    assert push_dataset(WEIGHTS, tmp_path / "publication", wait_s=5, poll_s=0.01) == "created"
+    (created,) = kaggle.requests("CreateDataset")
+    assert created["isPrivate"] is True and not kaggle.requests("SaveKernel")
+    assert push_dataset(WEIGHTS, tmp_path / "publication", wait_s=5, poll_s=0.01) == "new version"
+    with pytest.raises(KernelError, match="the dataset is else/x, but the token belongs to somebody"):
+        push_dataset("else/x", tmp_path / "publication")
 
 
 def test_a_kernel_without_weights_pushes_its_wheels_alone(kaggle, tmp_path):

@@ -1,0 +1,115 @@
+"""Publishes finished runs as a Kaggle dataset with a card: what was trained on what, and its out-of-fold figures."""
+
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slugify import slugify
+
+from kitlib.atomic import write_json, write_text
+from kitlib.bundle import RECORD
+from kitlib.errors import KernelError
+from kitlib.kernels.build import copy_bundle
+from kitlib.kernels.push import push_dataset
+from kitlib.paths import RUN_RECORD
+from kitlib.runs.finished_run import read_metrics
+
+# Kaggle's names of the licences that weights are usually published under; `other`: see the card.
+LICENCES = ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "apache-2.0", "MIT", "other")
+
+
+def write_publication(
+    runs: Iterable[str | Path], folder: str | Path, title: str, owner: str, licence: str, description: str = ""
+) -> Path:
+    """Write the new folder `folder` with the bundles of finished `runs`, a card README.md and the metadata of a dataset.
+
+    The bundle of a run's fold is in RUN/foldN, so that, once attached, `starting_weights: SLUG/RUN/foldN` names it. The slug
+    is made from the `title`. `licence` is one of LICENCES; weights inherit the terms of the data and of the starting weights
+    that they were trained on. Raises KernelError if a run has no bundle, two runs have one name, the folder exists, or the
+    licence or title is not valid; RunError if a run is not finished; BundleError if a bundle is damaged.
+    """
+    folder, parts = Path(folder), {}
+    if licence not in LICENCES:
+        raise KernelError(f"licence is {licence!r}; valid: {', '.join(LICENCES)}")
+    if not 6 <= len(title) <= 50 or not owner:
+        raise KernelError(
+            f"a title of 6 to 50 characters and the owner, a Kaggle user name, are needed; got {title!r}, {owner!r}"
+        )
+    if folder.exists():
+        raise KernelError(f"{folder} exists; give a new folder")
+    for run in map(Path, runs):
+        metrics = read_metrics(run)
+        bundles = {path.parent.name: path for path in sorted(run.glob("fold*/bundle"))} or {"": run / "bundle"}
+        if not all((bundle / RECORD).is_file() for bundle in bundles.values()):
+            raise KernelError(f"{run} has no bundle of a model; give runs of notebooks that train one")
+        if run.name in parts:
+            raise KernelError(f"two runs are called {run.name}; rename the folder of one")
+        parts[run.name] = (run, metrics, bundles)
+    if not parts:
+        raise KernelError("no run was given")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        unfinished = Path(name) / folder.name
+        card = [_heading(title, licence, description)]
+        for run_name, (run, metrics, bundles) in parts.items():
+            records = [copy_bundle(bundle, unfinished / run_name / fold) for fold, bundle in bundles.items()]
+            card.append(_describe(run_name, run, metrics, records[0], bundles))
+        write_text(unfinished / "README.md", "\n".join(card))
+        metadata = {"title": title, "id": f"{owner}/{slugify(title)}", "licenses": [{"name": licence}]}
+        write_json(unfinished / "dataset-metadata.json", metadata)
+        unfinished.rename(folder)
+    return folder
+
+
+def publish(folder: str | Path) -> str:
+    """Upload a folder of `write_publication` as a private dataset, or as a new version of it; return its OWNER/SLUG.
+
+    Raises KernelError if signing in fails or Kaggle refuses the dataset.
+    """
+    name = json.loads((Path(folder) / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+    push_dataset(name, Path(folder))
+    return name
+
+
+def _heading(title: str, licence: str, description: str) -> str:
+    terms = "see the data sets and starting weights below" if licence == "other" else licence
+    return (
+        f"# {title}\n\n{description or 'Models for chest X-rays, trained with the chest X-ray competition kit.'}\n\n"
+        f"Licence: {terms}. Not for diagnosis. Weights are .safetensors files; model.json describes each model. With the "
+        f"kit, `starting_weights: {slugify(title)}/RUN/FOLD` starts a training from one of them.\n"
+    )
+
+
+def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, Any], bundles: dict[str, Path]) -> str:
+    """Return the card's section about a run."""
+    parameters = {}
+    if (run / RUN_RECORD).is_file():
+        parameters = json.loads((run / RUN_RECORD).read_text(encoding="utf-8")).get("parameters", {})
+    recipe = record["recipe"]
+    data = Path(parameters.get("prepare_run", "")).name or "unknown"
+    rows = {
+        "family": record["family"],
+        "network": recipe.get("backbone", recipe.get("network", "")),
+        "input": f"{recipe['image_size']} x {recipe['image_size']} pixels, {recipe['placement']}",
+        "classes": ", ".join(record["classes"]),
+        "folds": ", ".join(bundles) if "" not in bundles else "one model",
+        "trained on": f"the prepared run `{data}`, fingerprint {record['data_fingerprint'][:12]}",
+        "starting weights": recipe["starting_weights"] or "none",
+        "recipe": f"{parameters.get('recipe', 'unknown')}, overrides {json.dumps(parameters.get('overrides', {}))}",
+    }
+    rows |= {f"{key} (out of fold)": value for key, value in _figures(metrics).items()}
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"## {name}\n\n| | |\n|---|---|\n{table}\n"
+
+
+def _figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the figures of a run's metrics, rounded to four digits, keyed by their names."""
+    figures: dict[str, str] = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            figures |= _figures(value, f"{prefix}{key} ")
+        elif isinstance(value, float):
+            figures[prefix + key] = f"{value:.4f}"
+    return figures

@@ -1,0 +1,67 @@
+"""A publication of finished runs: bundles by fold, a card with their figures, and what cannot be published."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from kitlib.bundle import read_bundle, save_bundle
+from kitlib.errors import BundleError, KernelError, RunError
+from kitlib.kernels.publish import write_publication
+from kitlib.paths import find_starting_weights
+from kitlib.recipes.fields import StudyRecipe
+from tests.small_bundles import edit_record
+from tests.test_bundle import RECORD, WEIGHTS
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "nih"
+    for fold in (0, 1):
+        recipe = asdict(StudyRecipe(starting_weights="imagenet.safetensors"))
+        save_bundle(folder / f"fold{fold}" / "bundle", WEIGHTS, RECORD | {"fold": fold, "recipe": recipe})
+    (folder / "metrics.json").write_text(json.dumps({"score": 0.81234, "folds": [0, 1], "auc": {"mean": 0.9}}))
+    parameters = {"prepare_run": "/data/runs/prepared_nih", "recipe": "nih_heidelberg", "overrides": {"epochs": 3}}
+    (folder / "record.json").write_text(json.dumps({"parameters": parameters}))
+    return folder
+
+
+def test_a_publication_has_each_folds_bundle_and_a_card_of_what_was_measured(tmp_path, run, monkeypatch):
+    folder = write_publication([run], tmp_path / "out", "My NIH backbones", "me", "CC-BY-NC-4.0")
+    assert json.loads((folder / "dataset-metadata.json").read_text()) == {
+        "title": "My NIH backbones",
+        "id": "me/my-nih-backbones",
+        "licenses": [{"name": "CC-BY-NC-4.0"}],
+    }
+    card = (folder / "README.md").read_text()
+    for line in (
+        "# My NIH backbones",
+        "| score (out of fold) | 0.8123 |",
+        "| auc mean (out of fold) | 0.9000 |",
+        "| folds | fold0, fold1 |",
+        "| starting weights | imagenet.safetensors |",
+        "| input | 512 x 512 pixels, letterbox |",
+        '| recipe | nih_heidelberg, overrides {"epochs": 3} |',
+    ):
+        assert line in card.splitlines()
+    assert "the prepared run `prepared_nih`" in card and "Licence: CC-BY-NC-4.0" in card
+    # Attached on Kaggle, a fold starts a training by its name.
+    monkeypatch.setattr("kitlib.paths.inputs_root", lambda: tmp_path)
+    folder.rename(tmp_path / "my-nih-backbones")
+    bundle = find_starting_weights("my-nih-backbones/nih/fold1")
+    assert read_bundle(bundle)[0]["fold"] == 1
+
+
+def test_what_cannot_be_published_leaves_no_folder(tmp_path, run):
+    def refused(error, message, runs=(run,), title="My NIH backbones", licence="other"):
+        with pytest.raises(error, match=message):
+            write_publication(runs, tmp_path / "out", title, "me", licence)
+        assert not (tmp_path / "out").exists()
+
+    refused(KernelError, "licence is 'mine'; valid: CC0-1.0", licence="mine")
+    refused(KernelError, "title of 6 to 50 characters", title="NIH")
+    refused(KernelError, "two runs are called nih", runs=[run, run])
+    (tmp_path / "empty").mkdir()
+    refused(RunError, "metrics.json is missing", runs=[tmp_path / "empty"])
+    edit_record(run / "fold1" / "bundle", weights_sha256="0" * 64)
+    refused(BundleError, "SHA-256")
