@@ -1,4 +1,4 @@
-"""How time and memory of each stage grow with the data set, up to NIH's 112,120 images. Part of `make bench`, at small sizes.
+"""How time and memory of each stage grow with the number of images, up to NIH's. Part of `make bench`, at small sizes.
 
 python benchmarks/scale.py --full          # the sizes in FULL; a stage that is measured at several sizes fails above 1.3
 python benchmarks/scale.py --full --only tune_2 --only near_duplicates
@@ -56,7 +56,9 @@ def tables(images: int, detectors: int, boxes: int = 50, lists: int = 1) -> dict
     is_near = (rng.random(n) < 0.25)[:, None]
     near = true[image, rng.integers(2, size=n)] + rng.normal(0, 60, (n, 4))
     start = rng.uniform(0, 2000, (n, 2))
-    detections = pd.DataFrame(np.where(is_near, near, np.hstack([start, start + rng.uniform(150, 900, (n, 2))])).clip(0, 2500))
+    detections = pd.DataFrame(
+        np.where(is_near, near, np.hstack([start, start + rng.uniform(150, 900, (n, 2))])).clip(0, 2500)
+    )
     detections.columns = list(BOX)
     detections.insert(0, "image_id", ids[image])
     names = np.repeat([f"detector{k}" for k in range(detectors)], boxes * lists)
@@ -144,7 +146,7 @@ def grouping(blank: float) -> Callable[[int, Path], Callable[[], float]]:
 
 
 def opening(images: int, folder: Path) -> Callable[[], float]:
-    """Opens a packed cache of decoded images, each 8 pixels a side, as the first process on a machine does, and reads one."""
+    """Opens a packed cache of images of 8 pixels a side, as the first process on a machine does, and reads one image."""
     from kitlib.paths import scratch_root
     from kitlib.xrays.cache import CachedXray, XrayCache
 

@@ -191,7 +191,7 @@ class Judge:
             confidence = settings.box_confidence if settings.box_method == "wbf" else ""
             key += settings.box_method, settings.box_iou, settings.box_limit, confidence
         if key not in self.merged:
-            boxes = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
+            boxes = fuse_boxes(self.detections, self.images, settings, self.coverage)
             self.merged[key] = boxes, self._match(boxes)
         return self.merged[key]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, merge_boxes
+from kitlib.fusion.box_fusion import METHODS, merge_boxes
 from kitlib.fusion.model_fusion import (
     FusionSettings,
     fuse,
@@ -20,6 +20,7 @@ from kitlib.fusion.model_fusion import (
     seen_images,
     write_settings,
 )
+from kitlib.fusion.weighted_boxes import CONFIDENCES
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import from_dict
 from kitlib.tables import BOX
