@@ -90,8 +90,10 @@ def fuse(
     studies = fuse_scores(study_scores, "study_scores", settings)
     nones = fuse_scores(image_scores, "image_scores", settings)
     boxes = fuse_boxes(detections, images, settings, coverage)
-    has_boxes = seen_images(detections, images, settings, coverage)
-    return combine(studies, nones, boxes, has_boxes, images, settings)
+    seen = seen_images(detections, images, settings, coverage)
+    image = pd.Index(images["image_id"]).get_indexer(boxes["image_id"])
+    studies, nones, score = combine(studies, nones, image, boxes["score"].to_numpy(), seen, images, settings)
+    return Fused(studies, nones, boxes.assign(score=score))
 
 
 def fuse_scores(scores: pd.DataFrame | None, table: str, settings: FusionSettings) -> pd.DataFrame:
@@ -223,21 +225,22 @@ def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, n
 def combine(
     study_probabilities: pd.DataFrame,
     none_probabilities: pd.DataFrame,
-    boxes: pd.DataFrame,
+    box_image: np.ndarray,
+    score: np.ndarray,
     seen: np.ndarray,
     images: pd.DataFrame,
     settings: FusionSettings,
-) -> Fused:
-    """Return fused predictions: compute each image's `none` from its parts, then rescore boxes and `negative` with it.
+) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """Compute each image's `none` from its parts, rescore boxes and `negative` with it; return Fused's studies and nones.
 
-    `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. If all available parts of an image
-    have weight 0, its `none` is the first available part in the order of NONE_PARTS. Studies and images without any
-    prediction get the class frequencies PRIORS.
+    The third result is the new scores (k,) of the fused boxes, whose scores are `score` (k,) and whose images are the rows
+    `box_image` (k,) of `images`. `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. If all
+    available parts of an image have weight 0, its `none` is the first available part in the order of NONE_PARTS. Studies and
+    images without any prediction get the class frequencies PRIORS.
     """
     image_ids, study_ids = pd.Index(images["image_id"]), pd.Index(images["study_id"].unique())
     studies = study_probabilities.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]
     study_of_image = study_ids.get_indexer(images["study_id"])
-    box_image, score = image_ids.get_indexer(boxes["image_id"]), boxes["score"].to_numpy()
     highest, no_box_product = np.zeros(len(images)), np.ones(len(images))
     np.maximum.at(highest, box_image, score)
     np.multiply.at(no_box_product, box_image, 1 - score)
@@ -257,8 +260,8 @@ def combine(
     studies["negative"] = share * studies["negative"] + (1 - share) * np.nan_to_num(study_none)
     nones = pd.DataFrame({"image_id": image_ids, "none": none, "prior": np.isnan(none), "seen": seen})
     nones = nones.fillna({"none": PRIORS["none"]})
-    rescored = boxes.assign(score=score * (1 - nones["none"].to_numpy()[box_image]) ** settings.opacity_power)
-    return Fused(studies.assign(prior=has_no_score).rename_axis("study_id").reset_index(), nones, rescored)
+    rescored = score * (1 - nones["none"].to_numpy()[box_image]) ** settings.opacity_power
+    return studies.assign(prior=has_no_score).rename_axis("study_id").reset_index(), nones, rescored
 
 
 def seen_images(
@@ -271,7 +274,7 @@ def seen_images(
     """
     detections = empty_table("detections") if detections is None else detections
     predicted = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
-    predicted = predicted[predicted["model"].map(settings.weight).astype(float) > 0]
+    predicted = predicted[predicted["model"].isin([name for name in predicted["model"].unique() if settings.weight(name)])]
     if coverage is None:
         return np.full(len(images), len(predicted) > 0)
     return images["image_id"].isin(predicted["image_id"]).to_numpy()
