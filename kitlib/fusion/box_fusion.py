@@ -79,7 +79,7 @@ def merge_lists(
     unchanged = is_alone[image]
     if unchanged.all():
         return lists.corners, lists.score, image
-    several = lists.images(~is_alone)
+    several = lists.images(~is_alone) if is_alone.any() else lists
     if method == "wbf":
         merged, score, of_image = merge_weighted(several, iou, confidence)
     else:
@@ -87,10 +87,14 @@ def merge_lists(
     # An "avg" score exceeds 1 if one list has several boxes in a cluster and an above-average weight.
     merged, score = np.clip(merged, 0, 1), np.clip(score, 0, 1)
     has_area = (merged[:, :2] < merged[:, 2:]).all(axis=1)
-    corners = np.concatenate([lists.corners[unchanged], merged[has_area]])
-    image = np.concatenate([image[unchanged], np.flatnonzero(~is_alone)[of_image[has_area]]])
+    if not has_area.all():
+        merged, score, of_image = merged[has_area], score[has_area], of_image[has_area]
+    if several is lists:
+        return merged, score, of_image
+    corners = np.concatenate([lists.corners[unchanged], merged])
+    image = np.concatenate([image[unchanged], np.flatnonzero(~is_alone)[of_image]])
     order = np.argsort(image, kind="stable")
-    return corners[order], np.concatenate([lists.score[unchanged], score[has_area]])[order], image[order]
+    return corners[order], np.concatenate([lists.score[unchanged], score])[order], image[order]
 
 
 def _merge_one_by_one(

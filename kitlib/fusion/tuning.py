@@ -40,7 +40,7 @@ NONE_MIXTURES = (
 OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
 NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-KEPT_FUSIONS = 8  # a few MB each with SIIM's images; each is otherwise merged again in a fraction of a second
+KEPT_FUSIONS = 3  # a step of the tuning uses those of the current settings again; others are rarely needed twice
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
 Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that sets a value in the settings, values to try

@@ -83,8 +83,7 @@ def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.n
     if largest <= MOST_LISTS and (len(lists.score) > FEW_BOXES or getattr(_merge, "signatures", ())):
         merged = _merge_compiled(lists, iou, confidence, largest)
     corners, score, counts = merged or _merge_one_by_one(lists, iou, confidence)
-    order = descending(score, np.cumsum(counts))
-    return corners[order], score[order], np.repeat(np.arange(len(counts)), counts)
+    return corners, score, np.repeat(np.arange(len(counts)), counts)
 
 
 def descending(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -131,8 +130,8 @@ def _merge_compiled(
             *(type(error).__name__, error),
         )
         return None
-    count = counts.sum()
-    return corners[:count], merged_score[:count], counts
+    order = descending(merged_score[: counts.sum()], np.cumsum(counts))
+    return corners[order], merged_score[order], counts
 
 
 def _jit(function: Callable[..., Any]) -> Any:

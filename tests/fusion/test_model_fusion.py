@@ -239,6 +239,11 @@ def test_the_most_confident_boxes_of_each_list_are_merged():
     assert sorted(fused["xmin"]) == pytest.approx([500, 900], abs=1e-3)
 
 
+def test_nothing_is_suppressed_where_nothing_was_detected():
+    fused = fuse_boxes(detections(("a", "m", 0, 0.0005, *ONE)), IMAGES, FusionSettings(final_nms_iou=0.1))
+    assert fused.empty and fused.columns.tolist() == ["image_id", "score", *BOX]
+
+
 def test_fused_boxes_do_not_depend_on_the_order_of_rows():
     rng = np.random.default_rng(0)
     table = detections(
