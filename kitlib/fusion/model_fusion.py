@@ -169,7 +169,7 @@ class BoxLists:
         is_first = np.ones(len(order), dtype=bool)
         is_first[1:] = (np.diff(image) != 0) | (np.diff(model) != 0) | (np.diff(fold) != 0)
         rank = np.arange(len(order)) - np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
-        sides = images[["columns", "rows", "columns", "rows"]].to_numpy(dtype=float)
+        sides = images[["columns", "rows", "columns", "rows"]].to_numpy(dtype=float, na_value=np.nan)
         corners = boxes[list(BOX)].to_numpy()[order] / sides[image]
         covered = None
         if coverage is not None:
