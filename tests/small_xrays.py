@@ -9,6 +9,7 @@ import pandas as pd
 from kitlib.classes import STUDY_CLASSES
 from kitlib.letterbox import letterbox
 from kitlib.recipes.fields import StudyRecipe
+from kitlib.training import kept_memory
 from kitlib.xrays.cache import CachedXray
 
 ROWS, COLUMNS = 80, 100  # original size; the decoded copies have half of it
@@ -76,3 +77,8 @@ class SmallXrays:
 def wait_for_a_minute(*_):
     """Stand in for a worker's task with a file that takes long; at module level, so that a new process can import it."""
     time.sleep(60)
+
+
+def limit_kept(monkeypatch, size: int) -> None:
+    """Let data sets keep canvases of `size` bytes in all."""
+    monkeypatch.setattr(kept_memory, "CANVASES", kept_memory.KeptMemory(lambda: int(size / kept_memory.SHARE)))

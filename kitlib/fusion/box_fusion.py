@@ -8,13 +8,14 @@ preserves the ranking of each detector's boxes.
 from typing import Literal, get_args
 
 import numpy as np
-from ensemble_boxes import non_maximum_weighted, weighted_boxes_fusion
-from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float, nms
+from ensemble_boxes import non_maximum_weighted
+from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float, nms_float_fast
 from scipy.special import expit, logit
 
+from kitlib.fusion.weighted_boxes import ImageLists, merge_weighted
+
 Method = Literal["wbf", "nms", "soft_nms", "nmw"]
-Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
-METHODS, CONFIDENCES = get_args(Method), get_args(Confidence)
+METHODS = get_args(Method)
 # Scores are clipped to NEAREST..1 - NEAREST, about float32's resolution, so that their logit stays finite.
 NEAREST = 1e-7
 
@@ -46,36 +47,80 @@ def merge_boxes(
     for box, score in zip(boxes, scores, strict=True):
         if box.shape != (len(score), 4):
             raise ValueError(f"boxes have shape {box.shape} and scores {score.shape}; expected (k, 4) and (k,)")
-        # Written so that NaN, which fails every comparison, is refused too.
-        if not ((box >= 0) & (box <= 1)).all() or not (box[:, :2] < box[:, 2:]).all():
-            raise ValueError(f"boxes must lie in 0..1 with xmin < xmax and ymin < ymax; got {box.tolist()}")
-        if not ((score > 0) & (score <= 1)).all():
-            raise ValueError(f"scores must be above 0 and at most 1; got {score.tolist()}")
-    if len(weights) == 1:
-        return boxes[0], scores[0]
-    if not any(len(score) for score in scores):
-        return np.empty((0, 4)), np.empty(0)
-    empty = len(weights) - len(boxes)
-    boxes, scores = [*boxes, *[np.empty((0, 4))] * empty], [*scores, *[np.empty(0)] * empty]
-    labels = [np.zeros(len(score)) for score in scores]
+    counts = [len(score) for score in scores]
+    lists = ImageLists(
+        corners=np.concatenate([np.empty((0, 4)), *boxes]),
+        score=np.concatenate([np.empty(0), *scores]),
+        ends=np.array([sum(counts)]),
+        list_of=np.repeat(np.arange(len(counts)), counts),
+        weights=weights,
+        list_ends=np.array([len(weights)]),
+    )
+    return merge_lists(lists, method, iou, confidence, min_score)[:2]
+
+
+def merge_lists(
+    lists: ImageLists, method: str = "wbf", iou: float = 0.6, confidence: str = "avg", min_score: float = 0.001
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Merge the boxes of each image; return merged boxes (k, 4), scores (k,) and the index of each box's image (k,).
+
+    The other arguments, and the errors, are those of `merge_boxes`. Boxes of an image with a single list stay unchanged.
+    """
+    # Written so that NaN, which fails every comparison, is refused too.
+    is_box = ((lists.corners >= 0) & (lists.corners <= 1)).all(axis=1)
+    is_box &= (lists.corners[:, :2] < lists.corners[:, 2:]).all(axis=1)
+    if not is_box.all():
+        first = lists.corners[~is_box][0].tolist()
+        raise ValueError(f"boxes must lie in 0..1 with xmin < xmax and ymin < ymax; got {first}")
+    is_score = (lists.score > 0) & (lists.score <= 1)
+    if not is_score.all():
+        raise ValueError(f"scores must be above 0 and at most 1; got {lists.score[~is_score][0]}")
+    is_alone, image = lists.list_counts == 1, lists.image
+    unchanged = is_alone[image]
+    if unchanged.all():
+        return lists.corners, lists.score, image
+    several = lists.images(~is_alone) if is_alone.any() else lists
     if method == "wbf":
-        merged, score, _ = weighted_boxes_fusion(boxes, scores, labels, weights, iou_thr=iou, conf_type=confidence)
-    elif method == "nmw":
-        merged, score, _ = non_maximum_weighted(boxes, scores, labels, weights, iou_thr=iou)
+        merged, score, of_image = merge_weighted(several, iou, confidence)
     else:
-        # ensemble-boxes divides by the sum of the weights, which would shrink scores by the number of models.
-        scores = [score * weight / weights.max() for score, weight in zip(scores, weights, strict=True)]
-        if method == "nms":
-            merged, score, _ = nms(boxes, scores, labels, iou_thr=iou)
-        else:
-            # ensemble-boxes' soft_nms returns undecayed scores; the function below sorts and decays them in place.
-            merged, score = np.concatenate(boxes), np.concatenate(scores)
-            kept_indices = cpu_soft_nms_float(merged, score, Nt=iou, sigma=0.5, thresh=min_score, method=1)
-            merged, score = merged[kept_indices], score[score > min_score]
+        merged, score, of_image = _merge_one_by_one(several, method, iou, min_score)
     # An "avg" score exceeds 1 if one list has several boxes in a cluster and an above-average weight.
     merged, score = np.clip(merged, 0, 1), np.clip(score, 0, 1)
     has_area = (merged[:, :2] < merged[:, 2:]).all(axis=1)
-    return merged[has_area].astype(float), score[has_area].astype(float)
+    if not has_area.all():
+        merged, score, of_image = merged[has_area], score[has_area], of_image[has_area]
+    if several is lists:
+        return merged, score, of_image
+    corners = np.concatenate([lists.corners[unchanged], merged])
+    image = np.concatenate([image[unchanged], np.flatnonzero(~is_alone)[of_image]])
+    order = np.argsort(image, kind="stable")
+    return corners[order], np.concatenate([lists.score[unchanged], score])[order], image[order]
+
+
+def _merge_one_by_one(
+    lists: ImageLists, method: str, iou: float, min_score: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Merge boxes image by image with a method other than wbf; see `merge_lists`."""
+    merged, scores = [], []
+    for corners, score, list_of, weights in lists.split():
+        if method == "nmw":
+            parts = [list_of == number for number in range(len(weights))]
+            labels = [np.zeros(part.sum()) for part in parts]
+            boxes = [corners[part] for part in parts], [score[part] for part in parts]
+            box, confidence, _ = non_maximum_weighted(*boxes, labels, weights, iou_thr=iou)
+        else:
+            # ensemble-boxes divides by the sum of the weights, which would shrink scores by the number of models.
+            weighted = score * weights[list_of] / weights.max()
+            if method == "nms":
+                box, confidence = suppress_overlaps(corners, weighted, iou)
+            else:
+                # ensemble-boxes' soft_nms returns undecayed scores; this function sorts and decays them in place.
+                kept = cpu_soft_nms_float(corners.copy(), weighted, Nt=iou, sigma=0.5, thresh=min_score, method=1)
+                box, confidence = corners[kept], weighted[weighted > min_score]
+        merged.append(box)
+        scores.append(confidence)
+    image = np.repeat(np.arange(len(merged)), [len(score) for score in scores])
+    return np.concatenate(merged), np.concatenate(scores), image
 
 
 def suppress_overlaps(boxes: np.ndarray, scores: np.ndarray, iou: float) -> tuple[np.ndarray, np.ndarray]:
@@ -85,8 +130,8 @@ def suppress_overlaps(boxes: np.ndarray, scores: np.ndarray, iou: float) -> tupl
     """
     if not len(boxes):
         return boxes, scores
-    kept, score, _ = nms([boxes], [scores], [np.zeros(len(scores))], iou_thr=iou)
-    return kept.astype(float), score.astype(float)
+    kept = nms_float_fast(boxes, scores, iou)
+    return boxes[kept], scores[kept]
 
 
 def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarray:

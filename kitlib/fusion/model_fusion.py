@@ -6,22 +6,21 @@ settings on out-of-fold predictions.
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 
 from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.box_fusion import Confidence, Method, calibrate_scores, merge_boxes, suppress_overlaps
+from kitlib.fusion.box_fusion import Method, calibrate_scores, merge_lists, suppress_overlaps
+from kitlib.fusion.weighted_boxes import Confidence, ImageLists
 from kitlib.letterbox import clip_boxes
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings, from_dict
 from kitlib.tables import BOX, check_table, empty_table
-
-FEW_IMAGES = 500  # up to this number of images, merging takes less time than starting processes for it
 
 
 @dataclass(frozen=True)
@@ -82,18 +81,19 @@ def fuse(
     images: pd.DataFrame,
     settings: FusionSettings,
     coverage: pd.DataFrame | None = None,
-    workers: int = 1,
 ) -> Fused:
     """Fuse `study_scores`, `image_scores` and `detections` into predictions for all images and studies in `images`.
 
     None or an empty table means that no model predicts such scores. Studies and images that no model has predicted get the
-    class frequencies PRIORS. `coverage` and `workers` are described at `fuse_boxes`.
+    class frequencies PRIORS. `coverage` is described at `fuse_boxes`.
     """
     studies = fuse_scores(study_scores, "study_scores", settings)
     nones = fuse_scores(image_scores, "image_scores", settings)
-    boxes = fuse_boxes(detections, images, settings, coverage, workers)
-    has_boxes = seen_images(detections, images, settings, coverage)
-    return combine(studies, nones, boxes, has_boxes, images, settings)
+    boxes = fuse_boxes(detections, images, settings, coverage)
+    seen = seen_images(detections, images, settings, coverage)
+    image = pd.Index(images["image_id"]).get_indexer(boxes["image_id"])
+    studies, nones, score = combine(studies, nones, image, boxes["score"].to_numpy(), seen, images, settings)
+    return Fused(studies, nones, boxes.assign(score=score))
 
 
 def fuse_scores(scores: pd.DataFrame | None, table: str, settings: FusionSettings) -> pd.DataFrame:
@@ -117,7 +117,6 @@ def fuse_boxes(
     images: pd.DataFrame,
     settings: FusionSettings,
     coverage: pd.DataFrame | None = None,
-    workers: int = 1,
 ) -> pd.DataFrame:
     """Fuse the boxes of all models and folds; return a table: image_id, score, xmin, ymin, xmax and ymax in original pixels.
 
@@ -128,76 +127,120 @@ def fuse_boxes(
     weight. A single list is returned unchanged, except for its scores if the model is calibrated. Last, boxes that overlap a
     more confident one are dropped if `final_nms_iou` is below 1.
 
-    Boxes are clipped to the image. More than FEW_IMAGES images are merged in `workers` processes. Raises ValueError for an
-    image whose size is unknown or that is not in `images`, and for a score that is NaN.
+    Boxes are clipped to the image. Raises ValueError for an image whose size is unknown or that is not in `images`, and for
+    a score that is NaN.
     """
-    boxes = _clip_detections(detections, images)
-    boxes = boxes[(boxes["score"] >= settings.box_min_score) & (boxes["score"] > 0)]
-    boxes = boxes[boxes["model"].map(settings.weight).astype(float) > 0]
-    for name, coefficients in settings.calibration.items():
-        is_calibrated = boxes["model"] == name
-        boxes.loc[is_calibrated, "score"] = calibrate_scores(boxes.loc[is_calibrated, "score"], *coefficients)
-    if boxes.empty:
-        return boxes[["image_id", "score", *BOX]].reset_index(drop=True)
-    image, image_ids = pd.factorize(boxes["image_id"])
-    # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
-    names = set(boxes["model"]) | (set() if coverage is None else set(coverage["model"]))
-    models = pd.Index(sorted(name for name in names if settings.weight(name)))
-    model = models.get_indexer(boxes["model"])
-    order = np.lexsort((-boxes["score"], boxes["fold"], model, image))
-    boxes, image, model = boxes.iloc[order], image[order], model[order]
-    score, corners = boxes["score"].to_numpy(), boxes[list(BOX)].to_numpy()
-    size = boxes[["columns", "rows", "columns", "rows"]].to_numpy(dtype=float)
-    starts = _run_starts(image, model, boxes["fold"].to_numpy())  # the first row of each list of boxes
-    ends = np.append(starts[1:], len(image))
-    list_counts = np.zeros((len(image_ids), len(models)), dtype=int)
-    np.add.at(list_counts, (image[starts], model[starts]), 1)
-    list_totals = np.maximum(list_counts, _count_lists(coverage, image_ids, models, list_counts))
-    weight = np.array([settings.weight(name) for name in models])
-    options = settings.box_method, settings.box_iou, settings.box_confidence, settings.box_min_score
-    images_with_boxes, tasks = [], []
-    for first, last in _run_ranges(image[starts]):
-        image_index = image[starts[first]]
-        if list_totals[image_index].sum() == 1:
-            lists, weights = [slice(starts[first], ends[first])], np.ones(1)
-        else:
-            share = weight / np.maximum(list_totals[image_index], 1)
-            lists = [slice(starts[k], min(ends[k], starts[k] + settings.box_limit)) for k in range(first, last)]
-            weights = np.concatenate(
-                [share[model[starts[first:last]]], np.repeat(share, list_totals[image_index] - list_counts[image_index])]
-            )
-        images_with_boxes.append((image_index, size[starts[first]]))
-        tasks.append(([corners[rows] / size[rows] for rows in lists], [score[rows] for rows in lists], weights, *options))
-    merge_count = sum(len(task[2]) > 1 for task in tasks)
-    merged = Parallel(workers if merge_count > FEW_IMAGES else 1)(delayed(merge_boxes)(*task) for task in tasks)
-    if settings.final_nms_iou < 1:
-        merged = [suppress_overlaps(box, score, settings.final_nms_iou) for box, score in merged]
-    parts = [box * side for (_, side), (box, _) in zip(images_with_boxes, merged, strict=True)]
-    table = pd.DataFrame(np.concatenate(parts), columns=list(BOX))
-    image_index = np.repeat([index for index, _ in images_with_boxes], [len(part) for part in parts])
-    table.insert(0, "image_id", image_ids.to_numpy(dtype=object)[image_index])
-    table.insert(1, "score", np.concatenate([scores for _, scores in merged]))
+    corners, score, image = fuse_lists(BoxLists.of(detections, images, coverage), settings)
+    table = pd.DataFrame(corners, columns=list(BOX))
+    table.insert(0, "image_id", images["image_id"].to_numpy(dtype=object)[image])
+    table.insert(1, "score", score)
     return table
+
+
+@dataclass(frozen=True)
+class BoxLists:
+    """The boxes of n detections, sorted by image, model, fold and descending score; one list per image, model and fold.
+
+    `image` (n,) is a row of the table of images, `model` (n,) an index of `models`, and `rank` (n,) a box's place in its
+    list, from 0. `corners` (n, 4) are xmin, ymin, xmax and ymax as shares of `sides` (images, 4), the image's columns, rows,
+    columns and rows. `covered` (images, models) is the number of each model's lists of each image, including empty ones, or
+    None if it is unknown.
+    """
+
+    image: np.ndarray
+    model: np.ndarray
+    rank: np.ndarray
+    score: np.ndarray
+    corners: np.ndarray
+    sides: np.ndarray
+    models: tuple[str, ...]
+    covered: np.ndarray | None
+
+    @classmethod
+    def of(cls, detections: pd.DataFrame | None, images: pd.DataFrame, coverage: pd.DataFrame | None) -> "BoxLists":
+        """Make lists of `detections`; those outside of their image or with the score 0 are dropped. Raises as fuse_boxes."""
+        boxes, image = _clip_detections(detections, images)
+        # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
+        names = set(boxes["model"]) | (set() if coverage is None else set(coverage["model"]))
+        models = pd.Index(sorted(names), dtype=object)
+        model, fold, score = models.get_indexer(boxes["model"]), boxes["fold"].to_numpy(), boxes["score"].to_numpy(float)
+        order = np.lexsort((-score, fold, model, image))
+        image, model, fold = image[order], model[order], fold[order]
+        is_first = np.ones(len(order), dtype=bool)
+        is_first[1:] = (np.diff(image) != 0) | (np.diff(model) != 0) | (np.diff(fold) != 0)
+        rank = np.arange(len(order)) - np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+        sides = images[["columns", "rows", "columns", "rows"]].to_numpy(dtype=float, na_value=np.nan)
+        corners = boxes[list(BOX)].to_numpy()[order] / sides[image]
+        covered = None
+        if coverage is not None:
+            coverage = coverage[["image_id", "model", "fold"]].drop_duplicates()
+            of_image = pd.Index(images["image_id"]).get_indexer(coverage["image_id"])
+            covered = _count(of_image, models.get_indexer(coverage["model"]), (len(images), len(models)))
+        return cls(image, model, rank, score[order], corners, sides, tuple(models), covered)
+
+
+def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and rows of the images (k,)."""
+    weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
+    is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
+    for number, name in enumerate(lists.models):
+        if name in settings.calibration:
+            score = np.where(lists.model == number, calibrate_scores(score, *settings.calibration[name]), score)
+    is_first = is_used & (lists.rank == 0)
+    filled = _count(lists.image[is_first], lists.model[is_first], (len(lists.sides), len(weight)))  # lists with boxes
+    totals = np.maximum(filled, filled.max(axis=0, initial=0) if lists.covered is None else lists.covered) * (weight > 0)
+    is_used &= (lists.rank < settings.box_limit) | (totals.sum(axis=1) == 1)[lists.image]
+    numbers, counts = np.unique(lists.image[is_used], return_counts=True)
+    # The lists of each image: those with boxes, then its empty ones.
+    empty_image, empty_model = (
+        np.indices(filled.shape)[:, numbers].reshape(2, -1).repeat((totals - filled)[numbers].ravel(), 1)
+    )
+    list_image = np.concatenate([lists.image[is_first], empty_image])
+    list_model = np.concatenate([lists.model[is_first], empty_model])
+    order = np.argsort(list_image, kind="stable")
+    shares = weight / np.maximum(totals, 1)  # a model's folds share its weight
+    list_number = np.cumsum(is_first) - 1 - (np.cumsum(filled.sum(axis=1)) - filled.sum(axis=1))[lists.image]
+    merged, merged_score, of_image = merge_lists(
+        ImageLists(
+            corners=lists.corners[is_used],
+            score=score[is_used],
+            ends=np.cumsum(counts),
+            list_of=list_number[is_used],
+            weights=shares[list_image, list_model][order],
+            list_ends=np.cumsum(totals[numbers].sum(axis=1)),
+        ),
+        *(settings.box_method, settings.box_iou, settings.box_confidence, settings.box_min_score),
+    )
+    if settings.final_nms_iou < 1 and len(merged):
+        ends = np.searchsorted(of_image, np.arange(len(numbers) + 1))
+        kept = [
+            suppress_overlaps(merged[start:end], merged_score[start:end], settings.final_nms_iou)
+            for start, end in pairwise(ends)
+        ]
+        of_image = np.repeat(np.arange(len(numbers)), [len(scores) for _, scores in kept])
+        merged, merged_score = np.concatenate([box for box, _ in kept]), np.concatenate([scores for _, scores in kept])
+    return merged * lists.sides[numbers[of_image]], merged_score, numbers[of_image]
 
 
 def combine(
     study_probabilities: pd.DataFrame,
     none_probabilities: pd.DataFrame,
-    boxes: pd.DataFrame,
+    box_image: np.ndarray,
+    score: np.ndarray,
     seen: np.ndarray,
     images: pd.DataFrame,
     settings: FusionSettings,
-) -> Fused:
-    """Return fused predictions: compute each image's `none` from its parts, then rescore boxes and `negative` with it.
+) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """Compute each image's `none` from its parts, rescore boxes and `negative` with it; return Fused's studies and nones.
 
-    `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. If all available parts of an image
-    have weight 0, its `none` is the first available part in the order of NONE_PARTS. Studies and images without any
-    prediction get the class frequencies PRIORS.
+    The third result is the new scores (k,) of the fused boxes, whose scores are `score` (k,) and whose images are the rows
+    `box_image` (k,) of `images`. `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. If all
+    available parts of an image have weight 0, its `none` is the first available part in the order of NONE_PARTS. Studies and
+    images without any prediction get the class frequencies PRIORS.
     """
     image_ids, study_ids = pd.Index(images["image_id"]), pd.Index(images["study_id"].unique())
     studies = study_probabilities.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]
     study_of_image = study_ids.get_indexer(images["study_id"])
-    box_image, score = image_ids.get_indexer(boxes["image_id"]), boxes["score"].to_numpy()
     highest, no_box_product = np.zeros(len(images)), np.ones(len(images))
     np.maximum.at(highest, box_image, score)
     np.multiply.at(no_box_product, box_image, 1 - score)
@@ -217,8 +260,8 @@ def combine(
     studies["negative"] = share * studies["negative"] + (1 - share) * np.nan_to_num(study_none)
     nones = pd.DataFrame({"image_id": image_ids, "none": none, "prior": np.isnan(none), "seen": seen})
     nones = nones.fillna({"none": PRIORS["none"]})
-    rescored = boxes.assign(score=score * (1 - nones["none"].to_numpy()[box_image]) ** settings.opacity_power)
-    return Fused(studies.assign(prior=has_no_score).rename_axis("study_id").reset_index(), nones, rescored)
+    rescored = score * (1 - nones["none"].to_numpy()[box_image]) ** settings.opacity_power
+    return studies.assign(prior=has_no_score).rename_axis("study_id").reset_index(), nones, rescored
 
 
 def seen_images(
@@ -231,7 +274,7 @@ def seen_images(
     """
     detections = empty_table("detections") if detections is None else detections
     predicted = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
-    predicted = predicted[predicted["model"].map(settings.weight).astype(float) > 0]
+    predicted = predicted[predicted["model"].isin([name for name in predicted["model"].unique() if settings.weight(name)])]
     if coverage is None:
         return np.full(len(images), len(predicted) > 0)
     return images["image_id"].isin(predicted["image_id"]).to_numpy()
@@ -251,8 +294,8 @@ def read_settings(path: str | Path) -> FusionSettings:
     return from_dict(FusionSettings, values)
 
 
-def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the detections clipped to their images, with the images' `rows` and `columns`; boxes outside are dropped.
+def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return the detections clipped to their images, and their rows in `images`; boxes outside or without score are dropped.
 
     Raises ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
     """
@@ -269,25 +312,15 @@ def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> p
         )
     clipped, is_inside = clip_boxes(boxes[list(BOX)].to_numpy(), sizes[:, [0]], sizes[:, [1]])
     boxes[list(BOX)] = clipped
-    return boxes.assign(rows=sizes[:, 0], columns=sizes[:, 1])[is_inside]
+    is_kept = is_inside & (boxes["score"].to_numpy() > 0)
+    return boxes[is_kept], image_index[is_kept]
 
 
-def _count_lists(
-    coverage: pd.DataFrame | None, image_ids: pd.Index, models: pd.Index, list_counts: np.ndarray
-) -> np.ndarray:
-    """Return an int array (images, models): how many lists of boxes, including empty ones, each model has for each image.
-
-    `list_counts` (images, models) counts only the lists that are not empty. If `coverage` is None, a model's number for
-    every image is its largest in `list_counts`.
-    """
-    if coverage is None:
-        return np.broadcast_to(list_counts.max(axis=0), list_counts.shape)
-    coverage = coverage[["image_id", "model", "fold"]].drop_duplicates()
-    image, model = image_ids.get_indexer(coverage["image_id"]), models.get_indexer(coverage["model"])
-    is_included = (image >= 0) & (model >= 0)
-    lists = np.zeros_like(list_counts)
-    np.add.at(lists, (image[is_included], model[is_included]), 1)
-    return lists
+def _count(image: np.ndarray, model: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return an int array of this shape: how often each pair of an image and a model occurs; pairs with -1 do not count."""
+    is_known = (image >= 0) & (model >= 0)
+    pairs = image[is_known] * shape[1] + model[is_known]
+    return np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def _weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -301,18 +334,3 @@ def _weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     total = weight.sum(axis=0)
     mean = np.divide((weight * np.nan_to_num(parts)).sum(axis=0), total, out=np.zeros(len(total)), where=total > 0)
     return np.where(total > 0, mean, first)
-
-
-def _run_starts(*keys: np.ndarray) -> np.ndarray:
-    """Return the indices at which the combination of the sorted `keys` changes, starting with 0."""
-    changed = np.zeros(len(keys[0]), dtype=bool)
-    changed[0] = True
-    for key in keys:
-        changed[1:] |= key[1:] != key[:-1]
-    return np.flatnonzero(changed)
-
-
-def _run_ranges(key: np.ndarray) -> list[tuple[int, int]]:
-    """Return (start, end) of each run of equal values in the sorted `key`; `end` is the index after the run's last value."""
-    starts = _run_starts(key)
-    return list(zip(starts, np.append(starts[1:], len(key)), strict=True))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,8 @@ import pandas as pd
 
 from kitlib.errors import FusionError
 from kitlib.fusion.box_fusion import fit_calibration
-from kitlib.fusion.model_fusion import NONE_PARTS, Fused, FusionSettings, combine, fuse_boxes, fuse_scores, seen_images
-from kitlib.scoring.average_precision import match_boxes
-from kitlib.scoring.score import Truth, score_tables, truth_of
-from kitlib.tables import BOX
+from kitlib.fusion.model_fusion import NONE_PARTS, BoxLists, FusionSettings, combine, fuse_lists, fuse_scores, seen_images
+from kitlib.scoring.score import Truth, match_in_images, score_matched, truth_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +39,8 @@ NONE_MIXTURES = (
 )
 OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
 NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+KEPT_FUSIONS = 3  # a step of the tuning uses those of the current settings again; others are rarely needed twice
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
 Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that sets a value in the settings, values to try
@@ -71,9 +71,7 @@ def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     Its columns are fold, images (their number), default and cross_fitted. `cross_fitted` is the score (0..1) on the fold's
     images with settings tuned on the other folds, `default` the score with untuned settings. The table is empty if there are
     fewer than two folds. Each fold is scored alone, because settings of different folds put scores on different scales,
-    which cannot be ranked together. Boxes are fused once for each combination of box settings that `tune` or any fold tries:
-    if the folds choose the same settings, this takes as long as `tune`, otherwise up to as many times longer as there are
-    folds.
+    which cannot be ranked together. This takes about as many times as long as `tune` as there are folds.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
@@ -109,7 +107,7 @@ def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettin
 
 
 class Judge:
-    """Computes the competition score of FusionSettings; fused boxes and their matches are cached for each box setting.
+    """Computes the competition score of FusionSettings; the boxes of the latest KEPT_FUSIONS box settings are kept.
 
     The score is computed on the images in `folds` that every classifier and every detector has predicted, without images
     marked `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections in images that
@@ -126,19 +124,18 @@ class Judge:
         labels: pd.DataFrame,
         boxes: pd.DataFrame,
         folds: pd.DataFrame,
-        workers: int = 1,
     ) -> None:
         self.images = images = _scored_images(study_scores, image_scores, detections, coverage, images, folds)
         self.study_scores = study_scores[study_scores["study_id"].isin(images["study_id"])]
         self.image_scores = image_scores[image_scores["image_id"].isin(images["image_id"])]
-        self.detections = detections[detections["image_id"].isin(images["image_id"])]
-        self.coverage, self.workers = coverage, workers
         self.labels, self.boxes = labels, boxes
         self.truth = truth_of(images, labels, boxes)
+        detections = detections[detections["image_id"].isin(images["image_id"])]
         # Every detector has predicted every remaining image, so this mask does not depend on the weights.
-        self.seen = seen_images(self.detections, images, FusionSettings(), coverage)
-        self.merged: dict[tuple[Any, ...], tuple[pd.DataFrame, np.ndarray]] = {}
-        self.raw_hits: np.ndarray | None = None  # mask of the detections, before fusion, that match a ground-truth box
+        self.seen = seen_images(detections, images, FusionSettings(), coverage)
+        self.lists = BoxLists.of(detections, images, coverage)
+        self.merged: dict[tuple[Any, ...], MergedBoxes] = {}  # the latest one last
+        self.raw_hits: np.ndarray | None = None  # mask of the boxes in `lists` that match a ground-truth box
         self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
         self.detectors = sorted(set(coverage["model"]))
@@ -149,29 +146,31 @@ class Judge:
 
     def score(self, settings: FusionSettings, truth: Truth) -> float:
         """Return the competition score of `settings` on the images of `truth`, a subset of `images`."""
-        fused, matches = self.fuse(settings)
-        return score_tables(truth, fused.studies, fused.nones, fused.detections, matches)["score"]
+        studies, nones, boxes = self.fuse(settings)
+        image = pd.Index(truth.image_ids).get_indexer(self.images["image_id"])[boxes.image]
+        return score_matched(truth, studies, nones, image, boxes.score, boxes.match)["score"]
 
-    def fuse(self, settings: FusionSettings) -> tuple[Fused, np.ndarray]:
-        """Return the fused predictions for all images, and an int array with the match of each fused detection.
-
-        The match is the row of a ground-truth box in `truth.boxes`, or -1.
-        """
-        boxes, matches = self._boxes(settings)
-        return combine(*self._probabilities(settings), boxes, self.seen, self.images, settings), matches
+    def fuse(self, settings: FusionSettings) -> tuple[pd.DataFrame, pd.DataFrame, "MergedBoxes"]:
+        """Return the fused predictions for all images: the tables `studies` and `nones` of `Fused`, and the boxes."""
+        boxes = self._boxes(settings)
+        probabilities = self._probabilities(settings)
+        studies, nones, score = combine(*probabilities, boxes.image, boxes.score, self.seen, self.images, settings)
+        return studies, nones, replace(boxes, score=score)
 
     def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
         """Fit each detector's calibration on the images of `truth`; return slope and offset, keyed by detector.
 
         Detectors that cannot be calibrated are omitted.
         """
+        lists = self.lists
         if self.raw_hits is None:
-            self.raw_hits = self._match(self.detections) >= 0
+            self.raw_hits = match_in_images(self.truth, lists.image, lists.corners * lists.sides[lists.image]) >= 0
         calibration = {}
-        for model in self.detectors:
-            chosen = (self.detections["model"] == model) & self.detections["image_id"].isin(truth.image_ids)
-            chosen &= self.detections["score"] >= FusionSettings().box_min_score  # lower scores are never fused
-            coefficients = fit_calibration(self.detections.loc[chosen, "score"], self.raw_hits[chosen])
+        chosen = self.images["image_id"].isin(truth.image_ids).to_numpy()[lists.image]
+        chosen &= lists.score >= FusionSettings().box_min_score  # lower scores are never fused
+        for number, model in enumerate(lists.models):
+            of_model = chosen & (lists.model == number)
+            coefficients = fit_calibration(lists.score[of_model], self.raw_hits[of_model])
             if coefficients:
                 calibration[model] = coefficients
         return calibration
@@ -183,7 +182,7 @@ class Judge:
             self.averaged[key] = studies, fuse_scores(self.image_scores, "image_scores", settings)
         return self.averaged[key]
 
-    def _boxes(self, settings: FusionSettings) -> tuple[pd.DataFrame, np.ndarray]:
+    def _boxes(self, settings: FusionSettings) -> "MergedBoxes":
         weights = [settings.weight(model) for model in self.detectors]
         shares = tuple(weight / max(weights) for weight in weights)
         key: tuple[Any, ...] = shares, tuple(settings.calibration.items()), settings.box_min_score, settings.final_nms_iou
@@ -191,15 +190,23 @@ class Judge:
             confidence = settings.box_confidence if settings.box_method == "wbf" else ""
             key += settings.box_method, settings.box_iou, settings.box_limit, confidence
         if key not in self.merged:
-            boxes = fuse_boxes(self.detections, self.images, settings, self.coverage, self.workers)
-            self.merged[key] = boxes, self._match(boxes)
+            corners, score, image = fuse_lists(self.lists, settings)
+            match = match_in_images(self.truth, image, corners)
+            order = np.argsort(-score, kind="stable")  # sorting again is then fast, unless boxes are rescored
+            self.merged[key] = MergedBoxes(image[order].astype(np.int32), score[order], match[order].astype(np.int32))
+            if len(self.merged) > KEPT_FUSIONS:
+                del self.merged[next(iter(self.merged))]
+        self.merged[key] = self.merged.pop(key)
         return self.merged[key]
 
-    def _match(self, boxes: pd.DataFrame) -> np.ndarray:
-        """Return an int array (n,): the row in `truth.boxes` of the box that each of the `boxes` matches, or -1."""
-        images, true = pd.Index(self.truth.image_ids), self.truth.boxes
-        box_image, true_box_image = images.get_indexer(boxes["image_id"]), images.get_indexer(true["image_id"])
-        return match_boxes(box_image, boxes[list(BOX)], true_box_image, true[list(BOX)])
+
+@dataclass(frozen=True)
+class MergedBoxes:
+    """What the score depends on, of k merged boxes: image (row of the images), score, match (row of the truth, or -1)."""
+
+    image: np.ndarray
+    score: np.ndarray
+    match: np.ndarray
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError, safe_open
 
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
@@ -163,9 +162,8 @@ class Gallery:
         Size and samples of the content are compared, but not the path, because the file may have been moved since.
         """
         try:
-            with safe_open(self._xrays.folder / f"{key}.safetensors", framework="numpy") as copy:
-                metadata = copy.metadata() or {}
-        except (OSError, SafetensorError):  # reading its pixels will report the error
+            metadata = self._xrays.facts(key)
+        except (OSError, CacheError):  # reading its pixels will report the error
             return True
         source = source_of(str(path))
         return all(metadata.get(name, source[name]) == source[name] for name in ("source_bytes", "source_samples"))

@@ -9,7 +9,7 @@ import pandas as pd
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES
-from kitlib.scoring.average_precision import average_precision, precision_recall
+from kitlib.scoring.average_precision import Ranking, average_precision, precision_recall
 from kitlib.scoring.score import SCORE_KEYS, Truth, class_precision, competition_score, table_hits
 
 
@@ -126,28 +126,27 @@ def score_draws(
         )
     codes, patients = pd.factorize(patient)
     study_codes = pd.Index(patients).get_indexer(patient_of_study)
-    positions = pd.Index(truth.image_ids)
-    boxed = codes[positions.get_indexer(truth.boxes["image_id"])]
-    answers = _answers(truth, studies, nones)
+    # Each ranking, and the patients of its positives and of its rows, the highest score first.
+    rankings = {}
+    for name, (positive, predicted) in _answers(truth, studies, nones).items():
+        of_patient, ranking = codes if name == "none" else study_codes, Ranking(predicted, positive)
+        rankings[name] = ranking, of_patient[positive], of_patient[ranking.order]
     if detections is not None:
-        detections_of_truth = detections[detections["image_id"].isin(positions)].sort_values("score", ascending=False)
-        hits, detection_codes = (
-            table_hits(detections_of_truth, "image_id", truth.boxes),
-            codes[positions.get_indexer(detections_of_truth["image_id"])],
-        )
-        on_boxed = detections_of_truth["image_id"].isin(truth.boxes["image_id"]).to_numpy()
-        scores = detections_of_truth["score"].to_numpy()
+        image = pd.Index(truth.image_ids).get_indexer(detections["image_id"])
+        detections, image = detections[image >= 0], image[image >= 0]
+        ranking = Ranking(detections["score"], table_hits(detections, "image_id", truth.boxes))
+        image = image[ranking.order]
+        boxed = codes[pd.Index(truth.image_ids).get_indexer(truth.boxes["image_id"])]
+        rankings["opacity"] = ranking, boxed, codes[image]
+        on_boxed = (~truth.is_none[image]).astype(float)
 
     def judge(counts: np.ndarray) -> list[float]:
-        precision = dict.fromkeys(SCORED_CLASSES, float("nan")) | {
-            name: class_precision(predicted, positive, counts[codes if name == "none" else study_codes])
-            for name, (positive, predicted) in answers.items()
-        }
-        boxed_only = float("nan")
-        if detections is not None:
-            positives, weight = counts[boxed].sum(), counts[detection_codes]
-            precision["opacity"] = average_precision(scores, hits, positives, weight)
-            boxed_only = average_precision(scores[on_boxed], hits[on_boxed], positives, weight[on_boxed])
+        precision, boxed_only = dict.fromkeys(SCORED_CLASSES, float("nan")), float("nan")
+        for name, (ranking, positives, of_patient) in rankings.items():
+            weight, positive_count = counts[of_patient], counts[positives].sum()
+            precision[name] = ranking.average_precision(positive_count, weight)
+            if name == "opacity":
+                boxed_only = ranking.average_precision(positive_count, weight * on_boxed)
         return [competition_score(precision), *(precision[name] for name in SCORED_CLASSES), boxed_only]
 
     rng, even = np.random.default_rng(seed), np.full(len(patients), 1 / len(patients))
@@ -207,12 +206,13 @@ def detection_draws(
     codes, patients = pd.factorize(patient)
     detections_of_images = detections[detections["image_id"].isin(image_ids)]
     true = boxes[boxes["image_id"].isin(image_ids)]
-    hits, score = table_hits(detections_of_images, "image_id", true), detections_of_images["score"].to_numpy()
+    ranking = Ranking(detections_of_images["score"], table_hits(detections_of_images, "image_id", true))
     detection_codes, boxed = (codes[patient.index.get_indexer(table["image_id"])] for table in (detections_of_images, true))
+    detection_codes = detection_codes[ranking.order]
     rng = np.random.default_rng(seed)
     even = np.full(len(patients), 1 / len(patients))
     draws = [np.ones(len(patients)), *(rng.multinomial(len(patients), even) for _ in range(samples))]
-    return np.array([average_precision(score, hits, counts[boxed].sum(), counts[detection_codes]) for counts in draws])
+    return np.array([ranking.average_precision(counts[boxed].sum(), counts[detection_codes]) for counts in draws])
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:

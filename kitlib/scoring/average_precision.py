@@ -21,16 +21,45 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
     number of ground-truth boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection counts in a
     bootstrap sample; `positives` must then be weighted too.
     """
-    if positives <= 0:
-        return float("nan")
-    precision, recall = precision_recall(score, hit, positives, weight)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+    ranking = Ranking(score, hit)
+    return ranking.average_precision(positives, None if weight is None else np.asarray(weight, float)[ranking.order])
 
 
-def precision_recall(
-    score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+class Ranking:
+    """Detections in the order of their scores, for several average precisions, such as those of bootstrap samples.
+
+    The arguments are those of `average_precision`. `order` (n,) sorts the detections, the highest score first.
+    """
+
+    def __init__(self, score: np.ndarray, hit: np.ndarray) -> None:
+        score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
+        self.order = np.argsort(-score, kind="stable")
+        ends = _block_ends(score[self.order])
+        # Precision falls where there is no hit, so the envelope and the recall only change at the blocks that have one.
+        self._hits = np.flatnonzero(hit[self.order])
+        blocks, self._first_hits = np.unique(np.searchsorted(ends, self._hits), return_index=True)
+        self._ends = ends[blocks] + 1
+
+    def average_precision(self, positives: float, weight: np.ndarray | None = None) -> float:
+        """Return the average precision, 0..1, or NaN if `positives`, the number of ground-truth boxes, is 0.
+
+        `weight` (n,) is how often each detection counts, in the order of `order`; `positives` must then be weighted too.
+        """
+        if positives <= 0:
+            return float("nan")
+        if not len(self._ends):
+            return 0.0
+        if weight is None:
+            hits, detected = np.append(self._first_hits[1:], len(self._hits)), self._ends
+        else:
+            hits = np.cumsum(np.add.reduceat(weight[self._hits], self._first_hits))
+            detected = np.cumsum(np.add.reduceat(weight[: self._ends[-1]], np.append(0, self._ends[:-1])))
+        precision = np.divide(hits, detected, out=np.zeros(len(hits)), where=detected > 0)
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        return float(np.sum(np.diff(hits / positives, prepend=0.0) * envelope))
+
+
+def precision_recall(score: np.ndarray, hit: np.ndarray, positives: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the precision-recall curve: two arrays (k,), precision and recall, both 0..1.
 
     There is one entry for each of the k different scores, highest first: the values for all detections with at least this
@@ -38,10 +67,14 @@ def precision_recall(
     """
     score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
     order = np.argsort(-score, kind="stable")
-    block_ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True)) if len(order) else order
-    weight = np.ones(len(order)) if weight is None else np.asarray(weight, dtype=float)[order]
-    hits, detected = np.cumsum(weight * hit[order])[block_ends], np.cumsum(weight)[block_ends]
-    return np.divide(hits, detected, out=np.zeros(len(hits)), where=detected > 0), hits / positives
+    ends = _block_ends(score[order])
+    hits = np.cumsum(hit[order])[ends]
+    return hits / (ends + 1), hits / positives
+
+
+def _block_ends(ranked: np.ndarray) -> np.ndarray:
+    """Return the last index of each run of equal values in the sorted `ranked` (n,)."""
+    return np.flatnonzero(np.append(np.diff(ranked) != 0, np.ones(min(1, len(ranked)), bool)))
 
 
 def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:
@@ -76,10 +109,11 @@ def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
     `score` (n,) holds the detections' scores, and `match` (n,) the ground-truth box that each matches, or -1.
     """
     score, match = np.asarray(score, dtype=float), np.asarray(match)
-    order = np.argsort(-score, kind="stable")
-    hit = np.zeros(len(order), dtype=bool)
+    matched = np.flatnonzero(match >= 0)
+    order = matched[np.argsort(-score[matched], kind="stable")]
+    hit = np.zeros(len(score), dtype=bool)
     hit[order[np.unique(match[order], return_index=True)[1]]] = True
-    return hit & (match >= 0)
+    return hit
 
 
 def box_hits(

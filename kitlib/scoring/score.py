@@ -14,7 +14,7 @@ import pandas as pd
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import ScoringError, TableError
-from kitlib.scoring.average_precision import average_precision, box_hits, first_hits
+from kitlib.scoring.average_precision import Ranking, average_precision, box_hits, first_hits, match_boxes
 from kitlib.scoring.submission_csv import ONE_PIXEL, Submission, read_submission, submission_ids
 from kitlib.tables import BOX, read_text_table
 
@@ -117,18 +117,40 @@ def score(truth: Truth, submission: Submission) -> dict[str, float]:
 
 
 def score_tables(
-    truth: Truth,
-    study_probabilities: pd.DataFrame,
-    none_probabilities: pd.DataFrame,
-    detections: pd.DataFrame,
-    matches: np.ndarray | None = None,
+    truth: Truth, study_probabilities: pd.DataFrame, none_probabilities: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, float]:
     """Score predictions in tables; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
 
     `study_probabilities` has study_id and the four classes, `none_probabilities` image_id and none, `detections` image_id,
-    score, xmin, ymin, xmax and ymax. `matches` is the result of `average_precision.match_boxes` for the detections, which
-    saves time if only their scores change; it is computed if None. Rows for ids that are not in the truth are ignored.
-    Raises ScoringError unless every study and image of the truth has a probability.
+    score, xmin, ymin, xmax and ymax. Rows for ids that are not in the truth are ignored. Raises ScoringError unless every
+    study and image of the truth has a probability.
+    """
+    # Ids are replaced by numbers, because hashing strings that are scattered over the memory takes most of the time.
+    image = pd.Index(truth.image_ids).get_indexer(detections["image_id"])
+    match = match_in_images(truth, image, detections[list(BOX)].to_numpy())
+    return score_matched(truth, study_probabilities, none_probabilities, image, detections["score"].to_numpy(), match)
+
+
+def match_in_images(truth: Truth, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return the row in `truth.boxes` of the box that each of the `boxes` (n, 4) matches, or -1.
+
+    `image` (n,) is the index in `truth.image_ids` of the image of each box, or -1.
+    """
+    return match_boxes(image, boxes, pd.Index(truth.image_ids).get_indexer(truth.boxes["image_id"]), truth.boxes[list(BOX)])
+
+
+def score_matched(
+    truth: Truth,
+    study_probabilities: pd.DataFrame,
+    none_probabilities: pd.DataFrame,
+    image: np.ndarray,
+    score: np.ndarray,
+    match: np.ndarray,
+) -> dict[str, float]:
+    """Return what `score_tables` does, for n detections whose matches are known.
+
+    `image` (n,) is the index of each detection's image in `truth.image_ids`, or -1, which is ignored; `score` (n,) its
+    score; `match` (n,) the number of the true box that it matches, or -1.
     """
     studies = study_probabilities.set_index("study_id").reindex(truth.labels["id"])[list(STUDY_CLASSES)]
     nones = none_probabilities.set_index("image_id")["none"].reindex(list(truth.image_ids))
@@ -137,14 +159,10 @@ def score_tables(
         raise ScoringError(f"{len(missing)} studies or images have no probability, such as {missing[:5]}")
     precision = {label: class_precision(studies[label], truth.labels[label] == 1) for label in STUDY_CLASSES}
     precision["none"] = class_precision(nones, truth.is_none)
-    is_known = detections["image_id"].isin(truth.image_ids).to_numpy()
-    if not is_known.all():
-        detections, matches = detections[is_known], None if matches is None else matches[is_known]
-    if matches is None:
-        hits = table_hits(detections, "image_id", truth.boxes)
-    else:
-        hits = first_hits(detections["score"].to_numpy(), matches)
-    return _summary(precision, *opacity_precisions(detections, hits, truth.boxes))
+    is_known = image >= 0
+    image, score, match = image[is_known], score[is_known], match[is_known]
+    on_boxed = ~truth.is_none[image]
+    return _summary(precision, *_opacity_precisions(score, first_hits(score, match), on_boxed, len(truth.boxes)))
 
 
 def class_precision(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
@@ -163,9 +181,14 @@ def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.Dat
     The second ignores false positives on images without a box. `boxes` is the ground truth, and `hits` is a boolean mask of
     the rows of `detections` that are hits.
     """
-    scores = detections["score"].to_numpy()
-    boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
-    return average_precision(scores, hits, len(boxes)), average_precision(scores[boxed], hits[boxed], len(boxes))
+    on_boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
+    return _opacity_precisions(detections["score"].to_numpy(), hits, on_boxed, len(boxes))
+
+
+def _opacity_precisions(score: np.ndarray, hits: np.ndarray, on_boxed: np.ndarray, positives: int) -> tuple[float, float]:
+    ranking = Ranking(score, hits)
+    on_boxed = on_boxed[ranking.order].astype(float)
+    return ranking.average_precision(positives), ranking.average_precision(positives, on_boxed)
 
 
 def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:

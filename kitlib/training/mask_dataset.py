@@ -12,8 +12,9 @@ from kitlib.errors import MaskError
 from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import make_input, place_image
 from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.training import kept_memory
 from kitlib.training.augmentation import MaskAugmentation
-from kitlib.training.xray_dataset import MAX_CACHE_BYTES, CanvasCache, Examples
+from kitlib.training.xray_dataset import CanvasCache, Examples
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
@@ -45,8 +46,8 @@ class MaskDataset(Examples):
                 f"{len(missing)} of {len(self)} images have no mask in {masks.folder}; the first is {missing[0]}"
             )
         self.augmentation = MaskAugmentation(recipe) if augment else None
-        fits = 2 * len(self) * self.side**2 <= MAX_CACHE_BYTES
-        self.canvas_caches = [CanvasCache(len(self), self.side) for _ in range(2)] if fits else []
+        self.kept = kept_memory.CANVASES.reserve(self, len(self), 2 * self.side**2)  # number of images
+        self.canvas_caches = [CanvasCache(self.kept, self.side) for _ in range(2)]
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -56,7 +57,7 @@ class MaskDataset(Examples):
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
 
     def _read_canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.canvas_caches:
+        if index < self.kept:
             # The mask is stored after the image, so if the mask is complete, the image is too.
             cached_truth, cached_pixels = (cache.get(index) for cache in reversed(self.canvas_caches))
             if cached_truth and cached_pixels:
@@ -65,8 +66,9 @@ class MaskDataset(Examples):
         place = place_image(xray, self.recipe)
         pixels = make_input(xray, place, self.recipe)
         truth = truth_on_canvas(self.masks.read(xray.image_id), place, self.recipe, xray)
-        for cache, canvas in zip(self.canvas_caches, (pixels, truth), strict=False):
-            cache.put(index, canvas, xray.rows, xray.columns)
+        if index < self.kept:
+            for cache, canvas in zip(self.canvas_caches, (pixels, truth), strict=True):
+                cache.put(index, canvas, xray.rows, xray.columns)
         return pixels, truth
 
 

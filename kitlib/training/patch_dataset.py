@@ -13,8 +13,9 @@ from kitlib.lungs.finders import LungFinder
 from kitlib.models.patches import PatchCanvas, cut_patches, image_seed, join_centres, patch_canvas
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
+from kitlib.training import kept_memory
 from kitlib.training.augmentation import Augmentation
-from kitlib.training.xray_dataset import MAX_CACHE_BYTES, CanvasCache, Examples, FrameCache
+from kitlib.training.xray_dataset import CanvasCache, Examples, FrameCache
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
 
@@ -97,7 +98,7 @@ class PatchCanvasCache:
     def __init__(self, count: int, recipe: PatchRecipe) -> None:
         self.side, self.patch = recipe.canvas, recipe.image_size
         packed = -(-(self.side**2) // 8)
-        capacity = min(count, MAX_CACHE_BYTES // (self.side**2 + packed))
+        capacity = kept_memory.CANVASES.reserve(self, count, self.side**2 + packed)
         self.canvases = CanvasCache(capacity, self.side)
         self.masks = np.frombuffer(mmap.mmap(-1, max(1, capacity * packed)), np.uint8)[: capacity * packed].reshape(
             capacity, packed

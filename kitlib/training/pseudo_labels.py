@@ -170,7 +170,6 @@ def pseudo_labels(
     low: float = 0.1,
     kept: float = 0.3,
     high: float = 0.5,
-    workers: int = 1,
 ) -> PseudoLabels:
     """Fuse the predictions of several models for `images` into pseudo-labels, with the fusion settings `settings`.
 
@@ -188,7 +187,7 @@ def pseudo_labels(
         _drop_seen(table, seen, images) for table in (predicted.probabilities, predicted.detections, predicted.coverage)
     )
     study_scores, image_scores = study_and_image_scores([probabilities], images)
-    fused = fuse(study_scores, image_scores, detections, images, settings, coverage, workers)
+    fused = fuse(study_scores, image_scores, detections, images, settings, coverage)
     nones = fused.nones.set_index("image_id")
     is_predicted = ~images["image_id"].map(nones["prior"])
     is_seen = images["image_id"].isin(seen["image_id"])

@@ -18,6 +18,7 @@ from kitlib.deadline import Deadline, SessionOver, session_deadline
 from kitlib.errors import TrainingError
 from kitlib.paths import find_input
 from kitlib.processes import kill_family
+from kitlib.training import kept_memory
 from kitlib.training.data_parallel import train_together
 from kitlib.training.driver import train_fold
 from kitlib.training.fold_folder import continue_from, start_over
@@ -129,7 +130,7 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
             while remaining and len(running) < at_once:
                 fold = remaining.pop(0)
                 slot = min(set(range(at_once)) - {slot for _, slot, _ in running.values()})
-                process_settings = visible[slot % len(visible)], threads, os.getpid(), log_queue
+                process_settings = visible[slot % len(visible)], threads, at_once, os.getpid(), log_queue
                 process = context.Process(
                     target=_train_in_process, args=(train, task, fold, run / f"fold{fold}", *process_settings)
                 )
@@ -161,7 +162,7 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
 
 
 def _train_in_process(
-    train: Train, task: Task, fold: int, run_folder: Path, gpu: str, threads: int, parent: int, log_queue: Any
+    train: Train, task: Task, fold: int, run_folder: Path, gpu: str, threads: int, at_once: int, parent: int, log_queue: Any
 ) -> None:
     """Train one fold on one GPU in this process, which was started for it. Console output goes to run_folder/train.log.
 
@@ -171,6 +172,7 @@ def _train_in_process(
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     _die_with_parent(parent)
     torch.set_num_threads(threads)
+    kept_memory.CANVASES.folds_at_once = at_once
     log = run_folder / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:

@@ -17,14 +17,11 @@ from kitlib.lungs.crop import choose_finder, clip_boxes_to_canvas, crop, find_lu
 from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import BOX
-from kitlib.training import data_parallel
+from kitlib.training import data_parallel, kept_memory
 from kitlib.training.augmentation import Augmentation
 from kitlib.training.shared_memory import BATCH_TIMEOUT_S
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 
-# Canvases of a data set stay in memory if they fit, because reading and resizing an image takes longer than augmentation.
-# SIIM needs 1.6 GB at 512 pixels a side and does not fit at 1024. Lung crops are kept as well if both kinds fit.
-MAX_CACHE_BYTES = 2**32
 # Maps the recipe's `trained_on` to the kinds of canvas that it uses: whole images ("full"), lung crops ("lungs").
 CANVAS_KINDS = {"full": ("full",), "lungs": ("lungs",), "either": ("full", "lungs")}
 
@@ -96,8 +93,10 @@ class XrayDataset(Examples):
         self.augmentation = Augmentation(recipe) if augment else None
         self.finder, self.canvas_kinds = choose_finder(recipe.lungs, lungs), CANVAS_KINDS[recipe.trained_on]
         self.frame_cache = FrameCache(len(self))
-        cached_kinds = min(len(self.canvas_kinds), MAX_CACHE_BYTES // max(1, len(self) * self.canvas.whole**2))
-        self.canvas_cache = CanvasCache(cached_kinds * len(self), self.canvas.whole)
+        # Canvases stay in memory, because reading and resizing an image takes longer than augmentation. Whole images come
+        # first, then lung crops.
+        fitting = kept_memory.CANVASES.reserve(self, len(self.canvas_kinds) * len(self), self.canvas.whole**2)
+        self.canvas_cache = CanvasCache(fitting, self.canvas.whole)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)

@@ -2,11 +2,11 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -22,8 +22,9 @@ from tqdm import tqdm
 from kitlib.atomic import replacing
 from kitlib.errors import CacheError
 from kitlib.paths import scratch_root
-from kitlib.xrays.entry import read_entry, write_entry
+from kitlib.xrays.entry import parse_entry, read_entry, write_entry
 from kitlib.xrays.modality import NOT_AN_XRAY
+from kitlib.xrays.packed import PackedEntries
 from kitlib.xrays.worker import LightContext, Outcome, decode_into, source_of, start_worker
 
 # A worker process is replaced after this many files, so that a decoder's memory leaks stay small.
@@ -72,12 +73,13 @@ class XrayCache:
     """Cache of decoded X-rays, each with at most `longest_side` pixels a side, in a subfolder of `folder`.
 
     Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
-    as well. Entries with another `longest_side` or decoder version are in another subfolder and are ignored. An entry is
+    as well; images decoded later are then written to a scratch folder. Entries with another `longest_side` or decoder
+    version are in another subfolder and are ignored. An entry is
     reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of
     the file that was decoded, and if its checksum is right; otherwise the image is decoded again. The checksum is compared
     once per object and image. With `only_projections`, files of other modalities, such as CT, result in failed outcomes;
     otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if
-    an archive cannot be unpacked.
+    an archive cannot be read.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):
@@ -87,8 +89,9 @@ class XrayCache:
         self.folder = Path(folder) / f"{longest_side}px_v{DECODING}"
         self.packed = self.folder.with_suffix(".tar")
         self._verified: set[str] = set()  # image_ids whose checksum was right
+        self._archive: PackedEntries | None = None
         if self.packed.is_file() and not self.folder.is_dir():
-            self.folder = _unpack(self.packed)
+            self._archive, self.folder = PackedEntries(self.packed), _scratch_folder(self.packed)
 
     def decode(
         self,
@@ -148,8 +151,7 @@ class XrayCache:
 
         Raises KeyError if the image was not decoded, CacheError if its entry is damaged.
         """
-        entry = self._entry_path(image_id)
-        if not entry.is_file():
+        if image_id not in self:
             other_versions = ", ".join(sorted(path.name for path in self.folder.parent.glob("*px_*") if path != self.folder))
             hint = (
                 f"; {other_versions} has entries of another size or decoder version, so prepare the run again"
@@ -159,7 +161,7 @@ class XrayCache:
             raise KeyError(
                 f"no image {image_id!r} in {self.folder}; decode it first, and if decoding failed, see its Outcome{hint}"
             )
-        pixels, facts = read_entry(entry, verify=image_id not in self._verified)
+        pixels, facts = self._read_entry(self._entry_path(image_id), verify=image_id not in self._verified)
         self._verified.add(image_id)
         return CachedXray(image_id, pixels, int(facts["rows"]), int(facts["columns"]))
 
@@ -172,19 +174,36 @@ class XrayCache:
         """Replace the folder of entries with one tar archive and return its path.
 
         Packing is for Kaggle, which handles outputs of thousands of files badly. Call it last, because only a new XrayCache
-        can read the packed entries; it unpacks them into a scratch folder outside of Kaggle's output. Raises CacheError if
-        there are no entries.
+        can read the packed entries. Raises CacheError if there are no entries.
         """
-        if not self.folder.is_dir():
+        entries = {entry.name: entry for entry in self.folder.glob("[!.]*.safetensors")}
+        packed = self._archive.names() if self._archive else []
+        if not entries and not packed:
             raise CacheError(f"{self.folder} has no entries to pack; decode the images first")
         with replacing(self.packed) as temporary_path, tarfile.open(temporary_path, "w") as archive:
-            for entry in sorted(self.folder.glob("[!.]*.safetensors")):
-                archive.add(entry, entry.name)
+            for name in sorted({*entries, *packed}):
+                if name in entries:
+                    archive.add(entries[name], name)
+                elif self._archive:
+                    member = tarfile.TarInfo(name)
+                    content = self._archive.read(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
         shutil.rmtree(self.packed.with_suffix(""), ignore_errors=True)
         return self.packed
 
     def __contains__(self, image_id: str) -> bool:
-        return self._entry_path(image_id).is_file()
+        entry = self._entry_path(image_id)
+        return entry.is_file() or (self._archive is not None and entry.name in self._archive)
+
+    def facts(self, image_id: str) -> dict[str, str]:
+        """Return the facts of an image's entry. Raises OSError if it does not exist, CacheError if it is damaged."""
+        return self._read_entry(self._entry_path(image_id), verify=False)[1]
+
+    def _read_entry(self, entry: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
+        if self._archive and entry.name in self._archive and not entry.is_file():
+            return parse_entry(self._archive.read(entry.name), self.packed / entry.name, verify)
+        return read_entry(entry, verify)
 
     def _entry_path(self, image_id: str) -> Path:
         if not image_id or image_id.startswith(".") or "/" in image_id or "\0" in image_id or len(image_id) > 200:
@@ -197,7 +216,7 @@ class XrayCache:
         """Return an Outcome with status "cached" if the entry was decoded from the content of the file `path`, else None."""
         entry = self._entry_path(image_id)
         try:
-            _, facts = read_entry(entry)
+            _, facts = self._read_entry(entry)
             if not source_of(path).items() <= facts.items():
                 return None
         except (OSError, CacheError):  # entry missing or damaged, or source file missing: the worker reports it
@@ -257,24 +276,8 @@ class XrayCache:
                 continue
 
 
-def _unpack(packed: Path) -> Path:
-    """Return the scratch folder with the entries of the archive `packed`; unpacks the archive if this was not yet done.
-
-    A changed archive is unpacked again. Raises CacheError if it cannot be unpacked.
-    """
+def _scratch_folder(packed: Path) -> Path:
+    """Return the folder for images that are decoded after `packed` was written; a changed archive has another one."""
     status = packed.stat()
     digest = hashlib.sha256(f"{packed.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = scratch_root() / "xrays" / digest
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary_folder = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
-    try:
-        with tarfile.open(packed) as archive:
-            archive.extractall(temporary_folder, filter="data")
-        temporary_folder.rename(folder)
-    except (tarfile.TarError, OSError) as error:
-        shutil.rmtree(temporary_folder, ignore_errors=True)
-        if not folder.is_dir():  # otherwise another process has unpacked it meanwhile
-            raise CacheError(f"{packed} cannot be unpacked into {folder.parent}: {error}") from error
-    return folder
+    return scratch_root() / "xrays" / digest

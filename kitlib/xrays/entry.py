@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from kitlib.atomic import replacing
 from kitlib.errors import CacheError
@@ -33,6 +33,21 @@ def read_entry(path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, s
             pixels, facts = opened.get_tensor("pixels"), opened.metadata() or {}
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
+    return _checked(path, pixels, facts, verify)
+
+
+def parse_entry(content: bytes, path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
+    """Return the pixels and facts of an entry's content, as `read_entry` does; `path` is its place in error messages."""
+    try:
+        pixels = load(content)["pixels"]
+        # safetensors returns no facts of content in memory, which begins with the length of the header and the header.
+        facts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    except (SafetensorError, KeyError) as error:
+        raise _damaged(path, str(error)) from error
+    return _checked(path, pixels, facts, verify)
+
+
+def _checked(path: Path, pixels: np.ndarray, facts: dict[str, str], verify: bool) -> tuple[np.ndarray, dict[str, str]]:
     checksum = facts.pop(CHECKSUM, "")
     if not checksum or (verify and checksum != _checksum(pixels, facts)):
         raise _damaged(path, "its checksum is wrong or missing")

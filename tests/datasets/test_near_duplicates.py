@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kitlib.datasets import near_duplicates
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, group_near_duplicates, perceptual_hash
 from kitlib.phantoms.drawing import render
 from kitlib.phantoms.patients import draw_exposure, draw_opacities, draw_patient
@@ -78,6 +79,26 @@ def test_groups_are_the_chains_of_near_pairs(count, max_distance, seed):
     assert len(groups) == count
     pairs = {(a, b) for a, b in zip(groups, expected, strict=True)}
     assert len(pairs) == len(set(groups)) == len(set(expected))
+
+
+def test_identical_hashes_chains_and_the_limit_across_blocks(monkeypatch):
+    """Blocks of 3 by 7; 30 identical hashes, a chain in steps of 32 bits, and pairs of 32 and 33 bits."""
+    monkeypatch.setattr(near_duplicates, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(near_duplicates, "BLOCK_COLUMNS", 7)
+    rng = np.random.default_rng(0)
+    flipped = [rng.permutation(256) for _ in range(20)]
+    chain, far = [np.zeros(256, bool)], rng.random((20, 256)) < 0.5
+    for bits in flipped:
+        chain.append(chain[-1] ^ np.isin(np.arange(256), bits[:32]))
+    near, distant = (
+        far ^ np.stack([np.isin(np.arange(256), bits[count]) for bits in flipped]) for count in (slice(32), slice(-33, None))
+    )
+    hashes = [*[chain[0]] * 30, *chain, *far, *near, *distant]
+    order = rng.permutation(len(hashes))
+    groups = np.empty(len(hashes), int)
+    groups[order] = group_hashes([hashes[place] for place in order], MAX_DISTANCE)
+    assert len(set(groups[:51])) == 1
+    assert (groups[51:71] == groups[71:91]).all() and len(set(groups[71:])) == 40 and len(set(groups)) == 41
 
 
 @pytest.mark.real_data

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, calibrate_scores, fit_calibration, merge_boxes, suppress_overlaps
+from kitlib.fusion.box_fusion import METHODS, calibrate_scores, fit_calibration, merge_boxes, suppress_overlaps
+from kitlib.fusion.weighted_boxes import CONFIDENCES
 
 # Two lists: a box that both have (IoU 0.9), one that only the first has, and one that only the second has.
 LISTS = (
@@ -89,3 +90,18 @@ def test_overlapping_boxes_are_suppressed_best_first_and_none_stay_none():
         assert scores.tolist() == pytest.approx(expected) and kept[0].tolist() == pytest.approx(boxes[1].tolist())
     kept, scores = suppress_overlaps(boxes[:0], np.zeros(0), 0.5)
     assert kept.shape == (0, 4) and scores.shape == (0,)
+
+
+def test_a_merged_box_that_float32_makes_flat_is_dropped():
+    # Merged corners are float32: around 0.5 they are 2^-24 apart, and a box of 1e-9 becomes flat.
+    thin = np.array([[0.1, 0.5, 0.3, 0.5 + 1e-9]])
+    for lists, expected in (([thin, thin], 0), ([thin, thin[:0]], 1), ([LISTS[0], LISTS[0]], 2)):
+        merged, score = merge_boxes(lists, [np.full(len(boxes), 0.5) for boxes in lists], np.ones(2))
+        assert len(merged) == len(score) == expected
+
+
+def test_scores_above_1_are_clipped():
+    # avg: two boxes of a list of weight 3 in one cluster, (0.9 * 3 + 0.9 * 3) / 2 * 2 / 4 = 1.35.
+    boxes = np.array([[0.1, 0.1, 0.3, 0.3], [0.1, 0.1, 0.3, 0.29]])
+    _, score = merge_boxes([boxes, boxes[:0]], [np.array([0.9, 0.9]), np.empty(0)], np.array([3.0, 1.0]))
+    assert score.tolist() == [1.0]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import SettingsError
-from kitlib.fusion.box_fusion import CONFIDENCES, METHODS, merge_boxes
+from kitlib.fusion.box_fusion import METHODS, merge_boxes
 from kitlib.fusion.model_fusion import (
     FusionSettings,
     fuse,
@@ -20,6 +20,7 @@ from kitlib.fusion.model_fusion import (
     seen_images,
     write_settings,
 )
+from kitlib.fusion.weighted_boxes import CONFIDENCES
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import from_dict
 from kitlib.tables import BOX
@@ -236,6 +237,11 @@ def test_the_most_confident_boxes_of_each_list_are_merged():
     rows = [("a", model, 0, p, x, 0.0, x + 50, 50.0) for model in "mn" for p, x in ((0.2, 0.0), (0.9, 500.0), (0.5, 900.0))]
     fused = fuse_boxes(detections(*rows), IMAGES, FusionSettings(box_limit=2))
     assert sorted(fused["xmin"]) == pytest.approx([500, 900], abs=1e-3)
+
+
+def test_nothing_is_suppressed_where_nothing_was_detected():
+    fused = fuse_boxes(detections(("a", "m", 0, 0.0005, *ONE)), IMAGES, FusionSettings(final_nms_iou=0.1))
+    assert fused.empty and fused.columns.tolist() == ["image_id", "score", *BOX]
 
 
 def test_fused_boxes_do_not_depend_on_the_order_of_rows():

@@ -162,16 +162,20 @@ OTHER_VALUES = {
 def test_a_judge_that_has_fused_other_settings_gives_what_a_new_one_gives(oof, field):
     start = FusionSettings(none_negative=1.0)
     judge = Judge(**oof)
-    before = judge.fuse(start)
+    before = fused_arrays(judge, start)
     for value in OTHER_VALUES[field]:
         settings = replace(start, **{field: value})
-        fused, matches = judge.fuse(settings)
-        expected, expected_matches = Judge(**oof).fuse(settings)
-        for name in ("studies", "nones", "detections"):
-            pd.testing.assert_frame_equal(getattr(fused, name), getattr(expected, name))
-        np.testing.assert_array_equal(matches, expected_matches)
-        assert any(not getattr(fused, name).equals(getattr(before[0], name)) for name in ("studies", "nones", "detections"))
-    assert judge.fuse(start)[0].detections.equals(before[0].detections)
+        fused = fused_arrays(judge, settings)
+        for one, other in zip(fused, fused_arrays(Judge(**oof), settings), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert any(not np.array_equal(one, other) for one, other in zip(fused, before, strict=True))
+    for one, other in zip(fused_arrays(judge, start), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def fused_arrays(judge, settings):
+    studies, nones, boxes = judge.fuse(settings)
+    return *(table.to_numpy() for table in (studies, nones)), boxes.image, boxes.score, boxes.match
 
 
 def test_several_detectors_may_be_dropped_but_not_the_last(oof, monkeypatch):
@@ -271,3 +275,39 @@ def test_without_a_detector_or_without_a_classifier(oof):
     nothing = {name: oof[name].iloc[:0] for name in ("study_scores", "image_scores")}
     _, steps = tune(Judge(**{**oof, **nothing}), rounds=1)
     assert steps["score"].iloc[-1] >= steps["score"].iloc[0] > 0
+
+
+def test_the_values_that_are_tried(oof, monkeypatch):
+    """Each value of a grid is reached if it alone is better: the values of docs, papers and the published systems."""
+    tried = []
+    judge = Judge(**oof)
+    monkeypatch.setattr(Judge, "score", lambda self, settings, truth: tried.append(settings) or 0.5)
+    monkeypatch.setattr(Judge, "calibration", lambda self, truth: {})
+    settings, _ = tune(judge, rounds=1)
+    assert settings == FusionSettings()  # no gain
+
+    def values(name):
+        return {getattr(each, name) for each in tried}
+
+    for model in ("good", "blind"):
+        assert {each.weight(model) for each in tried} == {0, 0.5, 1, 2, 3}
+    assert values("box_method") == {"wbf", "nms"} and values("box_confidence") == {"avg", "max", "box_and_model_avg"}
+    assert values("box_iou") == {0.45, 0.5, 0.55, 0.6, 0.65, 0.7}
+    # 3rd place: the power 0.16 / 0.84 of its ensemble; 11th place: 0.7 of negative.
+    assert values("opacity_power") == {0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1}
+    assert values("negative_share") == {1, 0.9, 0.8, 0.7, 0.6, 0.5}
+    parts = ("none_classifier", "none_negative", "none_no_box", "none_product")
+    mixtures = sorted(tuple(getattr(each, part) for part in parts) for each in tried)
+    assert sorted(set(mixtures)) == sorted(
+        [
+            *map(tuple, np.eye(4).tolist()),
+            *((0.5, 0.5, 0, 0), (0.7, 0, 0.3, 0), (0.5, 0, 0.5, 0), (0.3, 0, 0.7, 0), (0, 0.5, 0.5, 0)),
+            *((0, 0.5, 0, 0.5), (0.7, 0, 0, 0.3), (0.5, 0, 0, 0.5), (0.4, 0.3, 0.3, 0), (0.25, 0.25, 0.25, 0.25)),
+        ]
+    )
+
+
+def test_a_gain_is_kept_from_a_ten_thousandth_on(oof, monkeypatch):
+    for gain, kept in ((2e-4, True), (5e-5, False)):
+        monkeypatch.setattr(Judge, "score", lambda self, settings, truth, gain=gain: 0.5 + gain * (settings.box_iou == 0.7))
+        assert (tune(Judge(**oof), rounds=1)[0].box_iou == 0.7) == kept

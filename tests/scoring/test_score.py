@@ -8,7 +8,6 @@ import pytest
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import ScoringError
-from kitlib.scoring.average_precision import match_boxes
 from kitlib.scoring.score import Truth, read_truth, score, score_files, score_tables
 from kitlib.scoring.submission_csv import read_submission, submission_ids, write_all_negative, write_submission
 from kitlib.tables import BOX
@@ -109,9 +108,7 @@ def test_file_tables_and_slow_reference_agree(competition, seed):
     expected["opacity_boxed"] = slow_average_precision([row for row in detections if row[0] in boxed], drawn)
     assert from_file == pytest.approx(expected)
     assert expected["opacity_boxed"] > expected["opacity"]
-    matches = match_boxes(found.image_id, found[list(BOX)], truth.boxes.image_id, truth.boxes[list(BOX)])
-    for known in (None, matches):
-        assert score_tables(truth, studies, nones, found, known) == pytest.approx(expected)
+    assert score_tables(truth, studies, nones, found) == pytest.approx(expected)
 
 
 def test_score_does_not_depend_on_the_order_of_rows_and_groups(competition):

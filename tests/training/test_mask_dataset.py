@@ -16,12 +16,12 @@ from kitlib.lungs.equalise import adjust_grey
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
-from kitlib.training import mask_dataset
 from kitlib.training.augmentation import MaskAugmentation
 from kitlib.training.mask_dataset import MaskDataset, collate_masks, truth_on_canvas
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import COLUMNS, ROWS, SmallMasks
+from tests.small_xrays import limit_kept
 
 # Recipe without augmentation.
 STILL = SegmenterRecipe(
@@ -243,12 +243,12 @@ def test_validation_is_never_augmented_and_training_never_twice_the_same(small):
         assert not torch.equal(train[1, index]["pixels"], train[2, index]["pixels"])
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [0, 2, 6])
 def test_an_example_depends_on_seed_and_key_alone(small, kept, monkeypatch):
-    monkeypatch.setattr(mask_dataset, "MAX_CACHE_BYTES", 2**32 if kept else 0)
+    limit_kept(monkeypatch, kept * 2 * 64**2)
     recipe = override(MOVING, image_size=64, noise_p=1.0)
     train, again, other = (of(small, recipe, augment=True, seed=seed) for seed in (3, 3, 4))
-    assert bool(train.canvas_caches) == kept
+    assert [len(cache.pixels) for cache in train.canvas_caches] == [kept, kept]
     keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
     first = {key: train[key] for key in keys}
     for key in reversed(keys):

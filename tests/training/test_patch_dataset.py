@@ -13,7 +13,7 @@ from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
 from kitlib.training.patch_dataset import PatchDataset, collate_canvases
 from kitlib.training.xray_dataset import batches
-from tests.small_xrays import COLUMNS, ROWS, SmallXrays
+from tests.small_xrays import COLUMNS, ROWS, SmallXrays, limit_kept
 
 RECIPE = PatchRecipe(backbone="test_resnet", channels=1, canvas=60, image_size=15, validation_patches=3)
 
@@ -112,7 +112,7 @@ def test_batches_hold_canvases_with_different_numbers_of_centres():
 @pytest.mark.parametrize("room", [1, 3, 8])
 def test_as_many_canvases_are_kept_as_fit(monkeypatch, room):
     small, finder = SmallXrays(8), Finder(["image001"])
-    monkeypatch.setattr("kitlib.training.patch_dataset.MAX_CACHE_BYTES", room * (60**2 + 60**2 // 8))
+    limit_kept(monkeypatch, room * (60**2 + 60**2 // 8))
     examples = dataset(small, lungs=finder, augment=True)
     keys = [(epoch, index) for epoch in range(3) for index in range(8)]
     first = [examples[key]["pixels"] for key in keys]

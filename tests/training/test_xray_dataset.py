@@ -12,11 +12,10 @@ from kitlib.errors import SettingsError
 from kitlib.letterbox import PLACEMENTS, within
 from kitlib.lungs.finders import Lungs
 from kitlib.settings import override
-from kitlib.training import xray_dataset
 from kitlib.training.augmentation import Augmentation
 from kitlib.training.xray_dataset import EpochSampler, XrayDataset, batches
 from kitlib.xrays.cache import CachedXray
-from tests.small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays
+from tests.small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays, limit_kept
 
 STILL = override(RECIPE, horizontal_flip=0.0, rotate_degrees=0.0, brightness_contrast=0.0)
 
@@ -250,10 +249,15 @@ def test_workers_share_the_canvases_and_a_second_epoch_reads_nothing():
     assert all(torch.equal(examples[index]["pixels"], torch.cat(first)[index]) for index in range(8))
 
 
-def test_too_many_canvases_are_read_anew(monkeypatch):
-    monkeypatch.setattr(xray_dataset, "MAX_CACHE_BYTES", 8 * 32 * 32 - 1)
-    examples = dataset(SmallXrays(8))
-    assert not len(examples.canvas_cache.pixels) and same(examples[2], dataset(SmallXrays(8))[2])
+def test_as_many_canvases_are_kept_as_fit_over_all_data_sets(monkeypatch, caplog):
+    small, expected = SmallXrays(8), dataset(SmallXrays(8))
+    limit_kept(monkeypatch, 13 * 32 * 32 + 1)
+    examples, others = dataset(small), dataset(small)
+    assert len(examples.canvas_cache.pixels) == 8 and len(others.canvas_cache.pixels) == 5
+    assert "5 of 8 canvases fit into the memory for them" in caplog.text
+    assert all(same(each[index], expected[index]) for each in (examples, others) for index in [*range(8)] * 2)
+    del examples
+    assert len(dataset(small).canvas_cache.pixels) == 8  # a data set that no longer exists has given its memory back
 
 
 def read(loader, epoch):
@@ -434,11 +438,11 @@ def test_cached_crops_and_whole_images_do_not_mix(monkeypatch):
     small = SmallXrays(8)
     keys = [*range(8), *((epoch, index) for epoch in range(4) for index in range(8))]
     fresh = [dataset(small, EITHER, lungs=Finder())[key] for key in keys]
-    for room in (0, 1, 2):  # nothing kept, whole images alone, both
-        monkeypatch.setattr(xray_dataset, "MAX_CACHE_BYTES", room * 8 * 32 * 32)
+    for room in (0, 5, 8, 11, 16):  # nothing kept, some or all whole images alone, some or all crops too
+        limit_kept(monkeypatch, room * 32 * 32)
         finder = Finder()
         examples = dataset(small, EITHER, lungs=finder)
-        assert len(examples.canvas_cache.pixels) == room * 8
+        assert len(examples.canvas_cache.pixels) == room
         assert all(same(examples[key], example) for _ in range(2) for key, example in zip(keys, fresh, strict=True))
         assert len(finder.asked) == len(set(finder.asked))  # a frame is found once
 

@@ -68,27 +68,60 @@ def test_a_packed_cache_is_one_file_and_reads_and_goes_on_alike(tmp_path, monkey
     packed = cache.pack()
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [packed]
     packed.chmod(0o444)
-    for _ in range(2):  # the second time the archive is already unpacked
-        again = XrayCache(tmp_path / "cache", longest_side=45)
-        for image_id, expected in before.items():
-            np.testing.assert_array_equal(again.read(image_id).pixels, expected.pixels)
-            assert again.read(image_id).rows == expected.rows
-        assert "image3" not in again
+    again = XrayCache(tmp_path / "cache", longest_side=45)
+    for image_id, expected in before.items():
+        np.testing.assert_array_equal(again.read(image_id).pixels, expected.pixels)
+        assert again.read(image_id).rows == expected.rows
+    assert "image3" not in again and not (tmp_path / "scratch").exists()
+    with pytest.raises(KeyError, match="no image 'image3'"):
+        again.read("image3")
     assert again.fill(images, workers=1).status.tolist() == ["cached", "cached", "cached", "decoded"]
-    assert "image3" in XrayCache(again.pack().parent, longest_side=45)
-    assert len(list((tmp_path / "scratch" / "xrays").iterdir())) == 2
+    both = XrayCache(again.pack().parent, longest_side=45)
+    assert all(image_id in both for image_id in images.image_id)
+    np.testing.assert_array_equal(both.read("image0").pixels, before["image0"].pixels)
 
 
-def test_what_cannot_be_packed_or_unpacked_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", [87, 88, 89, 187])
+def test_long_names_survive_packing(tmp_path, length):
+    """With the suffix, 88 characters are 100, the most that a plain tar header holds."""
+    cache = XrayCache(tmp_path, 8)
+    for number, name in enumerate(("a" * length, "b", "é" * (length // 2))):
+        cache.put(CachedXray(name, np.full((2, number + 1), number, np.uint8), 20, 10))
+    cache.pack()
+    again = XrayCache(tmp_path, 8)
+    for number, name in enumerate(("a" * length, "b", "é" * (length // 2))):
+        assert again.read(name).pixels.tolist() == [[number] * (number + 1)] * 2
+
+
+def test_damage_to_an_archive_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kitlib.xrays.cache, "scratch_root", lambda: tmp_path / "scratch")
+    cache = XrayCache(tmp_path / "cache", longest_side=45)
+    cache.fill(write_images(tmp_path, 3), workers=1)
+    packed = cache.pack()
+    whole = packed.read_bytes()
+    second = whole.index(b"image1.safetensors")
+    for damaged, fault in (
+        (whole[: second + 600], r"\.tar cannot be read: the archive ends before byte"),
+        (whole[: second + 100], r"\.tar cannot be read: no tar header at byte"),
+        (whole[:second] + b"\xff" + whole[second + 1 :], r"\.tar cannot be read"),
+    ):
+        packed.write_bytes(damaged)
+        with pytest.raises(CacheError, match=fault):
+            XrayCache(tmp_path / "cache", longest_side=45)
+    packed.write_bytes(whole[: second + 1500] + b"?!" + whole[second + 1502 :])
+    with pytest.raises(CacheError, match=r"image1.safetensors is damaged"):
+        XrayCache(tmp_path / "cache", longest_side=45).read("image1")
+
+
+def test_what_cannot_be_packed_or_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kitlib.xrays.cache, "scratch_root", lambda: tmp_path / "scratch")
     cache = XrayCache(tmp_path / "cache", longest_side=45)
     with pytest.raises(CacheError, match="has no entries to pack"):
         cache.pack()
     cache.packed.parent.mkdir()
     cache.packed.write_bytes(b"half a file")
-    with pytest.raises(CacheError, match=r"\.tar cannot be unpacked into"):
+    with pytest.raises(CacheError, match=r"\.tar cannot be read: no tar header at byte 0"):
         XrayCache(tmp_path / "cache", longest_side=45)
-    assert list((tmp_path / "scratch" / "xrays").iterdir()) == []
 
 
 def test_fill_read_resume_and_notice_changes(tmp_path):

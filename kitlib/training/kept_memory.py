@@ -1,0 +1,79 @@
+"""How many canvases may stay in memory: the data sets of all processes that train share half of the available memory."""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from kitlib.training import data_parallel
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.5  # of the memory that is available before the first data set is made; the rest is for training and its workers
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def available_memory(own_cgroup: Path = Path("/proc/self/cgroup"), cgroups: Path = CGROUPS) -> int:
+    """Return how many bytes this process may still use: those that the machine has available, or its container if fewer.
+
+    The limits are those of the process's control groups, version 1 or 2, and of the groups that contain them. File contents
+    that the system can drop count as available.
+    """
+    return max(0, min([psutil.virtual_memory().available, *_free_in_cgroups(own_cgroup, cgroups)]))
+
+
+def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
+    lines = own_cgroup.read_text().splitlines() if own_cgroup.is_file() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = cgroups / "memory" if controllers else cgroups
+        limit, usage = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        )
+        # In a container, the path may be that outside of it; the container's own group is then the root.
+        for group in (root / path.strip("/"), *(root / path.strip("/")).parents):
+            if not group.is_relative_to(root):
+                break
+            try:
+                most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if most != "max":
+                yield int(most) - used + int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))
+
+
+class KeptMemory:
+    """The memory that this process's data sets may keep canvases in.
+
+    `available` returns the free bytes. `folds_at_once` is the number of folds that train side by side, each in its own
+    process.
+    """
+
+    def __init__(self, available: Callable[[], int] = available_memory) -> None:
+        self.available, self.folds_at_once = available, 1
+        self._reserved = self._budget = 0
+
+    def reserve(self, owner: object, count: int, bytes_each: int) -> int:
+        """Reserve memory for up to `count` canvases; return how many fit. `owner` holds it as long as it exists."""
+        if not self._reserved:
+            processes = self.folds_at_once * data_parallel.rank_and_world_size()[1]
+            self._budget = int(SHARE * self.available()) // processes
+        fitting = min(count, (self._budget - self._reserved) // max(1, bytes_each))
+        if fitting < count:
+            logger.warning(
+                "%d of %d canvases fit into the memory for them (%.1f GB); the others are read and resized in each epoch",
+                *(fitting, count, self._budget / 1e9),
+            )
+        self._reserved += fitting * bytes_each
+        weakref.finalize(owner, self._release, fitting * bytes_each)
+        return fitting
+
+    def _release(self, reserved: int) -> None:
+        self._reserved -= reserved
+
+
+CANVASES = KeptMemory()

@@ -1,0 +1,46 @@
+"""The memory for canvases: that of the machine or its container, whichever is smaller, divided among processes."""
+
+import psutil
+import pytest
+
+from kitlib.training.kept_memory import SHARE, KeptMemory, available_memory
+
+
+def group(folder, limit, used, file_cache, version):
+    """Write a control group's files."""
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, used), strict=True):
+        (folder / name).write_text(f"{value}\n")
+    key = "inactive_file" if version == 2 else "total_inactive_file"
+    (folder / "memory.stat").write_text(f"anon 5\n{key} {file_cache}\n")
+
+
+@pytest.mark.parametrize(("version", "line"), [(2, "0::/kaggle/job"), (1, "4:cpu,memory:/kaggle/job")])
+@pytest.mark.parametrize("outside", [False, True])
+def test_the_smallest_limit_of_the_control_groups_counts(tmp_path, version, line, outside):
+    own, root = tmp_path / "cgroup", tmp_path / "fs" / ("memory" if version == 1 else "")
+    own.write_text(f"7:cpuset:/elsewhere\n{line}\n")
+    folder = root if outside else root / "kaggle"  # in a container, the process's path does not exist
+    group(folder, 1_000_000, 600_000, 100_000, version)
+    if not outside:
+        group(folder / "job", "max" if version == 2 else 2**63 - 4096, 300_000, 0, version)
+    assert available_memory(own, tmp_path / "fs") == 500_000
+    group(folder, 1_000_000, 1_200_000, 100_000, version)
+    assert available_memory(own, tmp_path / "fs") == 0
+
+
+def test_without_control_groups_the_machine_decides(tmp_path):
+    assert available_memory(tmp_path / "none", tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_folds_side_by_side_share_the_memory():
+    class Owner:
+        pass
+
+    memory, owner = KeptMemory(lambda: int(100 / SHARE)), Owner()
+    memory.folds_at_once = 4
+    assert [memory.reserve(owner, count, 10) for count in (1, 5, 5)] == [1, 1, 0]  # 25 bytes each
+    memory.folds_at_once = 1
+    del owner
+    assert memory.reserve(Owner(), 50, 10) == 10
