@@ -106,7 +106,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     if "record_sha256" not in record and "weights_sha256" in record:
         raise BundleError(
-            f"{path} has no record_sha256: an older kitlib wrote it, whose records were not protected; train the model again"
+            f"{path} has no record_sha256: an older version of kitlib wrote it, which did not protect records; train the "
+            "model again"
         )
     _check_record(record, STATED | ADDED, str(path))
     if record["record_sha256"] != record_digest(record):

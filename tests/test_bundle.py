@@ -118,7 +118,7 @@ def test_a_record_of_an_older_version_is_named_as_such(tmp_path):
     path.write_text(
         json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "record_sha256"})
     )
-    with pytest.raises(BundleError, match="an older kitlib wrote it"):
+    with pytest.raises(BundleError, match="an older version of kitlib wrote it"):
         read_record(tmp_path)
 
 

@@ -122,7 +122,9 @@ def _check_parameters(
     if boxes_table and not spec.box:
         raise SettingsError("boxes_table is set, but columns has no box: give xmin, ymin and xmax, ymax or width, height")
     if spec.box_file and not boxes_table:
-        raise SettingsError("columns has box_file, but boxes_table is empty: boxes in the table have the table's `file`")
+        raise SettingsError(
+            "columns has box_file, but boxes_table is empty: without it, boxes belong to the image in `file`"
+        )
     if class_folders and (spec.label or spec.labels):
         raise SettingsError("class_folders is set, and columns has labels: use only one of them")
     if class_names and not (class_folders or spec.label):

@@ -295,6 +295,6 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
         row = in_sample.iloc[0]
         raise FusionError(
             f"{row['model']}: {len(in_sample)} scores are for images that the model was trained on; the first is "
-            f"{row['id']} in fold {row['own']}, predicted by the model of fold {row['fold']}. Give the prepared run that "
-            "the learners were trained on, or train them again"
+            f"{row['id']} in fold {row['own']}, predicted by the model of fold {row['fold']}. Give the run of notebook "
+            "10 whose images and folds the models were trained on, or train them again"
         )

@@ -105,7 +105,7 @@ def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, A
 
 
 def _figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the figures of a run's metrics, rounded to four digits, keyed by their names."""
+    """Return the numbers in a run's metrics as text with four decimals, keyed by their names, which begin with `prefix`."""
     figures: dict[str, str] = {}
     for key, value in metrics.items():
         if isinstance(value, dict):

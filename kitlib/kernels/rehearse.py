@@ -183,7 +183,9 @@ def _find_inputs(
             owner, _, slug = source.partition("/") if "/" in source else ("", "", source)
             folder = inputs / slug
             if source in built_datasets and folder.is_dir():
-                raise KernelError(f"{source} was built and is also in {inputs}; remove one of the two")
+                raise KernelError(
+                    f"there are two copies of {source}: the one that was built, and one in {inputs}; remove one"
+                )
             folder = built_datasets.get(source, folder)
             if not folder.is_dir():
                 advice = "that kernel's output, or a link to its rehearsal's working/"

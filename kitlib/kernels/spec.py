@@ -139,7 +139,7 @@ class KernelSpec(Settings):
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
     def named_bundle(self, key: str) -> Path | None:
-        """Return the bundle folder of the run that the kernel's `key` names, or None if `key` is empty in the YAML file.
+        """Return the bundle folder of the run given under `key` in the kernel's YAML file, or None if the entry is empty.
 
         `key` is one of BUNDLE_KEYS, such as "lungs". Raises KernelError if that run has no bundle.
         """

@@ -19,7 +19,7 @@ MODEL_KEYS = ("ema", "model_ema", "model")  # of a checkpoint; the moving averag
 
 
 class _Shell:
-    """Stands for every class and function that a file names: it takes any arguments and does nothing with them."""
+    """Dummy used in place of every class or function named in a file; it accepts any arguments and ignores them."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.state: Any = None

@@ -145,10 +145,11 @@ def describe_plan(plan: Plan) -> Table:
 def make_configuration(
     plan: Plan, runs_file: Path, targets: list[str], limits: dict[str, int], retries: int
 ) -> dict[str, Any]:
-    """Return the configuration that plan.smk reads, which has a Snakemake rule for each run of the plan.
+    """Return the configuration for plan.smk, which describes one Snakemake rule for each run of the plan.
 
-    A rule has the run's inputs, command and resources. `targets` has the names of the runs to execute. `limits` maps the
-    names of resources to the largest amount that one run may request. `retries` is how often a failed run is tried again.
+    A rule's description has the run's inputs, command and resources. `targets` has the names of the runs to execute.
+    `limits` maps the names of resources to the largest amount that one run may request. `retries` is how often a failed run
+    is tried again.
     """
     runs = []
     for number, (name, run) in enumerate(plan.planned.items()):

@@ -40,7 +40,8 @@ def state_file(runs_file: str | Path, name: str) -> Path:
     """Return the path of the JSON file that holds the state record of the run `name`.
 
     The record's keys are state (running, done or failed), cell (the number of the notebook cell being executed), cells (how
-    many there are), epoch (a training's latest line), host, started and ended (Unix times), and problem (an error message).
+    many there are), epoch (for a training, the last line that it logged about an epoch), host, started and ended (Unix
+    times), and problem (an error message).
     """
     return Path(runs_file).parent / "states" / f"{name}.json"
 

@@ -230,7 +230,7 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
             raise SettingsError('probe is "border", but masked blackens everything outside the lungs; set masked=False')
         if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
             raise SettingsError(
-                'probe is "outside_lungs", which blackens the lungs\' mask; set lungs="masks" and masked=False'
+                'probe is "outside_lungs", which blackens what the lung masks cover; set lungs="masks" and masked=False'
             )
         if self.unfreeze_every and not self.frozen_backbone:
             raise SettingsError(

@@ -49,8 +49,8 @@ def paired_differences(
 
     Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
     high, sides and images. `sides` is twice the share of draws below zero or above zero, whichever is smaller: about 1 if
-    the models do not differ, about 0 if they clearly do. If `drawn` maps each model to its result of `draws`, all computed
-    with one seed, it is used instead of new draws; `models` must then already be reduced to their shared images. Raises
+    the models do not differ, about 0 if they clearly do. To reuse earlier draws, pass in `drawn` what `draws` returned for
+    each model, all with the same seed; `models` must then already be reduced to their shared images. Raises
     ValueError for an unknown reference, if `drawn` was computed for other models or images, and in the cases described at
     `on_shared_images`.
     """

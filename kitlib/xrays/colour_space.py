@@ -26,7 +26,7 @@ def find_colour_space(frame: bytes, syntax: str, photometric: str) -> str:
 
 
 def without_transform(frame: bytes) -> bytes:
-    """Return a JPEG frame whose decoder does not transform its samples, whatever colour space the frame has."""
+    """Return the JPEG frame, changed so that decoders leave its samples in their own colour space, whichever that is."""
     parts, end = [frame[:2], NO_TRANSFORM], 2
     for kind, position in jpeg_segments(frame):
         end = position + 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
