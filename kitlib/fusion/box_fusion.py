@@ -85,7 +85,7 @@ def merge_lists(
     else:
         merged, score, of_image = _merge_one_by_one(several, method, iou, min_score)
     # An "avg" score exceeds 1 if one list has several boxes in a cluster and an above-average weight.
-    merged, score = np.clip(merged, 0, 1), np.clip(score, 0, 1)
+    merged, score = np.clip(merged.astype(float), 0, 1), np.clip(score.astype(float), 0, 1)  # nmw returns float32
     has_area = (merged[:, :2] < merged[:, 2:]).all(axis=1)
     if not has_area.all():
         merged, score, of_image = merged[has_area], score[has_area], of_image[has_area]

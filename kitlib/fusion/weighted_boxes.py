@@ -6,10 +6,12 @@ in float32, weights are added in NumPy's order, and boxes are sorted by NumPy, i
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import numba
 import numpy as np
 from ensemble_boxes import weighted_boxes_fusion
 from numba import njit
@@ -19,8 +21,11 @@ logger = logging.getLogger(__name__)
 
 Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
 CONFIDENCES = get_args(Confidence)
-# Compiling takes 3 s, unless a previous process has stored the result; ensemble-boxes merges so many boxes in about 1 s.
+# Compiling takes 3 s, unless another process has stored the result. It begins when this process has had more boxes than
+# this to merge in all, because ensemble-boxes merges so many in about 1 s.
 FEW_BOXES = 40_000
+COMPILES = not numba.config.DISABLE_JIT
+_merged_sizes: deque[int] = deque(maxlen=1000)  # number of boxes in the latest calls
 MOST_LISTS = 128  # per image; NumPy adds more numbers than this in another order
 
 
@@ -79,8 +84,9 @@ def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.n
         ends = np.append(0, np.cumsum(has_area))[lists.ends]
         lists = replace(lists, corners=corners, score=score, list_of=list_of, ends=ends)
     largest = lists.list_counts.max(initial=0)
+    _merged_sizes.append(len(lists.score))
     merged = None
-    if largest <= MOST_LISTS and (len(lists.score) > FEW_BOXES or getattr(_merge, "signatures", ())):
+    if COMPILES and largest <= MOST_LISTS and sum(_merged_sizes) > FEW_BOXES:
         merged = _merge_compiled(lists, iou, confidence, largest)
     corners, score, counts = merged or _merge_one_by_one(lists, iou, confidence)
     return corners, score, np.repeat(np.arange(len(counts)), counts)

@@ -143,7 +143,7 @@ def test_merged_boxes_are_valid_and_inside_the_hull_of_the_inputs(lists, method,
     scores = [np.array([row[4] for row in rows], float) / 100 for rows in lists]
     before = [box.copy() for box in boxes], [score.copy() for score in scores]
     merged, score = merge_boxes(boxes, scores, np.array(weights[: len(lists) + 1]), method, confidence=confidence)
-    assert merged.shape == (len(score), 4)
+    assert merged.shape == (len(score), 4) and merged.dtype == score.dtype == float
     assert ((score > 0) & (score <= 1)).all()
     assert (merged[:, :2] < merged[:, 2:]).all()
     every = np.concatenate(boxes)

@@ -51,6 +51,7 @@ def differing_images(seed, images, lists=4, boxes=12):
 @pytest.mark.parametrize(("lists", "boxes"), [(4, 12), (20, 3), (400, 1)])
 def test_merged_boxes_equal_those_of_ensemble_boxes(monkeypatch, lists, boxes):
     """From 8 lists on, NumPy adds weights in another order; above 128 lists, ensemble-boxes itself merges."""
+    monkeypatch.setattr(weighted_boxes, "COMPILES", True)
     monkeypatch.setattr(weighted_boxes, "FEW_BOXES", -1)
     merged = []
     original = weighted_boxes._merge
@@ -72,6 +73,7 @@ def test_compiled_merging_equals_ensemble_boxes(tmp_path):
 
 def test_ensemble_boxes_merges_if_there_are_few_boxes_or_the_compiler_fails(monkeypatch, caplog):
     merging, _ = random_lists(np.random.default_rng(5), 8, 4, 6)
+    monkeypatch.setattr(weighted_boxes, "COMPILES", True)
     monkeypatch.setattr(weighted_boxes, "FEW_BOXES", -1)
     expected = merge_weighted(merging, 0.5, "avg")
 
@@ -82,8 +84,12 @@ def test_ensemble_boxes_merges_if_there_are_few_boxes_or_the_compiler_fails(monk
     fallback = merge_weighted(merging, 0.5, "avg")
     assert "numba cannot compile the merging of boxes (RuntimeError: no LLVM)" in caplog.text
     caplog.clear()
-    monkeypatch.setattr(weighted_boxes, "FEW_BOXES", len(merging.score))
-    for found in (fallback, merge_weighted(merging, 0.5, "avg")):
+    monkeypatch.setattr(weighted_boxes, "_merged_sizes", [])
+    monkeypatch.setattr(weighted_boxes, "FEW_BOXES", 2 * len(merging.score))
+    several = [merge_weighted(merging, 0.5, "avg") for _ in range(2)]
+    assert not caplog.text
+    several.append(merge_weighted(merging, 0.5, "avg"))  # now there are enough boxes in all
+    assert "numba cannot compile" in caplog.text
+    for found in (fallback, *several):
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one, other)
-    assert not caplog.text
