@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # suffixes of PyTorch's files
 WEIGHTS = (".safetensors", ".npz", *PICKLES)
 RUN_RECORD = "record.json"  # in the folder of every run, see kitlib.runs.record
+RUN_MARKS = (RUN_RECORD, "metrics.json", "bundle", "model.json")  # one of them is in the folder of each run or model
 
 
 def kaggle_root() -> Path:
@@ -56,7 +57,7 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
     `made_by` names the notebook that makes such runs. Raises RunNotFound if the run does not exist, or if several inputs
     have one of this name.
     """
-    found = [run_path(name)] if run_path(name).is_dir() else next(filter(None, _find_folders(str(name), inputs_root())), [])
+    found = [run_path(name)] if run_path(name).is_dir() else _find_attached_run(str(name))
     if len(found) > 1:
         listing = "\n  ".join(map(str, found))
         raise RunNotFound(
@@ -89,6 +90,8 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     Raises InputNotFound if nothing is found or if several inputs have the name; the message lists those that exist.
     """
     root, slug, phantoms = Path(root) if root else inputs_root(), str(slug), []
+    if not slug.strip("/ "):
+        raise InputNotFound("the name of the input is empty; give its SLUG, as shown in the notebook's list of inputs")
     for folders in _find_folders(slug, root):
         phantoms += [folder for folder in folders if "/" not in slug and holds_phantoms(folder)]
         if real := [folder for folder in folders if folder not in phantoms]:
@@ -184,6 +187,19 @@ def _mounted(root: Path) -> list[tuple[str, Path]]:
     folders = [folder for pattern in patterns for folder in sorted(root.glob(pattern)) if folder.is_dir()]
     inputs = [folder for folder in folders if folder not in groups and folder.parent != groups[-1]]
     return [("" if folder.parent in (root, groups[0]) else folder.parent.name, folder) for folder in inputs]
+
+
+def _find_attached_run(name: str) -> list[Path]:
+    """Return the folders that `name` may mean as a run in an input: an input itself, or a folder with one of RUN_MARKS."""
+    mounted = {folder for _, folder in _mounted(inputs_root())}
+    for folders in _find_folders(name, inputs_root()):
+        if runs := [path for path in folders if "/" in name or path in mounted or _holds_run(path)]:
+            return runs
+    return []
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / mark).exists() for mark in RUN_MARKS)
 
 
 def _existing(folders: Iterable[Path]) -> list[Path]:

@@ -45,6 +45,15 @@ def test_an_input_of_that_name_comes_before_a_folder_in_another_input(tmp_path):
     assert find_input("chest-xray-masks/data", tmp_path) == tmp_path / "datasets/nikhil/chest-xray-masks/data"
 
 
+def test_a_folder_of_images_in_an_input_is_no_run_and_an_empty_name_no_input(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "project_root", lambda: tmp_path)
+    (tmp_path / "inputs" / "only" / "train").mkdir(parents=True)
+    with pytest.raises(RunNotFound, match="no run 'train'"):
+        find_run("train")
+    with pytest.raises(InputNotFound, match="the name of the input is empty"):
+        find_input("", tmp_path / "inputs")
+
+
 def test_two_inputs_of_one_name_are_an_error_that_lists_them(tmp_path):
     for owner in ("a", "b"):
         (tmp_path / "datasets" / owner / "weights").mkdir(parents=True)

@@ -14,7 +14,7 @@ from kitlib.xrays.json_header import json_header_path, read_json_header
 
 NAME = re.compile(r"sub-(S\d+)_ses-(E\d+)_.*?(?:vp-([a-z]+)_)?(?:cr|dx)", re.IGNORECASE)
 # Folder names of the two sets: covid19_posi or BIMCV-COVID19+, covid19_neg or BIMCV-COVID19-.
-POSITIVE, NEGATIVE = re.compile(r"posi|\+", re.IGNORECASE), re.compile(r"neg|-$", re.IGNORECASE)
+POSITIVE, NEGATIVE = re.compile(r"posi(tive)?(?![a-z])|\+", re.I), re.compile(r"neg(ative)?(?![a-z])|-$", re.I)
 # Whole words are compared, because "Mujer" (female) starts with the same letter as "male".
 UNKNOWN_SEX = dict.fromkeys(("", "none", "nan"), "")
 SEXES = {"m": "M", "male": "M", "hombre": "M", "f": "F", "female": "F", "mujer": "F"} | UNKNOWN_SEX

@@ -50,9 +50,7 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
     )
     table = table.assign(**{name: table[name].str.strip() for name in COLUMNS})
     table["Path"] = table["Path"].str.replace("\\", "/", regex=False)  # as saved on Windows
-    table["path"] = [
-        str(source.find_listed(cell, base) or "") for cell, base in zip(table["Path"], table["base"], strict=True)
-    ]
+    table["path"] = [str(path or "") for path in source.find_all_listed(table["Path"].tolist(), table["base"].tolist())]
     for name, rows in table.groupby("table", sort=False):
         table = table.drop(index=_unusable(rows, str(name), faults))
     if table.empty:

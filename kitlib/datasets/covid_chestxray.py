@@ -55,7 +55,8 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
         raise DatasetError(f"{path} lacks the columns {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
     table = table.apply(lambda column: column.str.strip())
     subfolders = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
-    table["path"] = [source.find_listed(relative_path, path.parent) for relative_path in subfolders + "/" + table.filename]
+    cells = (subfolders + "/" + table.filename).tolist()
+    table["path"] = source.find_all_listed(cells, [path.parent] * len(cells))
     table = _select_frontal(table, faults)
     is_repeated = table.filename.duplicated() | (table.path.notna() & table.path.duplicated())
     faults.add_summary(METADATA, table.filename[is_repeated], "repeat the file of an earlier row; the first row is used")

@@ -39,6 +39,9 @@ class DataFolder:
             if not root.is_dir():
                 raise DatasetError(f"{root} is not a folder; give the folder that holds the data set, see inputs/README.md")
             found = [Path(folder, name) for folder, names in walk(root, self._leave_out) for name in names]
+            broken = [path.relative_to(root).as_posix() for path in found if not path.exists()]
+            self.faults.add_summary("the folder", broken, "are links to files that do not exist; left out", "others")
+            found = [path for path in found if path.exists()] if broken else found
             for path in sorted(found, key=lambda path: (len(path.parts), path)):
                 self._roots.setdefault(path, root)
         self.paths = list(self._roots)
@@ -107,22 +110,40 @@ class DataFolder:
             f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}"
         )
 
-    def find_listed(self, cell: str, base: Path, below: str = "") -> Path | None:
+    def find_listed(self, cell: str, base: Path, below: str = "", exactly: bool = False) -> Path | None:
         """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
 
         If there is no such file, the path is tried from the data set's folder, because the table may lie beside it. Leading
         folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
-        converted; a file whose suffix agrees is preferred. The file is marked as read. Returns None if there is no such
-        file.
+        converted; a file whose suffix agrees is preferred, or required by `exactly`. The file is marked as read. Returns
+        None if there is no such file.
         """
         parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
         starts = [folded(f"{folder.as_posix()}/{below}").rstrip("/") for folder in dict.fromkeys((base, self.folder))]
         for start, number in product(starts, range(len(parts))):
             name = f"{start}/{'/'.join(parts[number:])}"
-            if path := self._by_name.get(name) or self._by_stem.get(name) or self._by_stem.get(without_suffix(name)):
+            path = self._by_name.get(name)
+            if path is None and not exactly:
+                path = self._by_stem.get(name) or self._by_stem.get(without_suffix(name))
+            if path:
                 self._read.add(path)
                 return path
         return None
+
+    def find_all_listed(self, cells: Sequence[str], bases: Sequence[Path]) -> list[Path | None]:
+        """Return what `find_listed` returns for each cell and its base; no file for two cells, unless both name it exactly.
+
+        Exact names come first, so that a row whose file is missing does not get that of another row, which differs in
+        suffix.
+        """
+        exact = [self.find_listed(cell, base, exactly=True) for cell, base in zip(cells, bases, strict=True)]
+        taken = set(exact)
+        found = []
+        for path, cell, base in zip(exact, cells, bases, strict=True):
+            other = None if path else self.find_listed(cell, base)
+            found.append(path or (other if other not in taken else None))
+            taken.add(found[-1])
+        return found
 
     def mark_read(self, paths: Iterable[str | Path]) -> None:
         """Mark files as read, so that `count_unread` does not count them."""
@@ -168,14 +189,13 @@ class DataFolder:
     def _the_only(self, pattern: str, found: list[Path]) -> Path:
         contents = {path.read_bytes(): path for path in reversed(found)} if len(found) > 1 else {b"": found[0]}
         if len(contents) > 1:
-            listing = ", ".join(sorted(map(self.name, contents.values())))
-            inner = (
-                self.folder.name + "/" + next(iter(contents.values())).parent.relative_to(self._roots[found[0]]).as_posix()
+            paths = sorted(contents.values())
+            folders = dict.fromkeys(path.parent for path in paths)
+            advice = (
+                f"give the folder of one of them, such as {next(iter(folders))}" if len(folders) > 1 else "keep one of them"
             )
-            raise DatasetError(
-                f"{self.folder} has several files {pattern} that differ: {listing}. Give the folder of one of them in place "
-                f"of {self.folder.name}, such as {inner}"
-            )
+            listing = ", ".join(map(self.name, paths))
+            raise DatasetError(f"{self.folder} has several files {pattern} that differ: {listing}; {advice}")
         return next(iter(contents.values()))
 
     def _leave_out(self, folder: str, reason: str) -> None:
@@ -206,11 +226,11 @@ def read_lines(path: Path) -> list[str]:
         raise DatasetError(str(error)) from error
 
 
-def or_renamed(name: str) -> str:
-    """Return the pattern of a file's name and of its renamed copies, such as train_val_list_NIH.txt for "
+def or_renamed(name: str) -> tuple[str, str]:
+    """Return a file's name and the pattern of its renamed copies, such as train_val_list_NIH.txt for "
     "train_val_list.txt."""
     path = Path(name)
-    return f"{path.stem}*{path.suffix}"
+    return name, f"{path.stem}*{path.suffix}"
 
 
 def listed_id(name: str) -> str:

@@ -61,7 +61,9 @@ def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
     group, pairs, waiting = np.arange(len(distinct)), [], 0
     for start, first in _blocks(len(distinct)):
         rows, columns = slice(start, start + BLOCK_ROWS), slice(first, first + BLOCK_COLUMNS)
-        if group[start] == group[rows].max() == group[columns].max() and group[start] == group[columns].min():
+        # Nothing is left to join where all hashes of the block have one group already.
+        members = np.concatenate([group[rows], group[columns]])
+        if members.min() == members.max():
             continue
         distance = np.bitwise_count(words[0, rows, None] ^ words[0, columns])
         for word in words[1:2]:

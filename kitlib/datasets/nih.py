@@ -1,5 +1,6 @@
 """Reads NIH ChestX-ray14 (Wang et al. 2017): images, labels (14 findings, or No Finding), boxes, official lists."""
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
-    path = source.need_table(*map(or_renamed, ENTRIES), how_to_get=HOW_TO_GET)
+    path = source.need_table(*chain(*map(or_renamed, ENTRIES)), how_to_get=HOW_TO_GET)
     name = path.name
     table = read_csv(path, ("Image Index", "Finding Labels", "Patient ID", "View Position"), HOW_TO_GET)
     table["image_id"] = table["Image Index"].map(listed_id)
@@ -86,7 +87,7 @@ def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
         }
     )
     images = add_headers(rows, source, progress)
-    boxes = read_boxes(source.find_table(or_renamed(BOXES)), faults)
+    boxes = read_boxes(source.find_table(*or_renamed(BOXES)), faults)
     boxes = boxes[boxes.image_id.isin(images.image_id)]
     originals = images[["image_id"]].assign(rows=SIDE, columns=SIDE)
     boxes = scale_boxes(boxes, images, originals, source, BOXES)
@@ -147,7 +148,7 @@ def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
 
 
 def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
-    paths = {split: source.find_table(or_renamed(name)) for split, name in LISTS.items()}
+    paths = {split: source.find_table(*or_renamed(name)) for split, name in LISTS.items()}
     missing = [LISTS[split] for split, path in paths.items() if path is None]
     if len(missing) == 1:
         raise DatasetError(

@@ -33,6 +33,7 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     folder, faults = source.folder, source.faults
     rows: dict[str, tuple[str, str]] = {}
     outside: list[str] = []
+    copies: list[str] = []
     for path in source.find((*DICOM, *PICTURES)):
         parts = Path(source.name(path)).with_suffix("").parts
         # The deepest one: the folder above the patients may be named like one.
@@ -43,7 +44,11 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
             continue
         patient = match[1].upper().replace("_", "-")
         rest = (parts[index][match.end() :].strip("-_"), *parts[index + 1 :])
-        rows.setdefault("-".join((patient, *filter(None, rest))), (f"ricord-{patient}", str(path)))
+        image_id = "-".join((patient, *filter(None, rest)))
+        if image_id in rows:
+            copies.append(source.name(path))
+        rows.setdefault(image_id, (f"ricord-{patient}", str(path)))
+    faults.add_summary("the folder", copies, "have the patient, folders and name of another file; left out", "other files")
     faults.add_summary("the folder", outside, "are not in a folder MIDRC-RICORD-1C-PATIENT, nor named so; left out")
     if not rows:
         raise DatasetError(

@@ -1,6 +1,7 @@
 """Reads the training set (stage 2) of the RSNA Pneumonia Detection Challenge: X-rays, classes, and boxes of opacities."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from kitlib.errors import DatasetError
 # The second name of each is that of copies on Kaggle. In stage2_train_metadata.csv, labels and classes are in one table.
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 LABEL_TABLES, CLASS_TABLES = (
-    (or_renamed(LABELS), "stage2_train_metadata*.csv"),
-    (or_renamed(CLASSES), "stage2_train_metadata*.csv"),
+    (*or_renamed(LABELS), "stage2_train_metadata*.csv"),
+    (*or_renamed(CLASSES), "stage2_train_metadata*.csv"),
 )
 IMAGES = "stage_2_train_images"  # the challenge's folder; copies have others
+OF_TEST = re.compile(r"(^|[ _-])test([ _-]|$)")  # a folder of test images, which have no labels
 SIDE = 1024  # of all published images, pixels; the boxes are in these pixels, also in resized copies
 # RSNA's list of its images and the NIH images that they come from; published separately from the challenge's files.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
@@ -49,8 +51,10 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
     labels, boxes = read_label_tables(source)
-    source.find((*DICOM, *PICTURES), lambda path: any("test" in name for name in source.folders(path)))  # without labels
-    files = source.find_images((*DICOM, *PICTURES), lambda path: not any("test" in name for name in source.folders(path)))
+    test_files = source.find((*DICOM, *PICTURES), lambda path: any(map(OF_TEST.search, source.folders(path))))
+    listed = {listed_id(path.name) for path in test_files} & set(labels.id)
+    faults.add_summary("the folder", listed, "lie in a folder of test images; left out", "other listed images")
+    files = source.find_images((*DICOM, *PICTURES), lambda path: not any(map(OF_TEST.search, source.folders(path))))
     if not labels.id.isin(list(files)).any():
         first, wanted = next(iter(files.values()), "none"), next(iter(labels.id), "none")
         raise DatasetError(

@@ -7,8 +7,9 @@ and `problem`, which also says how the fault was handled.
 import ast
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
         problem = f"the file is below the study {row.study_id_of_file}; the table's study is used"
         faults.add(IMAGE_TABLE, f"{row.image_id}_image", problem)
     source.mark_read(path for path in source.paths if {"train", "test"} & set(source.folders(path)))  # train: see the faults
-    images = _with_headers(images, folder, faults, "left out", progress)
+    images = _with_headers(images, source.name, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
     boxes = boxes[boxes.image_id.isin(images.image_id)]
     is_copy = images.path.str.lower().str.endswith(PICTURES)
@@ -98,12 +99,14 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
 
     Raises DatasetError if there is no folder train, or none of its files is an image of `rows`.
     """
-    trains = {
+    trains = dict.fromkeys(
         path.parents[len(names) - 1 - names.index("train")]
         for path, names in ((path, source.folders(path)) for path in source.paths)
         if "train" in names
-    }
-    tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in sorted(trains)]
+    )
+    # What lies beside serves only if the data set's own folder has no images, as when it holds the tables alone.
+    own = [train for train in trains if train.is_relative_to(source.folder)]
+    tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in own or trains]
     files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"], dtype=object), *tables])
     # Several folders train are copies of one another, as in an archive that contains everything twice.
     copies = files.path[files.image_id.duplicated()].map(source.name)
@@ -189,7 +192,8 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
         ids[kind] = (*listed[kind], *additional)
     if headers:
         images = studies_from_headers(files, ids["study"])
-        images = _with_headers(images, folder, faults, "included, with the study from its path", progress)
+        name_file = partial(_relative_path, folder=folder)
+        images = _with_headers(images, name_file, faults, "included, with the study from its path", progress)
         images = images.drop(columns="readable")
     else:
         images = files.assign(patient_id=files.study_id, rows=0, columns=0, view="", source="siim")
@@ -364,18 +368,18 @@ def _can_be_id(name: str) -> bool:
     return name.isprintable() and not set(name) & {",", '"'}
 
 
-def _with_headers(images: pd.DataFrame, folder: Path, faults: Faults, outcome: str, progress: bool) -> pd.DataFrame:
+def _with_headers(
+    images: pd.DataFrame, name: Callable[[str], str], faults: Faults, outcome: str, progress: bool
+) -> pd.DataFrame:
     """Return `images` with additional columns from the DICOM headers: patient_id, rows, columns, view, source and readable.
 
     `readable` says whether the header could be read. If not, this is a fault, whose text ends with `outcome`, which says how
-    the image is handled.
+    the image is handled. `name` returns the name of a file, by its path, for the fault.
     """
     records = []
     for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):
         if header.problem:
-            faults.add(
-                _relative_path(row.path, folder), row.image_id, f"the header cannot be read ({header.problem}); {outcome}"
-            )
+            faults.add(name(row.path), row.image_id, f"the header cannot be read ({header.problem}); {outcome}")
         patient = header.patient_id or row.study_id
         records.append((patient, header.rows, header.columns, header.view, not header.problem))
     columns = pd.DataFrame(records, columns=["patient_id", "rows", "columns", "view", "readable"], index=images.index)

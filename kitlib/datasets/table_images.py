@@ -1,5 +1,6 @@
 """Which image file a cell of an own table names, which image ids the files get, and which class their folder is."""
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -15,6 +16,9 @@ from kitlib.tables import storable
 OF_MASKS = re.compile(r"(^|[ _-])masks?([ _-]|$)|masks?$", re.IGNORECASE)
 
 
+LONGEST_ID = 150  # characters; ids are names of files in the cache, which have at most 200
+
+
 class ImageNames:
     """Finds the image files of a data set by the names that a table gives them; `masks` are files that are no images.
 
@@ -26,8 +30,10 @@ class ImageNames:
 
     def __init__(self, source: DataFolder, masks: Collection[Path] = ()) -> None:
         self.source = source
-        self._by_name: defaultdict[str, list[Path]] = defaultdict(list)
-        self._by_stem: defaultdict[str, list[Path]] = defaultdict(list)
+        self._named: defaultdict[str, list[Path]] = defaultdict(list)
+        self._nearest: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)
+        self._folders: dict[Path, list[str]] = {}
+        self._by_path: dict[str, Path] = {}
         paths = [path for path in source.paths if path not in masks and (path.suffix.lower() in IMAGES or _is_bare(path))]
         unused = {path for path in paths if any(map(OF_MASKS.search, source.name(path).split("/")[:-1]))}
         unnamed = {path for path in paths if storable(str(path)) != str(path)}
@@ -38,32 +44,37 @@ class ImageNames:
         source.faults.add_summary("the folder", map(source.name, unused), problem, "other image files")
         self.paths = [path for path in paths if path not in unused and path not in unnamed]
         for path in self.paths:
-            self._by_name[folded(path.name)].append(path)
-            self._by_stem[without_suffix(folded(path.name))].append(path)
+            *folders, name = folded(source.name(path)).split("/")
+            # Files of one name are many in some data sets (1-1.dcm), so they are told apart by their nearest folder first.
+            for key in {name, without_suffix(name)}:
+                self._named[key].append(path)
+                self._nearest[key, folders[-1] if folders else ""].append(path)
+            self._folders[path] = folders
+            for full_name in (folded(path.as_posix()), without_suffix(folded(path.as_posix()))):
+                self._by_path.setdefault(full_name, path)
 
     def find(self, cell: str, folder: Path) -> list[Path]:
         """Return the files that `cell` may name; one if it is clear, because a path from `folder` comes first."""
         parts = [part for part in folded(cell.replace("\\", "/")).split("/") if part not in ("", ".", "..")]
         if not parts:
             return []
-        named = self._by_name.get(parts[-1]) or self._by_stem.get(without_suffix(parts[-1])) or []
-        folders = parts[:-1]
-        agreeing = [path for path in named if _agree(folders, self._folders(path))]
-        exact = [
-            path
-            for start in (folder, self.source.folder)
-            for path in agreeing
-            if folded(path.parent.as_posix()) == "/".join([folded(start.as_posix()), *folders])
-        ]
-        return exact[:1] if len(agreeing) > 1 and exact else agreeing
+        *folders, name = parts
+        name = name if name in self._named else without_suffix(name)
+        if folders:
+            near = [*self._nearest.get((name, folders[-1]), ()), *self._nearest.get((name, ""), ())]
+            agreeing = [path for path in near if _agree(folders, self._folders[path])]
+        else:
+            agreeing = self._named.get(name, [])
+        if len(agreeing) > 1:
+            for start in (folder, self.source.folder):
+                if path := self._by_path.get("/".join([folded(start.as_posix()), *folders, name])):
+                    return [path]
+        return agreeing
 
     def all_images(self) -> list[Path]:
         """Return the PNG, JPEG and DICOM files of the data set's own folder; DICOM without suffix begins with its mark."""
         own = [path for path in self.paths if self.source.folder in path.parents]
         return [path for path in own if path.suffix.lower() in (*PICTURES, *DICOM) or (_is_bare(path) and _is_dicom(path))]
-
-    def _folders(self, path: Path) -> list[str]:
-        return folded(self.source.name(path)).split("/")[:-1]
 
 
 def make_image_ids(names: pd.Series) -> pd.Series:
@@ -79,6 +90,8 @@ def make_image_ids(names: pd.Series) -> pd.Series:
     )
     for make_id in wider:
         ids = ids.mask(ids.duplicated(keep=False), names.map(make_id))
+    too_long = ids.str.len() > LONGEST_ID
+    ids = ids.mask(too_long, ids.str[-LONGEST_ID + 17 :] + "-" + names.map(_digest))
     while ids.duplicated().any():
         ids = ids.mask(ids.duplicated(), ids + "-" + ids.groupby(ids).cumcount().astype(str))
     return ids
@@ -93,6 +106,11 @@ def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
     for level in range(max(map(len, folders), default=0)):
         classes = [parts[level] if level < len(parts) else "" for parts in folders]
         there = sorted(set(classes) - {""})
+        if len(there) > max(2, len(rows) // 2):
+            raise DatasetError(
+                f"class_folders finds {len(there)} classes for {len(rows)} images, such as {', '.join(there[:3])}: these "
+                "folders seem to be patients or studies. Give a table with a column of classes"
+            )
         if len(there) > 1:
             return pd.Series(classes, index=rows.index, dtype=object)
     there = sorted({"/".join(parts[::-1]) for parts in folders})
@@ -100,6 +118,10 @@ def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
         f"class_folders is set, but all {len(rows)} images lie in the folder {there[0] or '.'!r}: put each class into a "
         "folder of its own, or give a table with a column of classes"
     )
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _agree(folders: Sequence[str], others: Sequence[str]) -> bool:

@@ -47,22 +47,27 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
     folders decide: those above the mask folder are above the image too, or those below it are the image's last. Masks of no
     image, or of several, are left out, and images without a mask counted, as faults.
     """
-    images_of: defaultdict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    images_of: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)  # name and folders -> image ids
     for image_id, path in zip(images.image_id, images.path, strict=True):
         *folders, name = folded(source.name(path)).split("/")
-        images_of[without_suffix(name)].append((image_id, tuple(folders)))
+        name = without_suffix(name)
+        images_of[name,].append(image_id)
+        for number in range(1, len(folders) + 1):
+            images_of[name, "above", *folders[:number]].append(image_id)
+            images_of[name, "below", *folders[-number:]].append(image_id)
     rows: list[tuple[str, str, str]] = []
     orphans: list[str] = []
     unclear: list[str] = []
     for path, (above, below) in files.items():
         name = without_suffix(folded(path.name))
-        named = images_of.get(name) or images_of.get(AFFIX.sub("", name)) or []
+        name = name if (name,) in images_of else AFFIX.sub("", name)
+        named = images_of.get((name,), [])
         if len(named) > 1:
-            beside = [image for image in named if above and image[1][: len(above)] == above]
-            below_it = [image for image in named if below and image[1][-len(below) :] == below]
+            beside = images_of.get((name, "above", *above), []) if above else []
+            below_it = images_of.get((name, "below", *below), []) if below else []
             named = beside if len(beside) == 1 else below_it if len(below_it) == 1 else named
         if len(named) == 1:
-            rows.append((named[0][0], "lungs", str(path)))
+            rows.append((named[0], "lungs", str(path)))
         else:
             (unclear if named else orphans).append(source.name(path))
     source.mark_read(files)

@@ -33,9 +33,11 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
     lines = "row " + (rows.index[is_blank] + 1).astype(str)
     source.faults.add_summary(path.name, lines, f"have no file name in {wanted['file']}; left out", "other rows")
     source.faults.add_summary(path.name, rows.file[(counts == 0) & ~is_blank], "have no file; left out", "other rows")
-    for cell in sorted(set(rows.file[counts > 1])):
-        several = ", ".join(sorted(source.name(path) for path in found[rows.index[rows.file == cell][0]]))
-        source.faults.add(path.name, cell, f"several files have this name ({several}); left out. Write its folder before it")
+    unclear = {cell: paths for cell, paths in zip(rows.file, found, strict=True) if len(paths) > 1}
+    for cell, paths in sorted(unclear.items()):
+        several = ", ".join(sorted(map(source.name, paths))[:3])
+        problem = f"{len(paths)} files have this name, such as {several}; left out. Write its folder before it"
+        source.faults.add(path.name, cell, problem)
     if not (counts == 1).any():
         example = f", such as {source.name(names.paths[0])!r}" if names.paths else ""
         raise DatasetError(
@@ -55,12 +57,13 @@ def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFr
     of_boxes = [key for key in (*BOX_KEYS, "finding") if key in rows]
     facts = rows.drop(columns=["file", "path", *of_boxes])
     counts = facts.groupby(rows.path).nunique()
-    for path in counts.index[(counts > 1).any(axis=1)]:
-        column = counts.columns[counts.loc[path] > 1][0]
-        values = ", ".join(map(repr, sorted(set(facts.loc[rows.path == path, column]))[:5]))
+    disagrees = rows.path.isin(counts.index[(counts > 1).any(axis=1)])
+    for _, several in rows[disagrees].groupby("path", sort=False):
+        column = next(name for name in counts if len(set(several[name])) > 1)
+        values = ", ".join(map(repr, sorted(set(several[column]))[:5]))
         problem = f"the rows of this image differ in {column}: {values}; the image is left out"
-        source.faults.add(file, rows.file[rows.path == path].iloc[0], problem)
-    rows = rows[~rows.path.isin(counts.index[(counts > 1).any(axis=1)])]
+        source.faults.add(file, several.file.iloc[0], problem)
+    rows = rows[~disagrees]
     is_repeated = rows.duplicated([column for column in rows if column != "file"])
     source.faults.add_summary(file, rows.file[is_repeated], "repeat an earlier row; left out", "other rows")
     return rows[~is_repeated].reset_index(drop=True)

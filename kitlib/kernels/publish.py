@@ -99,7 +99,8 @@ def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, A
         "starting weights": recipe["starting_weights"] or "none",
         "recipe": f"{parameters.get('recipe', 'unknown')}, overrides {json.dumps(parameters.get('overrides', {}))}",
     }
-    rows |= {f"{key} (out of fold)": value for key, value in _figures(metrics).items()}
+    figures = _figures(metrics).items()
+    rows |= {f"{key} ({'test set' if key.startswith('test') else 'out of fold'})": value for key, value in figures}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"## {name}\n\n| | |\n|---|---|\n{table}\n"
 

@@ -271,6 +271,6 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
                 "timm/resnext/pytorch/resnext101-32x8d/1"
             )
         else:
-            slugs.append(parts[1])
+            slugs.append("/".join(parts[1:]))  # variations of one Model lie side by side
     repeated = sorted({slug for slug in slugs if slug and slugs.count(slug) > 1})
     return faults + [f"two inputs have the slug {slug}" for slug in repeated]

@@ -269,16 +269,20 @@ def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
     # Transformers with learnt position embeddings are built for one image size; other networks accept any size.
     if getattr(timm.get_pretrained_cfg(recipe.backbone), "fixed_input_size", False):
         options["img_size"] = recipe.image_size
-    if not getattr(recipe, "auxiliary", 0):
-        try:
-            backbone: Any = timm.create_model(recipe.backbone, **options)
-        except TypeError as error:  # of an argument that only other networks have
-            raise ValueError(f"backbone_options {recipe.backbone_options} do not fit {recipe.backbone}: {error}") from error
-        return with_gem(backbone) if recipe.pooling == "gem" else backbone
-    # The auxiliary head gets `outputs` classes. The main head is removed, because the kit adds its own.
-    backbone = timm.create_model(recipe.backbone, **options | {"num_classes": outputs, "aux_logits": True})
-    backbone.reset_classifier(0)
-    return backbone
+    auxiliary, uses_gem = bool(getattr(recipe, "auxiliary", 0)), recipe.pooling == "gem"
+    if auxiliary and uses_gem:
+        raise ValueError('pooling is "gem", but auxiliary is set, which needs the pooling of inception_v3; set one of them')
+    if auxiliary:  # the auxiliary head gets `outputs` classes
+        options |= {"num_classes": outputs, "aux_logits": True}
+    try:
+        backbone: Any = timm.create_model(recipe.backbone, **options)
+    except (TypeError, AssertionError, ValueError) as error:  # of arguments that this network does not have
+        if not recipe.backbone_options:
+            raise
+        raise ValueError(f"backbone_options {recipe.backbone_options} do not fit {recipe.backbone}: {error!r}") from error
+    if auxiliary:
+        backbone.reset_classifier(0)  # the main head, in whose place the kit adds its own
+    return with_gem(backbone) if uses_gem else backbone
 
 
 def _stages(backbone: Any) -> list[list[str]]:

@@ -39,16 +39,16 @@ def convert_weights(source: str | Path, target: str | Path) -> list[str]:
     source = Path(source)
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        raise BundleError(f"{source} cannot be read as a PyTorch file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
+        raise BundleError(f"{source} cannot be read as a PyTorch file ({_reason(error)})") from error
     top_levels = {name: name.partition(".")[0] for name in names}
     if suspicious := [n for n, top in top_levels.items() if top in sys.stdlib_module_names and top not in HARMLESS]:
         raise BundleError(f"{source} calls {', '.join(suspicious)}, which weights have no use for; do not trust this file")
     try:
         with torch.serialization.safe_globals([(_Shell, name) for name in names]):
             content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle leads to
-        raise BundleError(f"{source} cannot be read without running its code: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error:
+        raise BundleError(f"{source} cannot be read without running its code ({_reason(error)})") from error
     if isinstance(content, dict):
         content = next((content[key] for key in MODEL_KEYS if isinstance(content.get(key), _Shell)), None)
     tensors = dict(_tensors(content)) if isinstance(content, _Shell) else {}
@@ -61,6 +61,11 @@ def convert_weights(source: str | Path, target: str | Path) -> list[str]:
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, temporary_path)
     logger.info("%s: %d tensors written to %s", source, len(tensors), target)
     return names
+
+
+def _reason(error: Exception) -> str:
+    """Return the type of an error and the beginning of its text."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _tensors(module: _Shell, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)  # strides of the pyramid's maps; the last map may be pooled from the one before
 BACKBONE_STRIDES = (4, 8, 16, 32)
-# Sides of anchors, in strides of their map: torchvision's (8), and two smaller ones for small canvases, which use few maps.
 # The layers that depend on the number of classes or of anchors, and may stay random if the starting weights have others.
 CLASS_LAYERS = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
+# Sides of anchors, in strides of their map: torchvision's (8), and two smaller ones for small canvases, which use few maps.
 ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 

@@ -36,7 +36,10 @@ def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, 
     names = dict(tensors)
     yield names
     while prefix := next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), ""):
-        names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+        if len(shorter) < len(names):  # two tensors would get one name
+            return
+        names = shorter
         yield names
 
 

@@ -1,7 +1,6 @@
 """Reads files of weights as others publish them: .safetensors, .npz, and PyTorch's checkpoints, without unpickling "
 "objects."""
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,7 +54,7 @@ def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
 def _read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
         raise BundleError(
             f"{path} cannot be read as weights alone ({type(error).__name__}): it is damaged, or contains other objects "
             "than tensors; these pickles are never loaded, because they may run code. Where it was made, save its state "
@@ -66,11 +65,14 @@ def _read_checkpoint(path: Path) -> Any:
 
 def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
     """Return the dictionary of tensors in a checkpoint. Raises BundleError, which lists the keys, if there is none."""
-    if isinstance(content, Mapping):
-        for key in STATE_KEYS:
-            if isinstance(content.get(key), Mapping):
-                return _find_state(content[key], path)
-        tensors = {str(name): value.detach() for name, value in content.items() if isinstance(value, torch.Tensor)}
+    waiting, seen = [content], set()
+    while waiting:
+        mapping = waiting.pop(0)
+        if not isinstance(mapping, Mapping) or id(mapping) in seen:
+            continue
+        seen.add(id(mapping))
+        waiting += [mapping[key] for key in STATE_KEYS if isinstance(mapping.get(key), Mapping)]
+        tensors = {str(name): value.detach() for name, value in mapping.items() if isinstance(value, torch.Tensor)}
         if tensors:
             return tensors
     keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__

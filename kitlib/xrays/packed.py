@@ -43,6 +43,8 @@ def _find_members(path: Path) -> dict[str, tuple[int, int]]:
             if len(header) < BLOCK or header[257:262] != b"ustar":
                 raise ValueError(f"no tar header at byte {position}")
             size, kind, start = int(header[124:136].rstrip(b"\0 "), 8), header[156:157], position + BLOCK
+            if size < 0:
+                raise ValueError(f"the size of the file at byte {position} is negative")
             position = start + -(-size // BLOCK) * BLOCK
             if position > len(archive):
                 raise ValueError(f"the archive ends before byte {position}")

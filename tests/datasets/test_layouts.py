@@ -368,3 +368,56 @@ def test_a_set_in_a_published_layout_keeps_its_own_name_and_patients(sets):
     data = read_dataset("nih", folder, progress=False, source="hospital")
     assert set(data.images.source) == {"hospital"} and data.published == {}
     assert data.images.patient_id.tolist() == ("hospital-" + expected.images.patient_id).tolist()
+
+
+def test_a_file_is_not_given_to_two_rows_that_differ_in_its_suffix(tmp_path):
+    """a.jpg is missing: its row must not get a.png, which is another patient's."""
+    rows = ["patientid,finding,view,modality,filename", "1,No Finding,PA,X-ray,a.jpg", "2,COVID-19,PA,X-ray,a.png"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "a.png"), np.zeros((8, 8), np.uint8))
+    images = read_dataset("covid_chestxray", tmp_path, progress=False).images
+    assert images[["patient_id", "diagnosis"]].to_numpy().tolist() == [["ieee-2", "COVID-19"]]
+
+
+def test_a_word_within_a_folders_name_does_not_make_its_images_test_images(sets, tmp_path):
+    folder, expected = sets["rsna"]
+    copied = copy(folder, tmp_path / "latest")
+    move(copied, "stage_2_train_images", "contest")
+    assert read_dataset("rsna", copied, progress=False).images.image_id.tolist() == expected.images.image_id.tolist()
+    first = files(copied)[0]
+    (copied / "stage_2_test_images").mkdir()
+    first.rename(copied / "stage_2_test_images" / first.name)
+    data = read_dataset("rsna", copied, progress=False)
+    assert len(data.images) == len(expected.images) - 1
+    assert data.faults["row"][data.faults.problem.str.contains("lie in a folder of test images")].tolist() == [first.stem]
+
+
+def test_files_of_one_name_in_two_folders_are_counted(sets, tmp_path):
+    folder, expected = sets["ricord"]
+    copy(folder, tmp_path / "a")
+    copy(folder, tmp_path / "b")
+    data = read_dataset("ricord", tmp_path, progress=False)
+    assert len(data.images) == len(expected.images)
+    assert data.faults.problem.str.contains("have the patient, folders and name of another file; left out").sum() == 1
+
+
+def test_links_to_nowhere_are_counted(sets, tmp_path):
+    folder, expected = sets["nih"]
+    copied = copy(folder, tmp_path / "nih")
+    first = files(copied)[0]
+    first.unlink()
+    first.symlink_to("/nonexistent/" + first.name)
+    data = read_dataset("nih", copied, progress=False)
+    assert set(expected.images.image_id) - set(data.images.image_id) == {first.stem}
+    assert "and 0 others are links to files that do not exist; left out" in data.faults.problem.tolist()
+
+
+def test_the_organisers_name_of_a_table_comes_before_a_renamed_copy(sets, tmp_path):
+    folder, expected = sets["nih"]
+    copied = copy(folder, tmp_path / "nih")
+    (copied / "Data_Entry_2017_v2020_backup.csv").write_text("a,b\n")
+    assert len(read_dataset("nih", copied, progress=False).images) == len(expected.images)
+    (copied / "Data_Entry_2017_v2020.csv").rename(copied / "Data_Entry_2017_v2020 (1).csv")
+    with pytest.raises(KitError, match=r"several files Data_Entry_2017_v2020\*\.csv that differ: .*; keep one of them"):
+        read_dataset("nih", copied, progress=False)

@@ -167,6 +167,15 @@ def test_boxes_of_resized_copies_are_scaled_by_the_original_sizes(layout, tmp_pa
     rows = ["image_id,dim0,dim1,split", "a,16,20,train", "b,16,20,train", "c,0,20,train", "e,16,20,test"]
     (layout / "meta.csv").write_text("\n".join(rows))
     train = read_train(DataFolder(layout, [tables]), progress=False)
+    # An input beside serves only with what is missing: its own images, at full size, are not used.
+    xray(tables / "train" / "s1" / "series" / "a.dcm", "p1")
+    (tables / "train" / "s1" / "series" / "b.dcm").write_bytes(b"broken")
+    again = read_train(DataFolder(layout, [tables]), progress=False)
+    assert again.images.equals(train.images) and again.boxes.equals(train.boxes)
+    shutil.rmtree(tables / "train")
+    (layout / "train" / "b.png").write_bytes(b"broken")
+    beside = read_train(DataFolder(tables, [layout]), progress=False)
+    assert beside.images.image_id.tolist() == ["a"] and "header cannot be read" in told(beside.faults, "b")
     # The box 2, 3, 12.5, 7 of an image of 20 x 16 pixels, which became 8 x 8.
     assert train.boxes.to_numpy().tolist() == [["a", 0.8, 1.5, 5.0, 3.5]]
     assert train.images.image_id.tolist() == ["a", "b"] and train.images.patient_id.tolist() == ["s1", "s1"]

@@ -479,7 +479,7 @@ def training(folder, wheel, *cells, **keys):
 
 def test_a_training_notebook_becomes_a_kernel_with_attached_runs(tmp_path, wheel):
     sources = {"kernel_sources": ["prepared-runs", "other/their-runs"], "dataset_sources": ["other/weights-file"]}
-    sources["model_sources"] = ["timm/resnext/pytorch/resnext101-32x8d/1"]
+    sources["model_sources"] = ["timm/resnext/pytorch/resnext101-32x8d/1", "timm/resnext/pytorch/resnext50/2"]
     metadata, notebook = training(tmp_path, wheel, "print(epochs)", parameters={"prepare_run": "siim"}, **sources)
     assert metadata["kernel_sources"] == ["somebody/prepared-runs", "other/their-runs"]
     assert metadata["dataset_sources"] == ["somebody/small-test-kernel-wheels", "other/weights-file"]

@@ -20,7 +20,9 @@ def run(tmp_path):
     for fold in (0, 1):
         recipe = asdict(StudyRecipe(starting_weights="imagenet.safetensors"))
         save_bundle(folder / f"fold{fold}" / "bundle", WEIGHTS, RECORD | {"fold": fold, "recipe": recipe})
-    (folder / "metrics.json").write_text(json.dumps({"score": 0.81234, "folds": [0, 1], "auc": {"mean": 0.9}}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"score": 0.81234, "folds": [0, 1], "auc": {"mean": 0.9}, "test": {"mean": 0.7}})
+    )
     parameters = {"prepare_run": "/data/runs/prepared_nih", "recipe": "nih_heidelberg", "overrides": {"epochs": 3}}
     (folder / "record.json").write_text(json.dumps({"parameters": parameters}))
     return folder
@@ -38,6 +40,7 @@ def test_a_publication_has_each_folds_bundle_and_a_card_of_what_was_measured(tmp
         "# My NIH backbones",
         "| score (out of fold) | 0.8123 |",
         "| auc mean (out of fold) | 0.9000 |",
+        "| test mean (test set) | 0.7000 |",
         "| folds | fold0, fold1 |",
         "| starting weights | imagenet.safetensors |",
         "| input | 512 x 512 pixels, letterbox |",

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -70,6 +71,12 @@ def test_what_contains_no_model_is_told(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "plain.pth")
     with pytest.raises(BundleError, match="a state dictionary needs no conversion"):
         convert_weights(tmp_path / "plain.pth", tmp_path / "out.safetensors")
+    for content in (b"\x80\x02", b"\x80\x02)R.", b"\x80\x02\x93."):
+        with zipfile.ZipFile(tmp_path / "pickle.pt", "w") as archive:
+            archive.writestr("pickle/data.pkl", content)
+            archive.writestr("pickle/version", "3")
+        with pytest.raises(BundleError, match=r"pickle\.pt cannot be read"):
+            convert_weights(tmp_path / "pickle.pt", tmp_path / "out.safetensors")
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4" + bytes(99))
     with pytest.raises(BundleError, match=r"damaged\.pt cannot be read as a PyTorch file"):
         convert_weights(tmp_path / "damaged.pt", tmp_path / "out.safetensors")

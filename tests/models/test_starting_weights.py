@@ -219,10 +219,14 @@ def test_torchvisions_coco_faster_rcnn_starts_a_detector_but_for_its_class_layer
 def test_weights_that_are_not_finite_or_not_weights_are_refused(tmp_path):
     torch.save({"a": torch.tensor([1.0, torch.nan])}, tmp_path / "nan.pth")
     torch.save({"epoch": 3, "optimizer": [1]}, tmp_path / "none.pth")
+    torch.save({"ema": {"decay": 0.99}, "state_dict": WEIGHTS}, tmp_path / "second.pth")
+    assert read_starting_weights(tmp_path / "second.pth").keys() == WEIGHTS.keys()
+    (tmp_path / "hostile.pth").write_bytes(b"\x80\x02)R.")
     torch.save(nn.Linear(2, 2), tmp_path / "object.pth")
     for name, message in {
         "nan.pth": r"1 tensors with values that are infinite or not a number, such as a: ",
         "none.pth": r"no dictionary of tensors \(epoch, optimizer\)",
+        "hostile.pth": r"cannot be read as weights alone \(\w+Error\)",
         "object.pth": r"cannot be read as weights alone .* pickles are never loaded",
     }.items():
         with pytest.raises(BundleError, match=message):
