@@ -30,7 +30,7 @@ class Answer:
     fused: Fused
     models: pd.DataFrame  # columns model, fold, seconds (without loading); a row for each model that has predicted
     remarks: tuple[str, ...]  # sentences about models that were left out, failed, or used images uncropped
-    failed: int = 0  # number of models that failed
+    faults: tuple[str, ...] = ()  # those of the remarks that say what failed, so that the predictions are not the system's
 
 
 @dataclass
@@ -42,7 +42,11 @@ class _Asked:
     coverage: list[pd.DataFrame] = field(default_factory=list)
     rows: list[tuple[str, int, float]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    failures: list[Exception] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # the remarks that say what failed
+
+    def add_fault(self, fault: str) -> None:
+        self.faults.append(fault)
+        self.remarks.append(fault)
 
 
 class LoadedModels:
@@ -64,12 +68,12 @@ class LoadedModels:
         tables = asked.probabilities, asked.detections, asked.coverage
         fused, stacked = fused_answer(*tables, images, system.fusion, ensemble)
         if stacked and stacked.note:
-            asked.remarks.append(f"The ensemble: {stacked.note}.")
+            asked.add_fault(f"The ensemble: {stacked.note}.")
         table = pd.DataFrame(asked.rows, columns=["model", "fold", "seconds"])
-        return Answer(fused, table, tuple(asked.remarks), len(asked.failures))
+        return Answer(fused, table, tuple(asked.remarks), tuple(asked.faults))
 
-    def classify(self, system: System, xrays: Stream) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        """Return the class probabilities of a system of classifiers for each image, and remarks as in Answer.
+    def classify(self, system: System, xrays: Stream) -> tuple[pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
+        """Return the class probabilities of a system of classifiers for each image, and remarks and faults as in Answer.
 
         The table has the columns image_id and the classes. Models of the same learner and fold are averaged first, then the
         folds, then the ensemble is applied: as notebooks 25 and 65 judge test images. Raises BundleError if the ensemble is
@@ -80,13 +84,15 @@ class LoadedModels:
         scores = pd.concat(asked.probabilities, ignore_index=True).dropna(subset=classes)
         scores = scores.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
         if system.ensemble is None:
-            return scores.groupby("image_id", as_index=False, sort=False)[classes].mean(), tuple(asked.remarks)
+            mean = scores.groupby(["image_id", "model"], sort=False)[classes].mean()
+            table = mean.groupby(level="image_id", sort=False).mean().reset_index()
+            return table, tuple(asked.remarks), tuple(asked.faults)
         ensemble = read_ensemble(system.ensemble)
         table = apply_ensemble(ensemble, scores)
         incomplete = int((table["answered"] < len(ensemble.learners)).sum())
         if incomplete:
-            asked.remarks.append(f"{incomplete} images lack a learner; they get the plain mean of the other learners.")
-        return table[["image_id", *classes]], tuple(asked.remarks)
+            asked.add_fault(f"{incomplete} images lack a learner; they get the plain mean of the other learners.")
+        return table[["image_id", *classes]], tuple(asked.remarks), tuple(asked.faults)
 
     def predictor(self, system: System, model: AnsweringModel) -> Predictor:
         """Return the loaded model. Raises BundleError if its bundle is damaged."""
@@ -102,7 +108,7 @@ class LoadedModels:
         return self._lungs.setdefault(key, CachedLungs(system.lungs, True, BATCH_SIZE, most=CACHED_LUNGS))
 
     def _ask(self, system: System, models: Sequence[AnsweringModel], xrays: Stream) -> _Asked:
-        asked = _Asked(remarks=list(system.left_out))
+        asked, failure = _Asked(remarks=list(system.left_out)), None
         for model in models:
             try:
                 predictor = self.predictor(system, model)
@@ -111,8 +117,8 @@ class LoadedModels:
             except Exception as error:
                 logger.error("%s failed", model.folder, exc_info=error)
                 reason = f"{type(error).__name__}: {error}"
-                asked.remarks.append(f"{model.model} (fold {model.fold}) failed and is left out: {reason}.")
-                asked.failures.append(error)
+                asked.add_fault(f"{model.model} (fold {model.fold}) failed and is left out: {reason}.")
+                failure = error
                 continue
             asked.rows.append((model.model, model.fold, time.perf_counter() - began))
             if "boxes" in model.answers:
@@ -123,10 +129,10 @@ class LoadedModels:
                 asked.probabilities += chunks
             if missed := predictor.lungs_missed:
                 asked.remarks.append(f"{model.model} used {missed} images uncropped, because no lungs were found.")
-        if not asked.rows:
-            raise asked.failures[-1]
+        if failure and not asked.rows:
+            raise failure
         if any(model.wants_masks for model in models) and self.segmenter(system).fault:
-            asked.remarks.append(f"The lung segmenter {self.segmenter(system).fault}.")
+            asked.add_fault(f"The lung segmenter {self.segmenter(system).fault}.")
         return asked
 
     def _ensemble(self, system: System, asked: _Asked) -> Ensemble | None:
@@ -137,5 +143,5 @@ class LoadedModels:
                 self._ensembles[system.ensemble] = read_ensemble(system.ensemble)
             return self._ensembles[system.ensemble]
         except (OSError, ValueError) as error:
-            asked.remarks.append(f"The ensemble failed: {error}; the study models are combined without it.")
+            asked.add_fault(f"The ensemble failed: {error}; the study models are combined without it.")
             return None

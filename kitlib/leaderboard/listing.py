@@ -23,8 +23,8 @@ class ListedRun:
 
     `kind` is a key of kitlib.runs.run_kinds.KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or
     "damaged"; `remark` explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files; each is
-    empty if its file is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or, for nested folds,
-    "outer/inner", such as "2/0".
+    empty if its file is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or,
+    for nested folds, "outer/inner", such as "2/0".
     """
 
     name: str

@@ -47,7 +47,7 @@ class WarmModels:
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
             answer = self._answers.get(key) or self._predict(system, study)
-            if not answer.failed:  # a failure may be temporary, so it is not cached
+            if not answer.faults:  # a failure may be temporary, so it is not cached
                 _remember(self._answers, key, answer, CACHED_ANSWERS)
             return answer
 

@@ -179,7 +179,7 @@ def test_a_damaged_model_is_left_out_reported_and_tried_again(runs, gallery, tmp
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     answer = warm.answer(system, study)
-    assert sorted(answer.models.model) == ["faster_rcnn", "study"] and answer.failed == 1
+    assert sorted(answer.models.model) == ["faster_rcnn", "study"] and len(answer.faults) == 1
     said = f"yolo (fold {study.fold}) failed and is left out: BundleError"
     assert any(remark.startswith(said) for remark in answer.remarks)
     weights.write_bytes(whole)
