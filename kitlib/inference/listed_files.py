@@ -37,7 +37,7 @@ def list_files(
 
     study_id is the table's `study_column` if it has one, else the StudyInstanceUID of the DICOM header, else the image_id.
     Files of one study follow one another. `error` says why a file cannot be used, "" if nothing is known against it. Raises
-    DatasetError if there is no image file, if a name does not exist, or if a table cannot be read.
+    DatasetError if there is no image file, or if a table cannot be read.
     """
     given = [names] if isinstance(names, str | Path) else list(names)
     rows: dict[tuple[str, str], str] = {}  # (file, path) -> study of the table
@@ -47,15 +47,13 @@ def list_files(
             rows |= dict.fromkeys(((file, file) for file in _find_images(str(name))), "")
         elif path.suffix.lower() in (*TABLES, *WORKBOOKS):
             rows |= _read_files(path, file_column, study_column)
-        elif path.exists():
-            rows.setdefault((str(name), str(name)), "")
         else:
-            raise DatasetError(f"{name} does not exist; give image files, folders of them, or a table that lists them")
+            rows.setdefault((str(name), str(name)), "")
     if not rows:
         raise DatasetError(
             f"{', '.join(map(str, given)) or 'nothing'}: no image file; DICOM, PNG and JPEG files are read, in folders too"
         )
-    table = pd.DataFrame(rows, columns=["file", "path"]).assign(table_study=list(rows.values()))
+    table = pd.DataFrame(list(rows), columns=["file", "path"]).assign(table_study=list(rows.values()))
     table["error"] = ["" if os.path.isfile(path) else "there is no such file" for path in table["path"]]
     usable = table["error"] == ""
     headers = read_headers(table.loc[usable, "path"].tolist(), progress)

@@ -139,7 +139,7 @@ def build_system(
                 reason = f"{other.folder.parents[1].name} also has fold {model.fold} of {model.model}"
                 left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {reason}.")
     if not models:
-        reasons = f" ({' '.join(left_out)})" if left_out else ""
+        reasons = f" ({len(left_out)} bundles cannot be used; {left_out[0]})" if left_out else ""
         raise RunError(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}{reasons}" if folders else "found"))
     # Sorted by fold, so that the first folds of all models come before their second folds, as in a submission.
     in_order = tuple(sorted(models.values(), key=lambda model: model.fold))
