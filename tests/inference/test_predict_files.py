@@ -40,7 +40,7 @@ RECIPE = FindingsRecipe(backbone="test_resnet", image_size=32, hidden=8, multi_l
 def folder(tmp_path_factory):
     """A folder with runs/ (see page_runs), two classifiers and their ensemble, and inputs/ with the phantom competition."""
     folder = tmp_path_factory.mktemp("predict")
-    runs = page_runs(folder)
+    runs = page_runs(folder, detectors=("faster_rcnn",))
     for seed, (name, folds) in enumerate({"first": ("fold0", "fold1"), "second": ("outer0/fold1", "outer1/fold0")}.items()):
         for number, fold in enumerate(folds):
             torch.manual_seed(10 * seed + number)
@@ -96,7 +96,7 @@ def test_predictions_equal_those_of_a_submission(folder, competition, predicted,
     run.predict(str(tmp_path / "weights"), tmp_path / "scratch")
     studies, nones, boxes = as_tables(read_submission(run.output))
 
-    assert system.name == "fuse: study + yolo + faster_rcnn" and (predicted.error == "").all()
+    assert system.name == "fuse: study + faster_rcnn" and (predicted.error == "").all()
     assert sorted(predicted.file) == sorted(map(str, competition.glob("test/*/*/*.dcm")))
     assert set(predicted.image_id) == set(nones.image_id) and set(predicted.study_id) == set(studies.study_id)
     of_study = studies.set_index("study_id").loc[predicted.study_id, list(STUDY_CLASSES)].to_numpy(float)
@@ -196,7 +196,7 @@ def test_the_command_writes_what_it_prints_and_fails_only_if_nothing_is_predicte
     (tmp_path / "bad.dcm").write_bytes(b"no image")
     out, runs = tmp_path / "out" / "p.csv", folder / "runs"
     files = [str(pngs[0]), str(tmp_path / "bad.dcm"), str(tmp_path / "gone.png")]
-    options = ["--runs", str(runs / "yolo"), "--out", str(out), "--pictures", str(tmp_path / "pictures"), "--json"]
+    options = ["--runs", str(runs / "faster_rcnn"), "--out", str(out), "--pictures", str(tmp_path / "pictures"), "--json"]
     result = CliRunner().invoke(app, ["predict", *files, *options])
     assert result.exit_code == 0, result.output
     printed, table = json.loads(result.stdout), pd.read_csv(out)
@@ -205,8 +205,8 @@ def test_the_command_writes_what_it_prints_and_fails_only_if_nothing_is_predicte
     assert printed["rows"][0]["boxes"] == json.loads(table.boxes[0]) and printed["rows"][1]["boxes"] is None
     assert table.error.notna().tolist() == [False, True, True] and table.error[2] == "there is no such file"
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["x.png"]
-    result = CliRunner().invoke(app, ["predict", *files[1:], "--runs", str(runs / "yolo"), "--out", str(out)])
-    assert result.exit_code == 1 and "0 of 2 files predicted by yolo" in result.stdout
+    result = CliRunner().invoke(app, ["predict", *files[1:], "--runs", str(runs / "faster_rcnn"), "--out", str(out)])
+    assert result.exit_code == 1 and "0 of 2 files predicted by faster_rcnn" in result.stdout
     assert pd.read_csv(out).error.notna().all()
     result = CliRunner().invoke(
         app, ["predict", files[0], "--runs", str(runs / "prepare"), "--out", str(tmp_path / "no.csv")]
@@ -228,7 +228,7 @@ def test_a_damaged_model_is_a_warning_and_without_any_model_an_error(folder, png
 def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("kitlib.paths.runs_root", lambda: tmp_path)
     runs = folder / "runs"
-    shutil.copytree(runs / "yolo", tmp_path / "some" / "yolo")
+    shutil.copytree(runs / "faster_rcnn", tmp_path / "some" / "faster_rcnn")
     shutil.copytree(runs / "study", tmp_path / "some" / "study")
     shutil.copytree(runs / "first", tmp_path / "untrained")
     shutil.rmtree(tmp_path / "untrained" / "fold0"), shutil.rmtree(tmp_path / "untrained" / "fold1")
@@ -240,7 +240,7 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
         "gone": (RunNotFound, "no run 'gone'"),
         runs / "prepare": (RunError, "kind 'prepared', which predicts nothing"),
         tmp_path / "nothing": (RunError, "no finished run that can predict, only: no run"),
-        tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*study \(study\)(?s:.)*yolo \(detector\)"),
+        tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
         tmp_path / "untrained": (RunError, "not every run has trained classifiers"),
         tmp_path / "unfinished": (RunError, "not finished"),
         tmp_path / "both": (RunError, "combines the run first, which was not found"),
@@ -248,4 +248,4 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
     for name, (error, message) in refused.items():
         with pytest.raises(error, match=message):
             find_system(name)
-    assert find_system(tmp_path / "some" / "yolo").detectors == ("yolo",)
+    assert find_system(tmp_path / "some" / "faster_rcnn").detectors == ("faster_rcnn",)
