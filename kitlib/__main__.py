@@ -319,7 +319,8 @@ def predict(
     from kitlib.inference.predict_files import predict_parts
     from kitlib.inference.systems import find_system
 
-    answered, total, first_error, rows = 0, 0, "", []
+    answered, total, first_error = 0, 0, ""
+    rows: list[dict[str, Any]] = []
     try:
         system, listed = find_system(runs), list_files(files, file_column, study_column, progress=not as_json)
         with replacing(out) as temporary_path:
