@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
 from kitlib.atomic import write_json
 from kitlib.bundle import save_bundle
@@ -25,8 +28,10 @@ from kitlib.inference.predict_files import predict, predict_parts
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.inference.systems import find_system
 from kitlib.models.classifier import FindingsClassifier
+from kitlib.paths import project_root
 from kitlib.recipes.fields import FindingsRecipe
-from kitlib.scoring.submission_csv import as_tables, read_submission
+from kitlib.scoring.score import score_files
+from kitlib.scoring.submission_csv import as_tables, read_submission, write_all_negative
 from kitlib.tables import BOX, empty_table
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.image_file import read_xray
@@ -249,3 +254,42 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             find_system(name)
     assert find_system(tmp_path / "some" / "faster_rcnn").detectors == ("faster_rcnn",)
+
+
+def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, monkeypatch, quick_kernels):
+    """It reads and draws an X-ray, predicts, trains a classifier on own images (notebooks 10 and 25), and scores."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kitlib.plans.train_classifier.run_path", lambda name: tmp_path / "runs" / name)
+    dicom = next(competition.glob("test/*/*/*.dcm"))
+    shutil.copy(dicom, "image.dcm")
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(folder / "runs")
+    Path("inputs/chest/images").mkdir(parents=True)
+    rows = ["Image,Class,Patient"]
+    for number in range(12):
+        image = np.random.default_rng(number).integers(0, 200, (64, 64)).astype(np.uint8)
+        image[10:30, 10:30] = 250 * (number % 2)
+        cv2.imwrite(f"inputs/chest/images/{number:03d}.png", image)
+        rows.append(f"{number:03d}.png,{('normal', 'opacity')[number % 2]},P{number}")
+    Path("inputs/chest/labels.csv").write_text("\n".join(rows))
+    Path("inputs/demo-truth").symlink_to(folder / "inputs" / "truth")
+    ids = pd.read_csv(competition / "sample_submission.csv").id
+    write_all_negative("runs/demo/submission.csv", ids)
+
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (project_root() / "docs" / "predict.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["table"].file.tolist() == ["image.dcm", *(f"inputs/chest/images/{number:03d}.png" for number in range(12))]
+    assert (names["table"].error == "").all()
+    strong = [box for box in names["boxes"] if box["score"] >= 0.2]
+    assert names["picture"].shape == (*names["pixels"].shape, 3) and strong
+    assert (names["picture"] == draw_boxes(read_xray(dicom), strong)).all()
+    assert list(names["diagnoses"].columns) == ["file", "image_id", "study_id", "normal", "opacity", "warning", "error"]
+    assert names["diagnoses"][["normal", "opacity"]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert [path.name for path in names["run"].glob("fold*")] == ["fold0"]
+    assert names["precision"] == score_files(folder / "inputs" / "truth", "runs/demo/submission.csv")
+
+
+def test_a_folder_that_is_not_prepared_needs_to_be_told_its_classes(tmp_path):
+    with pytest.raises(RunError, match=r'is not a prepared run; for own images, give `prepare`, such as \{"class_folders"'):
+        train_classifier(tmp_path, tmp_path / "run")
