@@ -95,7 +95,7 @@ def predict_parts(
     models failed; `error` says why there is no prediction.
 
     With `pictures`, each image is also written there as image_id.png, with its boxes of a score of 0.2 or more, in the size
-    of its decoded copy, or enlarged; a segmenter's mask is image_id_mask.png, with the original size and 255 in the lungs.
+    of its decoded copy, or enlarged; a segmenter's mask is masks/image_id.png, with the original size and 255 in the lungs.
     `workers` is the number of decoding processes; 0: one per core. Raises BundleError if a segmenter or an ensemble of
     classifiers is damaged, CacheError or OSError if files cannot be written.
     """
@@ -103,6 +103,8 @@ def predict_parts(
     is_segmenter = "lungs" in system.answers
     predict_part = _Segmenting(system, pictures) if is_segmenter else _Predicting(system)
     workers = workers or usable_cores()
+    for sentence in system.left_out:
+        logger.warning(sentence)
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
     pool = decoding_pool(workers)
@@ -149,13 +151,13 @@ class _Predicting:
 
     def __init__(self, system: System) -> None:
         self.system, self.models = system, LoadedModels()
-        self._logged: set[str] = set()
+        self._logged = set(system.left_out)
 
     def __call__(self, part: _Part) -> tuple[pd.DataFrame, tuple[str, ...]]:
         if "classes" in self.system.answers:
             table, remarks, faults = self.models.classify(self.system, part.read)
             self._log(remarks)
-            return table.set_index("image_id"), faults
+            return table.set_index("image_id"), (*self.system.left_out, *faults)
         images = part.readable
         answer = self.models.answer(self.system, self.system.models, part.read, images)
         studies = answer.fused.studies.set_index("study_id")
@@ -167,7 +169,7 @@ class _Predicting:
         seen = nones.index[nones["seen"]]
         table[BOXES] = pd.Series({name: boxes.get(name, "[]") for name in seen}, dtype=object).reindex(table.index)
         self._log(answer.remarks)
-        return table, answer.faults
+        return table, (*self.system.left_out, *answer.faults)
 
     def _log(self, remarks: tuple[str, ...]) -> None:
         for remark in remarks:
@@ -193,7 +195,7 @@ class _Segmenting:
             if self.pictures is not None:
                 mask = cleaned.mask.astype(np.uint8) * 255
                 original = cv2.resize(mask, (xray.columns, xray.rows), interpolation=cv2.INTER_NEAREST)
-                _write_picture(Path(self.pictures) / f"{xray.image_id}_mask.png", original)
+                _write_picture(Path(self.pictures) / "masks" / f"{xray.image_id}.png", original)
                 edges = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
                 outlined = draw_boxes(xray.pixels, [])
                 outlined[edges] = (255, 165, 0)

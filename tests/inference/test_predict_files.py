@@ -186,7 +186,7 @@ def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
     image[20:180, 30:270] = 250  # bright is lung for this segmenter
     cv2.imwrite(str(tmp_path / "lungs.png"), image)
     table = predict(tmp_path / "lungs.png", folder / "runs" / "lungs", pictures=tmp_path / "drawn")
-    mask = cv2.imread(str(tmp_path / "drawn" / "lungs_mask.png"), cv2.IMREAD_UNCHANGED)
+    mask = cv2.imread(str(tmp_path / "drawn" / "masks" / "lungs.png"), cv2.IMREAD_UNCHANGED)
     assert table.lungs.tolist() == ["found"] and mask.shape == image.shape and set(np.unique(mask)) == {0, 255}
     # The block is 160 x 240 of 200 x 300 pixels; the mask is drawn on a canvas of 64 pixels.
     assert (mask > 0).mean() == pytest.approx(0.64, abs=0.06) and table.lung_area[0] == pytest.approx(
