@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
 from kitlib.atomic import write_json
-from kitlib.bundle import save_bundle
+from kitlib.bundle import read_record, save_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import DatasetError, RunError, RunNotFound
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
@@ -27,6 +27,7 @@ from kitlib.inference.predict import load_predictor
 from kitlib.inference.predict_files import predict, predict_parts
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.inference.systems import find_system
+from kitlib.lungs.finders import segmenter_digest
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.paths import project_root
 from kitlib.recipes.fields import FindingsRecipe
@@ -35,6 +36,7 @@ from kitlib.scoring.submission_csv import as_tables, read_submission, write_all_
 from kitlib.tables import BOX, empty_table
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.image_file import read_xray
+from tests.small_bundles import edit_record
 from tests.small_page import COPY, page_runs
 
 CLASSES = ["COVID-19", "viral", "normal"]
@@ -228,6 +230,20 @@ def test_a_damaged_model_is_a_warning_and_without_any_model_an_error(folder, png
     (run / "fold1" / "bundle" / "weights.safetensors").write_bytes(b"damaged")
     table = predict(pngs[0], run)
     assert table.error[0].startswith("no model has predicted it: BundleError") and table[CLASSES].isna().all(axis=None)
+
+
+def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, tmp_path):
+    runs = folder / "runs"
+    run = shutil.copytree(runs / "first", tmp_path / "masked")
+    for bundle in run.glob("fold*/bundle"):
+        architecture = {"segmenter": segmenter_digest(read_record(runs / "lungs" / "bundle"))}
+        edit_record(bundle, recipe={**asdict(RECIPE), "lungs": "masks", "masked": True}, architecture=architecture)
+    with pytest.raises(RunError, match="need the masks of the segmenter(?s:.)*no run beside"):
+        find_system(run)
+    shutil.copytree(runs / "lungs", tmp_path / "lungs")
+    assert find_system(run).lungs == tmp_path / "lungs" / "bundle"
+    masked, plain = (predict(pngs, each) for each in (run, runs / "first"))
+    assert (masked.error == "").all() and np.abs(masked[CLASSES] - plain[CLASSES]).to_numpy().max() > 1e-4
 
 
 def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
