@@ -238,7 +238,7 @@ def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, 
     for bundle in run.glob("fold*/bundle"):
         architecture = {"segmenter": segmenter_digest(read_record(runs / "lungs" / "bundle"))}
         edit_record(bundle, recipe={**asdict(RECIPE), "lungs": "masks", "masked": True}, architecture=architecture)
-    with pytest.raises(RunError, match="need the masks of the segmenter(?s:.)*no run beside"):
+    with pytest.raises(RunError, match=r"need the masks of the segmenter(?s:.)*no run beside"):
         find_system(run)
     shutil.copytree(runs / "lungs", tmp_path / "lungs")
     assert find_system(run).lungs == tmp_path / "lungs" / "bundle"
