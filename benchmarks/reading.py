@@ -23,7 +23,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGLossl
 from rich.console import Console
 from rich.table import Table
 
-from kitlib.xrays.dicom import read_xray
+from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.stored_values import NATIVE
 from kitlib.xrays.worker import shrink
 from kitlib.xrays.writing import WRITABLE, write_xray

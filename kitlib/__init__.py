@@ -4,6 +4,31 @@ The modules directly in kitlib define what all parts share, such as tables, sett
 sub-packages called rooms, each named for its task. A room imports only from the rooms before it: recipes, xrays, datasets,
 scoring, phantoms, lungs, fusion, models, runs, inference, training, reports, kernels, plans, leaderboard, page (checked by
 `tests/test_rooms.py`).
+
+Five calls can be imported from kitlib itself: read_xray, predict, train_classifier, draw_boxes and score. Their modules are
+imported when they are first used, so that `import kitlib` stays fast.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+
+_CALLS = {
+    "read_xray": ("kitlib.xrays.image_file", "read_xray"),
+    "draw_boxes": ("kitlib.xrays.drawn_boxes", "draw_boxes"),
+    "score": ("kitlib.scoring.score", "score_files"),
+    "predict": ("kitlib.inference.predict_files", "predict"),
+    "train_classifier": ("kitlib.plans.train_classifier", "train_classifier"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Return one of the five calls. Raises AttributeError for any other name, as Python expects."""
+    if name not in _CALLS:
+        raise AttributeError(f"module 'kitlib' has no attribute {name!r}; its calls are: {', '.join(_CALLS)}")
+    module, attribute = _CALLS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_CALLS])

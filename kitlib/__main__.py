@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from kitlib.errors import PlanError, ScoringError, SettingsError, SubmissionError
+from kitlib.errors import KitError, PlanError, ScoringError, SettingsError, SubmissionError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -340,6 +340,58 @@ def demo(
         run_demo(demo_plan(whole), Console())
     except PlanError as error:
         _fail(error)
+
+
+@app.command()
+def predict(
+    files: Annotated[
+        list[str], typer.Argument(help="Image files (DICOM, PNG, JPEG), folders of them, and tables (CSV) that list them.")
+    ],
+    runs: Annotated[
+        str, typer.Option(help="The run that predicts, such as runs/demo/fuse, or a folder with one fusion in it.")
+    ],
+    out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
+    pictures: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Also write each image with its boxes to this folder, as PNG.")
+    ] = None,
+    file_column: Annotated[str, typer.Option(help="The column of a table that names the files.")] = "file",
+    study_column: Annotated[
+        str, typer.Option(help="The column of a table that names the studies, if it has any.")
+    ] = "study_id",
+    workers: Annotated[int, typer.Option(min=0, help="Number of decoding processes; 0: one per core.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict FILES with the trained models of a run; write one row per image to a CSV file. Not for diagnosis.
+
+    A file that cannot be read keeps its row, with the reason in the column `error`. Exits with 0 only if at least one file
+    was predicted. With --json, also prints the rows, and the run's name as `system`. See docs/predict.md.
+    """
+    from kitlib.atomic import replacing
+    from kitlib.inference.listed_files import list_files
+    from kitlib.inference.predict_files import predict_parts
+    from kitlib.inference.systems import find_system
+
+    answered, total, first_error = 0, 0, ""
+    rows: list[dict[str, Any]] = []
+    try:
+        system, listed = find_system(runs), list_files(files, file_column, study_column, progress=not as_json)
+        with replacing(out) as temporary_path:
+            for table in predict_parts(listed, system, pictures, workers, progress=not as_json):
+                table.to_csv(temporary_path, mode="a", header=not total, index=False)
+                failed = table[table["error"] != ""]
+                first_error = first_error or next((f"{row.file}: {row.error}" for row in failed.itertuples()), "")
+                answered, total = answered + len(table) - len(failed), total + len(table)
+                rows += json.loads(table.to_json(orient="records", double_precision=15)) if as_json else []
+    except (KitError, OSError) as error:
+        _fail(error)
+    if as_json:
+        rows = [{**row, **({"boxes": json.loads(row["boxes"] or "null")} if "boxes" in row else {})} for row in rows]
+        typer.echo(json.dumps({"system": system.name, "predicted": answered, "files": total, "rows": rows}))
+    else:
+        more = f"; {total - answered} not, such as {first_error}" if answered < total else ""
+        typer.echo(f"{out}: {answered} of {total} files predicted by {system.name}{more}")
+    if not answered:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -18,7 +18,6 @@ from kitlib.datasets.siim import read_train
 from kitlib.fusion.model_fusion import FusionSettings, write_settings
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
-from kitlib.models.yolo import YoloDetector
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
 from kitlib.phantoms.siim import write_competition
 from kitlib.recipes.fields import DetectorRecipe, StudyRecipe
@@ -39,7 +38,7 @@ FASTER_RCNN = DetectorRecipe(
 )
 
 
-def page_runs(folder: Path) -> Path:
+def page_runs(folder: Path, detectors: tuple[str, ...] = ("yolo", "faster_rcnn")) -> Path:
     """Write the runs prepare, study, yolo, faster_rcnn, lungs and fuse to FOLDER/runs, the competition to FOLDER/inputs.
 
     Some images are not square, some are MONOCHROME1. Each detector predicts several boxes with different scores.
@@ -56,19 +55,19 @@ def page_runs(folder: Path) -> Path:
 
     predictions = {"study_scores": study_scores(tables, 0.7), "image_scores": image_scores(tables)}
     train(runs / "study", tables, FOLDS, "study", STUDY, **predictions)
-    for model, recipe in (("yolo", YOLO), ("faster_rcnn", FASTER_RCNN)):
+    for model in detectors:
         predictions = {"coverage": coverage(tables, model), "detections": true_boxes(tables, 0.7, model)}
-        train(runs / model, tables, FOLDS, model, recipe, **predictions)
+        train(runs / model, tables, FOLDS, model, YOLO if model == "yolo" else FASTER_RCNN, **predictions)
     copies = [cv2.resize(cache.read(image_id).pixels, (64, 64)) for image_id in data.images["image_id"]]
     for fold in FOLDS:
-        for model, network in _networks(fold, torch.from_numpy(np.stack(copies))[:, None] / 255).items():
+        for model, network in _networks(fold, torch.from_numpy(np.stack(copies))[:, None] / 255, detectors).items():
             _save(runs / model / f"fold{fold}" / "bundle", model, network, fold, data_fingerprint(**tables))
 
     bright_segmenter(runs / "lungs" / "bundle")
     write_table(empty_table("lungs"), "lungs", runs / "lungs" / "tables" / "lungs.parquet")
     write_json(runs / "lungs" / "metrics.json", {"model": "bright"})
 
-    fused = [str(runs / name) for name in ("study", "yolo", "faster_rcnn")]  # as notebooks record them
+    fused = [str(runs / name) for name in ("study", *detectors)]  # as notebooks record them
     write_settings(FusionSettings(none_no_box=0.5, box_confidence="box_and_model_avg"), runs / "fuse" / "fusion.json")
     write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": str(runs / "prepare"), "runs": fused}})
     write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
@@ -97,17 +96,23 @@ def bad_files(folder: Path, good: Path) -> dict[Path, str]:
     return {folder / name: message for name, message in messages.items()}
 
 
-def _networks(fold: int, images: torch.Tensor) -> dict[str, torch.nn.Module]:
+def _networks(fold: int, images: torch.Tensor, detectors: tuple[str, ...]) -> dict[str, torch.nn.Module]:
     """Return untrained networks whose batch norms fit `images` (n, 1, side, side) of 0..1, so that predictions differ."""
     torch.manual_seed(fold)
-    study, yolo, faster_rcnn = StudyClassifier(STUDY), YoloDetector(YOLO), FasterRCNNDetector(FASTER_RCNN)
-    _fit_batch_norm(study.backbone, (images - 0.45) / 0.225)
-    _fit_batch_norm(yolo.model, images.repeat(1, 3, 1, 1))
+    networks: dict[str, torch.nn.Module] = {"study": StudyClassifier(STUDY)}
+    _fit_batch_norm(networks["study"].backbone, (images - 0.45) / 0.225)
+    if "yolo" in detectors:
+        from kitlib.models.yolo import YoloDetector  # ultralytics takes seconds to import
+
+        networks["yolo"] = yolo = YoloDetector(YOLO)
+        _fit_batch_norm(yolo.model, images.repeat(1, 3, 1, 1))
+    networks["faster_rcnn"] = faster_rcnn = FasterRCNNDetector(FASTER_RCNN)
     _fit_batch_norm(faster_rcnn.model.backbone, (images - 0.45) / 0.225)
-    for boxes, scores in zip(yolo.model.model[-1].cv2, yolo.model.model[-1].cv3, strict=True):
-        boxes[-1].weight.data.normal_(0, 1), scores[-1].weight.data.normal_(0, 0.4), scores[-1].bias.data.zero_()
+    if "yolo" in networks:
+        for boxes, scores in zip(yolo.model.model[-1].cv2, yolo.model.model[-1].cv3, strict=True):
+            boxes[-1].weight.data.normal_(0, 1), scores[-1].weight.data.normal_(0, 0.4), scores[-1].bias.data.zero_()
     faster_rcnn.model.roi_heads.box_predictor.cls_score.weight.data.normal_(0, 0.5)
-    return {"study": study, "yolo": yolo, "faster_rcnn": faster_rcnn}
+    return networks
 
 
 def _fit_batch_norm(network: torch.nn.Module, images: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import needs_masks
 from kitlib.models.classifier import OUTPUTS
-from kitlib.models.families import BOXES, STUDIES, recorded_family
+from kitlib.models.families import STUDIES, recorded_family
 from kitlib.settings import from_dict
 from kitlib.tables import concatenate
 
@@ -32,12 +32,15 @@ class AnsweringModel:
     folder: Path
     model: str
     fold: int
-    answers: frozenset[str]  # what the model predicts: a subset of "study", "none" and "boxes"
+    # What the model predicts: a subset of "study", "none" and "boxes" or, for models whose predictions a submission does not
+    # contain, "classes" or "lungs".
+    answers: frozenset[str]
     longest_side: int  # longest side, in pixels, of the decoded training images
     wants_masks: bool  # whether a segmenter must find the lungs
     masked: bool  # whether the lung masks are also needed, not only the frames
     segmenter: str  # digest of the segmenter that found the lungs in training, "" if none
     data_fingerprint: str  # fingerprint of the prepared run that was used in training
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Stacked:
 
 
 def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringModel:
-    """Return what the record of the bundle `folder` says about its model.
+    """Return what the record of the bundle `folder` says about its model, whose predictions a submission contains.
 
     Raises BundleError if the record cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
     an invalid recipe, and ValueError for a model whose predictions a submission does not contain.
@@ -62,6 +65,21 @@ def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringMode
     record = read_record(folder)
     if record_sha256 not in ("", record["record_sha256"]):
         raise BundleError(f"{folder} is not the bundle that weights.json lists; build the kernel's weights again")
+    if no_submission := recorded_family(record).no_submission:
+        classes = ", ".join(map(str, record["classes"][:3]))
+        raise ValueError(f"{record['model']} {no_submission} (its classes: {classes}, ...)")
+    return _describe_model(folder, record)
+
+
+def read_any_model(folder: Path) -> AnsweringModel:
+    """Return what the record of the bundle `folder` says about its model, of any family.
+
+    Raises BundleError if the record cannot be read, and SettingsError for an invalid recipe.
+    """
+    return _describe_model(folder, read_record(folder))
+
+
+def _describe_model(folder: Path, record: dict[str, Any]) -> AnsweringModel:
     if not 1 <= record["longest_side"] <= MAX_SIDE:
         raise BundleError(f"{folder}: longest_side is {record['longest_side']}; expected 1 to {MAX_SIDE} pixels")
     recipe = record["recipe"]
@@ -75,6 +93,7 @@ def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringMode
         recipe.get("masked", False),
         record["architecture"].get("segmenter", ""),
         record["data_fingerprint"],
+        tuple(record["classes"]),
     )
 
 
@@ -126,13 +145,10 @@ def _apply_ensemble(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tu
 
 def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
     family = recorded_family(record)
-    if family.no_submission:
-        classes = ", ".join(map(str, record["classes"][:3]))
-        raise ValueError(f"{record['model']} {family.no_submission} (its classes: {classes}, ...)")
     from_dict(family.recipe, record["recipe"])
     if family.answers == STUDIES and record["classes"] != list(OUTPUTS):
         raise BundleError(f"its classes are {record['classes']}; expected {list(OUTPUTS)}; train it again, or leave it out")
-    if family.answers == BOXES:
-        return frozenset({"boxes"})
+    if family.answers != STUDIES:
+        return frozenset({family.answers})
     outputs = record["recipe"].get("outputs", "both")
     return frozenset({"study", "none"} if outputs == "both" else {outputs})

@@ -11,10 +11,11 @@ from kitlib.bundle import data_fingerprint
 from kitlib.errors import LeaderboardError
 from kitlib.fusion.model_fusion import FusionSettings, fuse_scores
 from kitlib.leaderboard.listing import SHORT, ListedRun, list_run
-from kitlib.leaderboard.prepared import PreparedRuns, named_folder
+from kitlib.leaderboard.prepared import PreparedRuns
 from kitlib.reports.classification_report import by_model, judged
 from kitlib.reports.findings_report import mean_over_folds
 from kitlib.runs.finished_run import check_out_of_fold, judged_images, read_fused, read_out_of_fold
+from kitlib.runs.run_kinds import named_folder
 from kitlib.tables import concatenate, read_table
 
 
@@ -244,7 +245,7 @@ def _find_source(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun 
 
     It is taken from `runs` or, if it is not among them, read from disk.
     """
-    folder = named_folder(name, run)
+    folder = named_folder(name, run.folder)
     if folder is None:
         return None
     matches = [candidate for candidate in runs if candidate.folder.resolve() == folder.resolve()]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,36 +10,21 @@ from typing import Any
 from kitlib.plans.one_run import state_file
 from kitlib.plans.plan import RECORD as PLANNED
 from kitlib.recipes.named import RECIPES
+from kitlib.runs import run_kinds
 from kitlib.runs.record import METRICS, RECORD
-
-# A fold's folder that contains one of these marks its parent as a run.
-FOLD_FILES = (METRICS, "checkpoints")
+from kitlib.runs.run_kinds import find_kind, fold_folders, walk_runs
 
 SHORT = 8  # number of digits shown for a fingerprint or commit
-
-# Maps a kind of run to the files that identify it: a run has the first kind of which it contains at least one file.
-KINDS = {
-    "fusion": ("fusion.json",),
-    "ensemble": ("ensemble/ensemble.json",),
-    "study": ("tables/study_scores.parquet", "tables/image_scores.parquet"),
-    "detector": ("tables/coverage.parquet", "tables/detections.parquet"),
-    "findings": ("tables/class_scores.parquet",),
-    "lungs": ("tables/mask_scores.parquet",),
-    "applied lungs": ("tables/lungs.parquet",),
-    "prepared": ("tables/folds.parquet",),
-    "pseudo-labels": ("left_out.csv",),
-    "report": ("comparison.csv",),
-}
 
 
 @dataclass(frozen=True)
 class ListedRun:
     """One run folder: its name, kind, state and the contents of its JSON files.
 
-    `kind` is a key of KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or "damaged"; `remark`
-    explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files; each is empty if its file is
-    missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or, for nested folds,
-    "outer/inner", such as "2/0".
+    `kind` is a key of kitlib.runs.run_kinds.KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or
+    "damaged"; `remark` explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files; each is
+    empty if its file is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or,
+    for nested folds, "outer/inner", such as "2/0".
     """
 
     name: str
@@ -75,24 +59,16 @@ def list_runs(roots: Iterable[str | Path], skip: Iterable[str | Path] = ()) -> l
     for root in root_folders:
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder; give a run folder, or a folder with runs below it")
-        for path, folders, _ in os.walk(root):
-            folder = Path(path)
-            if is_run(folder):
-                # Folders inside a run are part of it, not runs of their own.
-                folders.clear()
-                if folder.resolve() not in skipped:
-                    name = folder if len(root_folders) > 1 else folder.name if folder == root else folder.relative_to(root)
-                    runs.setdefault(folder.resolve(), list_run(folder, str(name)))
-            else:
-                folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
+        for folder in walk_runs(root, is_run):
+            if folder.resolve() not in skipped:
+                name = folder if len(root_folders) > 1 else folder.name if folder == root else folder.relative_to(root)
+                runs.setdefault(folder.resolve(), list_run(folder, str(name)))
     return list(runs.values())
 
 
 def is_run(folder: Path) -> bool:
     """Return whether `folder` is a run folder, that is, whether a notebook or a plan has started a run in it."""
-    return any((folder / name).is_file() for name in (RECORD, METRICS, PLANNED)) or any(
-        (fold / name).exists() for fold in _fold_folders(folder).values() for name in FOLD_FILES
-    )
+    return (folder / PLANNED).is_file() or run_kinds.is_run(folder)
 
 
 def list_run(folder: Path, name: str) -> ListedRun:
@@ -100,7 +76,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
     remarks: list[str] = []
     record, metrics, planned = (_read_json(folder / file, remarks) for file in (RECORD, METRICS, PLANNED))
     plan = planned.get("run", {})
-    trained = {fold: path / METRICS for fold, path in _fold_folders(folder).items() if (path / METRICS).is_file()}
+    trained = {fold: path / METRICS for fold, path in fold_folders(folder).items() if (path / METRICS).is_file()}
     folds = {fold: _read_json(path, remarks) for fold, path in trained.items()}
     if not all(folds.values()) or ((folder / METRICS).is_file() and not metrics):
         state = "damaged"
@@ -113,7 +89,17 @@ def list_run(folder: Path, name: str) -> ListedRun:
     else:
         state, problem = _read_plan_state(folder, plan.get("name", ""))
         remarks += [problem] if problem else []
-    return ListedRun(name, folder, _find_kind(folder, plan), state, "; ".join(remarks), record, metrics, plan, folds)
+    return ListedRun(
+        name,
+        folder,
+        find_kind(folder) or ("command" if plan.get("command") else "other"),
+        state,
+        "; ".join(remarks),
+        record,
+        metrics,
+        plan,
+        folds,
+    )
 
 
 def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
@@ -189,16 +175,6 @@ def _read_plan_state(folder: Path, name: str) -> tuple[str, str]:
     return "unfinished", f"at cell {newest.get('cell')} of {newest.get('cells')} on {newest.get('host')}, running or killed"
 
 
-def _fold_folders(folder: Path) -> dict[int | str, Path]:
-    folder_of = {path.name.removeprefix("fold"): path for path in folder.glob("fold*")}
-    folders: dict[int | str, Path] = {int(number): folder_of[number] for number in sorted(folder_of) if number.isdigit()}
-    for path in sorted(folder.glob("outer*/fold*")):
-        outer, inner = path.parent.name.removeprefix("outer"), path.name.removeprefix("fold")
-        if outer.isdigit() and inner.isdigit():
-            folders[f"{outer}/{inner}"] = path
-    return folders
-
-
 def _fold_sort_key(fold: int | str) -> list[int]:
     return [int(part) for part in str(fold).split("/")]
 
@@ -207,13 +183,6 @@ def _requested_folds(run: ListedRun) -> list[Any]:
     """Return the folds that the run's parameters request, which are numbers or, for nested folds, pairs (outer, inner)."""
     folds, outer_folds = (run.parameters.get(name) or [] for name in ("folds", "outer_folds"))
     return [(outer, fold) for outer in outer_folds for fold in folds if fold != outer] if outer_folds else folds
-
-
-def _find_kind(folder: Path, plan: dict[str, Any]) -> str:
-    for kind, names in KINDS.items():
-        if any((path / name).is_file() for path in (folder, *_fold_folders(folder).values()) for name in names):
-            return kind
-    return "command" if plan.get("command") else "other"
 
 
 def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[str, str]:

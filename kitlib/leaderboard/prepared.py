@@ -1,15 +1,12 @@
 """Search for the prepared run that the models of a listed run were trained on; fingerprints confirm the match."""
 
-from pathlib import Path
-from typing import Any
-
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
-from kitlib.errors import InputNotFound, RunError
+from kitlib.errors import RunError
 from kitlib.leaderboard.listing import ListedRun
-from kitlib.paths import find_run
 from kitlib.runs.finished_run import read_prepared
+from kitlib.runs.run_kinds import named_folder
 
 
 class PreparedRuns:
@@ -28,7 +25,7 @@ class PreparedRuns:
         Searches the listed runs, and the run that the parameter `prepare_run` of `run` names, even if that run is not
         listed.
         """
-        named = named_folder(run.parameters.get("prepare_run"), run)
+        named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
         self._unread.sort(key=lambda folder: named is None or folder.resolve() != named.resolve())
         if named is not None and named not in self._unread:
@@ -50,7 +47,7 @@ class PreparedRuns:
         are not the prepared run's data minus the model's outer fold.
         """
         run = runs[0]
-        folder = named_folder(run.parameters.get("prepare_run"), run)
+        folder = named_folder(run.parameters.get("prepare_run"), run.folder)
         if folder is None:
             name = run.parameters.get("prepare_run")
             raise RunError(f"the prepared run {name!r}, which the run's parameter prepare_run names, does not exist")
@@ -69,19 +66,3 @@ class PreparedRuns:
                 if metrics.get("data_fingerprint") != fingerprint_without[outer]:
                     raise RunError(f"fold {name} of {trained.name} was not trained on {folder} without fold {outer}")
         return fingerprint, tables
-
-
-def named_folder(name: Any, run: ListedRun) -> Path | None:
-    """Return the folder of the run that `run` refers to as `name`, or None if it does not exist.
-
-    The folder is found even if both runs were moved together.
-    """
-    if not name or not isinstance(name, str):
-        return None
-    for folder in (run.folder.parent / name, run.folder.parent / Path(name).name):
-        if folder.is_dir():
-            return folder
-    try:
-        return find_run(name)
-    except InputNotFound:
-        return None

@@ -13,25 +13,9 @@ MODULES = "KIT_BACKBONES"
 # Arguments of timm's networks that a recipe may set: dropout and the like, and variants of the architecture. Others, such as
 # `checkpoint_path`, would read files or change what the kit sets itself.
 OPTIONS = (
-    *(
-        "drop_rate",
-        "drop_path_rate",
-        "drop_block_rate",
-        "proj_drop_rate",
-        "attn_drop_rate",
-        "pos_drop_rate",
-        "patch_drop_rate",
-    ),
-    *(
-        "global_pool",
-        "output_stride",
-        "init_values",
-        "window_size",
-        "dynamic_img_size",
-        "class_token",
-        "qk_norm",
-        "reg_tokens",
-    ),
+    *("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"),
+    *("patch_drop_rate", "output_stride", "init_values", "window_size", "dynamic_img_size", "class_token", "qk_norm"),
+    "reg_tokens",
 )
 
 

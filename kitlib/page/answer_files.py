@@ -9,9 +9,9 @@ from kitlib.atomic import write_json
 from kitlib.bundle import versions
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.model_fusion import Fused
+from kitlib.inference.loaded_models import Answer
+from kitlib.inference.systems import System
 from kitlib.page.opened_study import OpenedStudy
-from kitlib.page.systems import System
-from kitlib.page.warm_models import Answer
 from kitlib.scoring.submission_csv import submission_ids, write_submission
 from kitlib.tables import BOX
 

@@ -53,8 +53,8 @@ def build_page(viewer: Viewer) -> gr.Blocks:
 def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
     """Serve a page with the models below `runs` (runs/demo by default) until it is stopped; call `ready` with its address.
 
-    Downloadable files are written to `folder`; `port` and `host` are passed to kitlib.page.server.serve. Raises PageError if
-    there are no trained models or the port is not available, and FileNotFoundError if a folder does not exist.
+    Downloadable files are written to `folder`; `port` and `host` are passed to kitlib.page.server.serve. Raises RunError if
+    there are no trained models, PageError if the port is not available, and FileNotFoundError if a folder does not exist.
     """
     listed = list_runs([runs or project_root() / "runs" / "demo"])
     systems, copies, models = find_systems(listed), DecodedCopies(folder / "copies"), WarmModels()

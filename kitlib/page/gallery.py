@@ -14,11 +14,11 @@ from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import CacheError, RunError, UnreadableXray
 from kitlib.leaderboard.listing import ListedRun
-from kitlib.leaderboard.prepared import named_folder
 from kitlib.page.file_facts import read_facts
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 from kitlib.paths import project_root
 from kitlib.runs.finished_run import read_metrics, read_prepared
+from kitlib.runs.run_kinds import named_folder
 from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.worker import shrink, source_of
@@ -176,7 +176,7 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
     Prepared runs that cannot be read are logged.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
-    folders = [named_folder(run.parameters.get("prepare_run"), run) for run in trained]
+    folders = [named_folder(run.parameters.get("prepare_run"), run.folder) for run in trained]
     folders += [run.folder for run in listed if run.kind == "prepared" and run.state == "finished"]
     for folder in dict.fromkeys(folder.resolve() for folder in folders if folder is not None):
         try:

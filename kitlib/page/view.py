@@ -11,12 +11,13 @@ from pathlib import Path
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError, UnreadableXray
+from kitlib.inference.loaded_models import Answer
+from kitlib.inference.systems import System
 from kitlib.page.answer_files import write_answer, write_rows
 from kitlib.page.gallery import Gallery
 from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
-from kitlib.page.systems import System
 from kitlib.page.uploads import open_uploads
-from kitlib.page.warm_models import Answer, WarmModels
+from kitlib.page.warm_models import WarmModels
 from kitlib.page.window_level import Windowed, read_windowed
 from kitlib.page.xray_svg import draw_bars, draw_picture
 

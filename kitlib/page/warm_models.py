@@ -2,48 +2,29 @@
 
 import logging
 import threading
-import time
 from collections import OrderedDict
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble
-from kitlib.fusion.model_fusion import Fused
-from kitlib.inference.answer import AnsweringModel, fused_answer
-from kitlib.inference.cached_lungs import CachedLungs
-from kitlib.inference.predict import Predictor, load_predictor
+from kitlib.inference.answer import AnsweringModel
+from kitlib.inference.loaded_models import Answer, LoadedModels
+from kitlib.inference.systems import System
 from kitlib.page.opened_study import OpenedImage, OpenedStudy
-from kitlib.page.systems import System
 
 logger = logging.getLogger(__name__)
 
-# Number of studies with cached predictions, and of images with cached lungs.
+# Number of studies with cached predictions.
 CACHED_ANSWERS = 200
 CACHED_HEATS = 16  # up to 4 MB each
-SUBMISSION_BATCH = 16  # SubmitSettings.batch_size
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The predictions of a system for a study. In `fused`, image_id is the image's key, and boxes are in original pixels."""
-
-    fused: Fused
-    models: pd.DataFrame  # columns model, fold, seconds (without loading); a row for each model that predicted the study
-    remarks: tuple[str, ...]  # sentences about models that were trained on the study, were left out, or failed
-    failed: int = 0  # number of models that failed
 
 
 class WarmModels:
     """Loads bundles on first use and caches predictions. May be shared between threads; predictions run one at a time."""
 
     def __init__(self) -> None:
-        self._predictors: dict[tuple[Path, CachedLungs | None], Predictor] = {}
-        self._lungs: dict[tuple[Path | None, int], CachedLungs] = {}
-        self._ensembles: dict[Path, Ensemble] = {}
+        self._models = LoadedModels()
         self._answers: OrderedDict[tuple, Answer] = OrderedDict()
         self._heats: OrderedDict[tuple, np.ndarray] = OrderedDict()
         self._one_at_a_time = threading.RLock()
@@ -53,7 +34,7 @@ class WarmModels:
         with self._one_at_a_time:
             for model in system.models:
                 try:
-                    self._predictor(system, model)
+                    self._models.predictor(system, model)
                 except Exception as error:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
@@ -66,7 +47,7 @@ class WarmModels:
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
             answer = self._answers.get(key) or self._predict(system, study)
-            if not answer.failed:  # a failure may be temporary, so it is not cached
+            if not answer.faults:  # a failure may be temporary, so it is not cached
                 _remember(self._answers, key, answer, CACHED_ANSWERS)
             return answer
 
@@ -77,7 +58,7 @@ class WarmModels:
         """
         if system.lungs is None:
             return None, "These models have no lung segmenter."
-        segmenter = self._segmenter(system)
+        segmenter = self._models.segmenter(system)
         mask = segmenter.find([study.read(image, system.longest_side)])[0].mask
         return mask, "" if mask is not None else f"The segmenter {segmenter.fault or 'finds no lungs'}."
 
@@ -99,7 +80,7 @@ class WarmModels:
                 if heat is None:
                     with self._one_at_a_time:
                         xray = study.read(image, system.longest_side)
-                        heat = compute_heat(self._predictor(system, model), [xray], [class_name])[0].heat
+                        heat = compute_heat(self._models.predictor(system, model), [xray], [class_name])[0].heat
                         _remember(self._heats, key, heat, CACHED_HEATS)
                 return f"{model.model}, fold {model.fold}", heat
         raise ValueError(f"none of the models of {system.name} predicts {class_name}")
@@ -107,60 +88,8 @@ class WarmModels:
     def _predict(self, system: System, study: OpenedStudy) -> Answer:
         models, remarks = choose_models(system, study)
         xrays = [study.read(image, system.longest_side) for image in study.images]
-        remarks += system.left_out
-        probabilities, detections, coverage, rows, failures = [], [], [], [], []
-        for model in models:
-            try:
-                predictor = self._predictor(system, model)
-                began = time.perf_counter()
-                chunks = list(predictor.predict(xrays))
-            except Exception as error:
-                logger.error("%s failed", model.folder, exc_info=error)
-                remarks.append(f"{model.model} (fold {model.fold}) failed and is left out: {type(error).__name__}: {error}.")
-                failures.append(error)
-                continue
-            rows.append((model.model, model.fold, time.perf_counter() - began))
-            if "boxes" in model.answers:
-                detections += chunks
-                coverage_rows = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
-                coverage.append(pd.DataFrame(coverage_rows))
-            else:
-                probabilities += chunks
-            if predictor.lungs_missed:
-                remarks.append(f"{model.model} used {predictor.lungs_missed} images uncropped, because no lungs were found.")
-        if not rows:
-            raise failures[-1]
-        ensemble = None
-        try:
-            ensemble = self._ensemble(system)
-        except (OSError, ValueError) as error:
-            remarks.append(f"The ensemble failed: {error}; the study models are combined without it.")
-        fused, stacked = fused_answer(probabilities, detections, coverage, study.table(), system.fusion, ensemble)
-        if stacked and stacked.note:
-            remarks.append(f"The ensemble: {stacked.note}.")
-        if any(model.wants_masks for model in models) and self._segmenter(system).fault:
-            remarks.append(f"The lung segmenter {self._segmenter(system).fault}.")
-        table = pd.DataFrame(rows, columns=["model", "fold", "seconds"])
-        return Answer(fused, table, tuple(remarks), failed=len(models) - len(rows))
-
-    def _predictor(self, system: System, model: AnsweringModel) -> Predictor:
-        lungs = self._segmenter(system) if model.wants_masks else None
-        if (model.folder, lungs) not in self._predictors:
-            loaded = load_predictor(model.folder, batch_size=SUBMISSION_BATCH, lungs=lungs)
-            self._predictors[model.folder, lungs] = loaded
-        return self._predictors[model.folder, lungs]
-
-    def _segmenter(self, system: System) -> CachedLungs:
-        """Return the system's segmenter, for decoded copies of the size that the system's models read."""
-        key = system.lungs, system.longest_side
-        return self._lungs.setdefault(key, CachedLungs(system.lungs, True, SUBMISSION_BATCH, most=CACHED_ANSWERS))
-
-    def _ensemble(self, system: System) -> Ensemble | None:
-        if system.ensemble is None:
-            return None
-        if system.ensemble not in self._ensembles:
-            self._ensembles[system.ensemble] = read_ensemble(system.ensemble)
-        return self._ensembles[system.ensemble]
+        answer = self._models.answer(system, models, lambda: xrays, study.table())
+        return replace(answer, remarks=(*remarks, *answer.remarks))
 
 
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:

@@ -1,6 +1,5 @@
 """Reads the DICOM file of an X-ray: pixels for display, stored values, or header. Every error becomes UnreadableXray."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -47,18 +46,6 @@ class Xray:
 
     pixels: np.ndarray  # uint8 (rows, columns) for display: 255 is white (bone), 0 is black (air)
     warnings: tuple[str, ...]  # invalid header elements, and what was done instead
-
-
-def read_xray(path: str | Path) -> np.ndarray:
-    """Decode a DICOM file to uint8 pixels (rows, columns) for display, where 255 is white, and log warnings.
-
-    `decode_xray` describes the decoding and returns the warnings instead of logging them. Raises UnreadableXray if the file
-    cannot be read as an X-ray.
-    """
-    xray = decode_xray(path)
-    if xray.warnings:
-        logging.getLogger(__name__).warning("%s: %s", path, "; ".join(xray.warnings))
-    return xray.pixels
 
 
 @_raises_unreadable_xray

@@ -4,6 +4,7 @@ A raw file of the JSRT database (db.jsrt.or.jp) contains 2048 x 2048 big-endian 
 are used; larger values are darker. The file is recognised by its suffix and its exact size.
 """
 
+import logging
 import os
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from kitlib.errors import UnreadableXray
-from kitlib.xrays.dicom import Xray, show_stored
+from kitlib.xrays.dicom import Xray, decode_xray, show_stored
 from kitlib.xrays.header import MAX_SAMPLES
 from kitlib.xrays.json_header import json_header_path, read_json_header
 
@@ -45,6 +46,28 @@ def image_size(path: str | Path) -> tuple[int, int]:
     with open_image(path, with_pixels=False) as image:
         columns, rows = image.size
     return rows, columns
+
+
+def read_xray(path: str | Path) -> np.ndarray:
+    """Return the pixels of a DICOM, PNG, JPEG, GIF or raw JSRT file, uint8 (rows, columns); 255 is white (bone).
+
+    Logs warnings about the file; see `decode_file`. Raises UnreadableXray if it cannot be read as an X-ray.
+    """
+    try:
+        xray = decode_file(path)
+    except OSError as error:  # missing, a folder, or not allowed
+        raise UnreadableXray(path, error.strerror or str(error)) from None
+    if xray.warnings:
+        logging.getLogger(__name__).warning("%s: %s", path, "; ".join(xray.warnings))
+    return xray.pixels
+
+
+def decode_file(path: str | Path) -> Xray:
+    """Decode an image file (see `decode_image`) or a DICOM file (see kitlib.xrays.dicom.decode_xray), told by its content.
+
+    Raises UnreadableXray if it cannot be read as an X-ray, OSError if it cannot be opened.
+    """
+    return decode_image(path) if image_format(path) else decode_xray(path)
 
 
 def decode_image(path: str | Path) -> Xray:

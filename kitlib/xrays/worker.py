@@ -24,9 +24,8 @@ import numpy as np
 
 from kitlib.errors import UnreadableXray
 from kitlib.letterbox import letterbox
-from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.entry import write_entry
-from kitlib.xrays.image_file import decode_image, image_format
+from kitlib.xrays.image_file import decode_file
 from kitlib.xrays.json_header import MAX_JSON_BYTES, json_header_path
 
 # Memory limit of a worker: enough to decode the largest X-ray, and low enough that a damaged file fails early.
@@ -55,7 +54,7 @@ def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Out
     start = time.perf_counter()
     try:
         source = source_of(path)
-        xray = decode_image(path) if image_format(path) else decode_xray(path)
+        xray = decode_file(path)
     except (UnreadableXray, OSError, MemoryError) as error:
         reason = "out of memory" if isinstance(error, MemoryError) else getattr(error, "reason", str(error))
         return Outcome(image_id, "failed", reason, seconds=time.perf_counter() - start)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
 
 from kitlib.datasets import near_duplicates
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, group_near_duplicates, perceptual_hash
@@ -99,6 +100,21 @@ def test_identical_hashes_chains_and_the_limit_across_blocks(monkeypatch):
     groups[order] = group_hashes([hashes[place] for place in order], MAX_DISTANCE)
     assert len(set(groups[:51])) == 1
     assert (groups[51:71] == groups[71:91]).all() and len(set(groups[71:])) == 40 and len(set(groups)) == 41
+
+
+def test_a_group_that_joins_late_is_still_compared_with_all(monkeypatch):
+    """Random sets of clusters, 28 to 32 bits apart, in blocks of 4 by 8, against single links found by brute force."""
+    monkeypatch.setattr(near_duplicates, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(near_duplicates, "BLOCK_COLUMNS", 8)
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        centre = rng.random(256) < 0.5
+        steps = [np.isin(np.arange(256), rng.permutation(256)[: rng.integers(28, 33)]) for _ in range(24)]
+        hashes = [centre ^ step for step in steps] + [centre]
+        distances = (np.stack(hashes)[:, None] != np.stack(hashes)).sum(axis=2)
+        count, expected = connected_components(distances <= MAX_DISTANCE, directed=False)
+        groups = group_hashes(hashes, MAX_DISTANCE)
+        assert len(set(groups)) == count == len(set(zip(groups, expected, strict=True)))
 
 
 @pytest.mark.real_data

@@ -19,7 +19,7 @@ import kitlib.page.opened_study
 from kitlib.errors import CacheError, PageError
 from kitlib.page.opened_study import DecodedCopies, OpenedStudy
 from kitlib.page.uploads import MAX_IMAGES, MAX_UPLOAD_BYTES, open_uploads
-from kitlib.xrays.dicom import read_xray
+from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.writing import write_xray
 
 SIDE = 32

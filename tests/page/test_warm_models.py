@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.errors import PageError
+from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.model_fusion import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
@@ -179,7 +179,7 @@ def test_a_damaged_model_is_left_out_reported_and_tried_again(runs, gallery, tmp
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     answer = warm.answer(system, study)
-    assert sorted(answer.models.model) == ["faster_rcnn", "study"] and answer.failed == 1
+    assert sorted(answer.models.model) == ["faster_rcnn", "study"] and len(answer.faults) == 1
     said = f"yolo (fold {study.fold}) failed and is left out: BundleError"
     assert any(remark.startswith(said) for remark in answer.remarks)
     weights.write_bytes(whole)
@@ -260,7 +260,7 @@ def test_values_without_a_model_are_class_frequencies_in_csv_and_null_in_json(fu
 def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, gallery, monkeypatch):
     loaded, warm = [], WarmModels()
     monkeypatch.setattr(
-        "kitlib.page.warm_models.load_predictor",
+        "kitlib.inference.loaded_models.load_predictor",
         lambda folder, **given: loaded.append(folder) or load_predictor(folder, **given),
     )
     first = warm.answer(fused, opened(gallery, 0))
@@ -327,7 +327,7 @@ def test_systems_follow_a_folder_that_was_moved_and_say_what_is_missing(runs, tm
     assert plain.name == "all models, equal weights" and len(plain.models) == 6 and not plain.fusion.model_weights
     for name in ("study", "yolo", "faster_rcnn"):
         shutil.rmtree(moved / name)
-    with pytest.raises(PageError, match=re.escape("`make demo`")):
+    with pytest.raises(RunError, match=re.escape("`make demo`")):
         find_systems(list_runs([moved]))
 
 

@@ -9,7 +9,7 @@ import pytest
 from kitlib.classes import RSNA_CLASSES
 from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, read_rsna
 from kitlib.phantoms.rsna import write_rsna
-from kitlib.xrays.dicom import read_xray
+from kitlib.xrays.image_file import read_xray
 
 SMALL = {"images": 40, "side": 64, "seed": 3, "progress": False}
 

@@ -19,7 +19,8 @@ from kitlib.phantoms.drawing import draw_masks, render
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import CLASS_SHARES, plan_split
 from kitlib.phantoms.siim import write_competition
-from kitlib.xrays.dicom import read_header, read_xray
+from kitlib.xrays.dicom import read_header
+from kitlib.xrays.image_file import read_xray
 
 SEEDS = st.integers(0, 2**32 - 1)
 SMALL = {"train_studies": 30, "test_studies": 12, "side": 64, "seed": 5, "workers": 1, "progress": False}

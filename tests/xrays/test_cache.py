@@ -29,8 +29,8 @@ from safetensors.numpy import save_file
 import kitlib.xrays.cache
 from kitlib.errors import CacheError
 from kitlib.xrays.cache import DECODING, STALE_SECONDS, CachedXray, XrayCache
-from kitlib.xrays.dicom import read_xray
 from kitlib.xrays.entry import read_entry
+from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.worker import decode_into, shrink
 from kitlib.xrays.writing import write_xray
 from tests import PROJECT

@@ -24,7 +24,8 @@ from pydicom.uid import (
 )
 
 from kitlib.errors import UnreadableXray
-from kitlib.xrays.dicom import decode_xray, read_header, read_stored_values, read_xray
+from kitlib.xrays.dicom import decode_xray, read_header, read_stored_values
+from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.stored_values import NATIVE
 from kitlib.xrays.writing import WRITABLE, write_xray
 

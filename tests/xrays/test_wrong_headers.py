@@ -15,8 +15,9 @@ from pydicom.uid import (
 )
 
 from kitlib.errors import UnreadableXray
-from kitlib.xrays.dicom import decode_xray, read_stored_values, read_xray
+from kitlib.xrays.dicom import decode_xray, read_stored_values
 from kitlib.xrays.encapsulation import DELIMITER, ITEM
+from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.writing import write_xray
 
 RNG = np.random.default_rng(7)

@@ -1,0 +1,293 @@
+"""Predicts any image files with the models of a run: one row per file, for the command, for scripts and for notebooks."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+from pebble import ProcessPool
+from tqdm import tqdm
+
+from kitlib.atomic import replacing
+from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import RunError
+from kitlib.inference.listed_files import list_files
+from kitlib.inference.loaded_models import BATCH_SIZE, CACHED_LUNGS, LoadedModels
+from kitlib.inference.read_ahead import ahead
+from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
+from kitlib.inference.systems import System, find_system
+from kitlib.lungs.clean_up import FOUND, clean_up_mask, decode_maps
+from kitlib.tables import BOX, storable
+from kitlib.xrays.cache import CachedXray, XrayCache, decoding_pool, usable_cores
+from kitlib.xrays.drawn_boxes import draw_boxes
+from kitlib.xrays.worker import Outcome
+
+logger = logging.getLogger(__name__)
+
+_Outputs = tuple[pd.DataFrame, tuple[str, ...]]  # outputs by image_id, and faults
+KEYS = ("file", "image_id", "study_id")
+BOXES, VERDICT, AREA, WARNING, ERROR = "boxes", "lungs", "lung_area", "warning", "error"
+PART = CACHED_LUNGS  # number of images that are decoded, predicted and forgotten together
+FILE_TIMEOUT_S = 20.0  # SubmitSettings.file_timeout_s
+DRAWN_SCORE = 0.2  # boxes with a lower score are in the table, but would cover the picture
+PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can be read
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Files of whole studies, decoded: rows of `list_files`, an Outcome for each that could be opened, and the copies."""
+
+    files: pd.DataFrame
+    outcomes: dict[str, Outcome]
+    cache: XrayCache
+
+    @property
+    def readable(self) -> pd.DataFrame:
+        """Table of the decoded images: image_id, study_id, and rows and columns, the original size in pixels."""
+        decoded = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
+        images = self.files.loc[self.files["image_id"].isin(decoded), ["image_id", "study_id"]].reset_index(drop=True)
+        for side in ("rows", "columns"):
+            images[side] = np.array([getattr(decoded[name], side) for name in images["image_id"]], dtype=int)
+        return images
+
+    def read(self) -> Iterator[CachedXray]:
+        """Yield the decoded copies of the images in `readable`."""
+        return map(self.cache.read, self.readable["image_id"])
+
+
+def predict(
+    files: str | Path | Iterable[str | Path],
+    runs: str | Path,
+    *,
+    pictures: str | Path | None = None,
+    file_column: str = "file",
+    study_column: str = "study_id",
+    workers: int = 0,
+) -> pd.DataFrame:
+    """Return the predictions of the models in `runs` for image files: a table with one row per file.
+
+    `files` is explained at `list_files`, `runs` at `find_system`, and the table's columns and `pictures` at `predict_parts`.
+    Files that cannot be read have a row whose column `error` says why. Raises RunNotFound or RunError if the run does not
+    exist or cannot predict, and DatasetError if there is no image file.
+    """
+    system = find_system(runs)
+    listed = list_files(files, file_column, study_column)
+    return pd.concat(list(predict_parts(listed, system, pictures, workers)), ignore_index=True)
+
+
+def predict_parts(
+    files: pd.DataFrame, system: System, pictures: str | Path | None = None, workers: int = 0, progress: bool = False
+) -> Generator[pd.DataFrame, None, None]:
+    """Yield tables of predictions, each for some of `files`, a table of `list_files`; memory does not grow with the files.
+
+    The columns are those of `table_columns`. Probabilities are 0..1. `boxes` is JSON, a list of dictionaries with label,
+    score, xmin, ymin, xmax and ymax in pixels of the original image, the highest score first; it is empty text if no
+    detector has predicted the image. Values that no model has predicted are NaN or empty. `lungs` is a segmenter's verdict,
+    and `lung_area` the share of the image that it draws as lung. `warning` says what is unusual about the file, and which
+    models failed; `error` says why there is no prediction.
+
+    With `pictures`, each image is also written there as image_id.png, with its boxes of a score of 0.2 or more, in the size
+    of its decoded copy, or enlarged; a segmenter's mask is masks/image_id.png, with the original size and 255 in the lungs.
+    `workers` is the number of decoding processes; 0: one per core. Raises BundleError if a segmenter or an ensemble of
+    classifiers is damaged, CacheError or OSError if files cannot be written.
+    """
+    columns = table_columns(system)
+    is_segmenter = "lungs" in system.answers
+    predict_part = _Segmenting(system, pictures) if is_segmenter else _Predicting(system)
+    workers = workers or usable_cores()
+    for sentence in system.left_out:
+        logger.warning(sentence)
+    if pictures is not None:
+        Path(pictures).mkdir(parents=True, exist_ok=True)
+    pool = decoding_pool(workers)
+    with (
+        tempfile.TemporaryDirectory(prefix="kit-predict-", ignore_cleanup_errors=True) as scratch,
+        tqdm(total=len(files), desc="predicting", unit="image", disable=not progress) as bar,
+    ):
+        try:
+            with closing(ahead(_decode(files, Path(scratch), system.longest_side, workers, pool), most=1)) as parts:
+                for part in parts:
+                    table = _finished(part, *_outputs(predict_part, part), columns)
+                    if pictures is not None and not is_segmenter:
+                        _write_pictures(part, table, Path(pictures))
+                    shutil.rmtree(part.cache.folder.parent, ignore_errors=True)
+                    bar.update(len(table))
+                    yield table
+        finally:
+            pool.stop()
+            pool.join()
+
+
+def table_columns(system: System) -> list[str]:
+    """Return the columns of the predictions of `system`: file, image_id, study_id, its outputs, warning and error.
+
+    The outputs are the four study classes, `none` and boxes, as far as its models predict them; or the classes of its
+    classifiers; or the verdict, the area and the frame of the lungs. Raises RunError if a class has the name of another
+    column.
+    """
+    answers = system.answers
+    if "lungs" in answers:
+        outputs = [VERDICT, AREA, BOXES]
+    elif "classes" in answers:
+        outputs = list(system.models[0].classes)
+        if taken := sorted({*KEYS, BOXES, WARNING, ERROR} & set(outputs)):
+            raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
+    else:
+        # Fusion computes `none` from boxes or classes if no model predicts it.
+        outputs = [*(STUDY_CLASSES if "study" in answers else ()), "none", *([BOXES] if "boxes" in answers else [])]
+    return [*KEYS, *outputs, WARNING, ERROR]
+
+
+class _Predicting:
+    """Predicts parts with study models, detectors or classifiers; returns outputs by image_id, and faults (see Answer)."""
+
+    def __init__(self, system: System) -> None:
+        self.system, self.models = system, LoadedModels()
+        self._logged = set(system.left_out)
+
+    def __call__(self, part: _Part) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        if "classes" in self.system.answers:
+            table, remarks, faults = self.models.classify(self.system, part.read)
+            self._log(remarks)
+            return table.set_index("image_id"), (*self.system.left_out, *faults)
+        images = part.readable
+        answer = self.models.answer(self.system, self.system.models, part.read, images)
+        studies = answer.fused.studies.set_index("study_id")
+        studies = studies.loc[~studies["prior"], list(STUDY_CLASSES)]
+        nones = answer.fused.nones.set_index("image_id")
+        table = studies.reindex(images["study_id"]).set_axis(images["image_id"])
+        table["none"] = nones["none"].where(~nones["prior"])
+        boxes = _boxes_as_json(answer.fused.detections)
+        seen = nones.index[nones["seen"]]
+        table[BOXES] = pd.Series({name: boxes.get(name, "[]") for name in seen}, dtype=object).reindex(table.index)
+        self._log(answer.remarks)
+        return table, (*self.system.left_out, *answer.faults)
+
+    def _log(self, remarks: tuple[str, ...]) -> None:
+        for remark in remarks:
+            if remark not in self._logged:
+                logger.warning(remark)
+        self._logged.update(remarks)
+
+
+class _Segmenting:
+    """Predicts parts with a lung segmenter, and writes its masks to `pictures`, if that is a folder."""
+
+    def __init__(self, system: System, pictures: str | Path | None) -> None:
+        self.system, self.pictures = system, pictures
+        self.segmenter: LungSegmenter = load_segmenter(system.models[0].folder, batch_size=BATCH_SIZE)
+
+    def __call__(self, part: _Part) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        recipe, rows = self.segmenter.recipe, {}
+        for xray, maps, place in self.segmenter.maps(part.read()):
+            cleaned = clean_up_mask(xray, decode_maps(maps, place, xray.pixels.shape, recipe), recipe)
+            frame = [{"label": "lungs", **dict(zip(BOX, cleaned.frame.round(2).tolist(), strict=True))}]
+            boxes = json.dumps(frame if cleaned.verdict == FOUND else [])
+            rows[xray.image_id] = cleaned.verdict, float(cleaned.mask.mean()), boxes
+            if self.pictures is not None:
+                mask = cleaned.mask.astype(np.uint8) * 255
+                original = cv2.resize(mask, (xray.columns, xray.rows), interpolation=cv2.INTER_NEAREST)
+                _write_picture(Path(self.pictures) / "masks" / f"{xray.image_id}.png", original)
+                edges = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+                outlined = draw_boxes(xray.pixels, [])
+                outlined[edges] = (255, 165, 0)
+                _write_picture(Path(self.pictures) / f"{xray.image_id}.png", outlined)
+        table = pd.DataFrame.from_dict(rows, orient="index", columns=[VERDICT, AREA, BOXES])
+        return table, ()
+
+
+def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int, pool: ProcessPool) -> Iterator[_Part]:
+    """Decode `files` in parts of whole studies, each of PART images or a few more, into a folder of its own."""
+    starts = files["study_id"].ne(files["study_id"].shift()).to_numpy()
+    bounds = [0]
+    for place in np.flatnonzero(starts):
+        if place - bounds[-1] >= PART:
+            bounds.append(int(place))
+    for number, (first, last) in enumerate(zip(bounds, [*bounds[1:], len(files)], strict=True)):
+        rows = files.iloc[first:last]
+        cache = XrayCache(scratch / str(number), longest_side)
+        outcomes = cache.decode(rows[rows["error"] == ""], workers, FILE_TIMEOUT_S, pool)
+        yield _Part(rows, {outcome.image_id: outcome for outcome in outcomes}, cache)
+
+
+def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd.DataFrame, tuple[str, ...], str]:
+    """Return the outputs and faults of a part, and why there are none, if all models fail: other parts may succeed."""
+    if part.readable.empty:
+        return pd.DataFrame(), (), ""
+    try:
+        return *predict_part(part), ""
+    except OSError:  # a picture cannot be written, or a copy is gone
+        raise
+    except Exception as error:
+        logger.error("%d files are not predicted", len(part.files), exc_info=error)
+        return pd.DataFrame(), (), f"no model has predicted it: {type(error).__name__}: {error}"
+
+
+def _finished(part: _Part, outputs: pd.DataFrame, faults: tuple[str, ...], failure: str, columns: list[str]) -> pd.DataFrame:
+    """Return the rows of all files of a part: the outputs for the readable ones, and the reasons for the others."""
+    table = part.files[list(KEYS)].reset_index(drop=True)
+    numbers = [name for name in columns if name not in (*KEYS, BOXES, VERDICT, WARNING, ERROR)]
+    for name in columns[len(KEYS) : -2]:
+        values = outputs[name].reindex(table["image_id"]).to_numpy() if name in outputs else np.full(len(table), None)
+        table[name] = (
+            pd.Series(values).astype(float).round(7) if name in numbers else pd.Series(values, dtype=object).fillna("")
+        )
+    failed = {name: storable(done.reason) for name, done in part.outcomes.items() if done.status == "failed"}
+    reasons = [failed.get(name) or error for name, error in zip(part.files["image_id"], part.files["error"], strict=True)]
+    is_empty = table[numbers].isna().all(axis=1)
+    for name in {BOXES, VERDICT} & set(columns):
+        is_empty &= table[name] == ""
+    warnings = [
+        "; ".join(dict.fromkeys((*(part.outcomes[name].warnings if name in part.outcomes else ()), *faults)))
+        for name in table["image_id"]
+    ]
+    table[WARNING] = [storable(text) for text in warnings]
+    table[ERROR] = [
+        storable(reason or (failure or "no model has predicted it with finite numbers" if empty else ""))
+        for reason, empty in zip(reasons, is_empty, strict=True)
+    ]
+    table.loc[table[ERROR] != "", WARNING] = ""
+    return table[columns]
+
+
+def _boxes_as_json(detections: pd.DataFrame) -> dict[str, str]:
+    """Return the boxes of each image that has any as JSON, the highest score first."""
+    ordered = detections.sort_values("score", ascending=False, kind="stable")
+    rounded = ordered.round({"score": 7, **dict.fromkeys(BOX, 2)}).assign(label="opacity")
+    return {
+        str(name): json.dumps(rows[["label", "score", *BOX]].to_dict("records"))
+        for name, rows in rounded.groupby("image_id", sort=False)
+    }
+
+
+def _write_pictures(part: _Part, table: pd.DataFrame, folder: Path) -> None:
+    boxes = dict(zip(table["image_id"], table[BOXES] if BOXES in table else [""] * len(table), strict=True))
+    for xray in part.read():
+        enlarged = _enlarge(xray)
+        found: list[dict[str, Any]] = json.loads(boxes[xray.image_id] or "[]")
+        picture = draw_boxes(enlarged, found, DRAWN_SCORE, (xray.rows, xray.columns))
+        _write_picture(folder / f"{xray.image_id}.png", picture)
+
+
+def _enlarge(xray: CachedXray) -> np.ndarray:
+    side = min(PICTURE_SIDE, max(xray.rows, xray.columns))
+    scale = side / max(xray.pixels.shape)
+    if scale <= 1:
+        return xray.pixels
+    height, width = xray.pixels.shape
+    return cv2.resize(xray.pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR)
+
+
+def _write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write an RGB or grey picture, uint8, as PNG, atomically."""
+    bgr = picture[..., ::-1] if picture.ndim == 3 else picture
+    with replacing(path) as temporary_path:
+        temporary_path.write_bytes(cv2.imencode(".png", np.ascontiguousarray(bgr))[1].tobytes())

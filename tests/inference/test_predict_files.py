@@ -1,0 +1,311 @@
+"""Predictions for any files: those of a submission for the same run, whatever the files are called and however many fail."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kitlib import draw_boxes, train_classifier
+from kitlib.__main__ import app
+from kitlib.atomic import write_json
+from kitlib.bundle import read_record, save_bundle
+from kitlib.classes import STUDY_CLASSES
+from kitlib.errors import DatasetError, RunError, RunNotFound
+from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
+from kitlib.inference import predict_files
+from kitlib.inference.listed_files import list_files
+from kitlib.inference.predict import load_predictor
+from kitlib.inference.predict_files import predict, predict_parts
+from kitlib.inference.submit import SubmissionRun, SubmitSettings
+from kitlib.inference.systems import find_system
+from kitlib.lungs.finders import segmenter_digest
+from kitlib.models.classifier import FindingsClassifier
+from kitlib.paths import project_root
+from kitlib.recipes.fields import FindingsRecipe
+from kitlib.scoring.score import score_files
+from kitlib.scoring.submission_csv import as_tables, read_submission, write_all_negative
+from kitlib.tables import BOX, empty_table
+from kitlib.xrays.cache import CachedXray
+from kitlib.xrays.image_file import read_xray
+from tests.small_bundles import edit_record
+from tests.small_page import COPY, page_runs
+
+CLASSES = ["COVID-19", "viral", "normal"]
+RECIPE = FindingsRecipe(backbone="test_resnet", image_size=32, hidden=8, multi_label=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with runs/ (see page_runs), two classifiers and their ensemble, and inputs/ with the phantom competition."""
+    folder = tmp_path_factory.mktemp("predict")
+    runs = page_runs(folder, detectors=("faster_rcnn",))
+    for seed, (name, folds) in enumerate({"first": ("fold0", "fold1"), "second": ("outer0/fold1", "outer1/fold0")}.items()):
+        for number, fold in enumerate(folds):
+            torch.manual_seed(10 * seed + number)
+            network = FindingsClassifier(RECIPE, CLASSES)
+            record = {
+                **{"family": "findings", "model": name, "classes": CLASSES, "recipe": asdict(RECIPE), "architecture": {}},
+                **{"longest_side": COPY, "image_size": 32, "placement": RECIPE.placement, "mean": network.mean},
+                **{"std": network.std, "fold": int(fold[-1]), "data_fingerprint": "", "precision": "float32"},
+            }
+            save_bundle(runs / name / fold / "bundle", network.state_dict(), {**record, "validation": {}})
+        (runs / name / "tables").mkdir()
+        empty_table("class_scores").to_parquet(runs / name / "tables" / "class_scores.parquet")
+        write_json(runs / name / "metrics.json", {"model": name})
+    weights = {"learners": np.array([0.25, 0.75])}
+    options = {"classes": tuple(CLASSES), "key": "image_id", "temperature": 2.0, "weights": weights}
+    write_ensemble(runs / "both" / "ensemble", Ensemble("both", "weighted", ("first", "second"), **options))
+    write_json(runs / "both" / "record.json", {"parameters": {"runs": ["first", "second"]}})
+    write_json(runs / "both" / "metrics.json", {"model": "both"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def competition(folder):
+    return next((folder / "inputs").glob("siim-*"))
+
+
+@pytest.fixture(scope="module")
+def predicted(folder, competition):
+    return predict(competition / "test", folder / "runs")
+
+
+@pytest.fixture
+def pngs(tmp_path):
+    """Three PNG files, two of the same name, that are bright in different places."""
+    paths = [tmp_path / "a" / "x.png", tmp_path / "a" / "y.png", tmp_path / "b" / "x.png"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        image = np.random.default_rng(number).integers(0, 90, (60, 80), np.uint8)
+        image[10 * number : 10 * number + 30, 20:50] += 160
+        cv2.imwrite(str(path), image)
+    return paths
+
+
+def test_predictions_equal_those_of_a_submission(folder, competition, predicted, tmp_path):
+    """Other images in a batch change a float32 by about 1e-7, which may change the one decimal of a coordinate."""
+    system, bundles = find_system(folder / "runs"), []
+    for model in system.models:
+        bundles.append({"folder": f"{model.model}-fold{model.fold}"})
+        shutil.copytree(model.folder, tmp_path / "weights" / bundles[-1]["folder"])
+    (tmp_path / "weights" / "weights.json").write_text(json.dumps({"bundles": bundles}))
+    shutil.copy(folder / "runs" / "fuse" / "fusion.json", tmp_path / "weights")
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
+    run.predict(str(tmp_path / "weights"), tmp_path / "scratch")
+    studies, nones, boxes = as_tables(read_submission(run.output))
+
+    assert system.name == "fuse: study + faster_rcnn" and (predicted.error == "").all()
+    assert sorted(predicted.file) == sorted(map(str, competition.glob("test/*/*/*.dcm")))
+    assert set(predicted.image_id) == set(nones.image_id) and set(predicted.study_id) == set(studies.study_id)
+    of_study = studies.set_index("study_id").loc[predicted.study_id, list(STUDY_CLASSES)].to_numpy(float)
+    np.testing.assert_allclose(predicted[list(STUDY_CLASSES)], of_study, atol=2e-6)
+    np.testing.assert_allclose(predicted.none, nones.set_index("image_id").none[predicted.image_id].astype(float), atol=2e-6)
+    for image_id, cell in zip(predicted.image_id, predicted.boxes, strict=True):
+        found = pd.DataFrame(json.loads(cell)).sort_values("score", ascending=False, kind="stable")
+        submitted = boxes[boxes.image_id == image_id].sort_values("score", ascending=False, kind="stable")
+        assert set(found.label) == {"opacity"} and len(found) == len(submitted) > 1
+        np.testing.assert_allclose(found.score, submitted.score, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[list(BOX)], submitted[list(BOX)], atol=0.1101)
+
+
+def test_parts_do_not_change_the_predictions_and_keep_studies_whole(folder, competition, predicted, monkeypatch):
+    monkeypatch.setattr(predict_files, "PART", 2)
+    system = find_system(folder / "runs" / "study")
+    parts = list(predict_parts(list_files(competition / "test"), system))
+    assert len(parts) > 1 and all(len(part) >= 2 for part in parts[:-1])
+    assert sum(part.study_id.nunique() for part in parts) == predicted.study_id.nunique()
+    assert list(parts[0].columns) == ["file", "image_id", "study_id", *STUDY_CLASSES, "none", "warning", "error"]
+    whole = predicted.set_index("file")[list(STUDY_CLASSES)]
+    alone = pd.concat(parts).set_index("file")[list(STUDY_CLASSES)]  # the fusion has one study model, so they are equal
+    np.testing.assert_allclose(alone, whole.loc[alone.index], atol=2e-6)
+
+
+def test_files_keep_their_names_and_get_ids_and_studies_of_their_own(competition, pngs, tmp_path, caplog):
+    dicom = next(competition.glob("test/*/*/*.dcm"))
+    shutil.copy(dicom, tmp_path / "b" / "IM-0001")  # without a suffix
+    (tmp_path / "b" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "list.csv").write_text("Image;Study\na/x.png;s1\nb/x.png;s1\nnowhere.png;\n", encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
+    given = [tmp_path / "a", f"{tmp_path}/b", tmp_path / "list.csv", tmp_path / "pipe.png", tmp_path / "a" / "y.png"]
+    caplog.set_level("INFO")
+    table = list_files(given, "Image", "Study").set_index("file")
+    uid = dicom.parents[1].name
+    expected = {
+        str(pngs[0]): ("x", "x", ""),
+        str(pngs[1]): ("y", "y", ""),  # given twice, one row
+        f"{tmp_path}/b/IM-0001": ("IM-0001", uid, ""),
+        f"{tmp_path}/b/x.png": ("x-2", "x-2", ""),
+        "a/x.png": ("x-3", "s1", ""),
+        "b/x.png": ("x-4", "s1", ""),
+        "nowhere.png": ("nowhere", "nowhere", "there is no such file"),
+        str(tmp_path / "pipe.png"): ("pipe", "pipe", "there is no such file"),
+    }
+    assert {file: (row.image_id, row.study_id, row.error) for file, row in table.iterrows()} == expected
+    assert "1 files are neither DICOM nor pictures" in caplog.text
+    # Files of a study follow one another.
+    first, last = (table.index.get_loc(name) for name in ("a/x.png", "b/x.png"))
+    assert last == first + 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="no image file"):
+        list_files(tmp_path / "empty")
+    with pytest.raises(DatasetError, match=r"no column 'file' of files, only Image, Study"):
+        list_files(tmp_path / "list.csv")
+
+
+def own_predictions(run, pngs):
+    """Return the plain mean of all models of a run, images x classes, and the predictions of each."""
+    xrays = [CachedXray(name, read_xray(path), 60, 80) for name, path in zip(("x", "y", "x-2"), pngs, strict=True)]
+    each = [pd.concat(load_predictor(bundle).predict(xrays))[CLASSES].to_numpy() for bundle in sorted(run.glob("**/bundle"))]
+    return np.mean(each, axis=0)
+
+
+def test_classifiers_and_ensembles_predict_their_own_classes(folder, pngs, tmp_path):
+    runs = folder / "runs"
+    first, second = (predict(tmp_path, runs / name) for name in ("first", "second"))
+    assert list(first.columns) == ["file", "image_id", "study_id", *CLASSES, "warning", "error"]
+    means = [own_predictions(runs / name, pngs) for name in ("first", "second")]
+    for table, mean in zip((first, second), means, strict=True):
+        np.testing.assert_allclose(table[CLASSES], mean, atol=1e-6)
+    assert np.abs(means[0] - means[1]).max() > 1e-3
+    both = predict(tmp_path, runs / "both")
+    # The weighted mean, then the temperature 2: probabilities proportional to their square roots.
+    roots = np.sqrt(0.25 * means[0] + 0.75 * means[1])
+    np.testing.assert_allclose(both[CLASSES], roots / roots.sum(axis=1, keepdims=True), atol=1e-6)
+
+
+def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
+    image = np.zeros((200, 300), np.uint8)
+    image[20:180, 30:270] = 250  # bright is lung for this segmenter
+    cv2.imwrite(str(tmp_path / "lungs.png"), image)
+    table = predict(tmp_path / "lungs.png", folder / "runs" / "lungs", pictures=tmp_path / "drawn")
+    mask = cv2.imread(str(tmp_path / "drawn" / "masks" / "lungs.png"), cv2.IMREAD_UNCHANGED)
+    assert table.lungs.tolist() == ["found"] and mask.shape == image.shape and set(np.unique(mask)) == {0, 255}
+    # The block is 160 x 240 of 200 x 300 pixels; the mask is drawn on a canvas of 64 pixels.
+    assert (mask > 0).mean() == pytest.approx(0.64, abs=0.06) and table.lung_area[0] == pytest.approx(
+        (mask > 0).mean(), abs=0.01
+    )
+    (frame,) = json.loads(table.boxes[0])
+    assert frame["label"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
+    assert cv2.imread(str(tmp_path / "drawn" / "lungs.png")).shape[2] == 3
+
+
+def test_the_command_writes_what_it_prints_and_fails_only_if_nothing_is_predicted(folder, pngs, tmp_path):
+    (tmp_path / "bad.dcm").write_bytes(b"no image")
+    out, runs = tmp_path / "out" / "p.csv", folder / "runs"
+    files = [str(pngs[0]), str(tmp_path / "bad.dcm"), str(tmp_path / "gone.png")]
+    options = ["--runs", str(runs / "faster_rcnn"), "--out", str(out), "--pictures", str(tmp_path / "pictures"), "--json"]
+    result = CliRunner().invoke(app, ["predict", *files, *options])
+    assert result.exit_code == 0, result.output
+    printed, table = json.loads(result.stdout), pd.read_csv(out)
+    assert (printed["predicted"], printed["files"]) == (1, 3) and table.file.tolist() == files
+    assert [row["file"] for row in printed["rows"]] == files
+    assert printed["rows"][0]["boxes"] == json.loads(table.boxes[0]) and printed["rows"][1]["boxes"] is None
+    assert table.error.notna().tolist() == [False, True, True] and table.error[2] == "there is no such file"
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["x.png"]
+    result = CliRunner().invoke(app, ["predict", *files[1:], "--runs", str(runs / "faster_rcnn"), "--out", str(out)])
+    assert result.exit_code == 1 and "0 of 2 files predicted by faster_rcnn" in result.stdout
+    assert pd.read_csv(out).error.notna().all()
+    result = CliRunner().invoke(
+        app, ["predict", files[0], "--runs", str(runs / "prepare"), "--out", str(tmp_path / "no.csv")]
+    )
+    assert result.exit_code == 1 and "'prepared', which predicts nothing" in result.stderr
+    assert not (tmp_path / "no.csv").exists()
+
+
+def test_a_damaged_model_is_a_warning_and_without_any_model_an_error(folder, pngs, tmp_path):
+    run = shutil.copytree(folder / "runs" / "first", tmp_path / "first")
+    (run / "fold0" / "bundle" / "weights.safetensors").write_bytes(b"damaged")
+    table = predict(pngs[0], run)
+    assert "first (fold 0) failed and is left out: BundleError" in table.warning[0] and table.error[0] == ""
+    (run / "fold1" / "bundle" / "weights.safetensors").write_bytes(b"damaged")
+    table = predict(pngs[0], run)
+    assert table.error[0].startswith("no model has predicted it: BundleError") and table[CLASSES].isna().all(axis=None)
+
+
+def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, tmp_path):
+    runs = folder / "runs"
+    run = shutil.copytree(runs / "first", tmp_path / "masked")
+    for bundle in run.glob("fold*/bundle"):
+        architecture = {"segmenter": segmenter_digest(read_record(runs / "lungs" / "bundle"))}
+        edit_record(bundle, recipe={**asdict(RECIPE), "lungs": "masks", "masked": True}, architecture=architecture)
+    with pytest.raises(RunError, match=r"need the masks of the segmenter(?s:.)*no run beside"):
+        find_system(run)
+    shutil.copytree(runs / "lungs", tmp_path / "lungs")
+    assert find_system(run).lungs == tmp_path / "lungs" / "bundle"
+    masked, plain = (predict(pngs, each) for each in (run, runs / "first"))
+    assert (masked.error == "").all() and np.abs(masked[CLASSES] - plain[CLASSES]).to_numpy().max() > 1e-4
+
+
+def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.paths.runs_root", lambda: tmp_path)
+    runs = folder / "runs"
+    shutil.copytree(runs / "faster_rcnn", tmp_path / "some" / "faster_rcnn")
+    shutil.copytree(runs / "study", tmp_path / "some" / "study")
+    shutil.copytree(runs / "first", tmp_path / "untrained")
+    shutil.rmtree(tmp_path / "untrained" / "fold0"), shutil.rmtree(tmp_path / "untrained" / "fold1")
+    shutil.copytree(runs / "first", tmp_path / "unfinished")
+    (tmp_path / "unfinished" / "metrics.json").unlink()
+    shutil.copytree(runs / "both", tmp_path / "both")
+    (tmp_path / "nothing").mkdir()
+    refused = {
+        "gone": (RunNotFound, "no run 'gone'"),
+        runs / "prepare": (RunError, "kind 'prepared', which predicts nothing"),
+        tmp_path / "nothing": (RunError, "no finished run that can predict, only: no run"),
+        tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
+        tmp_path / "untrained": (RunError, "not every run has trained classifiers"),
+        tmp_path / "unfinished": (RunError, "not finished"),
+        tmp_path / "both": (RunError, "combines the run first, which was not found"),
+    }
+    for name, (error, message) in refused.items():
+        with pytest.raises(error, match=message):
+            find_system(name)
+    assert find_system(tmp_path / "some" / "faster_rcnn").detectors == ("faster_rcnn",)
+
+
+def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, monkeypatch, quick_kernels):
+    """It reads and draws an X-ray, predicts, trains a classifier on own images (notebooks 10 and 25), and scores."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kitlib.plans.train_classifier.run_path", lambda name: tmp_path / "runs" / name)
+    dicom = next(competition.glob("test/*/*/*.dcm"))
+    shutil.copy(dicom, "image.dcm")
+    Path("runs").mkdir()
+    Path("runs/demo").symlink_to(folder / "runs")
+    Path("inputs/chest/images").mkdir(parents=True)
+    rows = ["Image,Class,Patient"]
+    for number in range(12):
+        image = np.random.default_rng(number).integers(0, 200, (64, 64)).astype(np.uint8)
+        image[10:30, 10:30] = 250 * (number % 2)
+        cv2.imwrite(f"inputs/chest/images/{number:03d}.png", image)
+        rows.append(f"{number:03d}.png,{('normal', 'opacity')[number % 2]},P{number}")
+    Path("inputs/chest/labels.csv").write_text("\n".join(rows))
+    Path("inputs/demo-truth").symlink_to(folder / "inputs" / "truth")
+    ids = pd.read_csv(competition / "sample_submission.csv").id
+    write_all_negative("runs/demo/submission.csv", ids)
+
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (project_root() / "docs" / "predict.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert names["table"].file.tolist() == ["image.dcm", *(f"inputs/chest/images/{number:03d}.png" for number in range(12))]
+    assert (names["table"].error == "").all()
+    strong = [box for box in names["boxes"] if box["score"] >= 0.2]
+    assert names["picture"].shape == (*names["pixels"].shape, 3) and strong
+    assert (names["picture"] == draw_boxes(read_xray(dicom), strong)).all()
+    assert list(names["diagnoses"].columns) == ["file", "image_id", "study_id", "normal", "opacity", "warning", "error"]
+    assert names["diagnoses"][["normal", "opacity"]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert [path.name for path in names["run"].glob("fold*")] == ["fold0"]
+    assert names["precision"] == score_files(folder / "inputs" / "truth", "runs/demo/submission.csv")
+
+
+def test_a_folder_that_is_not_prepared_needs_to_be_told_its_classes(tmp_path):
+    with pytest.raises(RunError, match=r'is not a prepared run; for own images, give `prepare`, such as \{"class_folders"'):
+        train_classifier(tmp_path, tmp_path / "run")
