@@ -102,19 +102,26 @@ def test_identical_hashes_chains_and_the_limit_across_blocks(monkeypatch):
     assert (groups[51:71] == groups[71:91]).all() and len(set(groups[71:])) == 40 and len(set(groups)) == 41
 
 
-def test_a_group_that_joins_late_is_still_compared_with_all(monkeypatch):
-    """Random sets of clusters, 28 to 32 bits apart, in blocks of 4 by 8, against single links found by brute force."""
+def test_two_clusters_with_a_single_bridge_are_one_group(monkeypatch):
+    """Clusters of 9 and 51 hashes, joined by one pair 30 bits apart, in blocks of 4 by 8; groups as by brute force."""
     monkeypatch.setattr(near_duplicates, "BLOCK_ROWS", 4)
     monkeypatch.setattr(near_duplicates, "BLOCK_COLUMNS", 8)
     rng = np.random.default_rng(1)
-    for _ in range(300):
-        centre = rng.random(256) < 0.5
-        steps = [np.isin(np.arange(256), rng.permutation(256)[: rng.integers(28, 33)]) for _ in range(24)]
-        hashes = [centre ^ step for step in steps] + [centre]
+
+    def flip(bits, places):
+        return bits ^ np.isin(np.arange(256), places)
+
+    for _ in range(40):
+        one_end, order = rng.random(256) < 0.5, rng.permutation(256)
+        other_end, beyond = flip(one_end, order[:30]), flip(one_end, order[:44])
+        small, large = (
+            [flip(centre, rng.permutation(order[60:])[:6]) for _ in range(n)] for centre, n in ((one_end, 8), (beyond, 50))
+        )
+        hashes = [one_end, *small, other_end, *large]
         distances = (np.stack(hashes)[:, None] != np.stack(hashes)).sum(axis=2)
-        count, expected = connected_components(distances <= MAX_DISTANCE, directed=False)
-        groups = group_hashes(hashes, MAX_DISTANCE)
-        assert len(set(groups)) == count == len(set(zip(groups, expected, strict=True)))
+        assert (distances[:9, 9:] <= MAX_DISTANCE).sum() == 1
+        assert connected_components(distances <= MAX_DISTANCE, directed=False)[0] == 1
+        assert len(set(group_hashes(hashes, MAX_DISTANCE))) == 1
 
 
 @pytest.mark.real_data
