@@ -1,4 +1,4 @@
-"""The Dataset that a reader returns, and what readers share: image headers, and the making and checking of tables."""
+"""The class Dataset, which every reader of a data set returns, and functions that readers share to make its tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,23 +14,26 @@ from kitlib.errors import DatasetError, UnreadableXray
 from kitlib.tables import BOX, check_table, cut_boxes, empty_table
 
 HEADER_THREADS = 16  # more than there are cores, because the threads mostly wait for the disk
-# Where a random part of the data set would have this many images of a class, none is no chance but a misread layout.
+# If a random part of the data set should contain this many images of a class but has none, the layout was misread.
 LEAST_EXPECTED = 20
 MOST_LOST = 0.1  # share of the image files that may be unused
-MOST_UNUSABLE = 0.1  # share of the images with boxes whose boxes may lie outside, before the boxes are of another image size
+MOST_UNUSABLE = (
+    0.1  # share of the boxed images whose boxes may lie outside; if more do, the boxes are for another image size
+)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The tables of one data set (see kitlib.tables), its faults, and the counts of its content that its authors published.
+    """The tables of one data set (see kitlib.tables), the faults found while reading it, and its published counts.
 
     `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
     official list) and `convention` (of MASK_CONVENTIONS, "" for images of a pooled set without masks). `masks` is None for
     data sets without masks, otherwise it has the columns image_id, structure (a key of MASK_CODES) and path; several files
     for the same image and structure are combined.
+
     `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says how the fault
-    was handled. `published` maps the name of a count to its value for the whole data set. Raises ValueError if a convention
-    is unknown.
+    was handled. `published` maps names of counts, such as "patients", to the values that the data set's authors published
+    for the whole data set. Raises ValueError if a convention is unknown.
     """
 
     images: pd.DataFrame
@@ -56,12 +59,12 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Return a Dataset of these tables with the faults of `source`; `boxes` defaults to an empty table.
+        """Return a Dataset with these tables and the faults of `source`; `boxes` defaults to an empty table.
 
-        Checks `images` and `labels`, and compares them with the `published` counts. Image files that are in no table are
-        counted in a fault (see DataFolder.count_unread), and a study whose images have different patient ids is one. Raises
-        DatasetError if there is no image, or if the layout has evidently been misread (see `_compare_with_published`);
-        TableError if a table is not valid (see kitlib.tables).
+        Checks `images` and `labels`, and compares them with the `published` counts. Adds a fault that counts the image files
+        that are in no table (see DataFolder.count_unread), and one for each study whose images have different patient ids.
+        Raises DatasetError if there is no image, or if the layout has evidently been misread (see
+        `_compare_with_published`); TableError if a table is not valid (see kitlib.tables).
         """
         faults = source.faults
         source.mark_read(images.path)
@@ -81,7 +84,7 @@ class Dataset:
 
 
 def first_faults(source: DataFolder) -> str:
-    """Return a text for messages that counts the faults of `source` and quotes the first three."""
+    """Return text for an error message: the number of faults of `source`, and the first three faults."""
     problems = [f"{problem} ({file} {row})" for file, row, problem in source.faults.rows]
     return f"there are {len(problems)} faults, the first: {'; '.join(problems[:3]) or 'none, so the tables are empty'}"
 
@@ -89,10 +92,10 @@ def first_faults(source: DataFolder) -> str:
 def _compare_with_published(
     source: DataFolder, images: pd.DataFrame, labels: pd.DataFrame, published: Mapping[str, int]
 ) -> None:
-    """Compare the tables with the `published` counts; a class without an image is a fault.
+    """Compare the tables with the `published` counts, and add a fault for each class without images.
 
-    Raises DatasetError if the layout has evidently been misread: a class is empty that should have LEAST_EXPECTED images,
-    and a share of MOST_LOST of the image files is not used, or all images have one patient.
+    Raises DatasetError if the layout has evidently been misread: either a class has no images although LEAST_EXPECTED would
+    be expected, and more than the share MOST_LOST of the image files is unused; or all images have the same patient.
     """
     share = len(images) / published["images"] if "images" in published else 0.0
     unused = 1 - len(images) / max(len(images), source.count_images())
@@ -115,7 +118,7 @@ def _compare_with_published(
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The image size, patient and view that the header of an image file states."""
+    """The image size, and for DICOM files also the patient, study and view, as stated in an image file's header."""
 
     rows: int = 0
     columns: int = 0
@@ -126,16 +129,16 @@ class ImageHeader:
 
 
 def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
-    """Return one ImageHeader per file, in the order of `paths`; that of an unreadable file has a `problem`."""
+    """Return one ImageHeader per file, in the order of `paths`; for an unreadable file, its `problem` says why."""
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
 
 def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.DataFrame:
-    """Return an `images` table: `rows`, with the sizes from the files' headers; every image is a study of its own.
+    """Return an `images` table made from `rows`, with image sizes from the files' headers; each image is its own study.
 
-    `rows` has the columns image_id, patient_id, path, source and view; an empty patient_id or view is filled in from the
-    header, if it has one. An image whose header cannot be read is left out, with a fault of `source` that names the file.
+    `rows` has the columns image_id, patient_id, path, source and view. An empty patient_id or view is replaced by the value
+    in the header, if there is one. An image with an unreadable header is left out, and a fault is added to `source`.
     """
     source.mark_read(rows.path)
     headers = read_headers(rows.path.tolist(), progress)
@@ -153,18 +156,19 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
 
 
 def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
-    """Return a `labels` table with one row per id: 1.0 in the column of its class, 0.0 in those of the other `classes`.
+    """Return a `labels` table with one row per id, which has 1.0 in the column of its class and 0.0 in all other columns.
 
-    `image_classes` has the class of each id, with the same index as `ids`.
+    `image_classes` has the class of each id, with the same index as `ids`. `classes` are the names of all columns.
     """
     return pd.DataFrame({"id": ids, **{name: (image_classes == name).astype(float) for name in classes}})
 
 
 def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Return a `boxes` table made from `cells`, and a boolean Series that is True for its valid rows.
+    """Return a `boxes` table made from `cells`, and a boolean Series that says which rows are valid boxes.
 
-    `cells` has one row per box and four columns of text: x, y, width and height, in this order, whatever their names. A row
-    is valid if all four are finite numbers and the box has an area.
+    `cells` has one row per box and four columns of text: x, y, width and height, in this order; the names of the columns do
+    not matter. `image_ids` has the image of each row. A row is valid if all four cells are finite numbers and the width and
+    height are above 0.
     """
     x, y, width, height = (pd.to_numeric(cells[name], errors="coerce") for name in cells)
     boxes = pd.DataFrame({"image_id": image_ids, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
@@ -174,10 +178,10 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
 def scale_boxes(
     boxes: pd.DataFrame, images: pd.DataFrame, originals: pd.DataFrame, source: DataFolder, file: str
 ) -> pd.DataFrame:
-    """Return `boxes`, given in pixels of the original images, in pixels of the image files, which may be resized copies.
+    """Return `boxes` converted from pixels of the original images to pixels of the image files, which may be resized.
 
-    `originals` has the columns image_id, rows and columns: the original size of each image with a box. Images whose file
-    has another size are counted in one fault, which names `file`, the file that the boxes come from.
+    `originals` has the columns image_id, rows and columns: the original size of each image with a box. The sizes of the
+    files are in `images`. One fault for `file`, from which the boxes were read, counts the images that were resized.
     """
     sizes = images.merge(originals, on="image_id", suffixes=("", "_original")).set_index("image_id")
     scale = pd.DataFrame(
@@ -197,12 +201,12 @@ def scale_boxes(
 def cut_at_edges(
     images: pd.DataFrame, boxes: pd.DataFrame, source: DataFolder, file: str, suffix: str = ""
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cut boxes to their images (see kitlib.tables.cut_boxes); returns the `images` and `boxes` tables.
+    """Return the tables `images` and `boxes`, with the boxes cut at the edges of their images (see kitlib.tables.cut_boxes).
 
-    An image with a box that cannot be used is removed with all of its boxes. Each cut and each removed image is a fault,
-    with the `file` that the boxes come from, and with the image id followed by `suffix`. Raises DatasetError if
-    LEAST_EXPECTED images and a share of MOST_UNUSABLE of all images with boxes would be removed, because the boxes then
-    belong to images of another size.
+    An image with an unusable box is removed together with all of its boxes. Each cut box and each removed image is a fault;
+    its file is `file`, from which the boxes were read, and its row is the image id followed by `suffix`. Raises DatasetError
+    if at least LEAST_EXPECTED images, and at least the share MOST_UNUSABLE of all images with boxes, would be removed: the
+    boxes then belong to images of another size.
     """
     boxes = check_table(boxes, "boxes", file)
     cut, overhang, problems = cut_boxes(boxes, images)

@@ -32,15 +32,15 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 
     An image's diagnosis comes from the report of its session, a row of `derivatives/labels/*.tsv` with the columns ReportID
     (the session) and Labels (a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label,
-    pneumonia if the list contains "pneumonia", otherwise other. The nearest folder whose name tells the set decides whether
-    an image is of the positive set (`posi` or `+` in the name) or of the negative set (`neg` in the name, or `-` at its
-    end); if there is none, the names of all tables decide, if they tell one set. Patients of the positive set were also
-    X-rayed before and after the disease, so only images with a report of COVID 19 are used from it. In the negative set such
-    a report contradicts the test, and the image is left out. Also left out, with faults: images without a report, images
-    with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex and age come from `participants.tsv`, if present.
-    A 16-bit PNG holds a DICOM file's stored values, which are decoded as the header in the JSON file of the same name says;
-    an invalid header is a fault and is ignored. Raises DatasetError if there is no image, no table of labels, or an image
-    whose folders and tables do not tell its set.
+    pneumonia if the list contains "pneumonia", otherwise other. An image belongs to the positive or the negative set
+    according to the names of its folders, the nearest first: `posi` or `+` in the name means positive, `neg` in the name or
+    `-` at its end negative. If no folder has such a name, the names of the tables decide, unless they contradict each other.
+    Patients of the positive set were also X-rayed before and after the disease, so only images with a report of COVID 19 are
+    used from the positive set. In the negative set such a report contradicts the test, and the image is left out. Also left
+    out, with faults: images without a report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex
+    and age come from `participants.tsv`, if present. A 16-bit PNG contains a DICOM file's stored values, which are decoded
+    with the DICOM header in the JSON file of the same name; an invalid header is a fault and is ignored. Raises DatasetError
+    if there is no image or no table of labels, or if neither folders nor tables say which set an image belongs to.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -91,10 +91,10 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 
 
 def _is_positive(path: Path, source: DataFolder) -> bool:
-    """Return whether an image is of the positive set, according to the nearest of its folders whose name tells the set.
+    """Return True for an image of the positive set, False for one of the negative set, judged by the names of folders.
 
-    If no folder does, the names of the tables decide, if all that tell a set tell the same one. Raises DatasetError
-    otherwise.
+    The nearest folder above the image whose name says which set it is decides. If no folder name does, the names of the
+    label tables decide. Raises DatasetError if these do not say either, or if they contradict each other.
     """
     for name in (*reversed(source.folders(path)), source.folder.name):
         if (told := _told_set(name)) is not None:
@@ -110,7 +110,7 @@ def _is_positive(path: Path, source: DataFolder) -> bool:
 
 
 def _told_set(name: str) -> bool | None:
-    """Return whether a name tells the positive set (True) or the negative set (False), or None if it tells none or both."""
+    """Return True if `name` is that of the positive set, False if of the negative set, None if of neither or of both."""
     positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
     return positive if positive != negative else None
 

@@ -77,7 +77,7 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 
 
 def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
-    """Return the index of the rows of the table `name` that are left out; each row has one fault, the first that applies."""
+    """Return the index of the unusable rows of the table `name`, and add one fault for each, the first that applies."""
     cells, is_left = rows["Path"], pd.Series(True, index=rows.index)
     values = rows[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).isin(list(VALUES)))
     for is_faulty, problem in (
@@ -99,7 +99,7 @@ def _image_id(cell: str) -> str:
 
 
 def _value(cell: str) -> str:
-    """Return the cell of an observation as a key of VALUES, if it is one of these numbers in any notation."""
+    """Return a table cell as a key of VALUES if the cell is one of these numbers in any notation; else unchanged."""
     return cell[:-2] if cell.endswith(".0") else cell
 
 

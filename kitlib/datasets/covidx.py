@@ -31,16 +31,17 @@ HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/READM
 def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
 
-    A list is called `train.txt`, `train_COVIDx5.txt` or similar, and lies beside the folder train, or competition_train. Of
-    the lists of several releases, `train.txt` is used, or else the last release of which train and test have a list; the
-    others are a fault. A line has an image's patient, file, class and, except in
-    older lists, source, separated by blanks. A patient and a file name may also contain blanks: if a line can be divided in
-    several ways, the first one that names a file is used. image_id is the file name without suffix, or with the suffix if
-    two files share a name. `split` is "test" for the official test set, otherwise "train". Patients
-    from data sets that the kit can also read directly get the same ids as there. RSNA's patientIds identify images, most of
-    which come from an NIH patient with several images: if RSNA's MAPPING is in the folder, patients are NIH's; otherwise a
-    fault warns of leaks. Left out, with a fault: invalid lines, repeated files, and missing or damaged files. Raises
-    DatasetError if the list of train or test is missing, or no image is found.
+    A list is called `train.txt`, `train_COVIDx5.txt` or similar, and is next to the folder train or competition_train. If
+    there are lists of several releases, `train.txt` is used, or else the latest release that has lists for both train and
+    test; the other lists are a fault. Each line describes one image: patient, file, class and, except in older lists,
+    source, separated by blanks. Patients and file names may also contain blanks: if a line can be divided in several ways,
+    the first way in which the file exists is used. image_id is the file name without suffix, or with the suffix if two
+    files have the same name. `split` is "test" for the official test set, otherwise "train".
+
+    Patients from data sets that the kit can also read directly have the same ids as when they are read directly. RSNA's
+    patientIds identify images, most of which come from an NIH patient with several images: if RSNA's MAPPING is in the
+    folder, patients are NIH's; otherwise a fault warns of leaks. Left out, with a fault: invalid lines, repeated files, and
+    missing or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -93,7 +94,7 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
 
 
 def _find_lists(source: DataFolder) -> dict[str, Path]:
-    """Return the list of each part (train, val, test) of one release; val may have none.
+    """Return a dict that maps the parts train, test and, if available, val to the list files of one release.
 
     Raises DatasetError if no release has both train and test, or if several folders have lists.
     """
@@ -119,8 +120,8 @@ def _find_lists(source: DataFolder) -> dict[str, Path]:
 def _read_lines(path: Path, find: Callable[[str], Path | None]) -> Iterator[tuple[int, tuple[str, str, str, str] | None]]:
     """Yield, for each line of a list, its number (from 1) and its cells: patient, file, class and source.
 
-    Class and source are in lower case. If a line is invalid, None stands for the cells. Empty lines and a first line with
-    column names are skipped. `find` returns the path of a file that a line names.
+    Class and source are in lower case. The cells of an invalid line are None. Empty lines and a first line with column names
+    are skipped. `find` is a function that returns the path of the image for a file name in a line, or None.
     """
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip() or (number == 1 and "filename" in line.lower()):

@@ -1,4 +1,4 @@
-"""The files of a data set, found in one walk through its folder and the folders beside it."""
+"""Lists the files of a data set, which may lie in several folders, and finds images and tables among them."""
 
 import unicodedata
 from collections import Counter
@@ -21,15 +21,13 @@ IMAGES = (*PICTURES, *DICOM, ".img", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class DataFolder:
-    """The files of a data set: those below its folder, and those below further folders beside it; collects the faults.
+    """All files of a data set, in its main folder and in additional folders, and the faults found while reading them.
 
-    On Kaggle, inputs are read-only, and masks or tables often lie in another input than the images: they are found beside.
-    Each folder is walked once (see kitlib.datasets.walk). Nothing is lost silently: `count_unread` lists the image files
-    that no reader asked for.
-
-    `folder` is the data set's folder, `beside` further ones, `faults` collects the faults, and `paths` are all files: those
-    of `folder` first, and in each folder those fewest folders deep first, then sorted. Raises DatasetError if one of the
-    folders is missing.
+    `folder` is the main folder. `beside` lists the additional folders, because on Kaggle the masks or tables are often in
+    another input than the images, and inputs are read-only. `faults` collects the faults. `paths` lists all files: the files
+    in `folder` come first; within a folder, files in fewer subfolders come first, then the order is alphabetical. Each
+    folder is listed once (see kitlib.datasets.walk). Readers mark the files that they use as read, and `count_unread`
+    reports the image files that were never read. Raises DatasetError if one of the folders does not exist.
     """
 
     def __init__(self, folder: str | Path, beside: Sequence[str | Path] = ()) -> None:
@@ -49,19 +47,19 @@ class DataFolder:
 
     @classmethod
     def of(cls, folder: "str | Path | DataFolder") -> "DataFolder":
-        """Return `folder` itself if it is a DataFolder, otherwise the DataFolder of this path."""
+        """Return `folder` unchanged if it is a DataFolder; otherwise return a new DataFolder for this path."""
         return folder if isinstance(folder, DataFolder) else cls(folder)
 
     def name(self, path: str | Path) -> str:
-        """Return the path of a file relative to the folder in which it was found, with slashes."""
+        """Return a file's path, with slashes, relative to the one of the data set's folders that contains the file."""
         return Path(path).relative_to(self._roots.get(Path(path), self.folder)).as_posix()
 
     def folders(self, path: Path) -> tuple[str, ...]:
-        """Return the names, in lower case, of the folders between the data set's folder and a file."""
+        """Return the names, in lower case, of the subfolders on the way from the data set's folder to the file `path`."""
         return tuple(part.lower() for part in path.relative_to(self._roots[path]).parts[:-1])
 
     def find(self, suffixes: Collection[str], is_wanted: Callable[[Path], bool] = lambda path: True) -> list[Path]:
-        """Return the files that have one of `suffixes` (lower case) and are wanted, and mark them as read."""
+        """Return the files with one of the lower-case `suffixes` for which `is_wanted` returns True; mark them as read."""
         found = [path for path in self.paths if path.suffix.lower() in suffixes and is_wanted(path)]
         self._read.update(found)
         return found
@@ -69,10 +67,11 @@ class DataFolder:
     def find_images(
         self, suffixes: Collection[str] = PICTURES, is_wanted: Callable[[Path], bool] = lambda path: True
     ) -> dict[str, Path]:
-        """Return image id -> path for the files that `find` returns, sorted by id, which is the file name without suffix.
+        """Return a dict that maps image ids to paths, sorted by id, for the files that `find` returns.
 
-        If several files have the same id, the first is used. The others are counted in one fault if they are copies, judged
-        by their sizes in bytes, as in archives that contain everything twice, and in another fault if they differ.
+        The image id is the file name without suffix. If several files have the same id, the first file is used. One fault
+        counts the other files of the same suffix and size in bytes, which are taken for copies; another fault counts the
+        other files that differ.
         """
         paths: dict[str, Path] = {}
         copies: list[str] = []
@@ -87,11 +86,12 @@ class DataFolder:
         return dict(sorted(paths.items()))
 
     def find_table(self, *patterns: str) -> Path | None:
-        """Return the file that matches the first of `patterns` that matches any, or None.
+        """Return the path of a table, or None if no file name matches.
 
-        Patterns are those of file names, such as `train_val_list*.txt`; case does not matter. A file directly in the data
-        set's folder is preferred, then those below, then those beside. Identical copies count once. Raises DatasetError,
-        which lists the files, if several remain.
+        `patterns` are file name patterns such as `train_val_list*.txt`, the preferred pattern first; case is ignored. A file
+        directly in the data set's folder is preferred to files in subfolders, and these to files in the additional folders.
+        Files with identical content count as one. Raises DatasetError, which lists the files, if several different files
+        match equally well.
         """
         for pattern in patterns:
             for root in (self.folder, *self.beside):
@@ -101,7 +101,10 @@ class DataFolder:
         return None
 
     def need_table(self, *patterns: str, how_to_get: str) -> Path:
-        """Return what `find_table` returns. Raises DatasetError, whose message ends with `how_to_get`, if it is None."""
+        """Return the path of a table, as `find_table` does, but raise DatasetError if no file matches.
+
+        The message ends with `how_to_get`, which says how to get the file.
+        """
         if path := self.find_table(*patterns):
             return path
         tables = [self.name(path) for path in self.paths if path.suffix.lower() in (".csv", ".txt", ".tsv", ".json")]
@@ -111,12 +114,12 @@ class DataFolder:
         )
 
     def find_listed(self, cell: str, base: Path, below: str = "", exactly: bool = False) -> Path | None:
-        """Return the image file that a table's cell names, as a path from the folder `base` (or `below`, a folder in it).
+        """Return the path of the image file whose name or path is in a table's `cell`, or None if no file matches.
 
-        If there is no such file, the path is tried from the data set's folder, because the table may lie beside it. Leading
-        folders of the cell that do not exist are ignored. Case and suffix need not agree, because copies are often
-        converted; a file whose suffix agrees is preferred, or required by `exactly`. The file is marked as read. Returns
-        None if there is no such file.
+        The cell's path is resolved from `base`/`below` and, if this fails, from `below` in the data set's folder, because
+        the table may be in an additional folder. Leading folders in the cell that do not exist are ignored. Case is ignored.
+        The suffix may differ, because copies are often converted, but a file with the same suffix is preferred; if `exactly`
+        is True, the suffix must be the same. Marks the file as read.
         """
         parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
         starts = [folded(f"{folder.as_posix()}/{below}").rstrip("/") for folder in dict.fromkeys((base, self.folder))]
@@ -131,10 +134,11 @@ class DataFolder:
         return None
 
     def find_all_listed(self, cells: Sequence[str], bases: Sequence[Path]) -> list[Path | None]:
-        """Return what `find_listed` returns for each cell and its base; no file for two cells, unless both name it exactly.
+        """Return one path per cell, as `find_listed` does, or None for a cell without a matching file.
 
-        Exact names come first, so that a row whose file is missing does not get that of another row, which differs in
-        suffix.
+        `bases` has one base folder per cell. All cells are first matched with the same suffix. Only then may a cell match a
+        file with another suffix, and only a file that no other cell has matched: a row whose file is missing must not get
+        the file of another row.
         """
         exact = [self.find_listed(cell, base, exactly=True) for cell, base in zip(cells, bases, strict=True)]
         taken = set(exact)
@@ -150,14 +154,14 @@ class DataFolder:
         self._read.update(map(Path, paths))
 
     def count_images(self) -> int:
-        """Return the number of image files in the data set's folder, without those in folders that hold masks."""
+        """Return the number of image files in the data set's main folder, not counting folders with "mask" in the name."""
         return sum(
             path.suffix.lower() in IMAGES and self._is_own(path) and not any("mask" in name for name in self.folders(path))
             for path in self.paths
         )
 
     def count_unread(self) -> None:
-        """Add one fault that counts the image files in the data set's folder that were not read, by their folders."""
+        """Add one fault that counts, for each folder, the image files of the data set's main folder that were not read."""
         unread = [
             path for path in self.paths if path.suffix.lower() in IMAGES and path not in self._read and self._is_own(path)
         ]
@@ -227,19 +231,21 @@ def read_lines(path: Path) -> list[str]:
 
 
 def or_renamed(name: str) -> tuple[str, str]:
-    """Return a file's name and the pattern of its renamed copies, such as train_val_list_NIH.txt for "
-    "train_val_list.txt."""
+    """Return two patterns for `find_table`: the file name itself, and one that also matches renamed copies of the file.
+
+    For train_val_list.txt, the second pattern is train_val_list*.txt, which matches train_val_list_NIH.txt.
+    """
     path = Path(name)
     return name, f"{path.stem}*{path.suffix}"
 
 
 def listed_id(name: str) -> str:
-    """Return the image id of a file: its name, as written in a table or on the disk, without folders and suffix."""
+    """Return the image id for a file name or path from a table or from the disk: the name without folders and suffix."""
     return Path(listed_name(name)).stem
 
 
 def folded(name: str) -> str:
-    """Return a name in the form in which names are compared: without case, and in Unicode's composed form."""
+    """Return `name` in the form used to compare names: case-folded, and in Unicode's composed form."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

@@ -49,8 +49,8 @@ def parse_sexes(cells: pd.Series) -> list[str]:
 def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
     """Return the age in each cell, in years. A cell that is empty or is not a number from 0 to 130 becomes NaN.
 
-    Cells that are neither empty nor such a number are a fault, which names `file`, the file that the cells come from, and
-    the id (of `ids`) of the first such cell.
+    One fault for `file`, the file of the cells, counts the cells that are neither empty nor such a number. `ids` has the
+    image id of each cell; the fault states the id of the first invalid one.
     """
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))

@@ -14,11 +14,11 @@ class Faults:
         self.rows: list[tuple[str, str, str]] = []
 
     def add(self, file: str, row: str, problem: str) -> None:
-        """Add one fault: its file, its row (an id or a path), and the problem, with how it was handled."""
+        """Add one fault: the file, the row (an id or a path), and the problem, which also says how the fault was handled."""
         self.rows.append((storable(file), storable(row), storable(problem)))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add one fault for all `rows` together, which names the first and counts the others; no fault if there are none."""
+        """Add a single fault for all `rows`, with the first row and the number of `others`; adds none if `rows` is empty."""
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
 

@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from kitlib.errors import DatasetError
 from kitlib.tables import check_table, empty_table
 
-# A patient id with as many studies, and more than this share of all studies, is not one patient's.
+# A patient id that has this many studies, and more than this share of all studies, is not that of a single patient.
 PLACEHOLDER_STUDIES, PLACEHOLDER_SHARE = 10, 0.5
 
 
@@ -83,8 +83,9 @@ def hold_out_sources(
 ) -> pd.DataFrame:
     """Return `images` with the split "test" for all images of `sources`, such as an external test set in a pool.
 
-    Images that share a patient, a study or a group of near-duplicates with them become "test" too; others keep their split,
-    which is "train" if there is none. Raises ValueError for a source without images, or if no image remains to train on.
+    Images that share a patient, a study or a group of near-duplicates with these images become "test" too. All other images
+    keep their split, or get "train" if they have none. Raises ValueError for a source without images, or if no image remains
+    to train on.
     """
     if missing := sorted(set(sources) - set(images.source)):
         available = ", ".join(sorted(set(images.source)))
@@ -123,7 +124,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
 
 def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None) -> np.ndarray:
-    """Return `find_leak_groups`. Raises DatasetError if most studies have one patient id, as after anonymisation."""
+    """Return the result of `find_leak_groups`; raise DatasetError if most studies have one patient id (anonymisation)."""
     studies = images.drop_duplicates("study_id").patient_id.value_counts()
     if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
         raise DatasetError(
@@ -215,7 +216,7 @@ def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generat
 
 
 def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """Return an int array with the stratum of every image, a number for its rarest class and for whether it has a box.
+    """Return an int array with a stratum number per image, which encodes the image's rarest class and whether it has a box.
 
     Raises ValueError if the study of an image has no label.
     """
@@ -224,7 +225,7 @@ def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> 
     if missing:
         raise ValueError(f"{len(missing)} studies have images but no label; the first is {missing[0]}: remove or label them")
     true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
-    # A last class that all have, because images may have no class, and an unlabelled data set has none.
+    # An additional class that every image has, because an image or a whole data set may have no class.
     rarest_first = np.column_stack([true[:, np.argsort(true.sum(axis=0), kind="stable")], np.ones(len(true), bool)])
     rarest = rarest_first.argmax(axis=1)
     return 2 * rarest + images.image_id.isin(boxes.image_id).to_numpy()

@@ -74,10 +74,10 @@ def _structure(path: Path) -> str:
 
 
 def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None:
-    """Return the mask files, as a table like Dataset.masks, or None if there are none, which is a fault.
+    """Return the mask files as a table like Dataset.masks, or None, with a fault, if there are no mask files.
 
-    An image gets masks only if it has one of every structure that occurs; others are faults. Raises DatasetError if no mask
-    shows a lung.
+    An image gets masks only if it has a mask for every structure that occurs in the data set; otherwise its missing masks
+    are a fault. Raises DatasetError if no mask shows a lung.
     """
     faults = source.faults
     source.find(MASK_SUFFIXES, lambda path: "clavicle" in path.parent.name.lower())  # known, but not used

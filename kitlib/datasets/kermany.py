@@ -13,7 +13,7 @@ from kitlib.errors import DatasetError
 
 PARTS = ("train", "test", "val")
 KINDS = {"normal": True, "pneumonia": False, "opacity": False}  # folder -> whether its images are normal
-# Folders of retinas in Mendeley's archive, which has them in the same way, also with a folder NORMAL.
+# Folders of retina images, which Mendeley's archive also contains, in the same layout and with another folder NORMAL.
 RETINAS = ("cnv", "dme", "drusen")
 KNOWN_DIAGNOSES = ("viral", "bacterial", "normal")
 GERMS = {"bacteria": "bacterial", "virus": "viral", "normal": "normal"}
@@ -29,7 +29,8 @@ PUBLISHED = {"images": 5856, "bacterial": 2780, "viral": 1493, "normal": 1583}
 def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images in train, test and val, anywhere below `folder`.
 
-    Each part has the folders NORMAL and PNEUMONIA (in some copies OPACITY), or, as in coronahack, its images lie flat in it.
+    Each of these parts has the folders NORMAL and PNEUMONIA (in some copies OPACITY) or, as in coronahack, contains the
+    images directly.
 
     image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file name states the
     diagnosis and the patient. The same number is treated as the same patient in all parts and for both germs, because it is

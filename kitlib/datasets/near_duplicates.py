@@ -56,12 +56,12 @@ def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
     distinct, group_of_hash = np.unique(packed, axis=0, return_inverse=True)
     words = np.ascontiguousarray(distinct.T)
-    # Two words exclude nearly all pairs, so those in which hashes differ most come first.
+    # Comparing two words of the hashes excludes nearly all pairs, so the words that differ most often are compared first.
     words = words[np.argsort(-np.bitwise_count(words ^ np.roll(words, len(distinct) // 2, axis=1)).mean(axis=1))]
     group, pairs, waiting = np.arange(len(distinct)), [], 0
     for start, first in _blocks(len(distinct)):
         rows, columns = slice(start, start + BLOCK_ROWS), slice(first, first + BLOCK_COLUMNS)
-        # Nothing is left to join where all hashes of the block have one group already.
+        # A block whose hashes are all in the same group already can be skipped.
         members = np.concatenate([group[rows], group[columns]])
         if members.min() == members.max():
             continue
@@ -83,14 +83,14 @@ def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row and the first column of blocks that cover each pair of `count` hashes."""
+    """Yield the first row and first column of each block; together, the blocks cover all pairs of `count` hashes."""
     for start in range(0, count, BLOCK_ROWS):
         for first in range(start, count, BLOCK_COLUMNS):
             yield start, first
 
 
 def _join(group: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return new group numbers (n,): groups of which `pairs` contain two members become one."""
+    """Return new group numbers (n,) in which groups are merged if a pair in `pairs` connects them."""
     row, column = (group[np.concatenate([np.empty(0, int), *part])] for part in ([p[k] for p in pairs] for k in range(2)))
     count = group.max() + 1
     graph = coo_array((np.ones(len(row), dtype=bool), (row, column)), shape=(count, count))

@@ -19,7 +19,7 @@ from kitlib.tables import BOX
 ENTRIES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "sample_labels.csv")
 BOXES = "BBox_List_2017.csv"
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
-SIDE = 1024  # of all published images, pixels; the boxes are in these pixels, also in resized copies
+SIDE = 1024  # pixels a side of every published image; boxes are in these pixels, even in resized copies
 HOW_TO_GET = "`kaggle datasets download nih-chest-xrays/data`, see inputs/README.md"
 # Images and patients are from Wang et al. 2017 and the data set's FAQ; rows per finding are counted in Data_Entry_2017.csv.
 PUBLISHED = {
@@ -45,7 +45,7 @@ PUBLISHED = {
 
 
 def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the images in any folders below `folder`, with their labels; also resized copies, and copies with renamed tables.
+    """Read the images anywhere below `folder`, with their labels. Copies with resized images or renamed tables are read too.
 
     image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
     NIH_FINDINGS, 0 or 1. `images` has sex and age, as far as the table states them (`058Y` or 58; above 130 is unknown).

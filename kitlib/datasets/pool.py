@@ -30,8 +30,8 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
     diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that occurs in
     two data sets is prefixed with the data set's name in both. Every image is a study of its own; the columns `diagnosis`
     and `source` tell where an image comes from. Official splits are retained; images from data sets without one are "train".
-    There are no boxes. `own` are the parameters of the part "table". Raises ValueError if the scheme is unknown, a data set
-    has no diagnoses, or no image remains.
+    There are no boxes. `own` are the parameters for the user's own images, the part "table" (see `read_own`). Raises
+    ValueError if the scheme is unknown, a data set has no diagnoses, or no image remains.
     """
     classes = scheme_classes(scheme)
     sets = {name: _with_diagnosis(data, name) for name, data in read_parts(parts, progress, **own).items()}
@@ -68,8 +68,8 @@ def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool 
 
     The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
     Shenzhen, as in UNet + HRNet, but not Darwin with either. Ids that occur in two sets are prefixed as in `read_pool`; a
-    label that a set lacks is unknown (NaN). `own` are the parameters of the part "table". Raises ValueError if a set has no
-    masks, or if the conventions differ.
+    label that a set lacks is unknown (NaN). `own` are the parameters for the user's own images, the part "table" (see
+    `read_own`). Raises ValueError if a set has no masks, or if the conventions differ.
     """
     sets = read_parts(parts, progress, **own)
     without = [name for name, data in sets.items() if data.masks is None]

@@ -26,7 +26,7 @@ from kitlib.datasets.tb_lungs import read_montgomery, read_shenzhen
 from kitlib.errors import SettingsError
 from kitlib.tables import class_columns
 
-OWN = "table"  # own images, see kitlib.datasets.table_reader
+OWN = "table"  # the name of a user's own images, see kitlib.datasets.table_reader
 READERS: dict[str, Callable[..., Dataset]] = {
     "siim": read_train,
     "nih": read_nih,
@@ -49,10 +49,10 @@ READERS: dict[str, Callable[..., Dataset]] = {
 def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, source: str = "", **own: Any) -> Dataset:
     """Return the data set `name` (a key of READERS), read from `folder`; of SIIM, only the training set.
 
-    `source` names another set that has this layout, such as a hospital's own: its images get this source, and its patient
-    ids this prefix, so that neither is taken for one of the published set.
-    `own` are the parameters of own images (see `read_own`); empty ones are ignored. Raises ValueError if the name is
-    unknown, SettingsError if another data set than "table" gets such parameters, DatasetError if a file is missing.
+    If the folder contains another data set in this layout, such as a hospital's own, `source` is a name for it: its images
+    get this source, and its patient ids this prefix, so that they differ from those of the published data set. `own` are the
+    parameters for the data set "table", a user's own images (see `read_own`); empty ones are ignored. Raises ValueError if
+    the name is unknown, SettingsError if `own` is given for another data set, DatasetError if a file is missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
@@ -71,10 +71,11 @@ def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = Tr
 def read_parts(
     parts: Mapping[str, str | Path | DataFolder], progress: bool = True, sources: Mapping[str, str] | None = None, **own: Any
 ) -> dict[str, Dataset]:
-    """Return the data sets in `parts` (key of READERS -> folder); the parameters `own` are for the part "table".
+    """Return the data sets in `parts`, a dict from a key of READERS to a folder, as a dict from the same keys to Datasets.
 
-    `sources` has the `source` of some of them. Raises what `read_dataset` raises, also if there are parameters or sources
-    of parts that do not exist.
+    `own` are the parameters for the part "table", a user's own images. `sources` maps some of the keys to a `source` (see
+    `read_dataset`). Raises the same errors as `read_dataset`, and SettingsError if `own` or `sources` are for a part that is
+    not in `parts`.
     """
     sources = sources or {}
     if unknown := set(sources) - set(parts):
@@ -88,7 +89,7 @@ def read_parts(
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:
     """Return a table that compares the counts of `dataset` with the published ones, one row per count.
 
-    The columns are what (the name of the count), here (its value in `dataset`), published (its published value, NA if
+    The columns are what (the name of the count), here (the value in `dataset`), published (the published value, NA if
     unknown) and share (here / published). The row "masks" has the number of images with a mask.
     """
     images, labels = dataset.images, dataset.labels

@@ -10,8 +10,8 @@ from kitlib.datasets.data_folder import DICOM, PICTURES, DataFolder
 from kitlib.datasets.diagnoses import diagnosis_dataset
 from kitlib.errors import DatasetError
 
-# A patient's folder, or the beginning of the name of a JPEG or PNG file in copies; the collection's own folders are no
-# patient.
+# Matches a patient's folder or, in copies, the beginning of a JPEG or PNG file's name, but not the collection's own
+# folders.
 PATIENT = re.compile(r"MIDRC[-_]RICORD[-_]1C[-_](\d{6}[-_]\d{6}|SITE\d+[-_]\d+|\d+)(?=[-_.]|$)", re.IGNORECASE)
 LATERAL = ("LL", "RL", "LLD", "RLD", "LAT", "LATERAL")
 HOW_TO_GET = "NBIA Data Retriever with the collection's manifest, see inputs/README.md"
@@ -36,7 +36,7 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     copies: list[str] = []
     for path in source.find((*DICOM, *PICTURES)):
         parts = Path(source.name(path)).with_suffix("").parts
-        # The deepest one: the folder above the patients may be named like one.
+        # The deepest match is used, because the folder above the patients may have a similar name.
         matches = [(index, match) for index, match in enumerate(map(PATIENT.match, parts)) if match]
         index, match = matches[-1] if matches else (0, None)
         if match is None:

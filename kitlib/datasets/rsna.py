@@ -12,15 +12,15 @@ from kitlib.datasets.base import Dataset, add_headers, cut_at_edges, make_boxes,
 from kitlib.datasets.data_folder import DICOM, PICTURES, DataFolder, listed_id, or_renamed, read_csv
 from kitlib.errors import DatasetError
 
-# The second name of each is that of copies on Kaggle. In stage2_train_metadata.csv, labels and classes are in one table.
+# The second file name in each line is used by copies on Kaggle. stage2_train_metadata.csv has both labels and classes.
 LABELS, CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 LABEL_TABLES, CLASS_TABLES = (
     (*or_renamed(LABELS), "stage2_train_metadata*.csv"),
     (*or_renamed(CLASSES), "stage2_train_metadata*.csv"),
 )
-IMAGES = "stage_2_train_images"  # the challenge's folder; copies have others
+IMAGES = "stage_2_train_images"  # folder in the challenge's files; copies use other names
 OF_TEST = re.compile(r"(^|[ _-])test([ _-]|$)")  # a folder of test images, which have no labels
-SIDE = 1024  # of all published images, pixels; the boxes are in these pixels, also in resized copies
+SIDE = 1024  # pixels a side of every published image; boxes are in these pixels, even in resized copies
 # RSNA's list of its images and the NIH images that they come from; published separately from the challenge's files.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 HOW_TO_GET = "`kaggle competitions download -c rsna-pneumonia-detection-challenge`, see inputs/README.md"
@@ -83,11 +83,11 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
 
 
 def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read the tables below `folder`; returns a `labels` table (id is the patientId) and a `boxes` table of opacities.
+    """Read the label tables below `folder`; return a `labels` table (id is the patientId) and a `boxes` table of opacities.
 
-    Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both, with a
-    fault. Without a table of classes, which is a fault, the two classes without opacity are NaN where there is no box.
-    Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
+    Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both tables,
+    with a fault. If there is no table of classes, this is a fault, and the two classes without opacity are NaN for images
+    without a box. Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
     """
     source = DataFolder.of(folder)
     faults = source.faults

@@ -24,11 +24,13 @@ from kitlib.datasets.walk import walk
 from kitlib.errors import DatasetError, SubmissionError
 from kitlib.tables import BOX, check_table
 
-SIZES = "meta.csv"  # of resized copies: image_id, and the rows (dim0) and columns (dim1) of the original image
+SIZES = (
+    "meta.csv"  # table in resized copies, with the columns image_id, dim0 (rows of the original image) and dim1 (columns)
+)
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
 # For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
-# Suffixes of files that hold no image, although they may be named like one, such as the JSON header beside a PNG.
+# Suffixes of files that are not images but may have an image's name, such as the JSON header next to a PNG.
 NOT_IMAGES = (".json", ".csv", ".txt", ".xml", ".md", ".html", ".pdf", ".yaml")
 # Of several files with one name, the first of these suffixes is used, then any other.
 PREFERRED = (".dcm", ".png", ".jpg", ".jpeg")
@@ -47,7 +49,7 @@ class SiimTest:
 
     @property
     def submission_ids(self) -> tuple[str, ...]:
-        """Ids of a submission's rows: exactly the sample's, as Kaggle requires, or those of the files below test."""
+        """Ids of a submission's rows: the sample submission's, which Kaggle requires, or else those of the test files."""
         return self.sample_ids or (
             *(f"{name}_study" for name in self.study_ids),
             *(f"{name}_image" for name in self.image_ids),
@@ -58,8 +60,8 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     """Read the competition's training images, study labels and boxes (in the files' pixels, cut at the image's edges).
 
     The images are the DICOM files train/<study>/<series>/<image>.dcm, or, in resized copies, PNG or JPEG files with the
-    images' ids below a folder train, with SIZES. Copies have no headers, so a study counts as a patient. The label tables
-    may lie in another folder beside.
+    images' ids below a folder train, with the table SIZES. Copies have no headers, so each study counts as a patient. The
+    label tables may be in an additional folder (see DataFolder).
 
     `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
     study, so the missing box means nothing. Such images are in the tables, but in no fold.
@@ -104,11 +106,11 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
         for path, names in ((path, source.folders(path)) for path in source.paths)
         if "train" in names
     )
-    # What lies beside serves only if the data set's own folder has no images, as when it holds the tables alone.
+    # Images in additional folders are used only if the main folder has none, as when it contains only the tables.
     own = [train for train in trains if train.is_relative_to(source.folder)]
     tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in own or trains]
     files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"], dtype=object), *tables])
-    # Several folders train are copies of one another, as in an archive that contains everything twice.
+    # If there are several folders called train, they are copies, as in an archive that contains everything twice.
     copies = files.path[files.image_id.duplicated()].map(source.name)
     source.faults.add_summary("train", copies, "have the name of a file in another folder train; left out", "other files")
     files = files.drop_duplicates("image_id")
@@ -125,9 +127,9 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _original_sizes(copies: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
-    """Return the columns image_id, rows and columns: the sizes of the original images of `copies`, from the table SIZES.
+    """Return a table with the columns image_id, rows and columns: the original sizes of the images `copies`, from SIZES.
 
-    Copies without a row, or with an invalid one, are a fault. Raises DatasetError if there are copies but no table.
+    Copies that have no row in SIZES, or an invalid one, are a fault. Raises DatasetError if there are copies but no table.
     """
     if copies.empty:
         return pd.DataFrame({"image_id": [], "rows": [], "columns": []})
@@ -147,16 +149,17 @@ def _original_sizes(copies: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
-    """Read the test images below `folder`/test, and the ids, from files and sample submission, that need a submission row.
+    """Return the test images below `folder`/test, and the ids of all studies and images that need a row in a submission.
 
-    The files are <study>/<series>/<image>.dcm, or in other places and with other suffixes if the sample has their image;
-    such a file belongs to the study of the sample that is in its path, otherwise to the one in its header. With
-    `headers=False` no file is opened, which is fast: each study is then treated as a patient, sizes are 0, and an image
-    whose path has no study has its own id as study_id, see `studies_from_headers`. The files and the sample submission need
-    not agree (the public and the hidden test set differ, and either may have no study or no image): an id that is in only
-    one of them is a fault, but still part of the result. An image with an unreadable header gets a row; its study is that in
-    its path, which is also used as its patient. Raises DatasetError if there is no id, because
-    neither a sample submission nor a test file can be used.
+    Test files have paths <study>/<series>/<image>.dcm. Files with other paths or suffixes are read too if the sample
+    submission has their image id; such a file belongs to a study of the sample that is in its path, otherwise to the study
+    in its header. With `headers=False` no file is opened, which is fast: each study then counts as a patient, sizes are 0,
+    and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
+
+    The files and the sample submission need not have the same ids, because the public and the hidden test set differ, and
+    either may have no study or no image. An id that is in only one of them is a fault, but it still gets a row. An image
+    with an unreadable header gets a row too; the study in its path is then used as study and as patient. Raises DatasetError
+    if there are no ids, because neither a sample submission nor a test file can be used.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -202,9 +205,10 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd.DataFrame:
-    """Return `images` with the study that the DICOM header states for each image that has its own id as study_id.
+    """Return `images` with study ids from DICOM headers in place of study ids that are the image's own id.
 
-    Only studies in `study_ids` are used; other images, and files that cannot be read, keep their own id as study_id.
+    A study id from a header is used only if it is in `study_ids`. Other images, and images whose file cannot be read, keep
+    their own id as study_id.
     """
     unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
     headers, known = read_headers([row.path for row in unknown], progress=False), set(study_ids)
@@ -213,9 +217,9 @@ def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd
 
 
 def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Read the two CSV files of labels; returns a `labels` table (id is the study_id), a `boxes` table, a table of images.
+    """Read the two CSV files of labels; return a `labels` table (id is the study_id), a `boxes` table and a table of images.
 
-    The files may lie anywhere below `folder`, or beside.
+    The files may be anywhere below `folder`, or in additional folders if `folder` is a DataFolder.
 
     Boxes are in original pixels and may reach beyond their images, whose sizes are in the DICOM files. The table of images
     has the columns image_id, study_id and false_none. Invalid rows are left out, with a fault. Raises DatasetError if a file
@@ -263,7 +267,7 @@ def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
 
 
 def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
-    """Return each id without `suffix`; "", with a fault, for an id that lacks the suffix or repeats an earlier one."""
+    """Return the ids without `suffix`. An id without the suffix or one that repeats becomes "", with a fault for `file`."""
     bare = ids.str.removesuffix(suffix)
     is_wrong = ~ids.str.endswith(suffix) | (bare == "")
     is_repeated = ~is_wrong & ids.duplicated()
@@ -302,7 +306,7 @@ def _box_corners(entry: Any) -> tuple[float, float, float, float]:
 
 
 def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
-    """Return the ids in the sample submission `path`, () if it cannot be read; every repair is a fault."""
+    """Return the ids in the sample submission `path`, or () if the file cannot be read; invalid ids are faults."""
     try:
         sample = read_sample(path)
     except SubmissionError as error:
@@ -316,11 +320,12 @@ def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
 def _find_files(
     root: Path, faults: Faults, study_ids: Collection[str] = (), image_ids: Collection[str] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return a table of the files <study>/<series>/<image>.dcm below `root`, sorted by image_id, and all folders in `root`.
+    """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of all folders in `root`.
 
-    The columns are image_id, study_id and path. Files of `image_ids` may also lie elsewhere and have another suffix or none;
-    one without a study in its path has its image_id as study_id. If several files have the same image_id, the best placed is
-    used: below a study of `study_ids`, in the usual form, first in the order of paths. Other files are faults.
+    The table is sorted by image_id and has the columns image_id, study_id and path. Files whose name is one of `image_ids`
+    may also be in other places and have another suffix or none; without a study in its path, such a file has its image_id as
+    study_id. If several files have the same image_id, files below a study of `study_ids` are preferred, then files with
+    the usual path, then the first path in alphabetical order. Files that are not used are faults.
     """
     candidates, studies = [], []
 
@@ -373,8 +378,8 @@ def _with_headers(
 ) -> pd.DataFrame:
     """Return `images` with additional columns from the DICOM headers: patient_id, rows, columns, view, source and readable.
 
-    `readable` says whether the header could be read. If not, this is a fault, whose text ends with `outcome`, which says how
-    the image is handled. `name` returns the name of a file, by its path, for the fault.
+    `readable` says whether the header could be read. If not, a fault is added; its text ends with `outcome`, which says how
+    the image is handled. `name` is a function that returns the name of a path that the fault states.
     """
     records = []
     for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):

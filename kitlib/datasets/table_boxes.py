@@ -12,12 +12,13 @@ from kitlib.tables import empty_table
 def add_boxes(
     rows: pd.DataFrame, images: pd.DataFrame, source: DataFolder, file: str, is_own_file: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return `images` and their boxes, cut at the edges (see `cut_at_edges`).
+    """Return the tables `images` and `boxes`, with boxes cut at the edges of their images (see `cut_at_edges`).
 
-    `rows` have the `path` of an image and the cells of a box: blank ones say that the image has no box. An image with a box
-    that is not four numbers with an area, or does not fit, is left out with a fault, because it would be taken for healthy.
-    `is_own_file` says that `file` lists only boxes: images without a row in it have no box. Raises DatasetError if no image
-    has a box.
+    Each of `rows` has the `path` of an image and the four cells of one box; four blank cells mean that the image has no box.
+    An image with an invalid box (cells that are not four numbers, a box without an area, or one that does not fit the image)
+    is left out, with a fault: without the box, the image would be taken for healthy. `file` is the file of the boxes, for
+    messages. `is_own_file` is True if this file lists only boxes; images that are not in it then have no box. Raises
+    DatasetError if no image has a box.
     """
     image_ids = rows.path.map(str).map(images.set_index("path").image_id)
     if is_own_file:

@@ -1,4 +1,4 @@
-"""The parameter `columns` of notebook 10: which columns of an own table mean what, and the checks of a table against it."""
+"""The parameter `columns` of notebook 10, which says what the columns of a user's own table mean, and its checks."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ BOX_KEYS = ("xmin", "ymin", "xmax", "ymax", "width", "height")
 
 @dataclass(frozen=True)
 class Columns(Settings):
-    """The names that a table gives to what the kit reads from it; "" is a column that the table does not have.
+    """The column names of a user's own table: each field is the name of one column, or "" if the table lacks the column.
 
-    Either `label` names one column of class names, or `labels` lists columns of 0, 1 and blank (unknown), one per class.
-    Boxes are in pixels of the image files: `xmin`, `ymin` and either `xmax`, `ymax` or `width`, `height`. Raises
-    SettingsError if keys contradict one another, or if a column is named twice.
+    For classes, set either `label`, one column that contains class names, or `labels`, a list of columns that contain 0, 1
+    or blank (unknown), one column per class. For boxes, in pixels of the image files, set `xmin`, `ymin`, and either `xmax`
+    and `ymax` or `width` and `height`. Raises SettingsError if fields contradict each other or two have the same column.
     """
 
     file: str = ""  # the image file: a name or path; its suffix and the folders before it may be missing
@@ -61,17 +61,20 @@ class Columns(Settings):
 
     @property
     def box(self) -> tuple[str, ...]:
-        """The names of the four columns of a box, those in use of BOX_KEYS; empty if there are no boxes."""
+        """The names of the table's four box columns, in the order of BOX_KEYS; empty if the table has no boxes."""
         return tuple(name for key in BOX_KEYS if (name := getattr(self, key)))
 
     def single(self) -> dict[str, str]:
-        """Return key -> name of the column, for all keys of one column that are given, except `box_file`."""
+        """Return a dict from field to column name for all fields that are set, except the list `labels` and `box_file`."""
         keys = [key for key, value in vars(self).items() if isinstance(value, str) and key != "box_file"]
         return {key: name for key in keys if (name := getattr(self, key))}
 
 
 def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, str]]) -> None:
-    """Raise DatasetError unless `table`, from the file `path`, has each of the `wanted` columns (key of Columns, name)."""
+    """Raise DatasetError unless `table` has each column in `wanted`, which are pairs (field of Columns, column name).
+
+    `path` is the table's file, for messages.
+    """
     there = list(table.columns)
     for key, name in wanted:
         if name not in there:

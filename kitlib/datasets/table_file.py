@@ -1,4 +1,4 @@
-"""Reads a table that somebody else saved: CSV as Excel and other programs write it, TSV, or Parquet."""
+"""Reads a user's own table: a CSV file as written by Excel and other programs, a TSV file or a Parquet file."""
 
 import csv
 import glob
@@ -22,9 +22,11 @@ SEPARATORS = (",", ";", "\t")
 
 
 def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
-    """Return the file `name` of a data set: a path from one of its folders, a file name anywhere in them, or another path.
+    """Return the path of the table `name` of a data set.
 
-    `parameter` is the notebook's parameter that holds `name`. Raises DatasetError, which lists the tables there are.
+    `name` is a path relative to one of the data set's folders or to the project's root, an absolute path, or the name of a
+    file anywhere in the data set's folders. `parameter` is the notebook parameter that `name` comes from, for messages.
+    Raises DatasetError, which lists the available tables, if the file does not exist.
     """
     for root in (source.folder, *source.beside, project_root()):  # an absolute path stays what it is
         if (root / name).is_file():
@@ -37,12 +39,13 @@ def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
 
 
 def read_table_file(path: Path, wanted: Iterable[str], faults: Faults) -> pd.DataFrame:
-    """Return the table in a CSV, TSV or Parquet file; all cells are stripped text, and missing ones are "".
+    """Return the table in a CSV, TSV or Parquet file; all cells are text without surrounding spaces, "" if missing.
 
-    A CSV file is UTF-8 (with or without byte order mark), UTF-16 with such a mark or, as a fault that counts its lines,
-    Windows-1252 or Latin-1, as older versions of Excel save it. Its separator is that of SEPARATORS by which the first line
-    contains most of the `wanted` columns, otherwise most columns, unless there is a first line `sep=;`. Whole numbers in
-    a Parquet file have no ".0". Raises DatasetError, which names the file, if it cannot be read or has no row.
+    A CSV file may be UTF-8 (with or without byte order mark) or UTF-16 (with the mark). Windows-1252 and Latin-1, which
+    older versions of Excel write, are read too, with a fault. The separator is stated by a first line such as `sep=;`;
+    otherwise it is the one of SEPARATORS that splits the first line into most of the `wanted` column names or, if several
+    are equal, into most columns. Whole numbers in a Parquet file are returned without ".0". Raises DatasetError, with the
+    path of the file, if the file cannot be read or has no rows.
     """
     suffix = path.suffix.lower()
     if suffix in WORKBOOKS:
@@ -108,7 +111,7 @@ def _read_single_bytes(path: Path, faults: Faults) -> str:
     try:
         return content.decode("cp1252")
     except UnicodeDecodeError:
-        return content.decode("latin-1")  # which has a character for every byte
+        return content.decode("latin-1")  # never fails, because Latin-1 has a character for every byte
 
 
 def _is_utf8(line: bytes) -> bool:

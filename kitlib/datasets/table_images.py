@@ -1,4 +1,4 @@
-"""Which image file a cell of an own table names, which image ids the files get, and which class their folder is."""
+"""Finds the image files that a user's own table lists, makes their image ids, and takes classes from folder names."""
 
 import hashlib
 import re
@@ -20,12 +20,14 @@ LONGEST_ID = 150  # characters; ids are names of files in the cache, which have 
 
 
 class ImageNames:
-    """Finds the image files of a data set by the names that a table gives them; `masks` are files that are no images.
+    """Finds the image files of a data set from the file names or paths in a table's cells.
 
-    Other files in a folder called mask are no images either, nor are files without a valid name; both are faults.
+    `masks` lists files that are not images. Files in folders named after masks (see OF_MASKS) and files whose name is not
+    UTF-8 are not used either, each with a fault.
 
-    A cell may have fewer folders than the file's path, or more, such as those of another computer; those that both have must
-    agree. Case, Unicode form and suffix need not, but a file whose suffix agrees is preferred. DICOM files may have none.
+    A cell matches a file if the file name is the same, and the folders before the name are the same as far as both have
+    them: the cell may have fewer folders than the file's path, or more, such as those of another computer. Case, Unicode
+    form and suffix may differ, but a file with the same suffix is preferred. DICOM files may have no suffix.
     """
 
     def __init__(self, source: DataFolder, masks: Collection[Path] = ()) -> None:
@@ -45,7 +47,7 @@ class ImageNames:
         self.paths = [path for path in paths if path not in unused and path not in unnamed]
         for path in self.paths:
             *folders, name = folded(source.name(path)).split("/")
-            # Files of one name are many in some data sets (1-1.dcm), so they are told apart by their nearest folder first.
+            # In some data sets many files have the same name (1-1.dcm), so files are also indexed by their nearest folder.
             for key in {name, without_suffix(name)}:
                 self._named[key].append(path)
                 self._nearest[key, folders[-1] if folders else ""].append(path)
@@ -54,7 +56,7 @@ class ImageNames:
                 self._by_path.setdefault(full_name, path)
 
     def find(self, cell: str, folder: Path) -> list[Path]:
-        """Return the files that `cell` may name; one if it is clear, because a path from `folder` comes first."""
+        """Return the files that match `cell`; of several, only the one at this path in `folder` or the data set's folder."""
         parts = [part for part in folded(cell.replace("\\", "/")).split("/") if part not in ("", ".", "..")]
         if not parts:
             return []
@@ -72,16 +74,17 @@ class ImageNames:
         return agreeing
 
     def all_images(self) -> list[Path]:
-        """Return the PNG, JPEG and DICOM files of the data set's own folder; DICOM without suffix begins with its mark."""
+        """Return the PNG, JPEG and DICOM files in the data set's main folder; DICOM files may have no suffix."""
         own = [path for path in self.paths if self.source.folder in path.parents]
         return [path for path in own if path.suffix.lower() in (*PICTURES, *DICOM) or (_is_bare(path) and _is_dicom(path))]
 
 
 def make_image_ids(names: pd.Series) -> pd.Series:
-    """Return an id for each of `names`, which are paths with slashes and all differ.
+    """Return a unique image id for each of `names`, which are different paths with slashes.
 
-    The id is the file name without suffix; where several files share it, the path without suffix, joined by "-", then the
-    path with suffix, and if that is not enough, with a number.
+    The id is the file name without suffix. If several files have the same id, it is the path without suffix, with "-" in
+    place of slashes; if that is not unique, the path with suffix; if that is not unique either, a number is added. An id
+    longer than LONGEST_ID is shortened to its end and a hash of the path.
     """
     ids = names.map(lambda name: without_suffix(name.rpartition("/")[2]))
     wider: Sequence[Callable[[str], str]] = (
@@ -98,9 +101,11 @@ def make_image_ids(names: pd.Series) -> pd.Series:
 
 
 def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
-    """Return the class of each row: the nearest folder of its `path` that differs from others; "" if it has none.
+    """Return the class of each row, which is the name of a folder in its `path`; "" if the path is not that deep.
 
-    `CLASS/images/x.png` has the class CLASS if all files lie in a folder `images`. Raises DatasetError if no folder differs.
+    The folder is the nearest one to the file that is not the same for all rows: if all files are in folders such as
+    `CLASS/images`, the class is CLASS. Raises DatasetError if all rows have the same folders, or if there are so many
+    different names that they cannot be classes.
     """
     folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
     for level in range(max(map(len, folders), default=0)):
@@ -130,7 +135,7 @@ def _agree(folders: Sequence[str], others: Sequence[str]) -> bool:
 
 
 def _is_bare(path: Path) -> bool:
-    """Return whether a file has no suffix; the last part of a UID is none."""
+    """Return whether a file has no suffix. Digits after the last dot, as in a UID, do not count as a suffix."""
     return not path.suffix or path.suffix[1:].isdigit()
 
 

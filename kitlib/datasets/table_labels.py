@@ -1,4 +1,4 @@
-"""Labels of own images: one class name per image, or a column of 0 and 1 per class; what a study's images agree on."""
+"""Labels of a user's own images, from a column of class names or from one column of 0 and 1 per class."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -17,7 +17,10 @@ VALUES = {"true": "1", "false": "0"}
 
 
 def rename_classes(rows: pd.DataFrame, class_names: Mapping[str, str]) -> pd.DataFrame:
-    """Return `rows` with the classes in `label` renamed. Raises SettingsError if `class_names` names no class."""
+    """Return `rows` with the classes in the column `label` renamed; `class_names` maps old to new names.
+
+    Raises SettingsError if an old name does not occur in the column.
+    """
     there = sorted(set(rows.label) - {""})
     if unknown := sorted(set(class_names) - set(there)):
         raise SettingsError(f"class_names renames {unknown[0]!r}, but the classes are {', '.join(map(repr, there))}")
@@ -25,9 +28,10 @@ def rename_classes(rows: pd.DataFrame, class_names: Mapping[str, str]) -> pd.Dat
 
 
 def stated_classes(rows: pd.DataFrame, names: Sequence[str], file: str) -> set[str]:
-    """Return the classes that rows have: those in `label`, or those of the columns `names` with a 1.
+    """Return the classes that occur in `rows`: the values of the column `label` or, without it, the columns with a 1.
 
-    Raises DatasetError if a class has the name of a column of the kit.
+    `names` lists the columns that are classes if there is no column `label`. `file` is the table's file, for messages.
+    Raises DatasetError if a class has the name of a column in the kit's own tables.
     """
     if "label" in rows:
         classes = set(rows.label) - {""}
@@ -39,17 +43,17 @@ def stated_classes(rows: pd.DataFrame, names: Sequence[str], file: str) -> set[s
 
 
 def leave_out_blank(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
-    """Return the `rows` that have a class in `label`; the others are counted in a fault."""
+    """Return the rows whose column `label` is not blank; one fault counts the other rows. `file` is the table's file."""
     is_blank = rows.label == ""
     source.faults.add_summary(file, rows.file[is_blank], "have no class; left out", "other images")
     return rows[~is_blank].reset_index(drop=True)
 
 
 def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFolder, file: str) -> pd.DataFrame:
-    """Return `rows` with a column of 1.0, 0.0 and NaN (unknown) for each of `names`, in place of text.
+    """Return `rows` with the text in the label columns of the classes `names` converted to 1.0, 0.0 or NaN (unknown).
 
-    Other values than 0, 1, true, false and blank are unknown, with a fault that counts them. Raises DatasetError if a column
-    has no 0 and no 1.
+    1 and true become 1.0, 0 and false 0.0, blank cells NaN. Any other value becomes NaN too, and a fault counts the cells.
+    Raises DatasetError if a column has neither a 0 nor a 1.
     """
     columns = {}
     for name in names:
@@ -70,16 +74,16 @@ def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFo
 
 
 def label_column(name: str) -> str:
-    """Return what the column of the class `name` is called beside other columns, which may have the same name."""
+    """Return the name of the column for the class `name`, with a prefix that keeps it different from all other columns."""
     return f"label: {name}"
 
 
 def class_labels(
     images: pd.DataFrame, classes: Collection[str], source: DataFolder, file: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return `images` and their table of labels: 1.0 for the class in `label`, 0.0 for the others of `classes`.
+    """Return the tables `images` and `labels`; a study has 1.0 for the class in the column `label`, 0.0 for the others.
 
-    The images of a study that have several classes are left out, with a fault.
+    `classes` lists all classes. If the images of a study have different classes, all of them are left out, with a fault.
     """
     for study_id, several in images.groupby("study_id").label.unique().items():
         if len(several) > 1:
@@ -94,9 +98,10 @@ def class_labels(
 
 
 def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder, file: str) -> pd.DataFrame:
-    """Return the table of labels of `images`, one column for each of `names`; without names, it has no class.
+    """Return the `labels` table for the studies of `images`, with one column for each class in `names`, which may be empty.
 
-    A label that images of a study state differently is unknown, with a fault; one that only some state is the study's.
+    If the images of a study have different labels for a class, the study's label is NaN (unknown), with a fault. If the
+    label is known for only some images of a study, it holds for the study.
     """
     by_study = images.groupby("study_id", sort=False)[[label_column(name) for name in names]]
     least, most = by_study.min(), by_study.max()
@@ -110,7 +115,10 @@ def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder
 
 
 def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: DataFolder) -> None:
-    """Raise DatasetError if one of the classes `listed` in the table has no image left; a single class is a fault."""
+    """Raise DatasetError if a class in `listed`, the classes of the user's table, has no image left in `labels`.
+
+    Adds a fault to `source` if there is only one class.
+    """
     for name in sorted(listed):
         if not (labels[name] > 0).any():
             raise DatasetError(
@@ -124,6 +132,6 @@ def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: D
 
 
 def _parse(cells: pd.Series) -> pd.Series:
-    """Return 1.0 or 0.0 for each cell, and NaN for other values."""
+    """Return 1.0 for each cell that means true, 0.0 for each that means false, and NaN for any other text."""
     numbers = pd.to_numeric(cells.str.lower().replace(VALUES), errors="coerce").astype(float)
     return numbers.where(numbers.isin([0, 1]))

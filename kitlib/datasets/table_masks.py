@@ -1,4 +1,4 @@
-"""Lung masks that lie in a folder of an own data set: which files they are, and which image each is of."""
+"""Finds the files of lung masks in a user's own data set, and matches each mask with its image."""
 
 import re
 from collections import defaultdict
@@ -11,15 +11,16 @@ from kitlib.errors import DatasetError
 
 MaskFiles = dict[Path, tuple[tuple[str, ...], tuple[str, ...]]]  # path -> folders above and below the mask folder
 MASK_SUFFIXES = (*PICTURES, ".gif")
-# What a mask's name has more than its image's: x_mask, x-mask, mask_x, x_lung_mask.
+# What a mask's file name has in addition to the name of its image: x_mask, x-mask, mask_x, x_lung_mask.
 AFFIX = re.compile(r"(?:[ _-]?lungs?)?[ _-]?(?:mask|seg|segmentation|label)s?$|^(?:mask|seg)s?[ _-]", re.IGNORECASE)
 
 
 def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
-    """Return the mask files: path -> the folders above the folder `mask_folder` (case is ignored), and those below it.
+    """Return a dict that maps the path of each mask file to two tuples: the folders above `mask_folder`, and those below it.
 
-    `mask_folder` is a folder's name or several, such as `annotations/masks`; it may occur several times, as in CLASS/masks,
-    and be one of the folders beside. Raises DatasetError if there is no such folder with a file of MASK_SUFFIXES.
+    `mask_folder` is the name of a folder, or a path of several such as `annotations/masks`; case is ignored. It may occur
+    several times, as in CLASS/masks, and may be one of the data set's additional folders. Raises DatasetError if there is no
+    such folder with files of MASK_SUFFIXES.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}
@@ -41,11 +42,12 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
 
 
 def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> pd.DataFrame:
-    """Return a table of masks (see Dataset) of lungs; `files` is the result of `find_mask_files`.
+    """Return a table of lung masks, with the columns of Dataset.masks; `files` is the result of `find_mask_files`.
 
-    A mask has the name of its image, which may be followed or preceded by "mask" (see AFFIX). If several images have it, the
-    folders decide: those above the mask folder are above the image too, or those below it are the image's last. Masks of no
-    image, or of several, are left out, and images without a mask counted, as faults.
+    A mask file has the name of its image, optionally with "mask" before or after it (see AFFIX). If several images have this
+    name, the folders decide: the folders above the mask folder must also be above the image, or the folders below the mask
+    folder must be the last folders of the image's path. Masks that match no image or several are left out, with a fault;
+    another fault counts the images without a mask. Raises DatasetError if no mask matches an image.
     """
     images_of: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)  # name and folders -> image ids
     for image_id, path in zip(images.image_id, images.path, strict=True):

@@ -1,4 +1,4 @@
-"""Reads own images: a folder of DICOM, PNG or JPEG files with a table that lists them, or without one."""
+"""Reads a user's own images: a folder of DICOM, PNG or JPEG files, with or without a table that lists them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ from kitlib.datasets.table_rows import join_repeats, read_rows
 from kitlib.errors import DatasetError, SettingsError
 from kitlib.settings import from_dict
 
-# What a table may call the parts of a split. Validation images are for training, because the kit validates on folds.
+# Values that a table's split column may have. Validation images count as "train", because the kit validates on folds.
 SPLITS = {
     **dict.fromkeys(("train", "training", "val", "valid", "validation", "dev"), "train"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -48,22 +48,24 @@ def read_own(
     mask_folder: str = "",
     mask_convention: str = "",
 ) -> Dataset:
-    """Read the images in a folder as the parameters say, which are those of notebook 10.
+    """Return a Dataset of a user's own images in `folder`; the other arguments are parameters of notebook 10.
 
-    `table` is a file (see `read_table_file`), and `columns` says what its columns are called (see Columns); without a table,
-    every image file is read. Boxes are in the table, one row per box, or in the file `boxes_table`. With `class_folders`,
-    the class of an image is the nearest folder that differs. `class_names` renames classes, also several to one.
-    `mask_folder` is the folder of lung masks (see `find_mask_files`), and `mask_convention` one of MASK_CONVENTIONS. Without
-    labels, the table of labels has no class.
+    `table` is a CSV, TSV or Parquet file that lists the images (see `read_table_file`), and `columns` gives the names of its
+    columns (see Columns); without a table, every image file is read. Boxes are in the table, one row per box, or in the file
+    `boxes_table`. With `class_folders`, the class of an image is the name of a folder (see `find_class_folders`).
+    `class_names` maps old names of classes to new ones; several classes can get the same new name. `mask_folder` is the
+    folder of the lung masks (see `find_mask_files`), and `mask_convention` is one of MASK_CONVENTIONS. If neither the table
+    nor the folders state classes, the `labels` table has no class column.
 
-    image_id is the file name without suffix, or the path where names repeat. The name of the folder is the source of images
-    without one, and the prefix of all patient ids, which otherwise could be those of another data set. Without a patient,
-    the DICOM header's is used, else the study is a patient of its own; without a study, the image is one. If all
-    classes are in DIAGNOSES, images have the column `diagnosis`, so that they can be pooled.
+    image_id is the file name without suffix, or the path if file names repeat. The folder's name is the source of images
+    whose source is not stated, and the prefix of all patient ids, so that they differ from those of other data sets. If the
+    table states no patient, the patient is that of the DICOM header; if this is missing too, each study is a patient of its
+    own. If no study is stated, each image is a study of its own. If all classes are in DIAGNOSES, images have the column
+    `diagnosis`, so that they can be pooled.
 
-    Left out, with a fault: rows without a file or a class, or with an unknown split; images whose rows disagree, whose
-    header cannot be read, or that have a box which cannot be used. Raises SettingsError if the parameters contradict one
-    another; DatasetError if a file or column is missing, if no image remains, or if a class loses all of its images.
+    Left out, with a fault: rows without a file or a class, or with an unknown split; images with contradicting rows, an
+    unreadable header or an unusable box. Raises SettingsError if the parameters contradict each other; DatasetError if a
+    file or column is missing, if no image remains, or if a class loses all of its images.
     """
     source, spec = DataFolder.of(folder), from_dict(Columns, dict(columns or {}))
     _check_parameters(spec, table, boxes_table, class_folders, class_names or {}, mask_folder, mask_convention)
@@ -77,7 +79,7 @@ def read_own(
         rows["label"] = find_class_folders(rows, source)
     has_classes = "label" in rows
     rows = rename_classes(rows, class_names or {}) if has_classes else rows
-    classes = stated_classes(rows, spec.labels, file)  # also of rows that are left out from here on
+    classes = stated_classes(rows, spec.labels, file)  # includes classes of rows that are left out below
     rows = join_repeats(rows[rows.path.notna()], source, file)
     paths = rows.path.drop_duplicates()
     rows["image_id"] = rows.path.map(dict(zip(paths, make_image_ids(paths.map(source.name)), strict=True)))
@@ -97,7 +99,7 @@ def read_own(
     else:
         labels = column_labels(images, spec.labels, source, file)
         images = images.drop(columns=list(map(label_column, spec.labels)))
-    if len(images):  # otherwise from_tables says why not
+    if len(images):  # otherwise from_tables raises an error that says why there is none
         check_no_class_lost(labels, classes, source)
     found_masks = match_masks(source, images, masks) if masks and len(images) else None
     images = images.assign(convention=mask_convention) if masks else images
@@ -113,7 +115,7 @@ def _check_parameters(
     mask_folder: str,
     mask_convention: str,
 ) -> None:
-    """Raise SettingsError, which names the parameter to change, if parameters contradict one another."""
+    """Raise SettingsError if parameters of `read_own` contradict each other; the message says which one to change."""
     of_boxes = ("file", "finding", *BOX_KEYS) if boxes_table else ()
     if not table and (unused := [key for key in (*spec.single(), *(["labels"] * bool(spec.labels))) if key not in of_boxes]):
         raise SettingsError(
@@ -143,7 +145,7 @@ def _check_parameters(
 def _read_listed(
     source: DataFolder, spec: Columns, table: str, names: ImageNames, with_boxes: bool
 ) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the table, with their `path` (None if they have no file), and the table's name."""
+    """Return the rows of the user's table with a column `path` (None if a row's file is missing), and the table's name."""
     path = find_table_file(source, table, "table")
     left_to_boxes = () if with_boxes else (*BOX_KEYS, "finding")
     wanted = {key: name for key, name in spec.single().items() if key not in left_to_boxes}
@@ -152,7 +154,7 @@ def _read_listed(
 
 
 def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: ImageNames) -> tuple[pd.DataFrame, str]:
-    """Return the rows of `boxes_table`, with their `path`, and the file's name."""
+    """Return the rows of the file `boxes_table` with a column `path`, the image file, and the name of `boxes_table`."""
     path = find_table_file(source, boxes_table, "boxes_table")
     wanted = {key: name for key, name in spec.single().items() if key in (*BOX_KEYS, "finding")}
     file = spec.box_file or spec.file
@@ -161,7 +163,10 @@ def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: Imag
 
 
 def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
-    """Return a row for each image file. Tables that are not read are a fault. Raises DatasetError if there is no image."""
+    """Return one row per image file, for use without a table; a fault counts the tables, which are not read.
+
+    Raises DatasetError if there is no image file.
+    """
     tables = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
     source.faults.add_summary("the folder", tables, "are not read, because the parameter table is empty", "other files")
     paths = names.all_images()
@@ -171,7 +176,10 @@ def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
 
 
 def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
-    """Return `rows` with "train" or "test" in the column `split`, if there is one; rows with another value are left out."""
+    """Return `rows` with "train" or "test" in the column `split`, if the column exists.
+
+    Rows with an unknown value are left out, with a fault. Raises DatasetError if no row is "train".
+    """
     if "split" not in rows:
         return rows
     cells = rows["split"].str.lower()
@@ -193,7 +201,7 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
 
 
 def _make_images(rows: pd.DataFrame, source: DataFolder, file: str, progress: bool) -> pd.DataFrame:
-    """Return the `images` table of `rows`, with their labels in further columns; a fault counts what is unknown."""
+    """Return the `images` table for `rows`, with the labels as additional columns; faults count unknown values."""
     name = source.folder.resolve().name
     text = {key: rows.get(key, pd.Series("", rows.index, dtype=object)) for key in ("patient", "study", "source", "view")}
     images = rows.drop(columns=["patient", "study", "file", *BOX_KEYS, "finding"], errors="ignore").assign(

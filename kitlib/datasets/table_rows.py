@@ -1,4 +1,4 @@
-"""The rows of an own table: which image file each row is about, and which rows repeat or contradict one another."""
+"""Reads the rows of a user's own table, matches each row with its image file, and joins repeated rows."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,15 +12,16 @@ from kitlib.datasets.table_file import read_table_file
 from kitlib.datasets.table_images import ImageNames
 from kitlib.errors import DatasetError
 
-TRIED = 50  # rows in which a column of file names is looked for
+TRIED = 50  # number of rows that are searched for a column of file names
 
 
 def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: ImageNames, file_key: str) -> pd.DataFrame:
-    """Return the rows of the table `path`: the `wanted` columns (key -> name), and `path`, the image file.
+    """Return the rows of the table in the file `path`, with the `wanted` columns as text and a column `path`.
 
-    All cells are text. `file_key` is the key of Columns for the column of files, for messages. `path` is None, with a fault,
-    for rows without a file, and for those whose name several files have. Raises DatasetError if the table cannot be read,
-    lacks a column, or names no file that is there.
+    `wanted` maps fields of Columns to column names in the file; in the result, the columns are named by the fields. The
+    column `path` is the image file; it is None, with a fault, if a row's file does not exist or if several files match.
+    `names` finds the image files. `file_key` is the field of Columns that holds the column of image files, for messages.
+    Raises DatasetError if the table cannot be read, lacks a column, or lists no existing image file.
     """
     table = read_table_file(path, wanted.values(), source.faults)
     if "file" not in wanted:
@@ -50,9 +51,10 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
 
 
 def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
-    """Return `rows` without repeated ones, and without those of images whose rows disagree; both are faults.
+    """Return `rows` without repeated rows, and without all rows of images whose rows contradict each other.
 
-    The rows of an image may differ in the columns of a box, because there is one row per box. `file` is the table's name.
+    Both are faults. Rows of the same image may differ in the box columns, because there is one row per box. `file` is the
+    table's name, for messages.
     """
     of_boxes = [key for key in (*BOX_KEYS, "finding") if key in rows]
     facts = rows.drop(columns=["file", "path", *of_boxes])
@@ -70,7 +72,7 @@ def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFr
 
 
 def _suggest_file(table: pd.DataFrame, path: Path, names: ImageNames, file_key: str) -> str:
-    """Return a text that says which column names most image files, or which columns there are."""
+    """Return a hint for a message: the column that contains most image file names or, if none does, all columns."""
     head = table.head(TRIED)
     hits = [sum(len(names.find(cell, path.parent)) == 1 for cell in head.iloc[:, index]) for index in range(head.shape[1])]
     if best := max(hits, default=0):

@@ -101,9 +101,9 @@ def _read(source: DataFolder, cohort: _Cohort, progress: bool) -> Dataset:
 
 
 def _find_files(source: DataFolder, cohort: _Cohort) -> tuple[dict[str, Path], list[tuple[str, str, Path]], dict[str, Path]]:
-    """Return the files of images (name -> path), of masks (name, side, path) and of readings (name -> path).
+    """Return the image files (dict name -> path), mask files (list of name, side, path) and readings (dict name -> path).
 
-    The name is that of the image, without suffix; the side of a mask is "left", "right", or "" for both lungs.
+    `name` is the image's file name without suffix; the side of a mask is "left", "right", or "" for both lungs.
     """
     name_pattern = re.compile(rf"({cohort.prefix}_\d+_[01])(_mask)?", re.IGNORECASE)
     images: dict[str, Path] = {}

@@ -1,21 +1,21 @@
-"""Walks through a folder, follows its links once, and ignores what desktops and archive programs add."""
+"""Lists all folders below a folder: follows links to folders once, and ignores files that systems and archivers add."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ADDED = ("__macosx", "thumbs.db", "desktop.ini")  # by macOS's archives and by Windows
+ADDED = ("__macosx", "thumbs.db", "desktop.ini")  # files and folders that macOS's archiver and Windows add
 
 
 def walk(
     root: Path, leave_out: Callable[[str, str], object] = lambda folder, reason: None, max_depth: int | None = None
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each folder below `root`, beginning with `root`, and the sorted names of its files.
+    """Yield pairs (folder, sorted names of the folder's files) for `root` and all folders below `root`.
 
     Hidden files and folders, and those in ADDED, are ignored. Links to folders are followed after all other folders, unless
-    they lead to a folder that contains `root`. Every folder is read once, so links cannot lead in a circle. `leave_out` is
-    called with the path of each folder that is left out and the reason: it cannot be read, it is a link to a folder that is
-    read already, or it lies more than `max_depth` folders below `root`.
+    they lead to a folder that contains `root`. Every folder is read only once, so circular links do no harm. For each folder
+    that is left out, `leave_out` is called with the folder's path and the reason: the folder cannot be read, is a link to a
+    folder that has already been read, or is more than `max_depth` folders below `root`.
     """
     starts, read = [str(root)] if root.is_dir() else [], set()
 
@@ -38,7 +38,7 @@ def walk(
             folders[:] = sorted(filter(_is_shown, folders))
             yield Path(folder), sorted(filter(_is_shown, names))
             links = [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
-            # A link to a folder above would add all other data sets.
+            # Following a link to a folder above `root` would also read all other data sets.
             starts += [link for link in links if not root.resolve().is_relative_to(os.path.realpath(link))]
 
 

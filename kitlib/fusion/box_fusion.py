@@ -32,8 +32,8 @@ def merge_boxes(
     """Merge one image's lists of boxes; return the merged boxes (n, 4) and their scores (n,).
 
     `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `scores`
-    contains one array (k,) per list, 0..1. `weights` has one entry per list; additional entries stand for lists without
-    boxes. If there is only one weight, its list is returned unchanged. Boxes are merged if their IoU is above `iou`.
+    contains one array (k,) per list, 0..1. `weights` has one entry per list, and may have additional entries for lists
+    without boxes. If there is only one weight, the list is returned unchanged. Boxes are merged if their IoU is above `iou`.
     `method` is one of METHODS. `confidence`, one of CONFIDENCES, applies only to wbf. `min_score` applies only to soft_nms,
     which drops boxes whose score has decayed below it. Raises ValueError for boxes or scores that ensemble-boxes would
     reorder or clamp, or that would make it exit.
@@ -64,7 +64,8 @@ def merge_lists(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Merge the boxes of each image; return merged boxes (k, 4), scores (k,) and the index of each box's image (k,).
 
-    The other arguments, and the errors, are those of `merge_boxes`. Boxes of an image with a single list stay unchanged.
+    `lists` has the boxes of all images (see ImageLists); the other arguments, and the errors, are those of `merge_boxes`.
+    The boxes of an image with a single list are returned unchanged.
     """
     # Written so that NaN, which fails every comparison, is refused too.
     is_box = ((lists.corners >= 0) & (lists.corners <= 1)).all(axis=1)
@@ -124,9 +125,10 @@ def _merge_one_by_one(
 
 
 def suppress_overlaps(boxes: np.ndarray, scores: np.ndarray, iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Drop those of one image's boxes (n, 4) whose IoU with a more confident kept box is above `iou`; return the others.
+    """Apply non-maximum suppression to one image's boxes (n, 4) and scores (n,); return the boxes and scores that remain.
 
-    Boxes are xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; the result has the highest score first.
+    A box is dropped if its IoU with a remaining box of higher score is above `iou`. Boxes are xmin, ymin, xmax and ymax as
+    shares of the image's sides, 0..1. The results are sorted by score, the highest first.
     """
     if not len(boxes):
         return boxes, scores

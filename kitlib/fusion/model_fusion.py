@@ -36,9 +36,9 @@ class FusionSettings(Settings):
     box_min_score: Probability = 0.001
     box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with its square
     box_confidence: Confidence = "avg"  # applies only to wbf
-    # IoU above which the less confident of two fused boxes is dropped; 1: none is. Heidelberg's code: 0.1
+    # IoU above which the less confident of two fused boxes is dropped; 1: no box is dropped. Heidelberg's code: 0.1
     final_nms_iou: Probability = 1.0
-    # An image's `none` is the mean of those of the following four parts that are available, with these weights:
+    # An image's `none` is the weighted mean of the available ones of four parts; these are the parts' weights:
     none_classifier: NotNegative = 1.0  # `none` as the classifier predicts it
     none_negative: NotNegative = 0.0  # `negative` of the image's study
     none_no_box: NotNegative = 0.0  # 1 - the highest box score
@@ -120,12 +120,13 @@ def fuse_boxes(
 ) -> pd.DataFrame:
     """Fuse the boxes of all models and folds; return a table: image_id, score, xmin, ymin, xmax and ymax in original pixels.
 
-    Each model and fold has one list of boxes per image. A box that only some of an image's lists contain gets a lower score,
-    so the number of lists matters, including empty ones. `coverage` records which detector has predicted which image, so
-    that a model that was stopped early does not lower the scores on images it never predicted. Without it, each model counts
-    as having predicted every image, with the largest number of folds that it has on any image. A model's folds share its
-    weight. A single list is returned unchanged, except for its scores if the model is calibrated. Last, boxes that overlap a
-    more confident one are dropped if `final_nms_iou` is below 1.
+    For each image, every pair of model and fold contributes one list of boxes. A box that is in only some of these lists
+    gets a lower score, so the number of lists matters, including empty ones. `coverage` has one row per detector, fold and
+    predicted image, so that a model that was stopped early does not lower the scores on images it never predicted. Without
+    `coverage`, each model is assumed to have predicted every image, with as many folds as on the image where it has most. A
+    model's weight is divided among its folds. If an image has a single list, its boxes are returned unchanged, with
+    calibrated scores if the model is calibrated. Finally, boxes that overlap a more confident box are dropped if
+    `final_nms_iou` is below 1.
 
     Boxes are clipped to the image. Raises ValueError for an image whose size is unknown or that is not in `images`, and for
     a score that is NaN.
@@ -139,12 +140,12 @@ def fuse_boxes(
 
 @dataclass(frozen=True)
 class BoxLists:
-    """The boxes of n detections, sorted by image, model, fold and descending score; one list per image, model and fold.
+    """The boxes of n detections as lists, one per image, model and fold; sorted by image, model, fold and falling score.
 
-    `image` (n,) is a row of the table of images, `model` (n,) an index of `models`, and `rank` (n,) a box's place in its
-    list, from 0. `corners` (n, 4) are xmin, ymin, xmax and ymax as shares of `sides` (images, 4), the image's columns, rows,
-    columns and rows. `covered` (images, models) is the number of each model's lists of each image, including empty ones, or
-    None if it is unknown.
+    `image` (n,) is the row of each box's image in the table of images, `model` (n,) the index of its model in `models`, and
+    `rank` (n,) its position in its list, from 0. `sides` (images, 4) has each image's columns, rows, columns and rows in
+    pixels; `corners` (n, 4) has xmin, ymin, xmax and ymax of each box, divided by these. `covered` (images, models) is the
+    number of lists, including empty ones, that each model has for each image, or None if this is unknown.
     """
 
     image: np.ndarray
@@ -158,7 +159,7 @@ class BoxLists:
 
     @classmethod
     def of(cls, detections: pd.DataFrame | None, images: pd.DataFrame, coverage: pd.DataFrame | None) -> "BoxLists":
-        """Make lists of `detections`; those outside of their image or with the score 0 are dropped. Raises as fuse_boxes."""
+        """Return the BoxLists of `detections`, without boxes outside their image or with score 0. Errors: see `fuse_boxes`."""
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
         names = set(boxes["model"]) | (set() if coverage is None else set(coverage["model"]))
@@ -180,7 +181,7 @@ class BoxLists:
 
 
 def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and rows of the images (k,)."""
+    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and indices of images (k,)."""
     weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
     is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
     for number, name in enumerate(lists.models):
@@ -191,7 +192,7 @@ def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, n
     totals = np.maximum(filled, filled.max(axis=0, initial=0) if lists.covered is None else lists.covered) * (weight > 0)
     is_used &= (lists.rank < settings.box_limit) | (totals.sum(axis=1) == 1)[lists.image]
     numbers, counts = np.unique(lists.image[is_used], return_counts=True)
-    # The lists of each image: those with boxes, then its empty ones.
+    # Each image's lists with boxes come first, then its empty lists.
     empty_image, empty_model = (
         np.indices(filled.shape)[:, numbers].reshape(2, -1).repeat((totals - filled)[numbers].ravel(), 1)
     )
@@ -231,12 +232,12 @@ def combine(
     images: pd.DataFrame,
     settings: FusionSettings,
 ) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
-    """Compute each image's `none` from its parts, rescore boxes and `negative` with it; return Fused's studies and nones.
+    """Compute `none` of each image, and adjust box scores and `negative` with it; return Fused's studies, nones, new scores.
 
-    The third result is the new scores (k,) of the fused boxes, whose scores are `score` (k,) and whose images are the rows
-    `box_image` (k,) of `images`. `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. If all
-    available parts of an image have weight 0, its `none` is the first available part in the order of NONE_PARTS. Studies and
-    images without any prediction get the class frequencies PRIORS.
+    The fused boxes have the scores `score` (k,), and their images are the rows `box_image` (k,) of `images`; the third
+    result has their new scores (k,). `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. `none` is
+    the weighted mean of NONE_PARTS; if all available parts of an image have weight 0, it is the first available part.
+    Studies and images without any prediction get the class frequencies PRIORS.
     """
     image_ids, study_ids = pd.Index(images["image_id"]), pd.Index(images["study_id"].unique())
     studies = study_probabilities.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]
@@ -269,8 +270,8 @@ def seen_images(
 ) -> np.ndarray:
     """Return a boolean mask (n,) of the rows of `images` that at least one detector with a nonzero weight has predicted.
 
-    Without `coverage`, all images count as predicted if such a detector has at least one detection in any image; otherwise
-    no image counts.
+    Without `coverage`, all entries are True if a detector with a nonzero weight has at least one detection in any image;
+    otherwise all are False.
     """
     detections = empty_table("detections") if detections is None else detections
     predicted = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
@@ -295,7 +296,9 @@ def read_settings(path: str | Path) -> FusionSettings:
 
 
 def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """Return the detections clipped to their images, and their rows in `images`; boxes outside or without score are dropped.
+    """Return the detections, clipped to their images, and an int array with the row in `images` of each detection's image.
+
+    Boxes outside their image and boxes with score 0 are dropped.
 
     Raises ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
     """
@@ -317,7 +320,10 @@ def _clip_detections(detections: pd.DataFrame | None, images: pd.DataFrame) -> t
 
 
 def _count(image: np.ndarray, model: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return an int array of this shape: how often each pair of an image and a model occurs; pairs with -1 do not count."""
+    """Return an int array of shape `shape` = (images, models) that counts how often each pair (image, model) occurs.
+
+    `image` and `model` are int arrays (n,); pairs that contain -1 are not counted.
+    """
     is_known = (image >= 0) & (model >= 0)
     pairs = image[is_known] * shape[1] + model[is_known]
     return np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)

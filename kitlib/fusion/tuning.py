@@ -40,7 +40,7 @@ NONE_MIXTURES = (
 OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
 NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
-KEPT_FUSIONS = 3  # a step of the tuning uses those of the current settings again; others are rarely needed twice
+KEPT_FUSIONS = 3  # each tuning step needs the fusion of the current settings again; other fusions are rarely needed twice
 
 Change = Callable[[FusionSettings, Any], FusionSettings]
 Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that sets a value in the settings, values to try
@@ -59,7 +59,7 @@ def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]
 
 
 def judge_fixed(judge: "Judge", settings: FusionSettings) -> pd.DataFrame:
-    """Return the score of `settings` as they are, in the columns of `tune`'s table: one row, without a gain."""
+    """Return a table with one row, the score of `settings` without tuning; the columns are those of the table of `tune`."""
     return pd.DataFrame(
         [("fixed", "as given", judge.score(settings, judge.truth), 0.0)], columns=["step", "setting", "score", "gain"]
     )
@@ -107,7 +107,7 @@ def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettin
 
 
 class Judge:
-    """Computes the competition score of FusionSettings; the boxes of the latest KEPT_FUSIONS box settings are kept.
+    """Computes the competition score of FusionSettings; caches the fused boxes of the latest KEPT_FUSIONS box settings.
 
     The score is computed on the images in `folds` that every classifier and every detector has predicted, without images
     marked `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections in images that
@@ -202,7 +202,11 @@ class Judge:
 
 @dataclass(frozen=True)
 class MergedBoxes:
-    """What the score depends on, of k merged boxes: image (row of the images), score, match (row of the truth, or -1)."""
+    """The image, score and match of k merged boxes, on which the competition score depends.
+
+    `image` is the row of each box's image in the table of images, `match` the row of the ground-truth box that it matches,
+    or -1.
+    """
 
     image: np.ndarray
     score: np.ndarray
@@ -210,7 +214,7 @@ class MergedBoxes:
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
-    """Return the grids of the box settings; each value needs a new fusion of all boxes, at ten times the cost of others.
+    """Return the grids of the box fusion settings, which take ten times as long to try as other settings.
 
     For a single detector the only grid is its calibration, which helps even without box fusion: when boxes are rescored by
     `none`, and when `none` is computed from box scores.

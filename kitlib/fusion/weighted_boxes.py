@@ -1,8 +1,8 @@
-"""Weighted boxes fusion of many images in one call: ensemble-boxes' weighted_boxes_fusion, compiled, with the same results.
+"""Weighted boxes fusion (WBF) for many images in one call, compiled with Numba, with the same results as ensemble-boxes.
 
-Solovyev et al., Weighted boxes fusion: Ensembling boxes from different object detection models, 2021. Results equal those
-of ensemble-boxes 1.0.9 to the last digit, because all operations are the same and in the same order: merged boxes are sums
-in float32, weights are added in NumPy's order, and boxes are sorted by NumPy, image by image.
+Solovyev et al., Weighted boxes fusion: Ensembling boxes from different object detection models, 2021. The results equal
+those of weighted_boxes_fusion in ensemble-boxes 1.0.9 to the last digit, because the same operations are done in the same
+order: merged boxes are summed in float32, weights are added in NumPy's order, and NumPy sorts the boxes image by image.
 """
 
 import logging
@@ -21,22 +21,23 @@ logger = logging.getLogger(__name__)
 
 Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
 CONFIDENCES = get_args(Confidence)
-# Compiling takes 3 s, unless another process has stored the result. It begins when this process has had more boxes than
-# this to merge in all, because ensemble-boxes merges so many in about 1 s.
+# Compiling takes 3 s, unless another process has stored the compiled code, so it starts only after this process has merged
+# more than this number of boxes in total, which takes ensemble-boxes about 1 s.
 FEW_BOXES = 40_000
 COMPILES = not numba.config.DISABLE_JIT
 _merged_sizes: deque[int] = deque(maxlen=1000)  # number of boxes in the latest calls
-MOST_LISTS = 128  # per image; NumPy adds more numbers than this in another order
+MOST_LISTS = 128  # per image; NumPy's sum uses another order of additions for more numbers than this
 
 
 @dataclass(frozen=True)
 class ImageLists:
-    """The lists of boxes of m images: n boxes, sorted by image and by list within each image.
+    """Lists of boxes to be merged, for m images with n boxes in total, as flat arrays.
 
-    `corners` (n, 4) are xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `score` (n,) is 0..1. `ends` (m,)
-    has the index after the last box of each image. `list_of` (n,) is the number of a box's list in its image, from 0.
-    `weights` has one entry for each list of each image, including lists without boxes, which come last; `list_ends` (m,) has
-    the index after each image's last weight.
+    Boxes are sorted by image and, within an image, by list. `corners` (n, 4) has xmin, ymin, xmax and ymax of each box as
+    shares of the image's sides, 0..1, and `score` (n,) its score, 0..1. `ends` (m,) has, for each image, the index after its
+    last box. `list_of` (n,) has the number of each box's list, counted from 0 in each image. `weights` has one entry for
+    each list of each image; an image's lists without boxes come last. `list_ends` (m,) has, for each image, the index in
+    `weights` after its last list.
     """
 
     corners: np.ndarray
@@ -57,7 +58,7 @@ class ImageLists:
         return np.diff(self.list_ends, prepend=0)
 
     def split(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield each image's boxes (k, 4), their scores (k,) and numbers of lists (k,), and the lists' weights (l,)."""
+        """Yield four arrays per image: boxes (k, 4), scores (k,), numbers of the boxes' lists (k,), weights of lists (l,)."""
         start, list_start = 0, 0
         for end, list_end in zip(self.ends.tolist(), self.list_ends.tolist(), strict=True):
             rows = slice(start, end)
@@ -65,17 +66,18 @@ class ImageLists:
             start, list_start = end, list_end
 
     def images(self, chosen: np.ndarray) -> "ImageLists":
-        """Return the images that the mask `chosen` (m,) selects, with all their boxes and lists."""
+        """Return an ImageLists with only the images that the boolean mask `chosen` (m,) selects."""
         rows, lists = np.repeat(chosen, np.diff(self.ends, prepend=0)), np.repeat(chosen, self.list_counts)
         ends, list_ends = (np.cumsum(np.diff(each, prepend=0)[chosen]) for each in (self.ends, self.list_ends))
         return ImageLists(self.corners[rows], self.score[rows], ends, self.list_of[rows], self.weights[lists], list_ends)
 
 
 def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge boxes whose IoU with the merged box is above `iou`; return merged boxes (k, 4), scores (k,) and image (k,).
+    """Merge the boxes of each image by WBF; return merged boxes (k, 4), their scores (k,) and the index of their image (k,).
 
-    `image` is the index of a merged box's image. `confidence` is one of CONFIDENCES. Each image's boxes have the highest
-    score first. Boxes without an area are dropped.
+    A box joins a cluster if its IoU with the cluster's merged box is above `iou`. `confidence`, one of CONFIDENCES, decides
+    how the scores of a cluster are combined. The merged boxes of each image are sorted by score, the highest first. Boxes
+    without an area are dropped.
     """
     sides = lists.corners[:, 2:] - lists.corners[:, :2]
     has_area = sides[:, 0] * sides[:, 1] > 0
@@ -93,8 +95,8 @@ def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.n
 
 
 def descending(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the indices (n,) that sort each part of `values` (n,) separately, highest first; the parts end at `ends`."""
-    # ensemble-boxes sorts in this way too, so that equal values come in the same order, which is NumPy's choice.
+    """Return indices (n,) that sort each part of `values` (n,) on its own, highest first; `ends` are the parts' ends."""
+    # Sorted exactly as in ensemble-boxes, so that equal values get the same order, which depends on NumPy.
     order, start = np.empty(len(values), dtype=np.intp), 0
     for end in ends.tolist():
         order[start:end] = values[start:end].argsort()[::-1] + start
@@ -103,7 +105,7 @@ def descending(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _merge_one_by_one(lists: ImageLists, iou: float, confidence: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return merged boxes (k, 4), their scores (k,) and the number of merged boxes of each image, by ensemble-boxes."""
+    """Merge with ensemble-boxes, image by image; return boxes (k, 4), scores (k,) and the number of boxes per image (m,)."""
     merged = []
     for corners, score, list_of, weights in lists.split():
         bounds = np.searchsorted(list_of, np.arange(1, len(weights)))
@@ -117,7 +119,10 @@ def _merge_one_by_one(lists: ImageLists, iou: float, confidence: str) -> tuple[n
 def _merge_compiled(
     lists: ImageLists, iou: float, confidence: str, most_lists: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Return the same as `_merge_one_by_one`, or None, with a warning, if the compiler fails."""
+    """Merge with compiled code and return what `_merge_one_by_one` returns; return None, with a warning, if that fails.
+
+    `most_lists` is the largest number of lists that an image has.
+    """
     first_list = lists.list_ends - lists.list_counts
     list_of = lists.list_of + first_list[lists.image]
     score, most_boxes = lists.score * lists.weights[list_of], np.diff(lists.ends, prepend=0).max(initial=0)
@@ -141,7 +146,10 @@ def _merge_compiled(
 
 
 def _jit(function: Callable[..., Any]) -> Any:
-    """Compile `function` when it is first called, without changing any rounding; store the result if a folder allows it."""
+    """Return a version of `function` that is compiled at its first call, without changing how results are rounded.
+
+    The compiled code is stored on disk for later processes if a cache folder is writable.
+    """
     try:
         return njit(cache=True, error_model="numpy")(function)
     except RuntimeError:  # neither the folder of this file nor the user's cache folder can be written
@@ -150,7 +158,7 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 @_jit
 def _numpy_sum(values: np.ndarray, start: int, count: int) -> float:
-    """Return the sum of `count` values from `start` on, added in the same order as by `numpy.sum`."""
+    """Return the sum of `count` values, beginning with index `start`, added in the same order as in `numpy.sum`."""
     total, rest = 0.0, 0
     if count >= 8:
         rest = count - count % 8
@@ -190,12 +198,15 @@ def _merge(
     has_list: np.ndarray,
     chosen: np.ndarray,
 ) -> None:
-    """Merge the boxes of all images into clusters.
+    """Merge the boxes of all images into clusters, and write the merged boxes into the arrays passed as arguments.
 
-    `order` (n,) sorts each image's boxes; `score` (n,) is multiplied by the weight of the box's list, `list_of` (n,) its
-    index in `weights`; `confidence` is an index of CONFIDENCES. Fills `merged` (n, 4) and `merged_score` (n,), image after
-    image, and `counts` (m,). The other arrays are working memory, with a row for each cluster of an image: `sums` of
-    scores, weights and boxes, and between them the highest score; float32 `corner_sums`; and which lists it includes.
+    `ends`, `corners`, `list_ends` and `weights` are as in ImageLists. `order` (n,) has the indices of each image's boxes by
+    falling score. `score` (n,) has the scores, already multiplied by the weights of the lists. `list_of` (n,) has the index
+    in `weights` of each box's list. `confidence` is an index in CONFIDENCES. The results are written to `merged` (n, 4) and
+    `merged_score` (n,), image after image, and the number of merged boxes of each image to `counts` (m,).
+
+    The other arrays are working memory for one image, with one row per cluster: `sums` (sum of scores, sum of weights,
+    highest score, number of boxes), `corner_sums` (float32) and `has_list` (which lists the cluster has boxes from).
     """
     start, first, written = 0, 0, 0
     for image in range(len(ends)):

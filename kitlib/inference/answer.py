@@ -32,8 +32,8 @@ class AnsweringModel:
     folder: Path
     model: str
     fold: int
-    # What the model predicts: a subset of "study", "none" and "boxes" or, for models whose predictions a submission does not
-    # contain, "classes" or "lungs".
+    # What the model predicts: a subset of "study", "none" and "boxes"; or "classes" or "lungs", which are not part of a
+    # submission.
     answers: frozenset[str]
     longest_side: int  # longest side, in pixels, of the decoded training images
     wants_masks: bool  # whether a segmenter must find the lungs
@@ -57,10 +57,10 @@ class Stacked:
 
 
 def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringModel:
-    """Return what the record of the bundle `folder` says about its model, whose predictions a submission contains.
+    """Return the AnsweringModel that the record of the bundle `folder` describes, for a model that can fill a submission.
 
     Raises BundleError if the record cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
-    an invalid recipe, and ValueError for a model whose predictions a submission does not contain.
+    an invalid recipe, and ValueError for a model whose predictions are not part of a submission.
     """
     record = read_record(folder)
     if record_sha256 not in ("", record["record_sha256"]):
@@ -72,7 +72,7 @@ def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringMode
 
 
 def read_any_model(folder: Path) -> AnsweringModel:
-    """Return what the record of the bundle `folder` says about its model, of any family.
+    """Return the AnsweringModel that the record of the bundle `folder` describes, for a model of any family.
 
     Raises BundleError if the record cannot be read, and SettingsError for an invalid recipe.
     """

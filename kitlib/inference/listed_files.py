@@ -1,4 +1,4 @@
-"""Lists the image files to predict, from names of files, folders and tables of files, and finds their studies."""
+"""Lists the image files to be predicted, from files, folders and tables, and groups the files by study."""
 
 import logging
 import os
@@ -30,17 +30,18 @@ def list_files(
 ) -> pd.DataFrame:
     """Return a table with one row per image file, and the columns file, path, image_id, study_id and error.
 
-    `names` are files, folders (with all images below them) and tables (CSV, TSV or Parquet) whose column `file_column` names
-    files, relative to the table's folder. `file` is the name as given: for a file in a folder, the folder as given and
-    the path in it; for one in a table, the table's text. `path` is where it is read from. image_id is the file name without
-    suffix, followed by -2, -3, ... where it repeats, so that each row has its own.
+    Each of `names` is an image file, a folder (all images below it are listed), or a table (CSV, TSV or Parquet) with image
+    files in the column `file_column`, as paths relative to the table's folder.
 
-    study_id is the table's `study_column` if it has one, else the StudyInstanceUID of the DICOM header, else the image_id.
-    Files of one study follow one another. `error` says why a file cannot be used, "" if nothing is known against it. Raises
-    DatasetError if there is no image file, or if a table cannot be read.
+    In the result, `file` is the file as the caller wrote it: an element of `names`, an element of `names` followed by the
+    path in this folder, or a cell of the table. `path` is the path to read. `image_id` is the file name without suffix,
+    followed by -2, -3 and so on if the name repeats, so that ids are unique. `study_id` is the value of the table's column
+    `study_column` or, without it, the StudyInstanceUID of the DICOM header or, without this, the image_id. Rows of the same
+    study are next to each other. `error` is "", or says why the file cannot be used. Raises DatasetError if there is no
+    image file, or if a table cannot be read.
     """
     given = [names] if isinstance(names, str | Path) else list(names)
-    rows: dict[tuple[str, str], str] = {}  # (file, path) -> study of the table
+    rows: dict[tuple[str, str], str] = {}  # (file, path) -> study_id from a table, or ""
     for name in given:
         path = Path(name)
         if path.is_dir():
@@ -65,7 +66,7 @@ def list_files(
         for index, of_table, image_id in zip(table.index, table["table_study"], table["image_id"], strict=True)
     ]
     table["file"] = table["file"].map(storable)
-    # Sorted by the first file of each study.
+    # Studies are sorted by the position of their first file.
     order = table["study_id"].map({study: place for place, study in enumerate(table["study_id"].unique())})
     return table.iloc[order.argsort(kind="stable")].reset_index(drop=True)[["file", "path", "image_id", "study_id", "error"]]
 
@@ -95,7 +96,10 @@ def _is_dicom(file: str) -> bool:
 
 
 def _read_files(path: Path, file_column: str, study_column: str) -> dict[tuple[str, str], str]:
-    """Return (file, path) -> study for the rows of a table; the study is "" if the table has no such column."""
+    """Return a dict that maps pairs (file, path) to study ids, for the rows of the table in the file `path`.
+
+    A study id is "" if the table has no column `study_column`. Raises DatasetError if there is no column `file_column`.
+    """
     faults = Faults()
     table = read_table_file(path, (file_column, study_column), faults)
     for _, row, problem in faults.rows:
@@ -113,7 +117,7 @@ def _read_files(path: Path, file_column: str, study_column: str) -> dict[tuple[s
 
 def _free_ids(paths: Iterable[str]) -> list[str]:
     ids: dict[str, None] = {}
-    numbers: dict[str, int] = {}  # of a name, the last one tried
+    numbers: dict[str, int] = {}  # name -> the last number that was tried for it
     for path in paths:
         name = Path(path).name
         # If the part after the last dot is a number, the name is a UID without a suffix.

@@ -1,4 +1,4 @@
-"""Models that stay loaded and predict one group of images after another, from files or on the page."""
+"""Keeps models loaded, so that they can predict many groups of images, for the predict command and the page."""
 
 import logging
 import time
@@ -20,29 +20,29 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16  # SubmitSettings.batch_size
 CACHED_LUNGS = 256  # number of images
-Stream = Callable[[], Iterable[CachedXray]]  # begins another pass over the same X-rays
+Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator over the same X-rays
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a system of study models and detectors predicts for the images of whole studies; boxes are in original pixels."""
+    """The fused predictions of a system of study models and detectors for some studies; boxes are in original pixels."""
 
     fused: Fused
-    models: pd.DataFrame  # columns model, fold, seconds (without loading); a row for each model that has predicted
+    models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
     remarks: tuple[str, ...]  # sentences about models that were left out, failed, or used images uncropped
-    faults: tuple[str, ...] = ()  # those of the remarks that say what failed, so that the predictions are not the system's
+    faults: tuple[str, ...] = ()  # the remarks about failures, because of which the predictions are incomplete
 
 
 @dataclass
 class _Asked:
-    """What the models of a system have predicted, model by model."""
+    """Collects the predictions, remarks and faults of the models of a system before they are fused."""
 
     probabilities: list[pd.DataFrame] = field(default_factory=list)
     detections: list[pd.DataFrame] = field(default_factory=list)
     coverage: list[pd.DataFrame] = field(default_factory=list)
     rows: list[tuple[str, int, float]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)  # the remarks that say what failed
+    faults: list[str] = field(default_factory=list)  # the remarks about failures
 
     def add_fault(self, fault: str) -> None:
         self.faults.append(fault)
@@ -50,7 +50,7 @@ class _Asked:
 
 
 class LoadedModels:
-    """Loads bundles on first use. Systems that share a model share its weights. Not safe for several threads at once."""
+    """Predicts with systems of models; loads each model at its first use and keeps it. Not safe for several threads."""
 
     def __init__(self) -> None:
         self._predictors: dict[tuple[Path, CachedLungs | None], Predictor] = {}
@@ -58,10 +58,11 @@ class LoadedModels:
         self._ensembles: dict[Path, Ensemble] = {}
 
     def answer(self, system: System, models: Sequence[AnsweringModel], xrays: Stream, images: pd.DataFrame) -> Answer:
-        """Predict the images as a submission with `models` of `system` would.
+        """Return the predictions that a submission with the `models` of `system` would contain for `images`, as an Answer.
 
-        `images` (image_id, study_id, rows, columns) are those of `xrays`, and of whole studies. A model that fails is left
-        out, with a remark. If all models fail, the error of the last one is raised.
+        `images` is a table with the columns image_id, study_id, rows and columns, and must contain all images of each study;
+        `xrays` returns their decoded copies. A model that fails is left out, with a remark. If all models fail, the error of
+        the last one is raised.
         """
         asked = self._ask(system, models, xrays)
         ensemble = self._ensemble(system, asked)
@@ -73,11 +74,12 @@ class LoadedModels:
         return Answer(fused, table, tuple(asked.remarks), tuple(asked.faults))
 
     def classify(self, system: System, xrays: Stream) -> tuple[pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
-        """Return the class probabilities of a system of classifiers for each image, and remarks and faults as in Answer.
+        """Return a table of class probabilities predicted by a system of classifiers, and remarks and faults as in Answer.
 
-        The table has the columns image_id and the classes. Models of the same learner and fold are averaged first, then the
-        folds, then the ensemble is applied: as notebooks 25 and 65 judge test images. Raises BundleError if the ensemble is
-        damaged or has other classes, and as `answer` does.
+        The table has the columns image_id and the classes. As in notebooks 25 and 65, the predictions of one learner for one
+        fold are averaged first; then a system without an ensemble averages over folds and learners, and one with an ensemble
+        applies it. Raises BundleError if the ensemble is damaged or has other classes; if all models fail, the error of the
+        last one.
         """
         asked = self._ask(system, system.models, xrays)
         classes = list(system.models[0].classes)
@@ -95,7 +97,7 @@ class LoadedModels:
         return table[["image_id", *classes]], tuple(asked.remarks), tuple(asked.faults)
 
     def predictor(self, system: System, model: AnsweringModel) -> Predictor:
-        """Return the loaded model. Raises BundleError if its bundle is damaged."""
+        """Return a Predictor for `model`, which is loaded at the first call. Raises BundleError if its bundle is damaged."""
         lungs = self.segmenter(system) if model.wants_masks else None
         if (model.folder, lungs) not in self._predictors:
             loaded = load_predictor(model.folder, batch_size=BATCH_SIZE, lungs=lungs)
@@ -103,7 +105,7 @@ class LoadedModels:
         return self._predictors[model.folder, lungs]
 
     def segmenter(self, system: System) -> CachedLungs:
-        """Return the system's segmenter, for decoded copies of the size that the system's models read."""
+        """Return the system's lung segmenter, which caches the lungs of images decoded to the system's `longest_side`."""
         key = system.lungs, system.longest_side
         return self._lungs.setdefault(key, CachedLungs(system.lungs, True, BATCH_SIZE, most=CACHED_LUNGS))
 

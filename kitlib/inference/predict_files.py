@@ -1,4 +1,4 @@
-"""Predicts any image files with the models of a run: one row per file, for the command, for scripts and for notebooks."""
+"""Predicts image files with the models of a run, and returns a table with one row per file."""
 
 import json
 import logging
@@ -32,18 +32,22 @@ from kitlib.xrays.worker import Outcome
 
 logger = logging.getLogger(__name__)
 
-_Outputs = tuple[pd.DataFrame, tuple[str, ...]]  # outputs by image_id, and faults
+_Outputs = tuple[pd.DataFrame, tuple[str, ...]]  # table of outputs, indexed by image_id, and texts of faults
 KEYS = ("file", "image_id", "study_id")
 BOXES, VERDICT, AREA, WARNING, ERROR = "boxes", "lungs", "lung_area", "warning", "error"
-PART = CACHED_LUNGS  # number of images that are decoded, predicted and forgotten together
+PART = CACHED_LUNGS  # number of images that are decoded and predicted together, then removed from memory
 FILE_TIMEOUT_S = 20.0  # SubmitSettings.file_timeout_s
-DRAWN_SCORE = 0.2  # boxes with a lower score are in the table, but would cover the picture
+DRAWN_SCORE = 0.2  # boxes with a lower score are not drawn, because they would cover the picture
 PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can be read
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Files of whole studies, decoded: rows of `list_files`, an Outcome for each that could be opened, and the copies."""
+    """A group of files, with all files of each study, that has been decoded.
+
+    `files` are rows of the table of `list_files`, `outcomes` maps the image_id of each file that exists to the Outcome of
+    decoding, and `cache` has the decoded copies.
+    """
 
     files: pd.DataFrame
     outcomes: dict[str, Outcome]
@@ -51,7 +55,7 @@ class _Part:
 
     @property
     def readable(self) -> pd.DataFrame:
-        """Table of the decoded images: image_id, study_id, and rows and columns, the original size in pixels."""
+        """Table of the images that could be decoded: image_id, study_id, rows and columns (original size in pixels)."""
         decoded = {name: outcome for name, outcome in self.outcomes.items() if outcome.status != "failed"}
         images = self.files.loc[self.files["image_id"].isin(decoded), ["image_id", "study_id"]].reset_index(drop=True)
         for side in ("rows", "columns"):
@@ -72,11 +76,12 @@ def predict(
     study_column: str = "study_id",
     workers: int = 0,
 ) -> pd.DataFrame:
-    """Return the predictions of the models in `runs` for image files: a table with one row per file.
+    """Predict image files with the models of a run; return a table with one row per file.
 
-    `files` is explained at `list_files`, `runs` at `find_system`, and the table's columns and `pictures` at `predict_parts`.
-    Files that cannot be read have a row whose column `error` says why. Raises RunNotFound or RunError if the run does not
-    exist or cannot predict, and DatasetError if there is no image file.
+    `files` are image files, folders or tables of files, in which `file_column` and `study_column` are column names (see
+    `list_files`). `runs` is the run, or a folder that contains it (see `find_system`). `predict_parts` describes the columns
+    of the result, `pictures` and `workers`. If a file cannot be read, the column `error` says why. Raises RunNotFound if the
+    run does not exist, RunError if it cannot predict, and DatasetError if there is no image file.
     """
     system = find_system(runs)
     listed = list_files(files, file_column, study_column)
@@ -86,18 +91,20 @@ def predict(
 def predict_parts(
     files: pd.DataFrame, system: System, pictures: str | Path | None = None, workers: int = 0, progress: bool = False
 ) -> Generator[pd.DataFrame, None, None]:
-    """Yield tables of predictions, each for some of `files`, a table of `list_files`; memory does not grow with the files.
+    """Predict `files`, a table from `list_files`, in groups, and yield one table of predictions per group.
 
-    The columns are those of `table_columns`. Probabilities are 0..1. `boxes` is JSON, a list of dictionaries with label,
-    score, xmin, ymin, xmax and ymax in pixels of the original image, the highest score first; it is empty text if no
-    detector has predicted the image. Values that no model has predicted are NaN or empty. `lungs` is a segmenter's verdict,
-    and `lung_area` the share of the image that it draws as lung. `warning` says what is unusual about the file, and which
-    models failed; `error` says why there is no prediction.
+    Working in groups keeps the memory use independent of the number of files. `table_columns` lists the columns of the
+    tables. Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries with label, score, xmin, ymin, xmax and ymax
+    in pixels of the original image, sorted by score, the highest first; it is empty text if no detector has predicted the
+    image. Other values that no model has predicted are NaN or empty. If the system is a lung segmenter, `lungs` says whether
+    usable lungs were found, and `lung_area` is the share of the image that is lung. `warning` says what is unusual about the
+    file, and which models failed; `error` says why there is no prediction.
 
-    With `pictures`, each image is also written there as image_id.png, with its boxes of a score of 0.2 or more, in the size
-    of its decoded copy, or enlarged; a segmenter's mask is masks/image_id.png, with the original size and 255 in the lungs.
-    `workers` is the number of decoding processes; 0: one per core. Raises BundleError if a segmenter or an ensemble of
-    classifiers is damaged, CacheError or OSError if files cannot be written.
+    If `pictures` is a folder, each image is written to IMAGE_ID.png in this folder, in the size of its decoded copy or
+    larger, with its boxes of a score of 0.2 or more. A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the
+    original image, with the value 255 inside the lungs. `workers` is the number of decoding processes; 0: one per core.
+    Raises BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if files cannot be
+    written.
     """
     columns = table_columns(system)
     is_segmenter = "lungs" in system.answers
@@ -127,11 +134,11 @@ def predict_parts(
 
 
 def table_columns(system: System) -> list[str]:
-    """Return the columns of the predictions of `system`: file, image_id, study_id, its outputs, warning and error.
+    """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs are the four study classes, `none` and boxes, as far as its models predict them; or the classes of its
-    classifiers; or the verdict, the area and the frame of the lungs. Raises RunError if a class has the name of another
-    column.
+    The outputs are either those of the four study classes, `none` and boxes that the system's models predict; or the classes
+    of its classifiers; or, for a lung segmenter, lungs, lung_area and boxes. Raises RunError if a class has the same name as
+    another column.
     """
     answers = system.answers
     if "lungs" in answers:
@@ -147,7 +154,10 @@ def table_columns(system: System) -> list[str]:
 
 
 class _Predicting:
-    """Predicts parts with study models, detectors or classifiers; returns outputs by image_id, and faults (see Answer)."""
+    """Callable that predicts a _Part with study models, detectors or classifiers.
+
+    Returns a table of outputs, indexed by image_id, and the faults (see Answer).
+    """
 
     def __init__(self, system: System) -> None:
         self.system, self.models = system, LoadedModels()
@@ -179,7 +189,10 @@ class _Predicting:
 
 
 class _Segmenting:
-    """Predicts parts with a lung segmenter, and writes its masks to `pictures`, if that is a folder."""
+    """Callable that predicts a _Part with a lung segmenter, and writes masks and pictures to `pictures` unless it is None.
+
+    Returns a table of outputs, indexed by image_id, and no faults.
+    """
 
     def __init__(self, system: System, pictures: str | Path | None) -> None:
         self.system, self.pictures = system, pictures
@@ -205,7 +218,10 @@ class _Segmenting:
 
 
 def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int, pool: ProcessPool) -> Iterator[_Part]:
-    """Decode `files` in parts of whole studies, each of PART images or a few more, into a folder of its own."""
+    """Decode `files` in groups of about PART images, and yield each group as a _Part with its own cache folder.
+
+    The files of a study are always in the same group. `pool` has `workers` processes.
+    """
     starts = files["study_id"].ne(files["study_id"].shift()).to_numpy()
     bounds = [0]
     for place in np.flatnonzero(starts):
@@ -219,7 +235,10 @@ def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int,
 
 
 def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd.DataFrame, tuple[str, ...], str]:
-    """Return the outputs and faults of a part, and why there are none, if all models fail: other parts may succeed."""
+    """Return a part's outputs, its faults, and an error message, which is "" unless all models have failed on this part.
+
+    The error is not raised, because the models may succeed on other parts.
+    """
     if part.readable.empty:
         return pd.DataFrame(), (), ""
     try:
@@ -232,7 +251,11 @@ def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd
 
 
 def _finished(part: _Part, outputs: pd.DataFrame, faults: tuple[str, ...], failure: str, columns: list[str]) -> pd.DataFrame:
-    """Return the rows of all files of a part: the outputs for the readable ones, and the reasons for the others."""
+    """Return the table of predictions for a part, with one row per file, and `columns` as its columns.
+
+    Readable files get their outputs; the column `error` of the other files says why they have none. `failure` is the error
+    message if all models have failed, else "".
+    """
     table = part.files[list(KEYS)].reset_index(drop=True)
     numbers = [name for name in columns if name not in (*KEYS, BOXES, VERDICT, WARNING, ERROR)]
     for name in columns[len(KEYS) : -2]:
@@ -259,7 +282,7 @@ def _finished(part: _Part, outputs: pd.DataFrame, faults: tuple[str, ...], failu
 
 
 def _boxes_as_json(detections: pd.DataFrame) -> dict[str, str]:
-    """Return the boxes of each image that has any as JSON, the highest score first."""
+    """Return a dict that maps the ids of images with boxes to their boxes as JSON text, the highest score first."""
     ordered = detections.sort_values("score", ascending=False, kind="stable")
     rounded = ordered.round({"score": 7, **dict.fromkeys(BOX, 2)}).assign(label="opacity")
     return {

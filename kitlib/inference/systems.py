@@ -1,4 +1,4 @@
-"""Systems of models that predict together, read from run folders, and combined as the runs say."""
+"""Reads systems of models from run folders; a system is a set of models whose predictions are combined."""
 
 import json
 import logging
@@ -24,15 +24,17 @@ logger = logging.getLogger(__name__)
 NO_MODELS = (
     "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or give another folder of runs"
 )
-# Kinds of runs that predict, in the order in which one is chosen among several: a combination before its parts.
+# Kinds of runs that can predict, the preferred kind first: a combination is preferred to the runs that it combines.
 PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "lungs", "applied lungs")
 
 
 @dataclass(frozen=True)
 class System:
-    """Models that predict together. `name` is for people: the run and, for several, the runs that it combines.
+    """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
-    All models predict either rows of a submission (any of "study", "none" and "boxes"), or "classes", or "lungs".
+    Either all models predict rows of a submission (any of "study", "none" and "boxes"), or all predict "classes", or the
+    single model predicts "lungs". `name` is shown to users: the name of the run, followed by the names of the runs that it
+    combines.
     """
 
     name: str
@@ -44,12 +46,12 @@ class System:
 
     @property
     def longest_side(self) -> int:
-        """Longest side in pixels of the decoded copies that the models read, the same as in a submission of these models."""
+        """Longest side, in pixels, of the decoded images that the models read: the largest that a model was trained on."""
         return max(model.longest_side for model in self.models)
 
     @property
     def answers(self) -> frozenset[str]:
-        """What the models predict, see AnsweringModel."""
+        """What the models predict, such as {"study", "none"}; see AnsweringModel."""
         return frozenset[str]().union(*(model.answers for model in self.models))
 
     @property
@@ -64,11 +66,12 @@ class System:
 
 
 def find_system(runs: str | Path) -> System:
-    """Return the system of `runs`: a run that predicts, or a folder with one such run or one fusion or ensemble in it.
+    """Return the system of models of a run, or of the preferred run in a folder of runs.
 
-    `runs` is a path, or the name of a run (see `find_run`). Raises RunNotFound if it does not exist, and RunError if it is
-    not finished, holds no model, or holds several of which none combines the others; also if the segmenter whose masks the
-    models need is not found. The messages list the runs there are.
+    `runs` is the path or the name of a run (see `find_run`), or a folder that contains runs. In a folder, the only fusion is
+    used, or else the only ensemble, or else the only run of another model. Raises RunNotFound if `runs` does not exist, and
+    RunError if no finished run can predict, if several can and none combines them, or if the lung segmenter that the models
+    need is not found. The messages list the available runs.
     """
     root = Path(runs) if Path(runs).is_dir() else find_run(runs)
     run = root if is_run(root) or find_kind(root) else _choose_run(root)
@@ -93,10 +96,11 @@ def find_system(runs: str | Path) -> System:
 
 
 def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters: Mapping[str, Path]) -> System:
-    """Return the system of the finished run `run` of the kind `kind`, one of PREDICTING, with these `parameters`.
+    """Return the system of models in the folder of a finished run.
 
-    `segmenters` maps digests to bundles (see `find_segmenters`). A fold that is not trained yet is missing in the system.
-    Raises RunError if a run that it combines does not exist or has no model, BundleError or SettingsError if one is invalid.
+    `kind` is the run's kind, one of PREDICTING, and `parameters` are the parameters in its record. `segmenters` maps digests
+    of lung segmenters to bundles (see `find_segmenters`). Folds that are not trained yet are left out. Raises RunError if
+    a run that this run combines does not exist or has no model, BundleError or SettingsError if a file is invalid.
     """
     if kind in ("lungs", "applied lungs"):
         bundles = _bundles(run)
@@ -121,10 +125,11 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
 def build_system(
     name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: Mapping[str, Path]
 ) -> System:
-    """Return the system of all study models and detectors in the runs `folders`, combined by `fusion` and `ensemble`.
+    """Return a system called `name` of all study models and detectors in the run folders `folders`.
 
-    Bundles that cannot be used are named in `left_out`. Raises RunError if none can be used, or if the models need the masks
-    of several segmenters.
+    `fusion` and `ensemble`, the folder of an ensemble's bundle or None, say how predictions are combined. `segmenters` maps
+    digests of lung segmenters to bundles. The system's `left_out` says which bundles cannot be used, and why. Raises
+    RunError if no bundle can be used, or if the models need masks from several segmenters.
     """
     models: dict[tuple[str, int], AnsweringModel] = {}
     left_out = []
@@ -147,9 +152,10 @@ def build_system(
 
 
 def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Return a dict that maps each segmenter's digest to its bundle, with the bundles of runs that applied one first.
+    """Return a dict that maps the digest of each lung segmenter in `runs` to the folder of its bundle.
 
-    `runs` are pairs of a kind (see `find_kind`) and a folder.
+    `runs` are pairs of a run's kind (see `find_kind`) and its folder. If several runs have the same segmenter, the bundle of
+    a run of the kind "applied lungs" is preferred.
     """
     runs = list(runs)
     wanted = ("applied lungs", "lungs")
@@ -166,10 +172,11 @@ def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def _build_classifiers(
     name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: Mapping[str, Path]
 ) -> System:
-    """Return the system of all classifiers of own classes in the runs `folders`, each with all of its (nested) folds.
+    """Return a system of all classifiers in the run folders `folders`, with all of their folds, including nested folds.
 
-    A learner's folds may be in several runs. Raises RunError if there is none, or if their classes differ; any other bundle
-    is an error too, because without it the probabilities would be others.
+    The arguments are those of `build_system`. The folds of a learner may be in several runs. Raises RunError if a run has no
+    classifier, or if the classes differ. An unusable bundle raises an error and is not left out, because the probabilities
+    would differ without it.
     """
     models = tuple(read_any_model(bundle) for folder in folders for bundle in _bundles(folder))
     if not models or {model.answers for model in models} != {frozenset({"classes"})}:
@@ -187,14 +194,17 @@ def _segmenter_of(name: str, models: Sequence[AnsweringModel], segmenters: Mappi
 
 
 def _bundles(run: Path) -> list[Path]:
-    """Return a run's own bundle, or those of its folds, nested ones included, in the order of their paths."""
+    """Return the bundle folders of a run: the run's own bundle or else those of its folds and nested folds, by path."""
     if (run / "bundle" / BUNDLE_RECORD).is_file():
         return [run / "bundle"]
     return sorted(path.parent for pattern in ("", "outer*/") for path in run.glob(f"{pattern}fold*/bundle/{BUNDLE_RECORD}"))
 
 
 def _choose_run(root: Path) -> Path:
-    """Return the run below `root` that predicts: the only fusion, else the only ensemble, else the only other run."""
+    """Return the folder of the preferred run below `root`: the only fusion, else the only ensemble, else another only run.
+
+    Raises RunError if there is no such run, or if there are several of the preferred kind.
+    """
     kinds = {run: find_kind(run) for run in walk_runs(root)}
     finished = [run for run, kind in kinds.items() if kind in PREDICTING and (run / METRICS).is_file()]
     for wanted in (PREDICTING[:1], PREDICTING[1:2], PREDICTING[2:5], PREDICTING[5:]):
@@ -209,7 +219,7 @@ def _choose_run(root: Path) -> Path:
 
 
 def _read_parameters(run: Path) -> dict[str, Any]:
-    """Return the parameters in a run's record, or {} if it has no record."""
+    """Return the notebook parameters in a run's record, or {} if the run has no record."""
     path = run / RECORD
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).get("parameters") or {}) if path.is_file() else {}
@@ -224,10 +234,10 @@ def _named_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
 
 
 def _named_run(name: object, run: Path) -> Path:
-    """Return the folder of the run that the parameters of `run` call `name`. Raises RunError if there is no such folder.
+    """Return the folder of another run, which the parameters of the run `run` refer to by `name`, a name or a path.
 
     If `name` is an absolute path, a folder next to `run` with the same last part is preferred, because the runs may have
-    been moved together.
+    been moved together. Raises RunError if there is no such folder.
     """
     sibling = run.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
     folder = sibling if sibling is not None and sibling.is_dir() else named_folder(name, run)
@@ -241,7 +251,7 @@ def _folders_beside(run: Path) -> list[Path]:
 
 
 def _lungs_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Return the runs of notebook 14 that `run`, or the runs that it combines, name as their lungs_run."""
+    """Return the folders of the runs of notebook 14 in the parameter lungs_run of `run` and of the runs that it combines."""
     trained = [run, *(_named_run(name, run) for name in parameters.get("runs") or [])]
     named = [named_folder(_read_parameters(folder).get("lungs_run"), folder) for folder in trained]
     return [folder for folder in named if folder is not None]
