@@ -23,7 +23,7 @@ _CALLS = {
 
 
 def __getattr__(name: str) -> object:
-    """Return one of the five calls. Raises AttributeError for any other name, as Python expects."""
+    """Import and return one of the five calls, such as `kitlib.predict`. Raises AttributeError for any other name."""
     if name not in _CALLS:
         raise AttributeError(f"module 'kitlib' has no attribute {name!r}; its calls are: {', '.join(_CALLS)}")
     module, attribute = _CALLS[name]

@@ -34,8 +34,8 @@ def main() -> None:
 def score(truth: Folder, submission: Submission, as_json: Json = False) -> None:
     """Score SUBMISSION against train_study_level.csv and train_image_level.csv in TRUTH, as the competition does.
 
-    Prints the score, the average precision of each of the six classes, and opacity_boxed, that of opacity on images with
-    boxes alone. A class without positives in the ground truth is nan, with --json null.
+    Prints the score, the average precision of each of the six classes, and opacity_boxed, the average precision of opacity
+    on only the images that have boxes. A class without positives in the ground truth is nan, or null with --json.
     """
     from kitlib.scoring.score import score_files
 
@@ -273,10 +273,10 @@ def convert_weights(
     source: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A pickled model, such as yolov5lu.pt.")],
     target: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
 ) -> None:
-    """Take the tensors out of SOURCE, a pickled PyTorch model such as ultralytics' .pt, and write them to TARGET.
+    """Convert SOURCE, a pickled PyTorch model such as an ultralytics .pt file, to the .safetensors file TARGET.
 
-    No code of the file is run: every class that it names is replaced by an empty shell. Prints these classes. Files with a
-    state dictionary alone need no conversion.
+    No code from SOURCE is run: its classes are replaced by dummies, and their names are printed. A file that contains only a
+    state dictionary needs no conversion.
     """
     from kitlib.errors import BundleError
     from kitlib.models.convert_weights import convert_weights as convert
@@ -302,10 +302,10 @@ def publish(
         bool, typer.Option("--push", help="Upload it, as a private dataset; needs an API token.")
     ] = False,
 ) -> None:
-    """Write the models of RUNS as a Kaggle dataset with a card, and upload it on request.
+    """Write the models of RUNS as a Kaggle dataset with a card; with --push, also upload the dataset.
 
-    The card says what each model was trained on, and its out-of-fold figures. Read it before you make the dataset public:
-    weights inherit the terms of the data and of the starting weights.
+    The card states the training data and the out-of-fold metrics of each model. Read the card before you make the dataset
+    public: weights inherit the terms of the training data and of the starting weights.
     """
     from kitlib.errors import KitError
     from kitlib.kernels.publish import publish as upload
@@ -363,8 +363,8 @@ def predict(
 ) -> None:
     """Predict FILES with the trained models of a run; write one row per image to a CSV file. Not for diagnosis.
 
-    A file that cannot be read keeps its row, with the reason in the column `error`. Exits with 0 only if at least one file
-    was predicted. With --json, also prints the rows, and the run's name as `system`. See docs/predict.md.
+    A file that cannot be read also gets a row; its column `error` says why. Exits with 0 only if at least one file was
+    predicted. With --json, also prints the rows, and the name of the run as `system`. See docs/predict.md.
     """
     from kitlib.atomic import replacing
     from kitlib.inference.listed_files import list_files
@@ -425,7 +425,7 @@ def page(
         _fail(error)
     except SystemExit as stop:  # raised on SIGTERM
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    # Skip Python's shutdown: it would wait for, or fail in, a thread in which a model is still predicting.
+    # Python's normal shutdown is skipped, because it would wait for or fail in a thread that is still predicting.
     sys.stdout.flush()
     os._exit(code)
 

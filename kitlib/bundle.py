@@ -29,13 +29,13 @@ STATED: dict[str, type | tuple[type, ...]] = {
     "classes": list,
     "recipe": dict,  # fields of the recipe's dataclass
     "architecture": dict,  # what the recipe does not determine; may be empty
-    "longest_side": int,  # of the decoded copies that the model was trained on, pixels; see kitlib.xrays.cache
+    "longest_side": int,  # longest side in pixels of the decoded images used in training; see kitlib.xrays.cache
     "image_size": int,  # side of the square canvas, pixels
     "placement": str,  # "letterbox" or "stretch"
     "mean": list,  # per channel, of pixels scaled to 0..1
     "std": list,
     "fold": int,  # the fold that was left out of training
-    "precision": str,  # in which the model was trained: "float32", "bfloat16" or "float16"
+    "precision": str,  # number format used in training: "float32", "bfloat16" or "float16"
     "data_fingerprint": str,  # see data_fingerprint
     "validation": dict,  # scores on that fold
 }
@@ -141,7 +141,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 def data_fingerprint(**tables: pd.DataFrame) -> str:
     """Return the SHA-256 (hex) of training data: ids, labels, boxes and folds, in any order of rows and columns.
 
-    Pass each table as a keyword argument under its name in `kitlib.tables`. Of the table `images` only the columns with ids
+    Pass each table as a keyword argument with the table's name in `kitlib.tables`. Only the id columns of the table `images`
     are used, because paths, sizes and views may differ between machines.
     """
     digest = hashlib.sha256()
@@ -176,7 +176,7 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return each distinct tensor once, under its first name, and a dict that maps its other names to that first name."""
+    """Return two dicts: the distinct tensors by their first names, and a map from all other names to first names."""
     stored, tied = {}, {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():

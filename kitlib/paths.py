@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # suffixes of PyTorch's files
 WEIGHTS = (".safetensors", ".npz", *PICKLES)
 RUN_RECORD = "record.json"  # in the folder of every run, see kitlib.runs.record
-RUN_MARKS = (RUN_RECORD, "metrics.json", "bundle", "model.json")  # one of them is in the folder of each run or model
+RUN_MARKS = (RUN_RECORD, "metrics.json", "bundle", "model.json")  # a folder of a run or model has at least one of these
 
 
 def kaggle_root() -> Path:
-    """Return /kaggle, or the environment variable KIT_KAGGLE_ROOT, which a rehearsal sets if it cannot create /kaggle."""
+    """Return /kaggle, or the folder in KIT_KAGGLE_ROOT, a variable that a rehearsal sets if it cannot create /kaggle."""
     return Path(os.environ.get("KIT_KAGGLE_ROOT", "/kaggle"))
 
 
@@ -27,7 +27,7 @@ def on_kaggle() -> bool:
 
 
 def project_root() -> Path:
-    """Return the project's root folder: the clone that contains `kitlib`, or in a Kaggle kernel the variable KIT_ROOT."""
+    """Return the project's root folder: the environment variable KIT_ROOT (in kernels), else the folder above `kitlib`."""
     return Path(os.environ.get("KIT_ROOT", Path(__file__).resolve().parent.parent))
 
 
@@ -52,10 +52,10 @@ def run_path(name: str | Path) -> Path:
 
 
 def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> Path:
-    """Return the folder of the run `name`, in `runs_root()` or an input.
+    """Return the folder of the existing run `name`, in `runs_root()` or in an attached input.
 
-    `made_by` names the notebook that makes such runs. Raises RunNotFound if the run does not exist, or if several inputs
-    have one of this name.
+    `made_by` is the notebook that makes such runs, for messages. Raises RunNotFound if the run does not exist, or
+    if several inputs have a run of this name.
     """
     found = [run_path(name)] if run_path(name).is_dir() else _find_attached_run(str(name))
     if len(found) > 1:
@@ -64,7 +64,7 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
             f"{len(found)} inputs have a run {str(name)!r}; give KERNEL/{name}, or the path of one:\n  {listing}"
         )
     if not found:
-        # Not at any depth: data sets and decoded copies have many thousand folders.
+        # Only a few levels are searched, because data sets and decoded copies have many thousand folders.
         runs, attached = (
             sorted(
                 path.parent for pattern in ("*", "*/*", "notebooks/*/*/*") for path in root.glob(f"{pattern}/{RUN_RECORD}")
@@ -82,12 +82,12 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """Return the folder of the input `slug` below `root` (default: `inputs_root()`), in any of Kaggle's mount layouts.
 
-    If `slug` contains a `/` and is the path of an existing folder, it is returned unchanged. Otherwise the inputs are
-    searched for one named SLUG or OWNER/SLUG, or a folder SLUG/FOLDER in one; Kaggle mounts inputs at <root>/SLUG, or at
-    <root>/competitions/SLUG, datasets/OWNER/SLUG, datasets/organizations/OWNER/SLUG, models/OWNER/SLUG and
-    notebooks/OWNER/SLUG. If no input has that name, it may be a folder directly inside one, such as a run in a kernel's
-    output. Phantoms are only returned if `slug` contains a `/`, so that nobody trains on them for want of the real data.
-    Raises InputNotFound if nothing is found or if several inputs have the name; the message lists those that exist.
+    `slug` is the path of an existing folder, which must contain a `/`; or SLUG or OWNER/SLUG of an input; or a folder in an
+    input, such as SLUG/FOLDER. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG,
+    ROOT/datasets/OWNER/SLUG, ROOT/datasets/organizations/OWNER/SLUG, ROOT/models/OWNER/SLUG or ROOT/notebooks/OWNER/SLUG. If
+    no input has this name, folders directly inside inputs are searched too, such as a run in a kernel's output. Phantoms are
+    returned only if `slug` contains a `/`, so that nobody trains on phantoms by mistake when the real data are missing.
+    Raises InputNotFound if there is no such input, or if there are several; the message lists the available inputs.
     """
     root, slug, phantoms = Path(root) if root else inputs_root(), str(slug), []
     if not slug.strip("/ "):
@@ -113,12 +113,13 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
 
 
 def find_starting_weights(path: str | Path) -> Path:
-    """Return the path of a weights file or a bundle folder; for a run's folder, return the bundle inside it.
+    """Return the path of the weights file or bundle folder that `path` refers to.
 
-    `path` is an existing path; the name of a run or bundle (see `find_run`); or an input or a file in it, SLUG or SLUG/FILE
-    (see `find_input`), among them a Kaggle Model, OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. Of a folder without a bundle,
-    such as one of the Hugging Face hub, its only weights file is used, or its only .safetensors file. Raises BundleError if
-    nothing is found, or if a folder has several weights files.
+    `path` is an existing file or folder; the name of a run or bundle (see `find_run`); an input or a file in an input, as
+    SLUG or SLUG/FILE (see `find_input`); or a Kaggle Model, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. For the folder of a
+    run, the bundle in this folder is returned. For a folder without a bundle, such as one from the Hugging Face hub, the
+    only .safetensors file or else the only weights file is returned. Raises BundleError if `path` does not exist, or if a
+    folder has no or several weights files.
     """
     source = Path(path)
     if not source.exists():
@@ -139,7 +140,10 @@ def find_starting_weights(path: str | Path) -> Path:
 
 
 def _find_file(name: str) -> Path:
-    """Return the weights file RUN/FILE or SLUG/FILE. Raises BundleError, which lists the files there are, if none exists."""
+    """Return the path of a weights file, where `name` is RUN/FILE or SLUG/FILE.
+
+    Raises BundleError if there is no such file, with a list of the available ones, or if several inputs have the file.
+    """
     folder, _, file = name.rpartition("/")
     if run_path(name).is_file():
         return run_path(name)
@@ -165,7 +169,7 @@ def _find_weights_folder(path: str | Path) -> Path:
 
 
 def _find_folders(name: str, root: Path) -> Iterator[list[Path]]:
-    """Yield the folders that `name` may mean: as a path, as an input below `root`, and as a folder inside an input."""
+    """Yield lists of folders that `name` may refer to: first as a path, then as an input, then as a folder in an input."""
     if "/" in name:
         # Jupyter starts a notebook in its own folder, so a relative path may also be one from the project's root.
         yield [path for path in (Path(name), project_root() / name) if path.is_dir()][:1]
@@ -174,14 +178,14 @@ def _find_folders(name: str, root: Path) -> Iterator[list[Path]]:
     mounted, parts = _mounted(root), name.split("/")
     yield _existing(folder.joinpath(*parts[1:]) for _, folder in mounted if folder.name == parts[0])
     if len(parts) > 1:
-        # An input that is mounted without its owner may be anybody's.
+        # If an input is mounted without its owner's name, any owner is accepted.
         owned = [folder for owner, folder in mounted if owner in (parts[0], "") and folder.name == parts[1]]
         yield _existing(folder.joinpath(*parts[2:]) for folder in owned)
     yield _existing(folder / name for _, folder in mounted)
 
 
 def _mounted(root: Path) -> list[tuple[str, Path]]:
-    """Return the owner ("" if the mount does not tell) and the folder of each input below `root`."""
+    """Return a pair (owner, folder) for each input below `root`; owner is "" if the mount path does not contain it."""
     patterns = ("competitions/*", "datasets/*/*", "datasets/organizations/*/*", "models/*/*", "notebooks/*/*", "*")
     groups = [root / name for name in ("competitions", "datasets", "models", "notebooks", "datasets/organizations")]
     folders = [folder for pattern in patterns for folder in sorted(root.glob(pattern)) if folder.is_dir()]
@@ -190,7 +194,7 @@ def _mounted(root: Path) -> list[tuple[str, Path]]:
 
 
 def _find_attached_run(name: str) -> list[Path]:
-    """Return the folders that `name` may mean as a run in an input: an input itself, or a folder with one of RUN_MARKS."""
+    """Return the folders of runs in inputs that `name` may refer to: inputs, or folders with one of the files RUN_MARKS."""
     mounted = {folder for _, folder in _mounted(inputs_root())}
     for folders in _find_folders(name, inputs_root()):
         if runs := [path for path in folders if "/" in name or path in mounted or _holds_run(path)]:

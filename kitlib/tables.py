@@ -1,4 +1,4 @@
-"""The tables that pass between stages: their columns and types, validation, reading and writing; text files of others.
+"""The tables that stages exchange: columns, types, validation, reading and writing; also reads text tables of others.
 
 Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`); only the submission file adds suffixes. Boxes are `xmin,
 ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Additional columns are allowed and kept.
@@ -19,8 +19,8 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TableError
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
-# A box that reaches further beyond its image, as a share of the image's side, is of an image of another size. In the tables
-# of SIIM, RSNA and NIH a single one of 18,392 boxes reaches beyond, by 0.0008.
+# As a share of the image's side; a box that reaches further beyond its image must belong to an image of another size. In
+# the tables of SIIM, RSNA and NIH only one of 18,392 boxes reaches beyond its image, by 0.0008.
 MOST_OVERHANG = 0.1
 LEAST_SIDE = 1.0  # pixels of a box after the cut; a thinner one shows nothing
 
@@ -129,12 +129,13 @@ def class_columns(table: pd.DataFrame, name: str) -> list[str]:
 
 
 def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
-    """Cut `boxes` to their images, whose sizes `images` has; the one rule for boxes that come from outside.
+    """Cut boxes at the edges of their images; return the cut boxes, how far each reached beyond, and which are unusable.
 
-    Returns the cut boxes, the pixels by which each reached beyond its image (0: it lay inside), and for each a text that
-    says why it cannot be used ("": it can): it lies outside the image, reaches beyond it by more than MOST_OVERHANG of a
-    side, or is thinner than LEAST_SIDE after the cut. All three have the index of `boxes`. Raises TableError if `images` has
-    no size for a box.
+    All three results have the index of `boxes`. The second has the number of pixels by which each box reached beyond its
+    image, 0 for boxes inside. The third has "" for usable boxes and, for others, text that says why: the box is outside the
+    image, reaches beyond it by more than the share MOST_OVERHANG of a side, or is thinner than LEAST_SIDE after the cut.
+    `images` has the images' sizes; raises TableError if it lacks the size of an image with a box. All boxes from annotation
+    files, whatever their source, are cut by this function.
     """
     sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
     if np.isnan(sizes).any():
@@ -156,9 +157,9 @@ def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, 
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file in UTF-8 or, with a byte order mark, UTF-16, without the mark.
+    """Return the text of a file in UTF-8 or UTF-16, without its byte order mark, which UTF-16 requires.
 
-    Raises TableError, which names the file and the line, for another encoding; OSError if the file cannot be read.
+    Raises TableError, with file and line, if the file has another encoding; OSError if the file cannot be read.
     """
     content = Path(path).read_bytes()
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
@@ -175,10 +176,10 @@ def read_text(path: str | Path) -> str:
 
 
 def read_text_table(path: str | Path, columns: Sequence[str] = (), separator: str = ",") -> pd.DataFrame:
-    """Return the table in a CSV file (a TSV file: `separator` is a tab) of another program; all cells are text.
+    """Return the table in a CSV file that another program wrote; all cells are text, and empty cells are "".
 
-    Empty cells are "". Raises TableError, which names the file, if it cannot be read, if a line has more cells than the
-    first, or if one of `columns` is missing.
+    For a TSV file, pass a tab as `separator`. Raises TableError, with the path of the file, if the file cannot be read, if a
+    line has more cells than the first line, or if one of `columns` is missing.
     """
     try:
         text = read_text(path)
@@ -192,9 +193,10 @@ def read_text_table(path: str | Path, columns: Sequence[str] = (), separator: st
 
 
 def parse_text_table(text: str, where: str, separator: str = ",") -> pd.DataFrame:
-    """Return the table that CSV text holds; all cells are text, and empty cells are "".
+    """Return the table in the CSV text `text`; all cells are text, and empty cells are "".
 
-    Raises TableError, which begins with `where`, if it is not CSV text, or if a line has more cells than the first.
+    Raises TableError if the text is not CSV, or if a line has more cells than the first line; the message begins with
+    `where`.
     """
     try:
         with warnings.catch_warnings():
@@ -208,12 +210,12 @@ def parse_text_table(text: str, where: str, separator: str = ",") -> pd.DataFram
 
 
 def storable(text: str) -> str:
-    """Return `text` as any file can store it: the bytes of a file name that is not UTF-8 are written out, as in \\xff."""
+    """Return `text` in a form that is valid Unicode: bytes of a file name that are not UTF-8 become text such as \\xff."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def listed_name(cell: str) -> str:
-    """Return the name of the file that a cell or line of a table names, without folders, in Unicode's composed form.
+    """Return the file name, without folders, of a file name or path in a table's cell, in Unicode's composed form.
 
     Folders may be written as on Windows (`C:\\xrays\\a.png`). The composed form is needed because macOS writes file names
     in the decomposed form, in which the same letters are other characters.
@@ -247,7 +249,10 @@ def write_table(table: pd.DataFrame, name: str, path: str | Path) -> None:
 
 
 def read_table(name: str, path: str | Path) -> pd.DataFrame:
-    """Read a Parquet table and check it. Raises TableError, naming the file, if it is missing, damaged or invalid."""
+    """Return the table in a Parquet file, checked against the schema `name`.
+
+    Raises TableError, with the path of the file, if the file is missing, damaged or invalid.
+    """
     path = Path(path)
     if not path.is_file():
         available = sorted(entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"

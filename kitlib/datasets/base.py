@@ -17,9 +17,8 @@ HEADER_THREADS = 16  # more than there are cores, because the threads mostly wai
 # If a random part of the data set should contain this many images of a class but has none, the layout was misread.
 LEAST_EXPECTED = 20
 MOST_LOST = 0.1  # share of the image files that may be unused
-MOST_UNUSABLE = (
-    0.1  # share of the boxed images whose boxes may lie outside; if more do, the boxes are for another image size
-)
+# Share of the images with boxes that may have unusable boxes; if more do, the boxes are for another image size.
+MOST_UNUSABLE = 0.1
 
 
 @dataclass(frozen=True)

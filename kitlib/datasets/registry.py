@@ -79,7 +79,9 @@ def read_parts(
     """
     sources = sources or {}
     if unknown := set(sources) - set(parts):
-        raise SettingsError(f"sources names {', '.join(sorted(unknown))}, but the data sets read are {', '.join(parts)}")
+        raise SettingsError(
+            f"sources has the keys {', '.join(sorted(unknown))}, but the data sets to read are {', '.join(parts)}"
+        )
     return {
         name: read_dataset(name, folder, progress, sources.get(name, ""), **(own if name == OWN or OWN not in parts else {}))
         for name, folder in parts.items()

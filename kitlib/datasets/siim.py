@@ -24,9 +24,8 @@ from kitlib.datasets.walk import walk
 from kitlib.errors import DatasetError, SubmissionError
 from kitlib.tables import BOX, check_table
 
-SIZES = (
-    "meta.csv"  # table in resized copies, with the columns image_id, dim0 (rows of the original image) and dim1 (columns)
-)
+# Table of original sizes in resized copies, with the columns image_id, dim0 (rows) and dim1 (columns).
+SIZES = "meta.csv"
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
 # For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}

@@ -82,7 +82,7 @@ def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, s
             close = difflib.get_close_matches(name.casefold(), folded, 1)
             hint = f"; the closest is {folded[close[0]]!r}" if close else ""
             raise DatasetError(
-                f"{path.name} has no column {name!r}, which the parameter columns names for {key}{hint}. It has: "
+                f"{path.name} has no column {name!r}, which the parameter columns gives for {key}{hint}. It has: "
                 f"{', '.join(map(repr, there))}"
             )
         if there.count(name) > 1:

@@ -35,7 +35,7 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
             {source.name(path).rpartition("/")[0] for path in source.paths if path.suffix.lower() in MASK_SUFFIXES}
         )
         raise DatasetError(
-            f"{source.folder} has no folder {mask_folder!r}, which the parameter mask_folder names, with files of the types "
+            f"{source.folder} has no folder {mask_folder!r} (the parameter mask_folder) with files of the types "
             f"{', '.join(MASK_SUFFIXES)}; such files lie in: {', '.join(there[:10]) or 'no folder'}"
         )
     return found

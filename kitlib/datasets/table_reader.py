@@ -119,7 +119,7 @@ def _check_parameters(
     of_boxes = ("file", "finding", *BOX_KEYS) if boxes_table else ()
     if not table and (unused := [key for key in (*spec.single(), *(["labels"] * bool(spec.labels))) if key not in of_boxes]):
         raise SettingsError(
-            f"columns names {', '.join(unused)}, but the parameter table is empty: name the file with the columns"
+            f"columns sets {', '.join(unused)}, but the parameter table is empty: set it to the file with these columns"
         )
     if boxes_table and not spec.box:
         raise SettingsError("boxes_table is set, but columns has no box: give xmin, ymin and xmax, ymax or width, height")
@@ -195,7 +195,7 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
     rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown].reset_index(drop=True)
     if (rows["split"] == "test").all():
         raise DatasetError(
-            f"{file}: no image is for training, by the column that columns names for split; leave `split` out"
+            f"{file}: no image is for training, according to the column that columns gives for split; leave `split` out"
         )
     return rows
 
@@ -220,7 +220,7 @@ def _make_images(rows: pd.DataFrame, source: DataFolder, file: str, progress: bo
     images = add_headers(images, source, progress)
     alone = images.patient_id == ""
     problem = (
-        "have no patient, neither in a column that columns names for patient nor in a DICOM header; each study is a "
+        "have no patient, neither in the column that columns gives for patient nor in a DICOM header; each study is a "
         "patient of its own, so folds leak if several show one patient"
     )
     source.faults.add_summary(file, images.image_id[alone], problem, "other images")

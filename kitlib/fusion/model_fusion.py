@@ -159,7 +159,7 @@ class BoxLists:
 
     @classmethod
     def of(cls, detections: pd.DataFrame | None, images: pd.DataFrame, coverage: pd.DataFrame | None) -> "BoxLists":
-        """Return the BoxLists of `detections`, without boxes outside their image or with score 0. Errors: see `fuse_boxes`."""
+        """Return BoxLists of the `detections`; drops boxes outside their image or with score 0. Errors: see `fuse_boxes`."""
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
         names = set(boxes["model"]) | (set() if coverage is None else set(coverage["model"]))
@@ -235,9 +235,9 @@ def combine(
     """Compute `none` of each image, and adjust box scores and `negative` with it; return Fused's studies, nones, new scores.
 
     The fused boxes have the scores `score` (k,), and their images are the rows `box_image` (k,) of `images`; the third
-    result has their new scores (k,). `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted. `none` is
-    the weighted mean of NONE_PARTS; if all available parts of an image have weight 0, it is the first available part.
-    Studies and images without any prediction get the class frequencies PRIORS.
+    result has their new scores (k,). `seen` (n,) is a boolean mask of the rows of `images` that a detector has predicted.
+    `none` is the weighted mean of NONE_PARTS; if all available parts of an image have weight 0, it is the first available
+    part. Studies and images without any prediction get the class frequencies PRIORS.
     """
     image_ids, study_ids = pd.Index(images["image_id"]), pd.Index(images["study_id"].unique())
     studies = study_probabilities.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]

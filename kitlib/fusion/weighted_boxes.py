@@ -58,7 +58,7 @@ class ImageLists:
         return np.diff(self.list_ends, prepend=0)
 
     def split(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield four arrays per image: boxes (k, 4), scores (k,), numbers of the boxes' lists (k,), weights of lists (l,)."""
+        """Yield four arrays per image: boxes (k, 4), scores (k,), number of each box's list (k,), weights of lists (l,)."""
         start, list_start = 0, 0
         for end, list_end in zip(self.ends.tolist(), self.list_ends.tolist(), strict=True):
             rows = slice(start, end)

@@ -229,7 +229,9 @@ def _read_parameters(run: Path) -> dict[str, Any]:
 
 def _named_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
     if not (names := parameters.get("runs")):
-        raise RunError(f"{run / RECORD} names no runs that it combines (the parameter runs); repeat its notebook")
+        raise RunError(
+            f"the parameter runs in {run / RECORD} is empty, so it is unknown which runs {run} combines; repeat its notebook"
+        )
     return [_named_run(name, run) for name in names]
 
 

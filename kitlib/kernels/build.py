@@ -134,7 +134,7 @@ def _write_kernel(spec: KernelSpec, folder: Path) -> None:
         "enable_gpu": spec.accelerator != "none",
         "enable_tpu": False,
         "enable_internet": spec.internet,
-        # the string that Kaggle itself writes for a kernel without an accelerator
+        # Kaggle itself writes this string for a kernel without an accelerator
         "machine_shape": "None" if spec.accelerator == "none" else spec.accelerator,
         "dataset_sources": spec.sources((*built_datasets, *spec.dataset_sources)),
         "competition_sources": [spec.competition] if spec.competition else [],
@@ -154,7 +154,7 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """Write the weights dataset: one subfolder per bundle, the list of bundles weights.json, and optional parts.
+    """Write the weights dataset: one subfolder per bundle, weights.json, which lists the bundles, and optional parts.
 
     The optional parts are the subfolders `ensemble` and `lungs` and the file fusion.json, written if the kernel has these
     keys. weights.json lists the bundles in the kernel's order, the most valuable first.

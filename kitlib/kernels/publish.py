@@ -1,4 +1,4 @@
-"""Publishes finished runs as a Kaggle dataset with a card: what was trained on what, and its out-of-fold figures."""
+"""Publishes trained models as a Kaggle dataset, with a card that states their training data and out-of-fold metrics."""
 
 import json
 import tempfile
@@ -16,19 +16,21 @@ from kitlib.kernels.push import push_dataset
 from kitlib.paths import RUN_RECORD
 from kitlib.runs.finished_run import read_metrics
 
-# Kaggle's names of the licences that weights are usually published under; `other`: see the card.
+# Kaggle's names for the usual licences of weights; `other` means that the card describes the terms.
 LICENCES = ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "apache-2.0", "MIT", "other")
 
 
 def write_publication(
     runs: Iterable[str | Path], folder: str | Path, title: str, owner: str, licence: str, description: str = ""
 ) -> Path:
-    """Write the new folder `folder` with the bundles of finished `runs`, a card README.md and the metadata of a dataset.
+    """Write a new folder that can be uploaded to Kaggle as a dataset of trained models, and return its path.
 
-    The bundle of a run's fold is in RUN/foldN, so that, once attached, `starting_weights: SLUG/RUN/foldN` names it. The slug
-    is made from the `title`. `licence` is one of LICENCES; weights inherit the terms of the data and of the starting weights
-    that they were trained on. Raises KernelError if a run has no bundle, two runs have one name, the folder exists, or the
-    licence or title is not valid; RunError if a run is not finished; BundleError if a bundle is damaged.
+    The folder has the bundles of the finished `runs`, a card README.md, which begins with `description`, and the dataset's
+    metadata. Each fold's bundle is in RUN/foldN; where the dataset is attached, it can be used as
+    `starting_weights: SLUG/RUN/foldN`. The slug is made from `title`. `owner` is a Kaggle user name. `licence` is one of
+    LICENCES; weights inherit the terms of the training data and of the starting weights. Raises KernelError if a run has no
+    bundle, two runs have the same name, the folder exists, or the licence, title or owner is not valid; RunError if a run is
+    not finished; BundleError if a bundle is damaged.
     """
     folder, parts = Path(folder), {}
     if licence not in LICENCES:
@@ -64,7 +66,9 @@ def write_publication(
 
 
 def publish(folder: str | Path) -> str:
-    """Upload a folder of `write_publication` as a private dataset, or as a new version of it; return its OWNER/SLUG.
+    """Upload a folder written by `write_publication` as a private Kaggle dataset; return the dataset's OWNER/SLUG.
+
+    If the dataset exists, it gets a new version.
 
     Raises KernelError if signing in fails or Kaggle refuses the dataset.
     """
@@ -83,7 +87,7 @@ def _heading(title: str, licence: str, description: str) -> str:
 
 
 def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, Any], bundles: dict[str, Path]) -> str:
-    """Return the card's section about a run."""
+    """Return the Markdown section of the card about the run `run`: its model, data, recipe and metrics."""
     parameters = {}
     if (run / RUN_RECORD).is_file():
         parameters = json.loads((run / RUN_RECORD).read_text(encoding="utf-8")).get("parameters", {})
@@ -106,7 +110,10 @@ def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, A
 
 
 def _figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the numbers in a run's metrics as text with four decimals, keyed by their names, which begin with `prefix`."""
+    """Return a dict from the name of each number in `metrics` to the number as text with four decimals.
+
+    Keys of nested dicts are joined by spaces, and each name begins with `prefix`.
+    """
     figures: dict[str, str] = {}
     for key, value in metrics.items():
         if isinstance(value, dict):

@@ -78,10 +78,10 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
 
 
 def push_dataset(name: str, folder: Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> str:
-    """Upload `folder` as the dataset `name`, OWNER/SLUG, and wait until it is ready, as `push` does.
+    """Upload `folder` as the dataset `name` (OWNER/SLUG), and wait until Kaggle has processed the dataset.
 
-    Returns "created" or "new version". Raises KernelError if signing in fails, if the owner is somebody else, or if Kaggle
-    refuses the dataset or is not ready in time.
+    Returns "created" or "new version". The status is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises
+    KernelError if signing in fails, if the owner is somebody else, or if Kaggle refuses the dataset or is not ready in time.
     """
     client = _sign_in()
     user = client.config_values[client.CONFIG_NAME_USER]

@@ -47,9 +47,9 @@ LAYOUTS = {
 }
 
 
-# What every kernel imports before its first stage; a kernel needs STARTS times as long to start, write a file and end.
+# Imports of every kernel before its first stage. Starting, writing a file and ending takes STARTS times as long as these.
 IMPORTS, STARTS = "import papermill.cli, ipykernel.kernelapp, pandas", 1.5
-LONGEST_START_S = 120.0  # a start may take so long, with a cold disk
+LONGEST_START_S = 120.0  # upper limit for the time to start, even with a cold disk
 
 USAGE = "usage.json"  # in the kernel's output: how many files each bundle has predicted, see SubmissionRun.usage
 
@@ -179,7 +179,7 @@ def _find_inputs(
     folders, missing = {}, []
     for kind, pattern in layout.items():
         for source in metadata[kind]:
-            # Of a Model, the slug is MODEL/FRAMEWORK/VARIATION/VERSION.
+            # The slug of a Model has four parts: MODEL/FRAMEWORK/VARIATION/VERSION.
             owner, _, slug = source.partition("/") if "/" in source else ("", "", source)
             folder = inputs / slug
             if source in built_datasets and folder.is_dir():
@@ -413,7 +413,7 @@ def _find_problem(exit_code: int, exceeded_limit_s: float | None, executed: Path
 
 
 def _explain_short_limit(limit_s: float) -> str:
-    """Return a clause that names the smallest limit that can hold here, or "" if `limit_s` is longer."""
+    """Return text that states the shortest time limit that is possible on this machine; "" if `limit_s` is long enough."""
     if limit_s > LONGEST_START_S:
         return ""
     started = time.monotonic()

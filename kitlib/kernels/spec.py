@@ -25,7 +25,7 @@ BUNDLE_KEYS = {
     "lungs": ("bundle", "a run of notebook 14, or a fold of notebook 12"),
     "ensemble": ("ensemble", "a run of notebook 65 on study models"),
 }
-# What precedes the name in the address of a page on Kaggle, or in the path at which Kaggle mounts an input.
+# Beginnings of a Kaggle page's address or of an input's mount path, before the input's own name.
 ADDRESS = re.compile(r"((https?:)?/*(www\.)?kaggle\.com/|/kaggle/input/|/)*((c|competitions|datasets|code)/)?(?=.)")
 SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -232,7 +232,7 @@ def _find_faults(spec: KernelSpec) -> list[str]:
 
 
 def _without_address(entry: str) -> list[str]:
-    """Return the parts of the name in a page's address or a mount's path; of a plain name, its own parts."""
+    """Return the parts between slashes of an input's name; `entry` is the name, a Kaggle page's address or a mount path."""
     name = entry.partition("?")[0].partition("#")[0]
     prefix = ADDRESS.match(name)
     return [part for part in name[prefix.end() if prefix else 0 :].split("/") if part]

@@ -243,7 +243,7 @@ def _add_folds_fingerprint(entry: Entry, run: ListedRun) -> Entry:
 def _find_source(name: Any, run: ListedRun, runs: list[ListedRun]) -> ListedRun | None:
     """Return the run that the fusion `run` refers to as `name`, or None if it does not exist.
 
-    It is taken from `runs` or, if it is not among them, read from disk.
+    The run is taken from the listed `runs` or, if it is not listed, read from disk.
     """
     folder = named_folder(name, run.folder)
     if folder is None:

@@ -161,7 +161,7 @@ def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
 
 
 def _read_plan_state(folder: Path, name: str) -> tuple[str, str]:
-    """Return the state and the remark of a run without results, as the plan that started the run last has recorded them."""
+    """Return the state and the remark of a run without results, read from the record of the last plan that started it."""
     states = []
     for described in folder.parent.glob(".*/runs.json") if name else ():
         state = _read_json(state_file(described, name), [])
@@ -180,7 +180,7 @@ def _fold_sort_key(fold: int | str) -> list[int]:
 
 
 def _requested_folds(run: ListedRun) -> list[Any]:
-    """Return the folds that the run's parameters request, which are numbers or, for nested folds, pairs (outer, inner)."""
+    """Return the list of folds in the run's parameters: numbers or, for nested folds, pairs (outer, inner)."""
     folds, outer_folds = (run.parameters.get(name) or [] for name in ("folds", "outer_folds"))
     return [(outer, fold) for outer in outer_folds for fold in folds if fold != outer] if outer_folds else folds
 

@@ -1,4 +1,4 @@
-"""Search for the prepared run that the models of a listed run were trained on; fingerprints confirm the match."""
+"""Finds the prepared run that the models of a listed run were trained on, and checks the match by fingerprints."""
 
 import pandas as pd
 
@@ -10,9 +10,10 @@ from kitlib.runs.run_kinds import named_folder
 
 
 class PreparedRuns:
-    """Finds, among listed runs and where a run's parameters point, the prepared run that a model was trained on.
+    """Finds the prepared run that a model was trained on.
 
-    Each prepared run is read at most once by `find`.
+    Searches the listed runs `runs`, and the prepared run in the parameters of the model's run. `find` reads each prepared
+    run at most once.
     """
 
     def __init__(self, runs: list[ListedRun]) -> None:
@@ -20,10 +21,10 @@ class PreparedRuns:
         self._by_fingerprint: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
 
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
-        """Return the folds' fingerprint and the tables of the prepared run whose data have `fingerprint`, or None.
+        """Return the fingerprint of the folds and the tables of the prepared run with the data fingerprint `fingerprint`.
 
-        Searches the listed runs, and the run that the parameter `prepare_run` of `run` names, even if that run is not
-        listed.
+        Searches the run in the parameter `prepare_run` of `run`, even if it is not listed, and the listed runs. Returns None
+        if no run matches.
         """
         named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
@@ -41,10 +42,10 @@ class PreparedRuns:
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
         """Find the prepared run that `runs` were made from; return the fingerprint of its folds, and its tables.
 
-        `runs` are an ensemble, or learners with nested folds, whose models were trained on parts of the prepared run only.
-        So it is found by the parameter `prepare_run` of the first of `runs`. Raises RunError if the prepared run does not
-        exist, if the metrics of one of `runs` record another fingerprint of the folds, or if the training data of a model
-        are not the prepared run's data minus the model's outer fold.
+        `runs` are an ensemble, or learners with nested folds. Their models were trained on only parts of the prepared run,
+        so fingerprints cannot find it; the parameter `prepare_run` of the first of `runs` is used. Raises RunError if the
+        prepared run does not exist, if the metrics of one of `runs` record another fingerprint of the folds, or if the
+        training data of a model are not the prepared run's data minus the model's outer fold.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run.folder)

@@ -31,7 +31,7 @@ def check_backbone(name: str) -> None:
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments for a timm network. Raises ValueError, which lists the valid names, if one is not in OPTIONS."""
+    """Return `options` as a dict of arguments for a timm network. Raises ValueError if an option is not in OPTIONS."""
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"backbone_options has no {', '.join(unknown)}; it may have: {', '.join(OPTIONS)}")
     return dict(options)

@@ -276,12 +276,12 @@ def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
         options |= {"num_classes": outputs, "aux_logits": True}
     try:
         backbone: Any = timm.create_model(recipe.backbone, **options)
-    except (TypeError, AssertionError, ValueError) as error:  # of arguments that this network does not have
+    except (TypeError, AssertionError, ValueError) as error:  # raised for arguments that this network does not have
         if not recipe.backbone_options:
             raise
         raise ValueError(f"backbone_options {recipe.backbone_options} do not fit {recipe.backbone}: {error!r}") from error
     if auxiliary:
-        backbone.reset_classifier(0)  # the main head, in whose place the kit adds its own
+        backbone.reset_classifier(0)  # removes the main head, because the kit adds its own
     return with_gem(backbone) if uses_gem else backbone
 
 
@@ -302,8 +302,9 @@ def _stages(backbone: Any) -> list[list[str]]:
 def _normalisation(backbone: Any, recipe: ClassifierRecipe) -> tuple[list[float], list[float]]:
     """Return two lists, mean and standard deviation of each channel, by which pixels 0..1 are normalised.
 
-    All values are 0.5 if `recipe.normalisation` is "half"; 0 and 1 if it is "batch", which `Classifier.normalise` computes.
-    Otherwise they are those that timm records for the backbone's weights, averaged over the colours for grey input.
+    If `recipe.normalisation` is "half", all values are 0.5. If it is "batch", means are 0 and standard deviations 1, because
+    `Classifier.normalise` normalises each batch. Otherwise the values are those that timm records for the backbone's
+    weights, averaged over the colours for grey input.
     """
     if recipe.normalisation == "batch":
         return [0.0] * recipe.channels, [1.0] * recipe.channels

@@ -1,4 +1,4 @@
-"""Takes the tensors out of a pickled PyTorch model, such as ultralytics' .pt, without running any code of the file."""
+"""Extracts the tensors of a pickled PyTorch model, such as ultralytics' .pt files, without running code from the file."""
 
 import logging
 import sys
@@ -13,13 +13,14 @@ from kitlib.atomic import replacing
 from kitlib.errors import BundleError
 
 logger = logging.getLogger(__name__)
-# Parts of Python's library that checkpoints contain; weights have no use for any other.
+# Parts of Python's standard library that checkpoints normally refer to; any other part is suspicious.
 HARMLESS = ("argparse", "builtins", "collections", "copyreg", "datetime", "enum", "functools", "pathlib", "types", "typing")
-MODEL_KEYS = ("ema", "model_ema", "model")  # of a checkpoint; the moving average comes first, as in ultralytics
+# Keys of a checkpoint that may hold the model; the moving average comes first, as in ultralytics.
+MODEL_KEYS = ("ema", "model_ema", "model")
 
 
 class _Shell:
-    """Dummy used in place of every class or function named in a file; it accepts any arguments and ignores them."""
+    """Dummy that replaces every class and function to which a pickle file refers; accepts and ignores all arguments."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.state: Any = None
@@ -29,17 +30,18 @@ class _Shell:
 
 
 def convert_weights(source: str | Path, target: str | Path) -> list[str]:
-    """Write the tensors of the pickled model in `source` to the .safetensors file `target`; return the classes it names.
+    """Write the tensors of the pickled model in `source` to the .safetensors file `target`.
 
-    PyTorch's restricted unpickler reads the file, and every class or function that it names is replaced by an empty shell,
-    so that nothing of the file, nor of ultralytics, is run. The names of the tensors are those of `model.state_dict()`;
-    half precision becomes float32. Raises BundleError if the file cannot be read so, names a part of Python's library that
-    weights have no use for, or contains no model.
+    Returns the names of the classes and functions to which the pickle refers. PyTorch's restricted unpickler reads the file,
+    and each of these classes and functions is replaced by a dummy, so that no code from the file or from ultralytics is run.
+    The tensors have the names that `model.state_dict()` would give them; half precision is converted to float32. Raises
+    BundleError if the file cannot be read in this way, if it refers to a suspicious part of Python's standard library, or if
+    it contains no model.
     """
     source = Path(source)
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
-    except Exception as error:  # whatever a damaged or hostile pickle leads to
+    except Exception as error:  # a damaged or hostile pickle may raise any error
         raise BundleError(f"{source} cannot be read as a PyTorch file ({_reason(error)})") from error
     top_levels = {name: name.partition(".")[0] for name in names}
     if suspicious := [n for n, top in top_levels.items() if top in sys.stdlib_module_names and top not in HARMLESS]:
@@ -64,12 +66,12 @@ def convert_weights(source: str | Path, target: str | Path) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the type of an error and the beginning of its text."""
+    """Return short text for a message: the type of an error, and the beginning of the error's own message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _tensors(module: _Shell, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters and buffers of a module and of its parts, as `state_dict` names them."""
+    """Yield pairs (name, tensor) for all parameters and buffers of a module, with the names that `state_dict` uses."""
     state = module.state if isinstance(module.state, dict) else {}
     for name, tensor in {**(state.get("_parameters") or {}), **(state.get("_buffers") or {})}.items():
         if isinstance(tensor, torch.Tensor):

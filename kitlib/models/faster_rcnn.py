@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 STRIDES = (4, 8, 16, 32, 64)  # strides of the pyramid's maps; the last map may be pooled from the one before
 BACKBONE_STRIDES = (4, 8, 16, 32)
-# The layers that depend on the number of classes or of anchors, and may stay random if the starting weights have others.
+# Layers that depend on the numbers of classes and anchors; they stay random if the starting weights have other numbers.
 CLASS_LAYERS = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
 # Sides of anchors, in strides of their map: torchvision's (8), and two smaller ones for small canvases, which use few maps.
 ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
@@ -207,8 +207,9 @@ def _backbone(recipe: DetectorRecipe) -> Any:
 def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
     """Load the recipe's starting weights into `detector` and return a summary, "from scratch" if there are none.
 
-    The weights are those of a Faster R-CNN, such as torchvision's of COCO, or of a classifier's backbone. Raises BundleError
-    if a classifier's weights lack tensors of the backbone, or a Faster R-CNN's more than those of CLASS_LAYERS.
+    The weights are those of a whole Faster R-CNN, such as torchvision's for COCO, or of a classifier with the same backbone.
+    Raises BundleError if a classifier's weights lack tensors of the backbone, or if a Faster R-CNN's weights lack other
+    tensors than those of CLASS_LAYERS.
     """
     if not recipe.starting_weights:
         return "from scratch"

@@ -6,14 +6,15 @@ import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-LEAST = 1e-6  # features below are raised to it, because the power of a negative number is not defined
+LEAST = 1e-6  # smaller features are raised to this value, because powers of negative numbers are undefined
 
 
 class GeM(nn.Module):
-    """Generalised-mean pooling, (mean of x^p)^(1/p) over each feature map, with one learnt p that starts at 3.
+    """Generalised-mean pooling: (mean of x^p)^(1/p) over each feature map, with a single learnt power p that starts at 3.
 
-    Radenovic, Tolias and Chum 2018 (TPAMI), section 3.2. With p = 1 it is the mean, with a large p the maximum. Feature maps
-    are (n, channels, rows, columns), the result is (n, channels) if `flatten` is True, else (n, channels, 1, 1).
+    With p = 1 this is average pooling; for large p it approaches maximum pooling. The input is (n, channels, rows, columns);
+    the output is (n, channels) if `flatten` is True, else (n, channels, 1, 1). Source: Radenovic, Tolias and Chum 2018
+    (TPAMI), section 3.2.
     """
 
     def __init__(self, flatten: bool = True) -> None:

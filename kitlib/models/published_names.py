@@ -8,31 +8,34 @@ from typing import Any
 
 import torch
 
-# What training scripts put before the names: DataParallel, Lightning, hub models, CheXNet's class and others.
+# Prefixes that training code adds to the names of tensors: DataParallel, Lightning, hub models, CheXNet's class and others.
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.", "network.", "base_model.", "densenet121.")
-# The functions of timm's modules that convert published names and shapes to those of its networks.
+# Names of the functions with which timm's modules convert the tensors of published weights to those of timm's networks.
 TIMM_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretrained", "pretrained_filter_fn")
 
 
 def timm_names(tensors: Mapping[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
-    """Return `tensors` with the names, and as far as timm converts them the shapes, of the timm network `network`.
+    """Return published weights with their tensors renamed, and if necessary reshaped, to fit the timm network `network`.
 
-    Prefixes (PREFIXES) are removed in any combination, and timm's own conversion for the network is applied if it gives more
-    names of the network: it also resizes position embeddings to the network's image size. Of all variants, the one with
-    most names of the network is returned; names that belong to no part of it are kept.
+    Tries the names without each further prefix in PREFIXES, with and without timm's own conversion for the network, which
+    also resizes position embeddings to the network's image size. Returns the variant in which most tensors have names of the
+    network's tensors; tensors that fit no part of the network are included.
     """
     variants = [variant for names in without_prefixes(tensors) for variant in _converted(names, network)]
     return max(variants, key=partial(count_fitting, target=network.state_dict()))
 
 
 def count_fitting(tensors: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Return how many of `tensors` have a name in `target`, and how many of these also have its shape."""
+    """Return two numbers: how many names in `tensors` also occur in `target`, and how many of these have equal shapes."""
     known = [name for name in tensors if name in target]
     return len(known), sum(tensors[name].shape == target[name].shape for name in known)
 
 
 def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors as they are, and then again each time after one of PREFIXES has been removed from their names."""
+    """Yield `tensors` unchanged, then with one prefix of PREFIXES removed from the names, then with another one, and so on.
+
+    Stops when no prefix is left, or when two tensors would get the same name.
+    """
     names = dict(tensors)
     yield names
     while prefix := next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), ""):
@@ -54,5 +57,5 @@ def _converted(names: dict[str, torch.Tensor], network: Any) -> Iterator[dict[st
             takes_network = len(inspect.signature(convert).parameters) > 1
             converted = convert(dict(names), *([network] if takes_network else []))
         except (KeyError, ValueError, RuntimeError, AttributeError, IndexError):
-            return  # the tensors are of another network
+            return  # the tensors belong to another network
         yield {name: tensor for name, tensor in converted.items() if isinstance(tensor, torch.Tensor)}

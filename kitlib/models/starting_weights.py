@@ -1,4 +1,4 @@
-"""Starting weights: finds them in a finished run or a file, and copies the tensors that fit into a network."""
+"""Reads starting weights from a finished run or a file, and copies the tensors that fit into a network."""
 
 import json
 import logging
@@ -23,10 +23,10 @@ FIXED = ("num_batches_tracked", "gem_power")  # tensors that start with a fixed 
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read starting weights; return tensors on the CPU, keyed by name. For `path` see `find_starting_weights`.
+    """Return the tensors of starting weights, on the CPU, keyed by name; `find_starting_weights` describes `path`.
 
     Raises BundleError if the weights are missing, cannot be read (see `read_weights_file`), or do not match the hash in
-    their bundle's record.
+    the record of their bundle.
     """
     source = find_starting_weights(path)
     return read_bundle(source)[1] if source.is_dir() else read_weights_file(source)
@@ -41,15 +41,18 @@ def starting_weights_digest(path: str | Path) -> str:
 
 
 def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
-    """Copy the tensors at `path` that fit into `model`; return lists of tensor names: `loaded`, `random` and `unused`.
+    """Copy the starting weights at `path` into `model` as far as they fit; return a dict of three lists of tensor names.
 
-    `random` lists the model's tensors that keep their random values, without counters of batch norm; `unused` lists the
-    file's tensors that do not fit. Names in the file are those of the whole model or, as in published weights, those of its
-    part `prefix`, with or without the prefixes that scripts add; whichever fits most tensors is assumed. Weights of a timm
-    backbone are converted as timm does (see kitlib.models.published_names). A `head` is loaded only if all of it fits,
-    because part of a head for other classes is useless. If the model has grey input and the file's has 3 colours, the first
-    convolution is summed over the colours (timm's rule); in the reverse case it is spread evenly over them, which assumes
-    that grey input is normalised like the colours. Raises BundleError if no tensor fits.
+    `loaded` lists the tensors that were copied, `random` the model's tensors that keep their random values (without counters
+    of batch norm), and `unused` the file's tensors that do not fit. The file may contain the whole model or, like published
+    weights, only the part of the model whose names begin with `prefix`; its names may have prefixes that training code adds.
+    The interpretation with which most tensors fit is used. For a timm backbone, timm's own conversion is also tried (see
+    kitlib.models.published_names). The tensors of `head` are loaded only if all of them fit, because part of a head for
+    other classes is useless.
+
+    If the model has grey input and the file's first convolution has 3 colours, it is summed over the colours (timm's rule).
+    In the reverse case it is spread evenly over the colours, which assumes that all have the same normalisation. Raises
+    BundleError if no tensor fits.
     """
     published, target = read_starting_weights(path), model.state_dict()
     variants = [
@@ -95,10 +98,10 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
 
 
 def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBackbone) -> None:
-    """Raise BundleError, which lists the parts, if tensors of `model` stay random that the recipe does not allow to.
+    """Raise BundleError if tensors of `model` keep random values although the recipe does not allow this.
 
-    `random_names` are the tensors that have to be loaded but were not. The recipe allows those whose names begin with one of
-    its `random_parts`.
+    `random_names` are the names of the tensors that should have been loaded but were not. Names that begin with one of the
+    recipe's `random_parts` are allowed. The message lists the parts of the model that the other names belong to.
     """
     missing = [name for name in random_names if not name.startswith(recipe.random_parts or ("\0",))]
     if not missing:
@@ -114,10 +117,10 @@ def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBack
 
 
 def input_differences(model: Any) -> list[str]:
-    """Return how a model's input differs from the one that its starting weights were trained on, one text per field.
+    """Return how a model's input differs from the input that its starting weights were trained with, as a list of texts.
 
-    `model` has a `recipe`, and `mean` and `std` with a value per channel. The list is empty for a plain weights file, which
-    does not say what its input was.
+    Each text is about one setting, such as "image_size 512 instead of 224". `model` has a `recipe`, and `mean` and `std`
+    with one value per channel. The list is empty if the starting weights are a plain file, which does not state its input.
     """
     source = find_starting_weights(model.recipe.starting_weights)
     if not source.is_dir():

@@ -1,5 +1,4 @@
-"""Reads files of weights as others publish them: .safetensors, .npz, and PyTorch's checkpoints, without unpickling "
-"objects."""
+"""Reads published weights: .safetensors, .npz and PyTorch files, of which only tensors are unpickled, never objects."""
 
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from kitlib.bundle import read_weights
 from kitlib.errors import BundleError
 from kitlib.paths import PICKLES
 
-# Where checkpoints of training scripts keep the weights, the moving average first; timm and Lightning use these names, too.
+# Keys under which checkpoints of training scripts, timm and Lightning hold the weights; the moving average comes first.
 STATE_KEYS = (
     "state_dict_ema",
     "ema_state_dict",
@@ -30,10 +29,10 @@ STATE_KEYS = (
 def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a weights file, keyed by name, on the CPU.
 
-    A .safetensors or .npz file contains tensors alone. A PyTorch file (.pth, .pt, .bin, .ckpt or .pkl) is read with
-    `weights_only`, which refuses everything but tensors and plain containers, so no code of the file is run; its weights are
-    the file's dictionary itself or, in a checkpoint, one of its entries STATE_KEYS. Raises BundleError if the file cannot be
-    read so, contains no tensor, or a tensor has values that are not finite.
+    A .safetensors or .npz file contains only tensors. A PyTorch file (.pth, .pt, .bin, .ckpt or .pkl) is read with
+    `weights_only`, which refuses everything but tensors and plain containers, so no code from the file is run. The weights
+    are the dictionary in the file or, if the file is a checkpoint, the entry of this dictionary under one of STATE_KEYS.
+    Raises BundleError if the file cannot be read in this way, if it contains no tensor, or if a value is not finite.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -54,7 +53,7 @@ def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
 def _read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle leads to
+    except Exception as error:  # a damaged or hostile pickle may raise any error
         raise BundleError(
             f"{path} cannot be read as weights alone ({type(error).__name__}): it is damaged, or contains other objects "
             "than tensors; these pickles are never loaded, because they may run code. Where it was made, save its state "

@@ -176,15 +176,15 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
 
 
 def read_architecture(name: str) -> dict[str, Any]:
-    """Return the configuration of the model `name` from ultralytics' package, as its function `yaml_model_load` does.
+    """Return the configuration of the model `name`, read from a YAML file inside ultralytics' package.
 
-    But that function prefers a file in the current folder, parts of which ultralytics then evaluates as code. Here only the
-    files in the package count, because `name` may come from a stranger's bundle. Raises ValueError for any other name.
+    ultralytics' own function `yaml_model_load` is not used, because it prefers files in the current folder and evaluates
+    parts of them as code, and `name` may come from a stranger's bundle. Raises ValueError if the package has no such file.
     """
     configurations = {path.stem: path for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
     stem = re.sub(r"(yolov[58][nsmlx])6", r"\1-p6", name)
     without_scale = re.sub(r"(\d+)([nslmx])(.+)?$", r"\1\3", stem)
-    # The "u" of v3 and v5 stands for a newer head and is in no file's name.
+    # The "u" in names of v3 and v5 models means a newer head; it is not part of the file names.
     for candidate in (stem, stem.removesuffix("u"), without_scale, without_scale.removesuffix("u")):
         if candidate in configurations:
             architecture = YAML.load(configurations[candidate])

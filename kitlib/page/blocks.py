@@ -279,7 +279,7 @@ class _Page:
         }
 
     def _clear(self, status: str) -> dict:
-        """Return the updates that show `status` and hide the earlier result, which could be taken for the new study's."""
+        """Return the updates that show the text `status` and hide the earlier result, which belongs to another study."""
         hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {
             **{self.view: status, self.windowed: None, self.status: status},

@@ -1,4 +1,4 @@
-"""The gallery of a prepared run shows pages of thumbnails, and opens the study of a chosen image with its annotations."""
+"""The gallery of a prepared run: pages of thumbnails, from which a study can be opened with its annotations."""
 
 import logging
 import os
@@ -170,10 +170,10 @@ class Gallery:
 
 
 def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedCopies) -> Gallery | None:
-    """Return the gallery of the prepared run with this data fingerprint, or None if no such run can be found and read.
+    """Return the Gallery of the prepared run with the data fingerprint `fingerprint`, or None if no such run can be read.
 
-    It is searched among the prepared runs in `listed`, and among those that models with this fingerprint were trained on.
-    Prepared runs that cannot be read are logged.
+    Searches the prepared runs in `listed`, and those that the models with this fingerprint in `listed` were trained on. Logs
+    prepared runs that cannot be read.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
     folders = [named_folder(run.parameters.get("prepare_run"), run.folder) for run in trained]
@@ -202,7 +202,7 @@ def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFr
     unannotated = images["false_none"].astype(bool) if "false_none" in images else False
     described = images.assign(
         true_class=images["study_id"].map(true_class).fillna(""),
-        # An image in no fold gets the fold of its patient, because models may be trained on the patient's other images.
+        # An image in no fold gets the fold of its patient's other images, because models may be trained on those.
         fold=fold.fillna(fold.groupby(images["patient_id"]).transform("first")),
         marked=marked & ~np.broadcast_to(unannotated, len(images)),
         boxes=images["image_id"].map(tables["boxes"]["image_id"].value_counts()).fillna(0).astype(int),

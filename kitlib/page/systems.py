@@ -1,4 +1,4 @@
-"""The systems that the page offers: each fusion, and its variants with a single detector."""
+"""Finds the systems of models that the page offers: each fusion of runs, and variants of it with a single detector."""
 
 import logging
 from collections.abc import Sequence

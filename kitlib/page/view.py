@@ -1,4 +1,4 @@
-"""What one visitor of the page sees and how it is drawn, independent of the web server."""
+"""Opens, predicts and draws the study that a visitor of the page sees; independent of the web server."""
 
 import html
 import logging
@@ -108,10 +108,11 @@ class Viewer:
         windowed: Windowed | None = None,
         window: tuple[float, float] | None = None,
     ) -> str:
-        """Return HTML with the image as SVG and those of `layers` that are available, drawn on it.
+        """Return HTML with the image as SVG, and the available layers of `layers` drawn on top of it.
 
-        Boxes are drawn if their score is at least `threshold`, the heat map for the class `heat_class`. With `windowed`, the
-        grey levels are its values in `window`. The caption says which layers could not be drawn, and why.
+        Boxes are drawn if their score is at least `threshold`. The heat map is for the class `heat_class`. If `windowed` is
+        given, grey levels are computed from its values with the window (centre, width) in `window`. The caption says which
+        layers could not be drawn, and why.
         """
         system, captions, mask, heat = view.system, [], None, None
         pixels = view.study.read(image, system.longest_side).pixels

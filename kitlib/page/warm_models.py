@@ -1,4 +1,4 @@
-"""Models that stay loaded and predict one study after another."""
+"""Keeps models loaded and caches their predictions, so that the page answers quickly."""
 
 import logging
 import threading
@@ -21,7 +21,10 @@ CACHED_HEATS = 16  # up to 4 MB each
 
 
 class WarmModels:
-    """Loads bundles on first use and caches predictions. May be shared between threads; predictions run one at a time."""
+    """Predicts studies with systems of models; loads each model at its first use, and caches predictions.
+
+    May be shared between threads; predictions run one at a time.
+    """
 
     def __init__(self) -> None:
         self._models = LoadedModels()
@@ -39,10 +42,11 @@ class WarmModels:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
-        """Predict the study as a submission with `system` would, without models that were trained on the study if possible.
+        """Return the predictions that a submission with `system` would contain for a study, as an Answer.
 
-        `choose_models` decides which models predict. A model that fails is left out, with a remark. If all models fail, the
-        error of the last one is raised. Raises UnreadableXray if an image cannot be decoded.
+        Models that were trained on the study are left out if possible (see `choose_models`). A model that fails is left out,
+        with a remark. If all models fail, the error of the last one is raised. Raises UnreadableXray if an image cannot be
+        decoded.
         """
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
@@ -52,9 +56,9 @@ class WarmModels:
             return answer
 
     def lungs(self, system: System, study: OpenedStudy, image: OpenedImage) -> tuple[np.ndarray | None, str]:
-        """Return (mask, "") with the lung mask of an image, or (None, a sentence that says why there is no mask).
+        """Return the lung mask of an image and "", or None and a sentence that says why there is no mask.
 
-        The mask is a bool array of the same shape as the decoded copy.
+        The mask is a bool array of the same shape as the image's decoded copy.
         """
         if system.lungs is None:
             return None, "These models have no lung segmenter."
@@ -63,11 +67,11 @@ class WarmModels:
         return mask, "" if mask is not None else f"The segmenter {segmenter.fault or 'finds no lungs'}."
 
     def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
-        """Return the name of a study model, and its heat map for `class_name` in the size of the decoded copy.
+        """Return a heat map of an image for the class `class_name`, preceded by the name of the model that it explains.
 
-        The model is the first one that predicts both this study and this class; for the heat map see
-        kitlib.reports.heat_maps. Raises ValueError if no model predicts the class, and ImportError if the package grad-cam
-        is missing.
+        The heat map has the size of the decoded copy (see kitlib.reports.heat_maps). The model is the first one that
+        predicts both this study and this class. Raises ValueError if no model predicts the class, and ImportError if the
+        package grad-cam is missing.
         """
         from kitlib.reports.heat_maps import compute_heat
 
@@ -93,9 +97,9 @@ class WarmModels:
 
 
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
-    """Return the models of `system` that predict `study`, and sentences that say which models were trained on the study.
+    """Return the models of `system` that predict `study`, and a list of sentences that say which were trained on the study.
 
-    A model that was trained on the study predicts it only if all models of the study's prepared run were trained on it.
+    A model that was trained on the study is used only if all models of the study's prepared run were trained on it.
     """
     models, remarks = list(system.models), []
     models_of_run = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]

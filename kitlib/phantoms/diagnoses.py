@@ -31,7 +31,8 @@ SHOWN_BY = {
     "normal": "No Finding",
     "other": "Mass",
 }
-SEVERAL = (4, 2, 2)  # numbers of images of a diagnosis's first patients, if it has enough images; other patients have one
+# Numbers of images of the first patients with a diagnosis, if it has enough images; other patients have one image.
+SEVERAL = (4, 2, 2)
 # Diagnosis -> values in the column `finding` of the last releases of ieee8023's table.
 FINDINGS = {
     "COVID-19": ("Pneumonia/Viral/COVID-19",),
@@ -92,8 +93,7 @@ def write_diagnoses(
     with tables of report labels. "chexpert" has JPEG files in `train` and `valid`, with tables of observations, some of them
     uncertain or blank, and rows for lateral images, whose files do not exist. The longer side of each image has `side`
     pixels, at least 32; `images` is at least LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress`
-    and the errors see `write_phantoms`.
-    Raises ValueError for an unknown layout.
+    and other errors see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")
@@ -161,7 +161,7 @@ def _write_image(root: Path, image: Planned, layout: str, side: int) -> None:
         patient, opacities = draw_finding(rng, SHOWN_BY[image.diagnosis], patient)
     exposure = draw_exposure(rng, side)
     if layout == "kermany":
-        # As in the real images, all have a marker R and none has an unexposed border.
+        # As in the real data sets, every image has a marker R, and no image has an unexposed border.
         exposure = replace(exposure, marker="R", border=0.0)
     if image.is_copy:
         exposure = draw_near_duplicate(rng, exposure)
@@ -331,7 +331,7 @@ LAYOUTS = {
         identifying_file="covid19_posi/derivatives/labels/labels_covid19_posi.tsv",
         tables=_bimcv_tables,
     ),
-    # More of the images are normal than in CheXpert, so that few phantoms suffice as normals for another set's patients.
+    # A larger share than in CheXpert is normal, so that few phantoms suffice to supply normal images for another data set.
     "chexpert": _Layout(
         {"normal": 0.6, "pneumonia": 0.2, "other": 0.2},
         adults=True,

@@ -155,7 +155,7 @@ def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], 
     lines = ["Image Index,Finding Label,Bbox [x,y,w,h],,,\n"]
     for image, image_boxes in zip(planned, boxes, strict=True):
         for finding in BOXED.keys() & set(image.findings) if image.test else ():
-            # The list's boxes are in pixels of the published size, whatever that of the files.
+            # The list's boxes are in pixels of the published image size, even if the files have another size.
             lines += [
                 f"{image.name},{BOXED[finding]},{x1:.6f},{y1:.6f},{x2 - x1:.6f},{y2 - y1:.6f}\n"
                 for x1, y1, x2, y2 in image_boxes * SIDE / side

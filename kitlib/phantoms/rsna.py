@@ -116,7 +116,7 @@ def _write_tables(root: Path, planned: list[_Planned], boxes: list[np.ndarray], 
     rows: list[dict[str, Any]] = []
     classes = []
     for image, image_boxes in zip(planned, boxes, strict=True):
-        # The table's boxes are in pixels of the published size, whatever that of the files.
+        # The table's boxes are in pixels of the published image size, even if the files have another size.
         for box in image_boxes * SIDE / side if len(image_boxes) else [None]:
             # As in the real set, both tables have one row for each box.
             cells = (*box[:2], *(box[2:] - box[:2])) if box is not None else (None,) * 4

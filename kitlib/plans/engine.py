@@ -285,7 +285,7 @@ class _ProgressDisplay:
             cell = f"cell {record['cell']}/{record['cells']}"
             self.progress.update(self.bars[name], total=record["cells"], completed=record["cell"] - 1, cell=cell)
         self.progress.update(self.overall, completed=self.runs - len(self.waiting), cell=self._done())
-        epoch = record.get("epoch", "")  # "" again after a retry has begun
+        epoch = record.get("epoch", "")  # "" after a retry has started
         if epoch and epoch != self.shown_epoch[name]:
             line = f"{time.strftime('%H:%M:%S')} {name}: {epoch}"
             self.progress.console.print(line, highlight=False, markup=False)

@@ -18,7 +18,7 @@ RUNS = (
 
 
 def check_inputs(plan: Plan, names: Iterable[str]) -> None:
-    """Raise PlanError if runs among `names` that are not done read inputs that do not exist; the message lists them all."""
+    """Raise PlanError if unfinished runs in `names` read inputs that do not exist; the message lists all these inputs."""
     states = plan.states()
     if missing := missing_inputs(plan, [name for name in names if states[name] != "done"]):
         raise PlanError("\n  ".join([f"{plan.path}: inputs are missing, so nothing was started:", *missing]))
@@ -52,7 +52,7 @@ def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
     yield from (("competition", folder) for folder in (*values.get("pool", {}).values(), *values.get("beside", [])))
     if weights := values["overrides"].get("starting_weights") if "recipe" in values else "":
         yield "starting_weights", weights
-    if run.notebook.stem != "90_leaderboard":  # whose `runs` are folders in which runs are searched
+    if run.notebook.stem != "90_leaderboard":  # its parameter `runs` has folders that are searched for runs, not runs
         for parameter in RUNS:
             value: Any = values.get(parameter) or []
             yield from (("run", name) for name in ([value] if isinstance(value, str) else value))

@@ -1,4 +1,4 @@
-"""Trains a classifier with one call: the notebooks 10 (for own images) and 25, one after the other."""
+"""Trains a classifier with one call, which runs notebook 10 (for a user's own images) and then notebook 25."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,16 +22,18 @@ def train_classifier(
     prepare: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> Path:
-    """Train a classifier of the classes of `data` in notebook 25; return the folder of its run, to give to `predict`.
+    """Train a classifier for the classes of a data set; return the folder of the training run, which `predict` accepts.
 
-    `data` is a prepared run (its name or folder), or a folder of own images. Own images are first prepared by notebook 10,
-    into a run with the name of `run` followed by `_prepared`; `prepare` has its parameters, such as `{"table": "labels.csv",
-    "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}`, see docs/own_images.md. `run` is the name
-    of a run (a folder below runs/) or an absolute path. One model is trained for each of `folds` (default: all of the
-    prepared run), with the `recipe`, for `epochs` epochs (0: the recipe's). Further `parameters` are those of notebook 25.
+    `data` is the name or folder of a prepared run, or a folder of your own images. Your own images are first prepared by
+    notebook 10, in a new run called like `run` with `_prepared` added; `prepare` has the parameters of notebook 10, such as
+    `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
+    docs/own_images.md). Notebook 25 then trains one model for each of `folds` (default: all folds of the prepared run) with
+    the recipe called `recipe`, for `epochs` epochs (0: as in the recipe). `run` is the name of the new run, a folder below
+    runs/, or an absolute path. `parameters` are further parameters of notebook 25.
 
-    An interrupted training continues when it is called again. Raises RunError if `data` is neither, SettingsError for an
-    unknown parameter or recipe, and NotebookError, which names the log, if a notebook fails.
+    If training was interrupted, a call with the same arguments continues it. Raises RunError if `data` is neither a prepared
+    run nor, with `prepare`, a folder of images; SettingsError for an unknown parameter or recipe; and NotebookError, with
+    the path of the log, if a notebook fails.
     """
     folder = run_path(run)
     source = Path(data) if Path(data).is_dir() else find_run(data, "notebook 10_prepare")

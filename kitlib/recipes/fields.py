@@ -83,7 +83,7 @@ class TrainingRecipe(Settings):
     keep: Literal["best", "last"] = "best"  # epoch whose weights are kept; "last" uses no validation score to choose
     # Epochs without a better score before training stops; unused with keep="last". At least `epochs`: never stops early.
     patience: AtLeastOne = 10
-    # Program for which each epoch's figures are also written, into the fold's folder `curves`; W&B sends nothing.
+    # Program in whose format each epoch's metrics are also written to the fold's folder `curves`; W&B sends nothing.
     curves: Literal["", "tensorboard", "wandb", "mlflow"] = ""
     ema_decay: Share = 0.0  # decay of the weights' moving average, which is then validated and kept; 0: no average
     horizontal_flip: Probability = 0.5
@@ -115,7 +115,7 @@ class WithBackbone(TrainingRecipe):
     backbone: str = "resnext101_32x8d"  # name of a timm model; the default is Heidelberg's NIH backbone
     # Parts that starting weights may lack, besides the head: the beginnings of their names, such as "backbone.pos_embed".
     random_parts: tuple[str, ...] = ()
-    channels: Literal[1, 3] = 1  # 1: grey; 3: grey repeated three times, for weights trained on RGB
+    channels: Literal[1, 3] = 1  # 1: grey; 3: grey repeated three times, for weights that were trained on RGB
     views: Annotated[tuple[View, ...], Distinct()] = ("full",)  # views whose predictions are averaged
     lungs: Literal["darkness", "masks"] = "darkness"  # how lungs are found: kitlib.lungs.darkness, or a segmenter's masks
     trained_on: Literal["full", "lungs", "either"] = "full"  # whole images, lung crops, or either at random
@@ -189,7 +189,7 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     resize: Literal["area", "bicubic"] = "area"  # how images are reduced to the canvas; bicubic: as Pillow does, in FLANNEL
     probe: Literal["", "border", "outside_lungs"] = ""  # tests for shortcuts by showing the model only this region
     l1: NotNegative = 0.0  # factor of the sum of absolute weights in the loss, as in Oh et al.
-    # Units of the head's hidden layer, or of several, each with ReLU and dropout; 0: the head is dropout and a linear layer.
+    # Numbers of units of the head's hidden layers, each with ReLU and dropout; 0: the head is dropout and a linear layer.
     hidden: Count | tuple[AtLeastOne, ...] = 1024
     dropout: Share = 0.5
     # Arguments of timm's network, such as {"drop_path_rate": 0.1}; see kitlib.models.backbones.OPTIONS.
@@ -197,8 +197,8 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
     pooling: Literal["backbone", "gem"] = (
         "backbone"  # "gem": generalised mean (Radenovic et al. 2018), for convolutional networks
     )
-    # Mean and standard deviation that are normalised to 0 and 1: the backbone's, 0.5 for both, or those of the batch, as in
-    # ResUNet + ensembles; a prediction then depends on the other images of its batch.
+    # Mean and standard deviation by which the input is normalised: those of the backbone, 0.5 for both, or those of the
+    # batch (as in ResUNet + ensembles), with which a prediction depends on the other images in its batch.
     normalisation: Literal["backbone", "half", "batch"] = "backbone"
     frozen_backbone: bool = False
     frozen_statistics: bool = True  # whether a frozen backbone's batch norm statistics stay; Heidelberg's code updates them

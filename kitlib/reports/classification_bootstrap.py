@@ -33,7 +33,10 @@ def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFra
 
 
 def intervals(drawn: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
-    """Return one row per metric in `drawn`, a result of `draws`, with the columns name, value, low and high."""
+    """Return percentile intervals as a table with one row per metric and the columns name, value, low and high.
+
+    `drawn` is the table that `draws` returned; `level` is the share of draws inside the interval.
+    """
     return pd.DataFrame([{"name": name, **_interval_or_nan(drawn[name].to_numpy(), level)} for name in drawn.columns])
 
 
@@ -49,10 +52,10 @@ def paired_differences(
 
     Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
     high, sides and images. `sides` is twice the share of draws below zero or above zero, whichever is smaller: about 1 if
-    the models do not differ, about 0 if they clearly do. To reuse earlier draws, pass in `drawn` what `draws` returned for
-    each model, all with the same seed; `models` must then already be reduced to their shared images. Raises
-    ValueError for an unknown reference, if `drawn` was computed for other models or images, and in the cases described at
-    `on_shared_images`.
+    the models do not differ, about 0 if they clearly do. To reuse earlier draws, pass them as `drawn`, a dict from model to
+    the table that `draws` returned, all with the same seed; `models` must then already be reduced to their shared images.
+    Raises ValueError for an unknown reference, if `drawn` was computed for other models or images, and in the cases
+    described at `on_shared_images`.
     """
     if reference not in models:
         raise ValueError(f"reference model {reference!r} does not exist; available models: {', '.join(models)}")
@@ -82,11 +85,11 @@ def paired_differences(
 
 
 def fold_table(predictions: Judged) -> pd.DataFrame:
-    """Return each metric in each fold, then its mean over the folds and its standard deviation, in the rows "mean" and "sd".
+    """Return a table of metrics with one row per fold, a row "mean" and a row "sd" (standard deviation over the folds).
 
-    The columns are those of `draws`; the rows before these two are the folds, by number. This is how most papers report
-    cross-validation. A fold in which a metric is undefined is left out of its mean. The standard deviation is that of a
-    sample (n - 1); it is NaN if there is one fold.
+    The columns are the metrics, as in `draws`; the index has the fold numbers, then "mean" and "sd". This is how most papers
+    report cross-validation. A fold in which a metric is undefined is left out of its mean. The standard deviation is that of
+    a sample (n - 1); it is NaN if there is one fold.
     """
     folds = predictions.answers.fold
     numbers = np.unique(folds)
@@ -102,10 +105,10 @@ def append_to_published(
 ) -> pd.DataFrame:
     """Return a table of text: the published rows, then one row for each model in `drawn`, with intervals.
 
-    `drawn` maps model names to the results of `draws`. If `by_fold` maps them to the results of `fold_table`, a row with the
-    mean and standard deviation over the folds follows each row, and before these a row for each fold if the published table
-    has such rows. The columns are the published ones; the index levels are `from` ("published", "here", "here, fold 0" or
-    "here, mean of folds") and `model`. A missing value is "-".
+    `drawn` maps each model's name to the table that `draws` returned, and `by_fold`, if given, to the table that
+    `fold_table` returned. With `by_fold`, each model also gets a row with the mean and standard deviation over the folds
+    and, if the published table has rows for folds, a row for each fold. The columns are the published ones; the index levels
+    are `from` ("published", "here", "here, fold 0" or "here, mean of folds") and `model`. A missing value is "-".
     """
     rows = {}
     for name, row in table.rows.iterrows():
@@ -148,9 +151,9 @@ def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> p
 
 
 def _interval_or_nan(values: np.ndarray, level: float) -> dict[str, float]:
-    """Return value, low and high of one metric from its column in `draws`; low and high may be NaN.
+    """Return value, low and high of one metric, whose value and draws are in `values` (1 + draws,), keyed by these names.
 
-    They are NaN if the metric is undefined in all draws.
+    low and high are NaN if the metric is undefined in all draws.
     """
     if np.isfinite(values[1:]).any():
         return interval(values, level)

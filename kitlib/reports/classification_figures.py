@@ -24,10 +24,10 @@ def confusion_figure(models: Mapping[str, Judged]) -> Figure:
 
 
 def extreme_folds(models: Mapping[str, Judged]) -> dict[str, Judged]:
-    """Return the predictions of each model for the fold in which it is least accurate and for the one in which it is most.
+    """Return two entries per model: its predictions for its least accurate fold, and those for its most accurate fold.
 
-    Of several equal folds, it is the first. The keys say model, fold and accuracy. These are the confusion matrices in
-    figures 13 and 14 of the UNet + HRNet paper.
+    If several folds have the same accuracy, the first one is used. The keys are texts with model, fold and accuracy. These
+    are the confusion matrices in figures 13 and 14 of the UNet + HRNet paper.
     """
     chosen = {}
     for model, predictions in models.items():
@@ -81,8 +81,8 @@ def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFra
 def reliability_figure(models: Mapping[str, Judged]) -> Figure:
     """Draw one panel per model: the share of correctly classified images against the mean confidence, bin by bin.
 
-    The area of a dot shows the number of images in the bin. The keys of `models` become the titles. The entries can also be
-    the same model before and after temperature scaling.
+    The area of a dot shows the number of images in the bin. The keys of `models` become the titles. `models` can also
+    contain the same model twice, before and after temperature scaling.
     """
     figure, axes = figures.panels(len(models), 3.4, 3.6)
     for axis, (name, predictions) in zip(axes, models.items(), strict=True):
@@ -151,17 +151,17 @@ def examples(predictions: Judged, cache: XrayCache, count: int = 4) -> Figure:
 
 
 def _surest(predictions: Judged, indices: np.ndarray, count: int) -> list[int]:
-    """Return up to `count` of the image `indices`, the most confident first, alternating between the true classes."""
+    """Return up to `count` elements of `indices`, the most confident images first, alternating between true classes."""
     order = indices[np.argsort(-predictions.probabilities.max(axis=1)[indices], kind="stable")]
     turns = pd.Series(predictions.truth[order]).groupby(predictions.truth[order]).cumcount().to_numpy()
     return order[np.lexsort((np.arange(len(order)), turns))][:count].tolist()
 
 
 def _curves(rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
-    """Draw a row of axes for each entry of `rows`: its title, and lines, each a name with (scores, truth as bool).
+    """Draw ROC curves (left) and precision-recall curves (right) in one row of axes per entry of `rows`.
 
-    On the left are ROC curves, on the right precision-recall curves. Lines without positives or without negatives are
-    omitted.
+    `rows` maps the title of each row to its lines, a dict from a line's name to a pair of arrays: scores, and the truth as
+    bool. Lines without positives or without negatives are omitted.
     """
     figure = Figure(figsize=(9, 4.4 * len(rows)), layout="constrained")
     for (left, right), (title, lines) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):

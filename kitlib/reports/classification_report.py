@@ -55,10 +55,11 @@ class Judged:
 
 
 def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> None:
-    """Raise DatasetError unless `judged` could judge a model of these tables of a prepared run, before one is trained.
+    """Raise DatasetError if a model that is trained on these tables could not be evaluated by `judged`.
 
-    Every image in a fold or in the split "test" needs exactly one true class, and the recipe must not be `multi_label`. Says
-    nothing if there are no classes, which training reports.
+    This is checked before training. `prepared` has the tables of a prepared run. Every image in a fold or in the split
+    "test" must have exactly one true class, and the recipe's `multi_label` must be False. Does nothing if there are no
+    classes, because training raises an error for this.
     """
     images, labels = prepared["images"], prepared["labels"].set_index("id")
     is_used = images.image_id.isin(prepared["folds"].id) | (images["split"] == "test" if "split" in images else False)
@@ -77,10 +78,10 @@ def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> 
 def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, source: str = "") -> Judged:
     """Return the predictions of one model (a `class_scores` table), matched with the true class of each image.
 
-    `source` restricts the result to images from one source or, if it is "not NAME", from all sources but NAME. If the models
-    of several folds have predicted an image, their probabilities are averaged. Raises ValueError if the table has several
-    models or no rows, if no image is from `source`, if a class of the labels is not predicted, if an image does not have
-    exactly one true class, or if probabilities do not sum to 1.
+    `source` restricts the result to images from this source or, if it is "not NAME", to images from all other sources. If
+    the models of several folds have predicted an image, their probabilities are averaged. Raises ValueError if the table has
+    several models or no rows, if no image is from `source`, if a class of the labels is not predicted, if an image does not
+    have exactly one true class, or if probabilities do not sum to 1.
     """
     scores, labels = check_table(scores, "class_scores"), check_table(labels, "labels")
     if scores.empty:

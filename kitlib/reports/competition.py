@@ -126,7 +126,7 @@ def score_draws(
         )
     codes, patients = pd.factorize(patient)
     study_codes = pd.Index(patients).get_indexer(patient_of_study)
-    # Each ranking, and the patients of its positives and of its rows, the highest score first.
+    # For each class: its Ranking, the patients of its positives, and the patients of its rows, the highest score first.
     rankings = {}
     for name, (positive, predicted) in _answers(truth, studies, nones).items():
         of_patient, ranking = codes if name == "none" else study_codes, Ranking(predicted, positive)
@@ -216,6 +216,9 @@ def detection_draws(
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:
-    """Return the value and its percentile interval (low, high) for a result of `detection_draws`, or a difference of two."""
+    """Return a dict with value, low and high: the first element of `draws`, and a percentile interval of the others.
+
+    `draws` is an array that `detection_draws` returned, or the difference of two such arrays.
+    """
     low, high = np.nanquantile(draws[1:], [(1 - level) / 2, (1 + level) / 2])
     return {"value": float(draws[0]), "low": float(low), "high": float(high)}

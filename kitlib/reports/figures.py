@@ -39,7 +39,7 @@ def save_figure(figure: Figure, path: str | Path) -> Image:
 
 
 def image_grid(count: int, per_row: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """Return a figure for `count` images, `per_row` side by side, and its axes as a flat array of at least `count`.
+    """Return a figure for `count` images, `per_row` side by side, and a flat array of at least `count` axes.
 
     `width` and `height` are the size of each image in inches.
     """
@@ -60,7 +60,7 @@ def panels(count: int, width: float, height: float, per_row: int = 4) -> tuple[F
 
 
 def show_legend(figure: Figure, **names: str) -> None:
-    """Add a legend below the images: each of `names` is a colour, and what is drawn in it."""
+    """Add a legend below the images; each keyword argument is a colour and the name of what is drawn in this colour."""
     handles = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
 
@@ -112,9 +112,10 @@ def example_images(
 def compare_detections(
     cache: XrayCache, images: pd.DataFrame, boxes: pd.DataFrame, answers: Mapping[str, pd.DataFrame]
 ) -> Figure:
-    """Draw a row of X-rays for each of `images`: the same one with the detections of each of `answers`, keyed by name.
+    """Draw one row per image, which shows the same X-ray once per model, with the boxes that this model has predicted.
 
-    Annotated boxes are green, predicted boxes orange. All detections are drawn: pass those that a reader would be shown.
+    `answers` maps names of models to tables of detections. Annotated boxes are green, predicted boxes orange. All detections
+    are drawn, so pass only those with a sufficient score.
     """
     figure, axes = image_grid(len(images) * len(answers), len(answers), 2.8, 3.1)
     pairs = itertools.product(images.itertuples(), answers.items())
@@ -155,7 +156,7 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
 
 
 def boxes_figure(images: pd.DataFrame, boxes: pd.DataFrame) -> Figure:
-    """Draw how many of `images` have how many boxes, and how large boxes are: figures 5 and 6 of the Heidelberg report.
+    """Draw two histograms, of the number of boxes per image and of the size of boxes (figures 5, 6, Heidelberg report).
 
     The size of a box is its area as a share of the image's area.
     """

@@ -28,7 +28,7 @@ PUBLISHED = "Heidelberg, published: {}"
 COUNTS = ("images", "boxed_images", "studies")
 # The report's table 1 and table 2, with the counts to compare first.
 TABLE_1, TABLE_2 = COLUMNS[:9], COLUMNS[9:]
-# Published row -> how the names of our answers begin that belong under it.
+# Published row -> the beginnings of the names of our answers that are listed under this row.
 UNDER = {"ensemble": "fused", "Faster R-CNN": "faster_rcnn", "YOLO": "yolo", "study model": "study"}
 
 
@@ -40,9 +40,10 @@ def heidelberg_table(
     folds: pd.DataFrame | None = None,
     confidences: dict[str, float] | None = None,
 ) -> pd.DataFrame:
-    """Return the published rows, each followed by the `answers` of its kind (see UNDER), and then the other answers.
+    """Return a table that compares our predictions with the published rows of the Heidelberg report.
 
-    The columns are COLUMNS, missing values are NaN.
+    `answers` maps names to predictions. Each published row is followed by rows for the answers of the same kind (see UNDER);
+    all other answers come last. The columns are COLUMNS; missing values are NaN.
 
     The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
     that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
@@ -79,7 +80,7 @@ def heidelberg_table(
 
 
 def check_filled(table: pd.DataFrame) -> None:
-    """Raise RunError if the result of `heidelberg_table` lacks a value in a row of ours that the document prints."""
+    """Raise RunError if a value that the published document prints is missing in the result of `heidelberg_table`."""
     ours = table[~table.index.str.startswith(PUBLISHED.format(""))]
     gaps = []
     for count, columns in (("images", TABLE_1), ("studies", TABLE_2)):
@@ -112,7 +113,7 @@ def document_tables(table: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.DataFrame) -> str:
-    """Return text for under the table: which images the confidence of each of `answers` was chosen on."""
+    """Return a note to print below the table, which says on which images the confidence of each answer was chosen."""
     fold = images["image_id"].map(folds.set_index("id")["fold"])
     seen = {name: images["image_id"].isin(_predicted_images(answer, images)["image_id"]) for name, answer in answers.items()}
     alone = [name for name, is_seen in seen.items() if len(set(fold[is_seen])) == 1]
@@ -126,7 +127,10 @@ def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.D
 
 
 def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
-    """Return the image_ids of `images` with a box that all answers with boxes have predicted; [] if only one has boxes."""
+    """Return the ids of the images with an annotated box that were predicted by all of the `answers` that predict boxes.
+
+    Returns [] if only one answer predicts boxes.
+    """
     detectors = [set(answer.nones.loc[answer.nones["seen"], "image_id"]) for answer in answers.values()]
     detectors = [seen for seen in detectors if seen]
     if len(detectors) < 2:
@@ -191,7 +195,10 @@ def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame
 
 
 def _half_of_patients(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.Series:
-    """Return 0 or 1 for each of `images`: random halves of the patients, with equally many who have a box."""
+    """Return a Series with 0 or 1 for each of `images`, which splits the patients into random halves.
+
+    Both halves have the same number of patients with a box.
+    """
     has_box = images["image_id"].isin(boxes["image_id"]).groupby(images["patient_id"]).any()
     shuffled = has_box.sort_index().sample(frac=1, random_state=0).sort_values(kind="stable")
     return images["patient_id"].map(pd.Series(np.arange(len(shuffled)) % 2, shuffled.index))

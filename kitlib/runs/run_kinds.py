@@ -1,4 +1,4 @@
-"""Finds runs below a folder, tells their kinds from their files, and finds the runs that a run's parameters name."""
+"""Finds run folders, recognises the kind of a run by its files, and finds the other runs that a run's parameters list."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def find_kind(folder: Path) -> str:
-    """Return the kind of the run in `folder`, a key of KINDS, or "" if it has the files of none."""
+    """Return the kind of the run in `folder`, a key of KINDS; "" if the folder has no file that identifies a kind."""
     folders = (folder, *fold_folders(folder).values())
     return next(
         (kind for kind, names in KINDS.items() if any((path / name).is_file() for path in folders for name in names)), ""
@@ -36,7 +36,10 @@ def find_kind(folder: Path) -> str:
 
 
 def fold_folders(folder: Path) -> dict[int | str, Path]:
-    """Return the folders of a run's folds by number or, for nested folds, by "outer/inner", such as "2/0"."""
+    """Return a dict from a run's folds to their folders; a key is the fold's number or, for nested folds, text like "2/0".
+
+    "2/0" is the inner fold 0 of the outer fold 2.
+    """
     folder_of = {path.name.removeprefix("fold"): path for path in folder.glob("fold*")}
     folders: dict[int | str, Path] = {int(number): folder_of[number] for number in sorted(folder_of) if number.isdigit()}
     for path in sorted(folder.glob("outer*/fold*")):
@@ -54,7 +57,7 @@ def is_run(folder: Path) -> bool:
 
 
 def walk_runs(root: Path, is_run: Callable[[Path], bool] = is_run) -> Iterator[Path]:
-    """Yield the run folders in and below `root`; folders inside a run are part of it, not runs of their own."""
+    """Yield the run folders in and below `root`; `is_run` decides what is one. Folders inside a run are not searched."""
     for path, folders, _ in os.walk(root):
         if is_run(Path(path)):
             folders.clear()
@@ -64,9 +67,10 @@ def walk_runs(root: Path, is_run: Callable[[Path], bool] = is_run) -> Iterator[P
 
 
 def named_folder(name: Any, run: Path) -> Path | None:
-    """Return the folder of the run that the parameters of `run` call `name`, or None if it does not exist.
+    """Return the folder of a run that is called `name` in the parameters of another run, or None if it does not exist.
 
-    The folder is found even if both runs were moved together.
+    `run` is the folder of that other run. Its neighbouring folders are tried first, because both runs may have been moved
+    together.
     """
     if not name or not isinstance(name, str):
         return None

@@ -26,16 +26,17 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
 
 
 class Ranking:
-    """Detections in the order of their scores, for several average precisions, such as those of bootstrap samples.
+    """Sorts n detections once, to compute several average precisions quickly, such as those of bootstrap samples.
 
-    The arguments are those of `average_precision`. `order` (n,) sorts the detections, the highest score first.
+    `score` (n,) has the scores of the detections, and `hit` (n,) is a boolean mask of the detections that are hits. The
+    attribute `order` (n,) has the indices that sort the detections, the highest score first.
     """
 
     def __init__(self, score: np.ndarray, hit: np.ndarray) -> None:
         score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
         self.order = np.argsort(-score, kind="stable")
         ends = _block_ends(score[self.order])
-        # Precision falls where there is no hit, so the envelope and the recall only change at the blocks that have one.
+        # Precision falls in blocks without a hit, so the envelope and the recall change only at blocks with a hit.
         self._hits = np.flatnonzero(hit[self.order])
         blocks, self._first_hits = np.unique(np.searchsorted(ends, self._hits), return_index=True)
         self._ends = ends[blocks] + 1
@@ -73,7 +74,7 @@ def precision_recall(score: np.ndarray, hit: np.ndarray, positives: float) -> tu
 
 
 def _block_ends(ranked: np.ndarray) -> np.ndarray:
-    """Return the last index of each run of equal values in the sorted `ranked` (n,)."""
+    """Return the index of the last element of each block of equal values in the sorted array `ranked` (n,)."""
     return np.flatnonzero(np.append(np.diff(ranked) != 0, np.ones(min(1, len(ranked)), bool)))
 
 
@@ -124,7 +125,7 @@ def box_hits(
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU of each box in `a` (..., 4) with that in `b` (..., 4), shape (...); 0 if a box has no area."""
+    """Return the IoU, shape (...), of each box in `a` (..., 4) with its counterpart in `b`; 0 if a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
     intersection = sides.prod(axis=-1)
     union = (a[..., 2:] - a[..., :2]).clip(0).prod(axis=-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(axis=-1) - intersection

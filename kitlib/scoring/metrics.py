@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.metrics import f1_score, recall_score
 
 CALL_METRICS = ("accuracy", "precision", "recall", "f1")
-DEFAULT_THRESHOLD = 0.5  # probability from which a class counts as called, if no better threshold is known
+DEFAULT_THRESHOLD = 0.5  # probability at which a class counts as predicted, if no better threshold is known
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
@@ -30,7 +30,7 @@ def dense_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the same as `roc_auc`, from the `dense_ranks` of the scores; this is faster if many weights are tried."""
+    """Return the ROC AUC, as `roc_auc` does, from the result of `dense_ranks`; faster if it is called with many weights."""
     positive = np.asarray(positive, dtype=float)
     weight = np.ones(len(positive)) if weight is None else weight
     positives = np.bincount(ranks, positive * weight)
@@ -99,16 +99,17 @@ def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, f
 
 
 def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n, classes) of the most probable class of each row, the first of several that are equal."""
+    """Return a boolean mask (n, classes) with one True per row, at the most probable class; at the first if several are."""
     return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
 
 
 def call_metrics(truth: np.ndarray, called: np.ndarray) -> dict[str, float]:
-    """Return CALL_METRICS, keyed by name, of the classes that a model calls.
+    """Return CALL_METRICS as a dict from name to value, for yes-or-no predictions of n rows and several classes.
 
-    `truth` is (n, classes), 1 or 0, NaN if unknown; `called` (n, classes) is a boolean mask. Accuracy is the share of rows
-    with all classes right, among the rows whose truth is fully known. The others are unweighted means over the classes that
-    occur, each computed on the rows in which it is known. NaN if there are no such rows or classes.
+    `truth` (n, classes) is 1, 0 or, if unknown, NaN; `called` (n, classes) is True where a class is predicted. Accuracy is
+    the share of rows in which all classes are right, among the rows whose truth is fully known. The other metrics are
+    unweighted means over the classes that occur; each class is evaluated on the rows in which its truth is known. A metric
+    is NaN if there are no such rows or classes.
     """
     is_known = ~np.isnan(truth)
     parts = [

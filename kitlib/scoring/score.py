@@ -82,7 +82,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) ->
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
     """Score a submission.csv against the ground truth in `truth_folder`; return values 0..1, keyed by SCORE_KEYS.
 
-    The values are explained at `score`. Raises SubmissionError if the submission cannot be read, and ScoringError if the
+    `score` describes the values. Raises SubmissionError if the submission cannot be read, and ScoringError if the
     ground truth cannot be read or the submission has other ids.
     """
     return score(read_truth(truth_folder), read_submission(submission))
@@ -132,9 +132,10 @@ def score_tables(
 
 
 def match_in_images(truth: Truth, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the row in `truth.boxes` of the box that each of the `boxes` (n, 4) matches, or -1.
+    """Return an int array (n,): for each predicted box, the row of the ground-truth box that it matches, or -1.
 
-    `image` (n,) is the index in `truth.image_ids` of the image of each box, or -1.
+    Rows are those of `truth.boxes`. `boxes` (n, 4) are the predicted boxes, and `image` (n,) has the index in
+    `truth.image_ids` of each box's image, or -1 if the image is not in the truth.
     """
     return match_boxes(image, boxes, pd.Index(truth.image_ids).get_indexer(truth.boxes["image_id"]), truth.boxes[list(BOX)])
 
@@ -147,10 +148,10 @@ def score_matched(
     score: np.ndarray,
     match: np.ndarray,
 ) -> dict[str, float]:
-    """Return what `score_tables` does, for n detections whose matches are known.
+    """Score predictions as `score_tables` does, for n detections that have already been matched to ground-truth boxes.
 
-    `image` (n,) is the index of each detection's image in `truth.image_ids`, or -1, which is ignored; `score` (n,) its
-    score; `match` (n,) the number of the true box that it matches, or -1.
+    `image` (n,) has the index in `truth.image_ids` of each detection's image; detections with -1 are ignored. `score` (n,)
+    has the detections' scores, and `match` (n,) the row in `truth.boxes` of the box that each matches, or -1.
     """
     studies = study_probabilities.set_index("study_id").reindex(truth.labels["id"])[list(STUDY_CLASSES)]
     nones = none_probabilities.set_index("image_id")["none"].reindex(list(truth.image_ids))

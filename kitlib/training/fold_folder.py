@@ -215,16 +215,16 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
         axes.axvline(result.best_epoch, color="grey", linestyle=":", label="kept epoch")
         axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, history.epoch.max() + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # inside it would hide lines
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # a legend inside the axes would hide lines
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110)
 
 
 def mean_curves(histories: Iterable[pd.DataFrame]) -> Figure:
-    """Draw losses (left) and validation scores (right) by epoch: their mean over folds, in a band of one standard deviation.
+    """Draw losses (left) and validation scores (right) against epochs: the mean over folds, and a band of one SD around it.
 
-    Each of `histories` is that of a fold (see `FitResult`). A fold that ended earlier is left out of later epochs. As in
-    figure 10 of the UNet + HRNet paper.
+    `histories` has the history of each fold (see `FitResult`). A fold that ended early is left out of later epochs. The
+    figure corresponds to figure 10 of the UNet + HRNet paper.
     """
     joined = pd.concat(histories)
     by_epoch = joined.groupby("epoch")[list(joined.columns.difference(NOT_METRICS, sort=False))]

@@ -1,4 +1,4 @@
-"""How many canvases may stay in memory: the data sets of all processes that train share half of the available memory."""
+"""Limits the number of canvases kept in memory: all training processes together may use half of the free memory."""
 
 import logging
 import weakref
@@ -11,15 +11,16 @@ from kitlib.training import data_parallel
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.5  # of the memory that is available before the first data set is made; the rest is for training and its workers
+SHARE = 0.5  # share of the memory that is free before the first data set is created; training and its workers use the rest
 CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_memory(own_cgroup: Path = Path("/proc/self/cgroup"), cgroups: Path = CGROUPS) -> int:
-    """Return how many bytes this process may still use: those that the machine has available, or its container if fewer.
+    """Return the number of bytes that this process can still allocate on this machine or in its container.
 
-    The limits are those of the process's control groups, version 1 or 2, and of the groups that contain them. File contents
-    that the system can drop count as available.
+    This is the smallest of the machine's available memory and the free memory of each control group (version 1 or 2) that
+    limits the process, including parent groups. Cached file contents that the system can drop count as free. `own_cgroup`
+    is the file that lists the process's groups, and `cgroups` the folder of all groups.
     """
     return max(0, min([psutil.virtual_memory().available, *_free_in_cgroups(own_cgroup, cgroups)]))
 
@@ -33,7 +34,7 @@ def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
         limit, usage = (
             ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
         )
-        # In a container, the path may be that outside of it; the container's own group is then the root.
+        # In a container, this may be the path outside the container; the group's files are then directly in the root.
         for group in (root / path.strip("/"), *(root / path.strip("/")).parents):
             if not group.is_relative_to(root):
                 break
@@ -47,10 +48,10 @@ def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
 
 
 class KeptMemory:
-    """The memory that this process's data sets may keep canvases in.
+    """Memory budget for the canvases that this process's data sets keep in memory.
 
-    `available` returns the free bytes. `folds_at_once` is the number of folds that train side by side, each in its own
-    process.
+    `available` is a function that returns the number of free bytes. `folds_at_once` is the number of folds that train at the
+    same time, each in its own process; all processes get equal shares of the budget.
     """
 
     def __init__(self, available: Callable[[], int] = available_memory) -> None:
@@ -58,7 +59,10 @@ class KeptMemory:
         self._reserved = self._budget = 0
 
     def reserve(self, owner: object, count: int, bytes_each: int) -> int:
-        """Reserve memory for up to `count` canvases; return how many fit. `owner` holds it as long as it exists."""
+        """Reserve memory for up to `count` canvases of `bytes_each` bytes; return the number of canvases that fit.
+
+        The memory is released when the object `owner` is deleted.
+        """
         if not self._reserved:
             processes = self.folds_at_once * data_parallel.rank_and_world_size()[1]
             self._budget = int(SHARE * self.available()) // processes

@@ -120,7 +120,7 @@ class PatchCanvasCache:
             self.masks[index] = np.packbits(canvas.mask)
         self.canvases.put(
             index, canvas.pixels, xray.rows, xray.columns
-        )  # last, because this marks canvas and mask as complete
+        )  # written last, because this marks canvas and mask as complete
 
 
 def collate_canvases(examples: list[dict[str, Any]]) -> dict[str, Any]:

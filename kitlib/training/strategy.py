@@ -141,12 +141,13 @@ class Strategy(ABC):
 
 
 def check_classes_differ(task: Task, images: pd.DataFrame, labels: pd.DataFrame) -> None:
-    """Raise DatasetError if the studies of the training `images` have the same known labels, which any model predicts.
+    """Raise DatasetError if all studies of the training `images` have the same known labels.
 
-    A model of one class would be right for every image. Whatever the cause, the message names the parameter to change.
+    A model that always predicts these labels would be right for every image, so there is nothing to learn. The message says
+    which parameter to change.
     """
     label = labels.set_index("id").reindex(images.study_id)
-    if (label.min() < label.max()).any():  # which ignore NaN
+    if (label.min() < label.max()).any():  # min and max ignore NaN
         return
     always = ", ".join(name for name in label if (label[name] > 0).any()) or "none of the classes"
     limit = f", or raise limit_train, which is {task.limit_train}" if task.limit_train is not None else ""

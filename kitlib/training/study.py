@@ -64,8 +64,8 @@ def validation_scores(
     image's study, `study` (n, 4) and `none` (n,) have the labels, NaN if unknown. AP (VOC 2010, as in the competition) of a
     study class is computed over studies, with the mean probability of a study's images; AP of `none` is computed over
     images. If `outputs` is "study" or "none" instead of "both", only the study classes or only `none` are scored. The AP of
-    a class without positives is NaN and left out of the mean; if all are NaN, `score` is NaN. The last entries are
-    CALL_METRICS of each study's most probable class, as in figure 17 of the Heidelberg report.
+    a class without positives is NaN and left out of the mean; if all are NaN, `score` is NaN. The dict also
+    has CALL_METRICS for the most probable class of each study, as in figure 17 of the Heidelberg report.
     """
     scores, calls = {}, {}
     if outputs != "none":

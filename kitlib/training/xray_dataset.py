@@ -33,7 +33,7 @@ class Examples(Dataset[dict[str, Any]]):
     """
 
     image_ids: list[str]
-    example_bytes: int  # size of an example's pixels, beside which the rest of it is small
+    example_bytes: int  # size in bytes of an example's pixels; the rest of an example is small
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -74,10 +74,10 @@ class XrayCache:
 
     Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
     as well; images decoded later are then written to a scratch folder. Entries with another `longest_side` or decoder
-    version are in another subfolder and are ignored. An entry is
-    reused for a file at any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of
-    the file that was decoded, and if its checksum is right; otherwise the image is decoded again. The checksum is compared
-    once per object and image. With `only_projections`, files of other modalities, such as CT, result in failed outcomes;
+    version are in another subfolder and are ignored. An entry is reused for a file at
+    any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of the file that was
+    decoded, and if the entry's checksum is right; otherwise the image is decoded again. Each XrayCache object verifies the
+    checksum of an entry only once. With `only_projections`, files of other modalities, such as CT, have failed outcomes;
     otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if
     an archive cannot be read.
     """
@@ -197,7 +197,7 @@ class XrayCache:
         return entry.is_file() or (self._archive is not None and entry.name in self._archive)
 
     def facts(self, image_id: str) -> dict[str, str]:
-        """Return the facts of an image's entry. Raises OSError if it does not exist, CacheError if it is damaged."""
+        """Return the metadata of an image's entry as a dict. Raises OSError if it is missing, CacheError if damaged."""
         return self._read_entry(self._entry_path(image_id), verify=False)[1]
 
     def _read_entry(self, entry: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
@@ -277,7 +277,7 @@ class XrayCache:
 
 
 def _scratch_folder(packed: Path) -> Path:
-    """Return the folder for images that are decoded after `packed` was written; a changed archive has another one."""
+    """Return the folder for images that are decoded after the archive `packed` was written; it differs for each archive."""
     status = packed.stat()
     digest = hashlib.sha256(f"{packed.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     return scratch_root() / "xrays" / digest

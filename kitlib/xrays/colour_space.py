@@ -26,7 +26,7 @@ def find_colour_space(frame: bytes, syntax: str, photometric: str) -> str:
 
 
 def without_transform(frame: bytes) -> bytes:
-    """Return the JPEG frame, changed so that decoders leave its samples in their own colour space, whichever that is."""
+    """Return a copy of the JPEG `frame` that decoders decode without any colour transform, whatever its colour space."""
     parts, end = [frame[:2], NO_TRANSFORM], 2
     for kind, position in jpeg_segments(frame):
         end = position + 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
@@ -36,7 +36,7 @@ def without_transform(frame: bytes) -> bytes:
 
 
 def _read_jpeg_colour_space(frame: bytes) -> str:
-    """Return the colour space that a JPEG states by its markers, or "" if it states none."""
+    """Return the colour space, RGB or YCBCR, that the markers of a JPEG state, or "" if they state none."""
     by_ids, has_jfif = "", False
     for kind, position in jpeg_segments(frame):
         length = int.from_bytes(frame[position + 2 : position + 4], "big")

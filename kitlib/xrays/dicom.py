@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
-    """Return a version of `read`, a function that reads a file, that raises UnreadableXray for any error in it."""
+    """Return a wrapper of `read`, a function that reads a file; it raises UnreadableXray in place of any other error."""
 
     @wraps(read)
     def wrapper(path: str | Path) -> T:
@@ -56,9 +56,9 @@ def decode_xray(path: str | Path) -> Xray:
     first frame, the first VOI LUT and the first window are used; a VOI LUT is preferred to a window. PresentationLUTShape
     INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are black and do not affect the minimum or
     maximum. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored, with a
-    warning. Of float values, those that are not finite are black. A PALETTE COLOR image is read if
-    its palette is grey. Images of other modalities, such as CT, are read, with a warning (see kitlib.xrays.modality). Raises
-    UnreadableXray if the file cannot be read as an X-ray.
+    warning. Float values that are not finite become black. A PALETTE COLOR image is read if its palette is grey. Images of
+    other modalities, such as CT, are read, with a warning (see kitlib.xrays.modality). Raises UnreadableXray if the file
+    cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     return _show(elements, read_stored(elements, syntax))
@@ -89,7 +89,9 @@ def read_header(path: str | Path) -> XrayHeader:
 
 
 def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
-    """Return the Xray of stored grey values, uint16 (rows, columns), that were taken out of the DICOM file of `elements`.
+    """Return an Xray for stored grey values that were extracted from a DICOM file, such as those in a 16-bit PNG.
+
+    `patterns` has the stored values, uint16 (rows, columns), and `elements` has the DICOM header.
 
     Raises ValueError, or any exception of pydicom, if `elements` are invalid or have a palette of colours.
     """
@@ -97,7 +99,9 @@ def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
 
 
 def _show(elements: Elements, stored: StoredFrame) -> Xray:
-    """Return the Xray that `stored` shows with the display transforms in `elements`; `decode_xray` describes them.
+    """Return an Xray for the stored values `stored`, with the display transforms in the header `elements` applied.
+
+    `decode_xray` describes the transforms.
 
     Raises ValueError for a palette in colour, and if no value is finite.
     """
@@ -150,7 +154,9 @@ def _to_pixels(stored: StoredFrame, display: Display) -> tuple[np.ndarray, list[
 def _find_greys(
     occurring: np.ndarray, counts: np.ndarray, stored: StoredFrame, display: Display
 ) -> tuple[np.ndarray, list[str]]:
-    """Return the uint8 grey of each pattern (n,) that occurs, and a list of warnings; `counts` (n,) is how often it occurs.
+    """Return the grey level, uint8 (n,), of each bit pattern in `occurring` (n,), and a list of warnings.
+
+    `counts` (n,) has the number of pixels with each pattern.
 
     Padding and values that are not finite are black. Raises ValueError if no value is finite.
     """

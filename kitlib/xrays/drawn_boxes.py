@@ -1,4 +1,4 @@
-"""Draws boxes and their scores into a picture of an X-ray."""
+"""Draws predicted or annotated boxes, with their scores, on X-rays."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,12 +13,13 @@ SHADOW = (0, 0, 0)
 
 
 def draw_boxes(image: np.ndarray, boxes: Any, min_score: float = 0.0, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Return a picture, uint8 (rows, columns, 3) in RGB, of `image`, uint8 (rows, columns), with boxes and their scores.
+    """Return a colour picture of a grey X-ray with boxes and their scores drawn on it.
 
-    `boxes` is a table, or a list of dictionaries as in the column `boxes` of predictions, with xmin, ymin, xmax and ymax in
-    pixels of the image. Boxes with a `score` below `min_score` are not drawn; without scores, all are. If `image` is a copy
-    of another size than the image that the boxes belong to, `size` is that image's (rows, columns). Raises ValueError for
-    another kind of image, or a box that lacks a side.
+    `image` is uint8 (rows, columns); the result is uint8 (rows, columns, 3) in RGB. `boxes` is a table, or a list of
+    dictionaries like the column `boxes` of predictions, with xmin, ymin, xmax, ymax in pixels and optionally score. Boxes
+    with a score below `min_score` are not drawn; boxes without a score are always drawn. If `image` is a resized copy of the
+    image that the boxes belong to, pass the original size (rows, columns) as `size`. Raises ValueError if `image` has
+    another shape or type, or if a box lacks a coordinate.
     """
     if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
         raise ValueError(f"expected an image of uint8 (rows, columns), got {image.dtype} {image.shape}; see read_xray")

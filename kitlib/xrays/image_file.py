@@ -63,7 +63,9 @@ def read_xray(path: str | Path) -> np.ndarray:
 
 
 def decode_file(path: str | Path) -> Xray:
-    """Decode an image file (see `decode_image`) or a DICOM file (see kitlib.xrays.dicom.decode_xray), told by its content.
+    """Decode an image file (see `decode_image`) or a DICOM file (see kitlib.xrays.dicom.decode_xray); return an Xray.
+
+    The format is recognised by the file's content.
 
     Raises UnreadableXray if it cannot be read as an X-ray, OSError if it cannot be opened.
     """
@@ -97,7 +99,7 @@ def decode_image(path: str | Path) -> Xray:
     if pixels.dtype == np.uint16 and pixels.ndim == 2 and (header := json_header_path(path)):
         try:
             return show_stored(pixels, read_json_header(header))
-        except Exception as error:  # of any class, because a damaged header may state anything
+        except Exception as error:  # any error is possible, because a damaged header may state anything
             warnings.append(f"the DICOM header in the JSON file is ignored: {error}")
     if pixels.ndim == 3:  # alpha is not shown, and would count as the brightest pixel
         pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., 0]

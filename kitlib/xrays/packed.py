@@ -1,4 +1,4 @@
-"""Reads entries of the cache of decoded X-rays from its tar archive, without unpacking it."""
+"""Reads single files from a tar archive without unpacking it; used for a packed cache of decoded X-rays."""
 
 import mmap
 from pathlib import Path
@@ -10,7 +10,10 @@ FILE_KINDS, LONG_NAME = (b"0", b"\0"), b"x"
 
 
 class PackedEntries:
-    """The files in a tar archive written by `tarfile`. Raises CacheError if it is incomplete or not an archive."""
+    """Read access to the files in the tar archive `path`, which Python's `tarfile` wrote.
+
+    The constructor raises CacheError if the archive is incomplete or not a tar archive.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -27,7 +30,7 @@ class PackedEntries:
         return list(self._places)
 
     def read(self, name: str) -> bytes:
-        """Return a file's content. Raises KeyError for an unknown name."""
+        """Return the content of the file `name`. Raises KeyError if the archive has no such file."""
         offset, size = self._places[name]
         with open(self.path, "rb") as archive:
             archive.seek(offset)
@@ -35,7 +38,7 @@ class PackedEntries:
 
 
 def _find_members(path: Path) -> dict[str, tuple[int, int]]:
-    # tarfile takes ten times as long to list an archive.
+    # Parsed here, because tarfile takes ten times as long to list an archive.
     places, long_name = {}, ""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as archive:
         position = 0

@@ -77,7 +77,9 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 
 
 def source_of(path: str) -> dict[str, str]:
-    """Return what identifies a file's content: size, modification time, and a digest of its first, middle and last 64 KiB.
+    """Return a dict that identifies a file's content: size, modification time, and a digest of three samples of 64 KiB.
+
+    The samples are the beginning, the middle and the end of the file.
 
     The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. Size and time alone
     can be equal for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels, and the

@@ -153,7 +153,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         (
             "Image,Class\nx0,A\n",
             {"columns": {"file": "image"}},
-            "has no column 'image', which .* columns names for file; the clo",
+            "has no column 'image', which .* columns gives for file; the clo",
         ),
         ("Image,Class\nx0,A\n", {"columns": {"fiel": "Image"}}, "Columns has no field 'fiel'; it has: file, patient"),
         ("Image,Image\nx0,A\n", {"columns": {"file": "Image"}}, "has 2 columns 'Image'"),
@@ -161,7 +161,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class\n", {}, "has no row below its first line"),
         ("", {"table": "labels.csv", "columns": NAMED}, "has no file 'labels.csv', .* table names; it has: book.xlsx"),
         ("", {"table": "book.xlsx", "columns": NAMED}, "save its sheet as `CSV UTF-8`"),
-        ("", {"columns": NAMED}, "columns names file, label, but the parameter table is empty"),
+        ("", {"columns": NAMED}, "columns sets file, label, but the parameter table is empty"),
         (
             "Image,Mass\nx0,yes\n",
             {"columns": {"file": "Image", "labels": ["Mass"]}},
