@@ -354,9 +354,9 @@ def predict(
     pictures: Annotated[
         Path | None, typer.Option(file_okay=False, help="Also write each image with its boxes to this folder, as PNG.")
     ] = None,
-    file_column: Annotated[str, typer.Option(help="The column of a table that names the files.")] = "file",
+    file_column: Annotated[str, typer.Option(help="The column of a table with the files.")] = "file",
     study_column: Annotated[
-        str, typer.Option(help="The column of a table that names the studies, if it has any.")
+        str, typer.Option(help="The column of a table with the study ids, if there is one.")
     ] = "study_id",
     workers: Annotated[int, typer.Option(min=0, help="Number of decoding processes; 0: one per core.")] = 0,
     as_json: Json = False,

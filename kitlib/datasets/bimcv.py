@@ -93,7 +93,7 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 def _is_positive(path: Path, source: DataFolder) -> bool:
     """Return True for an image of the positive set, False for one of the negative set, judged by the names of folders.
 
-    The nearest folder above the image whose name says which set it is decides. If no folder name does, the names of the
+    Of the folders above the image, the nearest one whose name states a set decides. If no folder name does, the names of the
     label tables decide. Raises DatasetError if these do not say either, or if they contradict each other.
     """
     for name in (*reversed(source.folders(path)), source.folder.name):

@@ -25,7 +25,7 @@ PUBLISHED = {"patients": 65240}
 
 
 def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the frontal X-rays listed in `train.csv` and `valid.csv` (either may be missing), at any depth below `folder`.
+    """Read the frontal X-rays listed in `train.csv` and `valid.csv` (one may be missing), at any depth below `folder`.
 
     The column Path (`CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg`) gives patient, study and image:
     `patient00001-study1-view1_frontal` is both image_id and study_id. The labels are CHEXPERT_OBSERVATIONS: 1 positive; 0

@@ -34,7 +34,7 @@ HOW_TO_GET = "`git clone https://github.com/ieee8023/covid-chestxray-dataset`, s
 
 
 def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the frontal X-rays listed in `metadata.csv`, each from the subfolder that its row names (images/ by default).
+    """Read the frontal X-rays listed in `metadata.csv`, each from the subfolder stated in its row (default: images/).
 
     image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
     `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas, and the most

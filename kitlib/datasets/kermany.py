@@ -37,8 +37,8 @@ def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Data
     not documented whether `person1` in the test folder is `person1` in the training folder; joining two patients is
     harmless, while separating one leaks. Because the official test folder shares numbers with the others, there is no
     `split`; the column `part` is train, test or val. All patients are children of one to five years: `age_group` is "child",
-    `age` unknown. Left out, with a fault: further copies of a part, names that state no diagnosis, or not that of their
-    folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
+    `age` unknown. Left out, with a fault: further copies of a part, files whose name states no diagnosis or another one than
+    their folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults

@@ -15,7 +15,7 @@ from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.registry import OWN, read_parts
 from kitlib.tables import check_table, empty_table
 
-# Data set without diagnoses -> label -> diagnosis. The first label that is true decides; if none is, it is "other".
+# Data set without diagnoses -> label -> diagnosis. The first label that is true decides; if no label is true: "other".
 DIAGNOSED = {
     "nih": {"No Finding": "normal", "Pneumonia": "pneumonia"},
     "montgomery": {"normal": "normal"},
@@ -29,7 +29,7 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
     Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES, exactly one of which is 1. Images whose
     diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that occurs in
     two data sets is prefixed with the data set's name in both. Every image is a study of its own; the columns `diagnosis`
-    and `source` tell where an image comes from. Official splits are retained; images from data sets without one are "train".
+    and `source` are added. Official splits are retained; images from data sets without a split are "train".
     There are no boxes. `own` are the parameters for the user's own images, the part "table" (see `read_own`). Raises
     ValueError if the scheme is unknown, a data set has no diagnoses, or no image remains.
     """

@@ -1,4 +1,4 @@
-"""The boxes of own images: four columns of a table, in pixels of the image files."""
+"""Reads the boxes of a user's own images from four columns of a table, in pixels of the image files."""
 
 import pandas as pd
 

@@ -28,7 +28,7 @@ def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
     file anywhere in the data set's folders. `parameter` is the notebook parameter that `name` comes from, for messages.
     Raises DatasetError, which lists the available tables, if the file does not exist.
     """
-    for root in (source.folder, *source.beside, project_root()):  # an absolute path stays what it is
+    for root in (source.folder, *source.beside, project_root()):  # an absolute path stays unchanged
         if (root / name).is_file():
             return root / name
     if path := source.find_table(glob.escape(Path(name).name)):
@@ -63,7 +63,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
         if not isinstance(table.index, pd.RangeIndex):  # such as file names
             table = table.reset_index()
-    # pyarrow's own errors derive from these; OverflowError is that of a date which pandas cannot represent.
+    # pyarrow's errors are subclasses of these; OverflowError is raised for dates that pandas cannot represent.
     except (OSError, ValueError, KeyError, NotImplementedError, OverflowError) as error:
         raise DatasetError(f"{path} cannot be read as Parquet ({error}): write it again, or give a CSV file") from error
     return table.astype(object).map(_as_text).rename(columns=str)
@@ -72,7 +72,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
 def _as_text(cell: object) -> str:
     if pd.api.types.is_scalar(cell) and pd.isna(cell):
         return ""
-    # A column of whole numbers with a missing one is stored as floats.
+    # A column of whole numbers in which a value is missing is stored as floats.
     return str(int(cell)) if isinstance(cell, float | np.floating) and cell.is_integer() else str(cell)
 
 
@@ -94,7 +94,7 @@ def _read_csv(path: Path, wanted: set[str], faults: Faults) -> pd.DataFrame:
         table = parse_text_table(text, str(path), separator)
     except TableError as error:
         raise DatasetError(f"{error}; the separator is taken to be {separator!r}") from error
-    # pandas numbers repeated names, which would hide that they are repeated.
+    # pandas adds numbers to repeated column names, which would hide the repetition.
     names = _split_line(text.partition("\n")[0], separator)
     return table.set_axis(names, axis=1) if len(names) == len(table.columns) else table
 
@@ -125,5 +125,5 @@ def _is_utf8(line: bytes) -> bool:
 def _split_line(line: str, separator: str) -> list[str]:
     try:
         return [name.strip() for name in next(csv.reader([line], delimiter=separator), [])]
-    except csv.Error:  # over 128 KB without a separator
+    except csv.Error:  # raised for a cell of more than 128 KB
         return [line]

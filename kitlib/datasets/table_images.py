@@ -16,7 +16,7 @@ from kitlib.tables import storable
 OF_MASKS = re.compile(r"(^|[ _-])masks?([ _-]|$)|masks?$", re.IGNORECASE)
 
 
-LONGEST_ID = 150  # characters; ids are names of files in the cache, which have at most 200
+LONGEST_ID = 150  # characters; ids are used as file names in the cache, which allows 200
 
 
 class ImageNames:

@@ -10,7 +10,7 @@ from kitlib.datasets.data_folder import DataFolder
 from kitlib.errors import DatasetError, SettingsError
 from kitlib.tables import OPEN, SCHEMAS
 
-# A class of this name would replace a column of the kit's tables.
+# Names that a class must not have, because it would replace a column of the kit's tables.
 RESERVED = {column for name in ("images", *OPEN) for column in SCHEMAS[name]} | {"split", "sex", "age", "diagnosis"}
 RESERVED |= {"images", "studies", "patients", "boxes", "faults", "masks"}  # counts in a run's metrics.json
 VALUES = {"true": "1", "false": "0"}

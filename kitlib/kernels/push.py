@@ -119,7 +119,7 @@ def _sign_in() -> Any:
 def _calling_client(action: str, output: io.StringIO) -> Iterator[None]:
     """Collect what the client prints inside the `with` block in `output`, emptied first; turn its errors into KernelError.
 
-    `action` names what the client is doing, for the error message.
+    `action` is a short description of what the client is doing, for error messages.
     """
     output.seek(0)
     output.truncate()

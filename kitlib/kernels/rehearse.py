@@ -216,7 +216,7 @@ def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
 
 
 def _find_submission_ids(competition: Path) -> tuple[str, ...]:
-    """Return the ids that a submission for `competition` must have. Raises KernelError if nothing names them."""
+    """Return the ids that a submission must have, read from the folder `competition`. Raises KernelError if it has none."""
     try:
         return read_test(competition, headers=False).submission_ids
     except DatasetError as error:
@@ -227,7 +227,7 @@ def _check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tupl
     """Return the path of the result below `working`, whether the run can be resumed, and a tuple of the result's faults.
 
     The result is submission.csv of a submission, metrics.json of another run, or "" for a notebook that makes no run.
-    `ids` are those that a submission must have.
+    `ids` are the ids that a submission must have.
     """
     if spec.is_submission:
         result = working / "submission.csv"

@@ -99,7 +99,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(recipe: TrainingRecipe) -> Family:
-    """Return the family that a recipe trains. Raises ValueError if no family has such a recipe."""
+    """Return the Family to which the recipe's class belongs. Raises ValueError if there is none."""
     for family in FAMILIES.values():
         if type(recipe) is family.recipe and getattr(recipe, "family", family.name) == family.name:
             return family
@@ -107,7 +107,7 @@ def family_of(recipe: TrainingRecipe) -> Family:
 
 
 def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle") -> Family:
-    """Return the family that a bundle's `record` names. Raises BundleError, which names `bundle`, for an unknown family."""
+    """Return the Family of a bundle's `record`. Raises BundleError if it is unknown; `bundle` is for the message."""
     if record["family"] not in FAMILIES:
         raise BundleError(f"{bundle}: unknown family {record['family']!r}; the families are: {', '.join(FAMILIES)}")
     return FAMILIES[record["family"]]

@@ -130,7 +130,7 @@ def append_to_published(
 
 
 def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> pd.DataFrame:
-    """Return a table of text that shows how a published table and our results differ, and so cannot be ranked.
+    """Return a table of text that shows why a published table and our results cannot be ranked together.
 
     The rows are data, protocol and faults, the columns published and here. `protocol` says how our predictions were made,
     for example "3 patient-grouped folds, nested".

@@ -50,7 +50,7 @@ class Judged:
         return self.probabilities.argmax(axis=1)
 
     def rows(self, chosen: np.ndarray) -> "Judged":
-        """Return the predictions for only some images, `chosen` by a bool array (n,) or by indices in the order wanted."""
+        """Return the predictions for only some images, `chosen` by a bool array (n,) or by indices in the required order."""
         return Judged(self.answers.rows(chosen), self.image_id[chosen], self.source[chosen], self.truth[chosen])
 
 

@@ -29,7 +29,7 @@ class Answers:
     patient: np.ndarray  # (n,)
 
     def rows(self, chosen: np.ndarray) -> "Answers":
-        """Return the answers for only some images, `chosen` by a bool array (n,) or by indices in the order wanted."""
+        """Return the answers for only some images, `chosen` by a bool array (n,) or by indices in the required order."""
         truth, probabilities = self.truth[chosen], self.probabilities[chosen]
         return Answers(self.classes, truth, probabilities, self.fold[chosen], self.patient[chosen])
 

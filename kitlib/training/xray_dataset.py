@@ -182,7 +182,7 @@ class FrameCache:
         self.status = np.frombuffer(mmap.mmap(-1, max(1, count)), np.uint8)[:count]
 
     def get(self, index: int) -> Lungs:
-        """Return the lungs of image `index`. Their frame is None if no lungs were found or nothing is stored at `index`."""
+        """Return the Lungs of image `index`; the frame is None if no lungs were found or nothing is stored at `index`."""
         return Lungs(self.frames[index].copy() if self.status[index] == self.FOUND else None)
 
     def put(self, index: int, frame: np.ndarray | None) -> None:

@@ -51,7 +51,7 @@ def _find_members(path: Path) -> dict[str, tuple[int, int]]:
             position = start + -(-size // BLOCK) * BLOCK
             if position > len(archive):
                 raise ValueError(f"the archive ends before byte {position}")
-            if kind == LONG_NAME:  # a name of more than 100 bytes has a member of its own: "length path=name\n"
+            if kind == LONG_NAME:  # a name of more than 100 bytes is stored in a separate member: "length path=name\n"
                 records = archive[start : start + size].decode().splitlines()
                 long_name = next((record.partition("path=")[2] for record in records if " path=" in record), "")
             else:
