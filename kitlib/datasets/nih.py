@@ -126,9 +126,9 @@ def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame
 def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
     """Return the boxes in the file `path`, as a table with the columns image_id, xmin, ymin, xmax, ymax and finding.
 
-    The file has the columns `Image Index` and `Finding Label`, followed by x, y, width and height, whatever their names.
-    Invalid boxes are left out, with a fault. If `path` is None, this is a fault and the table is empty. Raises DatasetError
-    if the file lacks columns.
+    The file has the columns `Image Index` and `Finding Label`, followed by x, y, width and height, whose names do not
+    matter. Invalid boxes are left out, with a fault. If `path` is None, this is a fault and the table is empty. Raises
+    DatasetError if the file lacks columns.
     """
     columns = ["image_id", *BOX, "finding"]
     if path is None:

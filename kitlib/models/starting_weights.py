@@ -45,7 +45,7 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
 
     `loaded` lists the tensors that were copied, `random` the model's tensors that keep their random values (without counters
     of batch norm), and `unused` the file's tensors that do not fit. The file may contain the whole model or, like published
-    weights, only the part of the model whose names begin with `prefix`; its names may have prefixes that training code adds.
+    weights, only the part of the model whose names begin with `prefix`; names may also have prefixes of training code.
     The interpretation with which most tensors fit is used. For a timm backbone, timm's own conversion is also tried (see
     kitlib.models.published_names). The tensors of `head` are loaded only if all of them fit, because part of a head for
     other classes is useless.

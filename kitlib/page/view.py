@@ -33,7 +33,7 @@ WINDOWED_SIDE = 1024  # pixels of the longest side while window and level are se
 class View:
     """A study with a system's predictions, kept by Gradio between requests.
 
-    Gradio compares and prints what it keeps, so == and repr are the short defaults and do not visit images and tables.
+    Gradio compares and prints these objects, so == and repr are Python's fast defaults, which ignore images and tables.
     """
 
     study: OpenedStudy

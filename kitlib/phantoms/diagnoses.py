@@ -23,7 +23,7 @@ from kitlib.phantoms.plan import apportion
 from kitlib.xrays.writing import write_xray
 
 LEAST_IMAGES = 24
-# Diagnosis -> the finding that is drawn. Each looks different, so that a network can tell the diagnoses apart.
+# Diagnosis -> the finding that is drawn. The findings look different, so that a network can distinguish the diagnoses.
 SHOWN_BY = {
     "viral": "Infiltration",
     "bacterial": "Consolidation",

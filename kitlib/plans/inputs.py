@@ -25,7 +25,7 @@ def check_inputs(plan: Plan, names: Iterable[str]) -> None:
 
 
 def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
-    """Return a line for each input that the runs `names` read and that neither exists nor is made by another run.
+    """Return one line of text per missing input of the runs `names`: it does not exist, and no other run will make it.
 
     An input is made by another run if it lies in the folder of an earlier run, or in a folder that is an argument of an
     earlier command, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.

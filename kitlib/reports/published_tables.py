@@ -65,10 +65,11 @@ def check_counts(table: PublishedTable) -> pd.DataFrame:
 def possible_counts(
     positives: int, negatives: int, printed: dict[str, float], decimals: int = 2
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
-    """Return the counts from which the `printed` metrics can result, and the printed names that must mean another metric.
+    """Return the possible counts behind printed metrics, and which printed metrics must have the name of another metric.
 
-    `printed` maps metric names to percentages, for a test with that many `positives` and `negatives`. The first result is a
-    table with the columns COUNTS, the second maps a printed name to the metrics that it can be. All integer counts are
+    `printed` maps metric names to percentages, for a test with `positives` positive and `negatives` negative cases. The
+    first result is a table with the columns COUNTS; the second maps a misnamed metric's printed name to the metrics that it
+    can be. All integer counts are
     tried, so the result is a proof within the printed `decimals`. A printed value may be rounded or truncated, because
     papers do both. If no counts fit all metrics under their printed names, as few names as possible are read as other
     metrics, no two as the same one, and sensitivity keeps its name if possible. Metrics are those of `count_metrics` and

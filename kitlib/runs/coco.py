@@ -138,8 +138,8 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
 def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[str], file: str) -> pd.DataFrame:
     """Return `boxes`, cut to their images (see kitlib.tables.cut_boxes), with a warning that counts the cut ones.
 
-    `places` says for each box where it stands in `file`. Raises DatasetError, which counts the boxes that cannot be used and
-    says where the first one stands.
+    `places` has text for each box that says where in `file` it was read. Raises DatasetError if boxes cannot be used; the
+    message counts them and says where the first one was read.
     """
     cut, overhang, problems = cut_boxes(boxes, images)
     wrong = np.flatnonzero(problems != "")
