@@ -184,7 +184,8 @@ def test_a_yolo_that_starts_from_a_classifier_has_the_same_features(tmp_path, ch
     save_file(classifier.state_dict(), tmp_path / "findings.safetensors")
     yolo(tmp_path / "findings.safetensors", tmp_path / "yolo.safetensors")
     detector = yolo_detector(starting_weights=str(tmp_path / "yolo.safetensors")).eval()
-    random = len(detector.state_dict()) - 50
+    # Counters of batch norm do not count as random.
+    random = len([name for name in detector.state_dict() if not name.endswith("num_batches_tracked")]) - 50
     assert detector.starting_weights.endswith(f"50 tensors, {random} left random")
     # The classifier takes normalised pixels, the detector plain pixels in three colours.
     expected = classifier.backbone.forward_features(classifier.normalise(NOISE))
@@ -196,5 +197,5 @@ def test_a_yolo_refuses_weights_of_only_a_part_of_the_backbone(tmp_path):
     save_file(
         {f"{LAYERS}0.weight": torch.zeros(64, 3, 3, 3), f"{LAYERS}0.bias": torch.zeros(64)}, tmp_path / "a.safetensors"
     )
-    with pytest.raises(BundleError, match=r"lacks 48 tensors of 'squeezenet1_1', such as model\.model\.1\.m\.10\.expand1x1"):
+    with pytest.raises(BundleError, match=r"lacks 48 tensors of squeezenet1_1, 36% .* random: model\.model\.1\."):
         yolo_detector(starting_weights=str(tmp_path / "a.safetensors"))

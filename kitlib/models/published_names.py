@@ -48,7 +48,7 @@ def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, 
 
 def _converted(names: dict[str, torch.Tensor], network: Any) -> Iterator[dict[str, torch.Tensor]]:
     yield names
-    module = sys.modules[type(network).__module__]
+    module = sys.modules.get(type(network).__module__)
     convert: Callable[..., Any] | None = next(
         (getattr(module, name) for name in TIMM_FILTERS if hasattr(module, name)), None
     )
