@@ -173,7 +173,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and columns has labels"),
         ("Image,Class\nx0,A\n", {"class_names": {"C": "D"}}, "class_names renames 'C', but the classes are 'A'"),
         ("Image,Class\nx0,A\n", {"mask_folder": "masks"}, "give a folder and one of lung_fields, with_heart"),
-        ("Image,Class\nx0,A\n", {"mask_folder": "m", "mask_convention": "with_heart"}, "no folder 'm', .* lie in: images"),
+        ("Image,Class\nx0,A\n", {"mask_folder": "m", "mask_convention": "with_heart"}, "no folder 'm' .* lie in: images"),
         ("Image,Class\nx0,A\n", {"boxes_table": "b.csv"}, "boxes_table is set, but columns has no box"),
         ("Image,Class,s\nx0,A,test\n", {"columns": {**NAMED, "split": "s"}}, "no image is for training.* leave `split` out"),
         ("Image,Class\nx0,A\nnope,B\n", {}, "no image of the class 'B' can be used, .* have no file; left out"),
