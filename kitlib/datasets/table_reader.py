@@ -119,7 +119,7 @@ def _check_parameters(
     of_boxes = ("file", "finding", *BOX_KEYS) if boxes_table else ()
     if not table and (unused := [key for key in (*spec.single(), *(["labels"] * bool(spec.labels))) if key not in of_boxes]):
         raise SettingsError(
-            f"columns sets {', '.join(unused)}, but the parameter table is empty: set it to the file with these columns"
+            f"the parameter columns has {', '.join(unused)}, but table is not set: set table to the file with these columns"
         )
     if boxes_table and not spec.box:
         raise SettingsError("boxes_table is set, but columns has no box: give xmin, ymin and xmax, ymax or width, height")

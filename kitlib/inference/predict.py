@@ -34,9 +34,10 @@ VIEWS_IOU = 0.6
 class Batch:
     """A model's input for a batch of n images.
 
-    `pixels` (n, side, side) and `placements`, one per image, are keyed by what the canvas shows: "full" or "lungs". For a
-    patch model, `pixels` contains only "full", `placements` is empty, and `where` contains the patch centres. `lungs_missed`
-    is the number of images that are used uncropped because no lungs were found.
+    `pixels` and `placements` are dicts whose keys say what the canvases show: "full" or "lungs". Each value of `pixels` is a
+    tensor (n, side, side), and each value of `placements` has one placement per image. For a patch model, `pixels` contains
+    only "full", `placements` is empty, and `where` contains the patch centres. `lungs_missed` is the number of images that
+    are used uncropped because no lungs were found.
     """
 
     image_ids: list[str]

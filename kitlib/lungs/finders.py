@@ -71,8 +71,8 @@ class StoredLungs:
         record = read_record(Path(run_folder) / "bundle")
         if record["architecture"].get("clean_up") != CLEAN_UP:
             raise BundleError(
-                f"{run_folder} is from a version of the kit with another clean-up of masks (the first one stored cleaned "
-                "masks instead of those that the network drew); apply the segmenter again with notebook 14"
+                f"{run_folder} was written by a version of the kit that cleaned up masks differently (the first version "
+                "stored the cleaned masks, not the network's own); apply the segmenter again with notebook 14"
             )
         self.recipe, self.segmenter = from_dict(SegmenterRecipe, record["recipe"]), segmenter_digest(record)
         self.run, self.image_ids = Path(run_folder), frozenset(table.image_id)

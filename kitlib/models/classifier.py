@@ -55,8 +55,8 @@ class Classifier(nn.Module):
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the network's input for grey canvases (n, side, side), 0..255, uint8 or (after mixup) float.
 
-        The result is (n, channels, side, side) on the device of the canvases. With the recipe's normalisation "batch", its
-        mean is 0 and its standard deviation 1, except for blank batches.
+        The result is (n, channels, side, side) on the device of the canvases. If the recipe's normalisation is "batch", the
+        result has mean 0 and standard deviation 1, unless the batch is blank.
         """
         x = pixels[:, None].float() / 255
         if self.recipe.normalisation == "batch":

@@ -45,8 +45,8 @@ def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, A
 def _draw_rectangle(cells: int, share: float) -> tuple[int, int, int, int]:
     """Draw a random rectangle and return its edges in cells: top, bottom, left, right.
 
-    It is a square that covers the part (1 - share) of a canvas of `cells` x `cells`, has a random centre, and is clipped to
-    the canvas.
+    Before clipping, it is a square with a random centre whose area is the fraction (1 - share) of a canvas of `cells` x
+    `cells`. It is then clipped to the canvas.
     """
     half = cells * math.sqrt(1 - share) / 2
     edges = []

@@ -312,7 +312,7 @@ def _find_shift(
 ) -> int:
     """Return by how many bits to shift uncompressed or RLE bit patterns to the right, according to HighBit; usually 0.
 
-    A HighBit that is invalid, or that the patterns contradict because they occupy the low bits, is ignored: the shift is 0,
+    HighBit is ignored if it is invalid, or if the patterns occupy the low bits and so contradict it. The shift is then 0,
     and a warning is added to `warnings`.
     """
     allocated, high_bit = 8 * patterns.itemsize, elements.whole("HighBit", bits_stored - 1)

@@ -161,7 +161,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class\n", {}, "has no row below its first line"),
         ("", {"table": "labels.csv", "columns": NAMED}, "has no file 'labels.csv', .* table names; it has: book.xlsx"),
         ("", {"table": "book.xlsx", "columns": NAMED}, "save its sheet as `CSV UTF-8`"),
-        ("", {"columns": NAMED}, "columns sets file, label, but the parameter table is empty"),
+        ("", {"columns": NAMED}, "the parameter columns has file, label, but table is not set"),
         (
             "Image,Mass\nx0,yes\n",
             {"columns": {"file": "Image", "labels": ["Mass"]}},
