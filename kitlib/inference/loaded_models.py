@@ -97,7 +97,7 @@ class LoadedModels:
         return table[["image_id", *classes]], tuple(asked.remarks), tuple(asked.faults)
 
     def predictor(self, system: System, model: AnsweringModel) -> Predictor:
-        """Return a Predictor for `model`; the first call for a model loads it. Raises BundleError if its bundle is damaged."""
+        """Return a Predictor for `model`; the first call loads the model. Raises BundleError if its bundle is damaged."""
         lungs = self.segmenter(system) if model.wants_masks else None
         if (model.folder, lungs) not in self._predictors:
             loaded = load_predictor(model.folder, batch_size=BATCH_SIZE, lungs=lungs)

@@ -59,7 +59,8 @@ def draw_picture(
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size or rows < 1 or columns < 1:
         raise ValueError(
-            f"expected uint8 pixels (h, w) and a size of at least 1 x 1, got {pixels.dtype} {pixels.shape} and {rows} x {columns}"
+            f"expected uint8 pixels (h, w) and a size of at least 1 x 1, "
+            f"got {pixels.dtype} {pixels.shape} and {rows} x {columns}"
         )
     mask, heat = (layer if layer is not None and layer.any() else None for layer in (mask, heat))
     _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
