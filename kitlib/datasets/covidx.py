@@ -50,18 +50,23 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     for part, list_path in _find_lists(source).items():
         base = list_path.parent
 
-        def find(name: str, base: Path = base, part: str = part) -> Path | None:
-            return source.find_listed(name, base, part) or source.find_listed(name, base, f"competition_{part}")
+        def find(name: str, exactly: bool = False, base: Path = base, part: str = part) -> Path | None:
+            return source.find_listed(name, base, part, exactly) or source.find_listed(
+                name, base, f"competition_{part}", exactly
+            )
 
-        for number, cells in _read_lines(list_path, find):
+        lines = list(_read_lines(list_path, find))
+        # A line whose file is missing must not get the file of another line that differs in its suffix.
+        named_exactly = {find(cells[1], exactly=True) for _, cells in lines if cells}
+        for number, cells in lines:
             if cells is None:
                 faults.add(
                     list_path.name, str(number), "the line does not have the form patient, file, class, source; left out"
                 )
                 continue
             patient, name, class_name, origin = cells
-            path = find(name)
-            if path is None:
+            path = find(name, exactly=True) or find(name)
+            if path is None or (path in named_exactly and not find(name, exactly=True)):
                 missing.append(f"{part}/{name}")
             elif str(path) in entries:
                 faults.add(list_path.name, name, "an earlier line lists the same file; left out")

@@ -75,6 +75,16 @@ def test_covidx_older_lists_and_several(tmp_path):
         read_covidx(tmp_path, progress=False)
 
 
+def test_a_covidx_line_does_not_get_the_file_of_another_line_that_differs_in_its_suffix(tmp_path):
+    (tmp_path / "train.txt").write_text("1 a.jpg normal fig1\n2 a.png COVID-19 fig1\n3 b.jpg normal fig1\n")
+    (tmp_path / "test.txt").write_text("")
+    for name in ("a.png", "b.png"):  # a.jpg is missing, b.jpg was converted
+        save(tmp_path / "train" / name)
+    data = read_covidx(tmp_path, progress=False)
+    assert dict(zip(data.images.image_id, data.images.diagnosis, strict=True)) == {"a": "COVID-19", "b": "normal"}
+    assert "and 0 others have no file; left out" in data.faults.problem.tolist()
+
+
 def test_covidx_names_with_blanks_folders_and_letters_of_other_systems(tmp_path):
     lines = [
         "sub one and two a b.png COVID-19 cohen",  # the patient and the file may both contain blanks
