@@ -189,11 +189,11 @@ class _Page:
             "show_progress": "hidden",
         }
         loud = {**quiet, "show_progress": "minimal", "show_progress_on": self.picture}
-        uploaded = self._handler(self.viewer.upload, self._open)
         answers = [
+            # One listener for all three, so that the reply to a cleared upload cannot overtake that of the next one.
             gr.on(
-                [self.upload.upload, self.upload.delete],
-                uploaded,
+                [self.upload.upload, self.upload.delete, self.upload.clear],
+                self._uploaded,
                 [self.visit, self.upload, self.systems],
                 opened,
                 **loud,
@@ -218,7 +218,6 @@ class _Page:
         ]
         for change in changes:
             change.then(self._show, drawing_inputs, opened, **quiet)
-        self.upload.clear(lambda: self._clear(_status(NOTHING)), None, opened, **quiet)
         self.layers.input(lambda layers: gr.update(visible=HEAT in layers), self.layers, self.heat_class, **quiet)
         moves = (self.layers, self.threshold, self.heat_class, self.center, self.width)
         gr.on([control.input for control in moves], self._draw, drawing_inputs, self.picture, **quiet)
@@ -231,15 +230,21 @@ class _Page:
             try:
                 updates = render(predict(*inputs))
             except PageError as refused:
-                updates = self._clear(_status(str(refused), "refused"))
+                updates = self._close(_status(str(refused), "refused"))
             except Exception as error:  # the page must remain usable for other studies
                 logger.error("a study could not be predicted", exc_info=error)
                 sentence = f"The study could not be predicted ({type(error).__name__}: {error}). The terminal shows details."
-                updates = self._clear(_status(sentence, "refused"))
+                updates = self._close(_status(sentence, "refused"))
             # The visitor may have opened another study in the meantime.
             return updates if visit.turn is turn else {self.view: gr.skip()}
 
         return handler
+
+    def _uploaded(self, visit: _Visit, paths: list[str] | None, system: str) -> dict:
+        if not paths:
+            visit.turn = object()
+            return self._close(_status(NOTHING))
+        return self._handler(self.viewer.upload, self._open)(visit, paths, system)
 
     def _picked(self, visit: _Visit, system: str, event: gr.SelectData) -> dict:
         image_id = event.value["caption"].rpartition(", ")[2]
@@ -278,11 +283,18 @@ class _Page:
             **dict.fromkeys((self.center, self.width), gr.update(visible=False)),
         }
 
-    def _clear(self, status: str) -> dict:
-        """Return the updates that show the text `status` and hide the earlier result, which belongs to another study."""
+    def _close(self, status: str) -> dict:
+        """Return the updates that close the open study and show the text `status`."""
+        return {self.view: status, self.windowed: None, **self._hide(status)}
+
+    def _hide(self, status: str) -> dict:
+        """Return the updates that show the text `status` and hide the earlier result, which belongs to another study.
+
+        They leave the visitor's state alone, which a later request may have changed in the meantime.
+        """
         hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {
-            **{self.view: status, self.windowed: None, self.status: status},
+            self.status: status,
             **dict.fromkeys((self.picture, self.bars, self.details), ""),
             **dict.fromkeys((*hidden, self.rows, self.json), gr.update(visible=False)),
         }
@@ -311,7 +323,7 @@ class _Page:
 
     def _show(self, view: View | str, image_id: str | None, *drawing_inputs: Any) -> dict:
         if isinstance(view, str):
-            return self._clear(view)
+            return self._hide(view)
         image = view.image(image_id)
         return {
             self.status: _status(self.viewer.summary(view)),

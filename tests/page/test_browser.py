@@ -223,6 +223,21 @@ def test_a_bad_file_costs_a_sentence_and_the_next_good_one_is_answered(xrays, vi
     expect(visitor.drawn("image.xray")).to_have_count(1)
 
 
+def test_a_cleared_upload_whose_request_is_late_does_not_hide_the_next_one(visitor, tmp_path):
+    (tmp_path / "empty.dcm").touch()
+    (tmp_path / "text.dcm").write_text("words, not an image")
+    visitor.choose(tmp_path / "empty.dcm")
+    refused, late = visitor.page.locator("#status .refused"), []
+    expect(refused).to_contain_text("empty.dcm")
+    visitor.page.wait_for_timeout(1000)  # the steps that follow an upload have ended
+    visitor.page.route("**/gradio_api/run/predict*", lambda route: late.append(route), times=1)
+    visitor.choose(tmp_path / "text.dcm")
+    visitor.page.wait_for_timeout(1000)  # the next upload has been answered, or waits
+    late[0].continue_()
+    visitor.page.wait_for_timeout(1000)
+    expect(refused).to_contain_text("text.dcm")
+
+
 def test_a_name_that_is_a_script_is_only_a_name(visitor, tmp_path):
     path = tmp_path / "<img src=x onerror=alert(1)>.png"
     Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (64, 1))).save(path)
