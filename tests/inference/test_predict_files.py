@@ -32,7 +32,7 @@ from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.image_file import read_xray
 from tests.small_bundles import edit_record
-from tests.small_page import CLASSES, page_runs, write_classifiers
+from tests.small_page import CLASSES, CLASSIFIER, page_runs, write_classifiers
 
 
 @pytest.fixture(scope="module")
