@@ -15,6 +15,14 @@ from kitlib.training.gpu_memory import T4_GIB, training_memory_gib
 SMALLEST = {"only": "ensemble_vgg19"}
 
 
+def row(name: str, gib: float) -> str:
+    """Return a recipe's row of the table."""
+    recipe = RECIPES[name]
+    return (
+        f"| `{name}` | {recipe.image_size} | {recipe.batch_size} | {recipe.nominal_batch or recipe.batch_size} | {gib:.1f} |"
+    )
+
+
 def main(only: str = "") -> None:
     """Print the rows of the table."""
     too_large = []
@@ -23,7 +31,7 @@ def main(only: str = "") -> None:
             continue
         needed = training_memory_gib(recipe)
         too_large += [name] * (needed > T4_GIB)
-        print(f"| `{name}` | {recipe.batch_size} | {recipe.nominal_batch or recipe.batch_size} | {needed:.1f} |", flush=True)
+        print(row(name, needed), flush=True)
     if too_large:
         sys.exit(f"more than the {T4_GIB} GiB of a T4: {', '.join(too_large)}")
 

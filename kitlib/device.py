@@ -113,7 +113,8 @@ def precision(device: torch.device) -> Precision:
     """Return Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed", or on the CPU "32-true".
 
     GPUs that only emulate bf16, such as the T4, get "16-mixed". On a GPU, the environment variable KIT_PRECISION overrides
-    the choice; inside of `computing_in`, its argument does. Raises ValueError, even for a CPU, if KIT_PRECISION is not one of PRECISIONS.
+    the choice; inside of `computing_in`, its argument does. Raises ValueError, even for a CPU, if KIT_PRECISION is not one
+    of PRECISIONS.
     """
     chosen = os.environ.get(PRECISION, "")
     if chosen and chosen not in PRECISIONS:
@@ -163,8 +164,8 @@ def finite_or_float32(compute: Callable[[], torch.Tensor], device: torch.device)
         return compute(), True
 
 
-# What libraries write into a RuntimeError when memory is short. cuBLAS and cuDNN allocate their workspaces themselves; without
-# room for one, cuDNN has no algorithm left and calls the convolution unsupported.
+# What libraries write into a RuntimeError when memory is short. cuBLAS and cuDNN allocate memory themselves; without room
+# for a workspace, cuDNN has no algorithm left and calls the convolution unsupported.
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",

@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         self.backbone = _backbone(recipe, outputs)
         self.head = make_head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
         self.mean, self.std = _normalisation(self.backbone, recipe)
-        # Also on the model's device, so that no batch waits for a copy. Not in weights files, because it follows from the recipe.
+        # Copies on the model's device, for which no batch waits. Not in weights files, because they follow from the recipe.
         for name in ("mean", "std"):
             self.register_buffer(f"{name}_of_channels", torch.tensor(getattr(self, name))[:, None, None], persistent=False)
         self.stages = _stages(self.backbone)
@@ -60,8 +60,8 @@ class Classifier(nn.Module):
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the network's input for grey canvases (n, side, side), 0..255, uint8 or (after mixup) float.
 
-        The canvases are on the model's device. The result is (n, channels, side, side). If the recipe's normalisation is "batch", the
-        result has mean 0 and standard deviation 1, unless the batch is blank.
+        The canvases are on the model's device, and so is the result (n, channels, side, side). If the recipe's normalisation
+        is "batch", the result has mean 0 and standard deviation 1, unless the batch is blank.
         """
         x = pixels[:, None].float() / 255
         if self.recipe.normalisation == "batch":

@@ -5,8 +5,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 from kitlib.device import autocast, computing_in, is_out_of_memory
 from kitlib.errors import TrainingError
@@ -21,7 +23,6 @@ GIB = 2**30
 T4_GIB = 14.6  # memory of one of Kaggle's T4s that torch can use
 # Rule of thumb for what the computation leaves out: cuDNN's workspaces, gaps between blocks, and gradients of activations.
 SURCHARGE = 1.1
-FLOAT32 = 4  # bytes
 # Tensors of the size of the trainable weights that an optimiser keeps.
 OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 def training_memory_gib(recipe: TrainingRecipe) -> float:
     """Return the GPU memory in GiB that one process needs to train a model with this recipe in mixed float16.
 
-    It is SURCHARGE times the sum of weights, gradients, optimiser states and moving average (float32), and of what a batch's
+    It is SURCHARGE times the sum of weights, gradients, optimiser states and moving average, and of what a batch's
     forward pass keeps for the backward pass. All stages that the recipe ever unfreezes count as trainable. No number is
     computed: tensors have shapes but no memory, so any recipe takes about a second.
     """
@@ -42,45 +43,55 @@ def training_memory_gib(recipe: TrainingRecipe) -> float:
         model = family.network(plain, ["class 1", "class 2"]).train()
     if isinstance(model, Classifier):
         model.unfreeze(plain.epochs - 1)
+    whole = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    kept: dict[int, torch.UntypedStorage] = {}  # keyed by address; held, so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
     with FakeTensorMode(allow_non_fake_inputs=True), computing_in("16-mixed"):
-        model.to_empty(device=CPU)
-        kept: dict[int, torch.UntypedStorage] = {}  # by address; holding them, so that no address is used twice
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage
-            return tensor
-
+        weights = {
+            f"model.{name}": torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
         pixels = torch.zeros(recipe.batch_size, recipe.image_size, recipe.image_size, dtype=torch.uint8)
         with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(CPU):
-            outputs = _forward(model, pixels)
+            outputs = functional_call(_TrainingForward(model), weights, (pixels,))
         del outputs
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        activations = sum(storage.nbytes() for address, storage in kept.items() if address not in weights)
-        size = sum(tensor.nbytes for tensor in model.state_dict().values())
-        trainable = FLOAT32 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        known = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+        activations = sum(storage.nbytes() for address, storage in kept.items() if address not in known)
     copies = 1 + (recipe.ema_decay > 0 or is_yolo)  # ultralytics always uses a moving average
     states = 1 + OPTIMIZER_STATES[recipe.optimizer]
-    return SURCHARGE * (copies * size + states * trainable + activations) / GIB
+    return SURCHARGE * (copies * whole + states * trainable + activations) / GIB
 
 
-def _forward(model: Any, pixels: torch.Tensor) -> Any:
-    """Run a network as its training does, but without the parts that depend on the numbers, which need little memory."""
-    recipe = model.recipe
-    if isinstance(model, FasterRCNNDetector):
-        maps = model.model.backbone(pixels[:, None].expand(-1, recipe.channels, -1, -1).float() / 255)
-        regions = recipe.box_samples * len(pixels)
-        pooled = torch.zeros(regions, recipe.fpn_channels, 7, 7, requires_grad=True)
-        heads = model.model.roi_heads
-        return model.model.rpn.head(list(maps.values())), heads.box_predictor(heads.box_head(pooled))
-    if isinstance(model, Segmenter):
-        return segmentation_loss(model(model.normalise(pixels)), pixels, recipe)
-    if not isinstance(model, Classifier):
-        return model.model(pixels[:, None].expand(-1, 3, -1, -1).float() / 255)
-    x = model.normalise(pixels)
-    if getattr(recipe, "segmentation", 0):
-        return model.with_mask(x)
-    return model.with_auxiliary(x) if getattr(recipe, "auxiliary", 0) else model(x)
+class _TrainingForward(nn.Module):
+    """Runs a network as its training does, but without the parts that depend on the numbers, which need little memory."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> Any:
+        model, recipe = self.model, self.model.recipe
+        if isinstance(model, Segmenter):
+            return segmentation_loss(model(model.normalise(pixels)), pixels, recipe)
+        if isinstance(model, Classifier):
+            x = model.normalise(pixels)
+            if getattr(recipe, "segmentation", 0):
+                return model.with_mask(x)
+            return model.with_auxiliary(x) if getattr(recipe, "auxiliary", 0) else model(x)
+        images = (
+            pixels[:, None].expand(-1, recipe.channels if isinstance(model, FasterRCNNDetector) else 3, -1, -1).float() / 255
+        )
+        if not isinstance(model, FasterRCNNDetector):
+            return model.model(images)
+        heads, maps = model.model.roi_heads, list(model.model.backbone(images).values())
+        regions = torch.zeros(len(pixels) * recipe.box_samples, recipe.fpn_channels, 7, 7, requires_grad=True)
+        return model.model.rpn.head(maps), heads.box_predictor(heads.box_head(regions))
 
 
 @contextmanager
@@ -94,10 +105,8 @@ def explaining_memory(recipe: TrainingRecipe) -> Iterator[None]:
         size, step = recipe.batch_size, recipe.nominal_batch or recipe.batch_size
         advice = "Lower image_size, or choose a smaller backbone"
         if size > 1:
-            advice = (
-                f'Set overrides {{"batch_size": {size // 2}, "nominal_batch": {step}}}: gradients are then accumulated, so that '
-                f"every optimiser step still sees {step} images"
-            )
+            changes = f'{{"batch_size": {size // 2}, "nominal_batch": {step}}}'
+            advice = f"Set overrides {changes}, with which gradients are accumulated and a step still has {step} images"
         raise TrainingError(
             f"out of memory with batch_size {size} and nominal_batch {recipe.nominal_batch} at image_size "
             f"{recipe.image_size} ({str(error).splitlines()[0]}). {advice}. docs/training.md lists each recipe's memory"

@@ -156,7 +156,7 @@ class Trainer(DetectionTrainer):
     def _oom_retries(self, retries: int) -> None:
         # ultralytics counts a retry before it goes on with half of the batch, which would be another recipe than the run's.
         if retries:
-            raise  # noqa: PLE0704  the error that ultralytics is handling
+            raise
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the description of the data that ultralytics expects: class names and channels, without image files."""
