@@ -17,7 +17,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, complete_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from kitlib.device import autocast
+from kitlib.device import RECORDED, autocast
 from kitlib.errors import BundleError
 from kitlib.models.backbones import check_backbone
 from kitlib.models.starting_weights import check_random, load_starting_weights, read_starting_weights
@@ -35,9 +35,9 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class _HalfPrecision:
-    """Base class of the parts that compute in half precision: the layers that take nearly all of the time.
+    """Base class of the parts that compute in half precision: those layers that take nearly all of the time.
 
-    All others run in float32, from the predictions of offsets on, because bfloat16 coordinates would be off by four pixels.
+    Offsets and scores are predicted from their results in float32, because bfloat16 coordinates would be off by four pixels.
     """
 
     training: bool
@@ -46,10 +46,10 @@ class _HalfPrecision:
     def in_half_precision(self, compute: Callable[[], list[torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
         """Return the results of `compute`, computed under autocast, in float32.
 
-        If one is not finite at prediction, all are computed again in float32, because float16 ends at 65,504. In training,
-        the gradient scaler skips such a batch.
+        Prediction uses float16, because bfloat16 has an eighth of its precision. If a result is not finite, all are computed
+        again in float32, because float16 ends at 65,504. In training, the gradient scaler skips such a batch.
         """
-        with autocast(device):
+        with autocast(device, "" if self.training else RECORDED["16-mixed"]):
             results = compute()
         if not self.training and not torch.stack([result.isfinite().all() for result in results]).all():
             self.overflows += 1

@@ -60,7 +60,7 @@ def test_the_weights_count_once_for_each_of_their_copies():
 
     parameters = 11_689_512 - 513_000 + 513 * 5  # torchvision's ResNet18 without its classifier, five outputs
     plain = copies(optimizer="sgd")  # weights, gradients, momentum, and a float16 copy for the backward pass
-    assert plain == pytest.approx(3.5, abs=0.02)
+    assert plain == pytest.approx(3.5, abs=0.03)
     assert copies(optimizer="adamw") - plain == pytest.approx(1, abs=0.01)
     assert copies(optimizer="sgd", ema_decay=0.9) - plain == pytest.approx(1, abs=0.01)
     assert copies(frozen_backbone=True) == pytest.approx(1, abs=0.01)
