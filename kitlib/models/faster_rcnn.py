@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, complete_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from kitlib.device import autocast
+from kitlib.device import RECORDED, autocast
 from kitlib.errors import BundleError
 from kitlib.models.backbones import check_backbone
 from kitlib.models.starting_weights import check_random, load_starting_weights, read_starting_weights
@@ -34,7 +34,30 @@ ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
-class Pyramid(nn.Module):
+class _HalfPrecision:
+    """Base class of the parts that compute in half precision: those layers that take nearly all of the time.
+
+    Offsets and scores are predicted from their results in float32, because bfloat16 coordinates would be off by four pixels.
+    """
+
+    training: bool
+    overflows = 0  # number of calls that overflowed in half precision and were computed again in float32
+
+    def in_half_precision(self, compute: Callable[[], list[torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
+        """Return the results of `compute`, computed under autocast, in float32.
+
+        Prediction uses float16, because bfloat16 has an eighth of its precision. If a result is not finite, all are computed
+        again in float32, because float16 ends at 65,504. In training, the gradient scaler skips such a batch.
+        """
+        with autocast(device, "" if self.training else RECORDED["16-mixed"]):
+            results = compute()
+        if not self.training and not torch.stack([result.isfinite().all() for result in results]).all():
+            self.overflows += 1
+            results = compute()
+        return [result.float() for result in results]
+
+
+class Pyramid(_HalfPrecision, nn.Module):
     """A timm backbone and a feature pyramid over its features; each map of the pyramid has `out_channels` channels.
 
     `strides` lists the strides of the returned maps: 4, and each further stride whose largest anchor is at most half of the
@@ -45,7 +68,6 @@ class Pyramid(nn.Module):
 
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
-        self.overflows = 0
         self.body = _backbone(recipe)
         self.levels = _feature_indices(recipe.backbone, self.body.feature_info.reduction())
         strides = STRIDES[: len(self.levels) + 1]
@@ -61,18 +83,28 @@ class Pyramid(nn.Module):
 
         Each map is float32 (n, out_channels, rows, columns).
         """
-        with autocast(images.device):
-            maps = self._maps(images)
-        # float16 ends at 65,504. In training, the gradient scaler skips such a batch.
-        if not self.training and not all(level.isfinite().all() for level in maps.values()):
-            self.overflows += 1
-            maps = self._maps(images)
-        # The remaining layers run in full precision, because bfloat16 coordinates would be off by four pixels.
-        return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
+        names = [str(level) for level in range(len(self.strides))]
+        return OrderedDict(zip(names, self.in_half_precision(lambda: self._maps(images), images.device), strict=True))
 
-    def _maps(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         features = self.body(images)
-        return self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
+        maps = self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
+        return list(maps.values())[: len(self.strides)]
+
+
+class _ProposalHead(_HalfPrecision, RPNHead):
+    """torchvision's head of the first stage, with its hidden convolution in half precision."""
+
+    def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        hidden = self.in_half_precision(lambda: [self.conv(level) for level in x], x[0].device)
+        return [self.cls_logits(level) for level in hidden], [self.bbox_pred(level) for level in hidden]
+
+
+class _BoxHead(_HalfPrecision, TwoMLPHead):
+    """torchvision's hidden layers of the second stage, in half precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.in_half_precision(lambda: [super(_BoxHead, self).forward(x)], x.device)[0]
 
 
 class FasterRCNNDetector(nn.Module):
@@ -85,12 +117,14 @@ class FasterRCNNDetector(nn.Module):
         self.recipe = recipe
         pyramid = Pyramid(recipe)
         self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
+        anchors = AnchorGenerator(
+            tuple(tuple(side * stride for side in ANCHOR_SIDES) for stride in pyramid.strides),
+            (ASPECT_RATIOS,) * len(pyramid.strides),
+        )
         self.model = FasterRCNN(
             pyramid,
-            rpn_anchor_generator=AnchorGenerator(
-                tuple(tuple(side * stride for side in ANCHOR_SIDES) for stride in pyramid.strides),
-                (ASPECT_RATIOS,) * len(pyramid.strides),
-            ),
+            rpn_anchor_generator=anchors,
+            rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             rpn_pre_nms_top_n_train=2 * recipe.proposals,
             rpn_pre_nms_top_n_test=recipe.proposals,
             rpn_post_nms_top_n_train=recipe.proposals,
@@ -101,22 +135,22 @@ class FasterRCNNDetector(nn.Module):
                 output_size=7,
                 sampling_ratio=2,
             ),
-            box_head=TwoMLPHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
+            box_head=_BoxHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
             box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
             box_batch_size_per_image=recipe.box_samples,
             box_score_thresh=recipe.min_score,
             box_nms_thresh=recipe.nms_iou,
             box_detections_per_img=recipe.max_detections,
         )
-        self.model.transform = _NormaliseOnly(recipe.image_size, recipe.image_size, self.mean, self.std)
+        self.model.transform = _NormaliseOnly(recipe.image_size, self.mean, self.std)
         if recipe.box_loss == "ciou":
             self.model.roi_heads = _CompleteIoU.like(self.model.roi_heads)
         self.starting_weights = _load_weights(self, recipe)
 
     @property
     def overflows(self) -> int:
-        """Number of batches that overflowed in half precision and were predicted again in float32."""
-        return self.model.backbone.overflows
+        """Number of times that a part of the network overflowed in half precision and was computed again in float32."""
+        return sum(part.overflows for part in (self.model.backbone, self.model.rpn.head, self.model.roi_heads.box_head))
 
     def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return torchvision's four losses, keyed by name, for canvases `pixels` uint8 (n, side, side) and their boxes.
@@ -152,6 +186,15 @@ class FasterRCNNDetector(nn.Module):
 
 class _NormaliseOnly(GeneralizedRCNNTransform):
     """torchvision's input transform without its resizing: canvases are normalised and keep their size."""
+
+    def __init__(self, side: int, mean: list[float], std: list[float]) -> None:
+        super().__init__(side, side, mean, std)
+        # Buffers, because torchvision copies the lists to the GPU for every image. Not in weights files, which lack them.
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        return (image - self.mean) / self.std
 
     def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
         return image, target
