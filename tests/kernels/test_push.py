@@ -1,8 +1,6 @@
 import io
 import json
-import os
 import shutil
-import sys
 import zipfile
 
 import pytest
@@ -11,35 +9,12 @@ from kitlib.errors import KernelError
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.push import push, push_dataset
 from kitlib.kernels.spec import read_spec
-from tests.small_kaggle import SmallKaggle
 from tests.small_kernels import make_submission, make_training, make_wheel
+
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 KERNEL = "somebody/small-test-kernel"
 WHEELS, WEIGHTS = f"{KERNEL}-wheels", f"{KERNEL}-weights"
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch, tmp_path):
-    """Remove tokens, settings and the imported Kaggle client, which reads settings when it is imported."""
-    for name in list(os.environ):
-        if name.startswith("KAGGLE_") or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(sys, "argv", ["pytest"])
-    (tmp_path / "home").mkdir()
-    for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
-        monkeypatch.delitem(sys.modules, name)
-
-
-@pytest.fixture
-def kaggle(monkeypatch):
-    small = SmallKaggle()
-    # The client's own switch for a local server on port 80; the proxy sends these requests to the test's server.
-    monkeypatch.setenv("KAGGLE_API_ENVIRONMENT", "LOCALHOST")
-    monkeypatch.setenv("http_proxy", small.url)
-    monkeypatch.setenv("KAGGLE_API_TOKEN", "good")
-    yield small
-    small.close()
 
 
 @pytest.fixture(scope="module")
