@@ -81,6 +81,9 @@ def main(
         if should_submit and not spec.is_submission:
             raise KernelError(f"{spec.slug} makes no submission; leave --submit out")
         if quick_save:
+            logging.warning(
+                "quick save: the saved version predicts only %d files; the scored rerun predicts all", quick_save
+            )
             spec = dataclasses.replace(spec, parameters=spec.parameters | {"quick_save": quick_save})
         parts = build_kernel(spec, out, kaggle_wheels(inference_pins())) if builds else {}
         if parts:

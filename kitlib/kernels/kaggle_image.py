@@ -41,7 +41,8 @@ def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> li
     most of the packages of the present one and is therefore not from a Kaggle session.
     """
     versions = _read_frozen(Path(frozen))
-    before, after = read_pins(image_list), {canonicalize_name(name): version for name, version in versions.items()}
+    before = read_pins(image_list)
+    after: dict[str, str] = {canonicalize_name(name): version for name, version in versions.items()}
     known = len(before.keys() & after.keys())
     if known * 2 < len(before):
         raise KernelError(

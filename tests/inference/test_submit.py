@@ -133,8 +133,7 @@ def test_a_quick_save_predicts_few_files_but_the_scored_rerun_all(competition, w
     assert notes == ([] if rerun else ["QUICK SAVE: only 4 of 14 files are predicted; the scored rerun predicts all"])
     damaged = sum("keeps its placeholder prediction" in note for note in ledger.note)
     assert ledger[ledger.stage == "small-fold0"].files.tolist() == [files - damaged]
-    # 12 studies, of which 4 files are at most 4
-    assert len(on_priors(path)) >= (0 if rerun else 12 - 4)
+    assert rerun or len(on_priors(path)) >= 8  # the 4 files belong to at most 4 of the 12 studies
 
 
 def test_outside_kaggle_a_quick_save_predicts_all(competition, tmp_path):

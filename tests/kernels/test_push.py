@@ -125,13 +125,20 @@ def test_an_unexpected_answer_for_a_kernel_is_an_error(kaggle, out, answer, mess
         pushed(out)
 
 
-def test_a_title_that_does_not_give_the_slug_is_an_error(kaggle, out, tmp_path):
-    """The client only prints a warning before it pushes."""
+@pytest.mark.parametrize(
+    ("before", "after", "printed"),
+    [
+        ("Small test kernel", "Kernel of another name", "title does not resolve to the specified id"),
+        ("NvidiaTeslaT4", "NvidiaTeslaP100", "'NvidiaTeslaP100' is retired"),  # printed on standard error
+    ],
+)
+def test_what_the_client_only_prints_before_it_pushes_is_an_error(kaggle, out, tmp_path, before, after, printed):
     out = shutil.copytree(out, tmp_path / "out")
     metadata = out / "kernel" / "kernel-metadata.json"
-    metadata.write_text(metadata.read_text().replace("Small test kernel", "Kernel of another name"))
-    with pytest.raises(KernelError, match=r"(?s)but not as it was built.*title does not resolve to the specified id"):
+    metadata.write_text(metadata.read_text().replace(before, after))
+    with pytest.raises(KernelError, match=f"(?s)but not as it was built.*{printed}"):
         pushed(out)
+    assert not (out / "pushed.json").exists()
 
 
 @pytest.mark.parametrize(
