@@ -60,8 +60,9 @@ def main(
 ) -> None:
     """Build OUT/kernel, OUT/wheels and OUT/weights, then rehearse, push and submit them if requested.
 
-    Without --push, --wait and --submit go on with what was pushed from OUT, and build nothing. With --push, a build that was
-    pushed before is not pushed again. Each can be interrupted and run again: OUT/pushed.json says what is done.
+    Without --push, --wait and --submit go on with what was pushed from OUT, and build nothing. Together with --push, they go
+    on with a build that was pushed before, unless its run has failed. They can be interrupted and run again: OUT/pushed.json
+    says what is done.
 
     Exit codes: 0 everything succeeded; 1 the rehearsal failed; 2 an error, which is printed; 3 the rehearsal's session ended
     before its training did. A kernel that does not pass its rehearsal is not pushed.
@@ -160,8 +161,8 @@ def _size_table(parts: dict[str, Path]) -> Table:
 
 
 def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
-    lines = ["To push the kernel with its datasets, add --push; to submit its result too, add --push --submit."]
-    lines = lines if spec.is_submission else ["To push the kernel with its datasets, add --push."]
+    submit = "; to submit its result too, --push --submit" if spec.is_submission else ""
+    lines = [f"To push the kernel with its datasets, add --push{submit}."]
     if spec.owner == "your-kaggle-name":
         lines.insert(0, "Build it again with --owner and your Kaggle user name first; the file has only a stand-in.")
     if spec.kernel_sources:

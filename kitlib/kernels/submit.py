@@ -256,8 +256,11 @@ def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
 
 def _record_score(run: Path, pushed: Pushed) -> None:
     """Write the scores into the run's kaggle.json, unless the run was made again since the push."""
-    record = json.loads((run / RECORD).read_text(encoding="utf-8"))
-    if str(record.get("started", "")) > pushed.pushed:
+    try:
+        started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise KernelError(f"{run / RECORD} is damaged ({error!r}), so the run does not get the score") from error
+    if started > pushed.pushed:
         logger.warning("%s was made again after the push, so it does not get the score of %s", run, pushed.name)
         return
     keys = ("kernel", "version", "competition", "description", "submission", "pushed", "submitted", "scored")
