@@ -60,6 +60,12 @@ def _own_gpu() -> torch.device:
     return gpu_of(int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def visible_gpus() -> list[str]:
+    """Return the values of CUDA_VISIBLE_DEVICES that each select one of this process's GPUs; [""] if there is none."""
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+
+
 def gpu_of(process: int) -> torch.device:
     """Return the GPU for one of the processes that train one model on this machine; `process` is its number, from 0."""
     # gloo lets several processes share a GPU, NCCL does not.

@@ -77,6 +77,10 @@ class RunError(KitError, ValueError):
     """Raised when a folder is not a finished run of the expected kind. The message says which notebook to run first."""
 
 
+class PredictionError(KitError, RuntimeError):
+    """Raised when a process that predicts fails, dies or gets stuck."""
+
+
 class NotebookError(KitError, RuntimeError):
     """Raised when a notebook stops early. The message names the notebook, the cell, the error and the log."""
 

@@ -1,5 +1,7 @@
 """Ending processes: kill one with all its descendants, and exit this one cleanly on a signal."""
 
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -22,6 +24,13 @@ def kill_family(process: int) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def die_with_parent(parent: int) -> None:
+    """Let Linux kill this process when its parent, with process id `parent`, ends, even if the parent is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 @contextmanager

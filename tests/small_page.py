@@ -15,12 +15,13 @@ from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, save_bundle
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.siim import read_train
+from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.model_fusion import FusionSettings, write_settings
-from kitlib.models.classifier import OUTPUTS, StudyClassifier
+from kitlib.models.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
 from kitlib.phantoms.siim import write_competition
-from kitlib.recipes.fields import DetectorRecipe, StudyRecipe
+from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, StudyRecipe
 from kitlib.tables import empty_table, write_table
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.writing import write_xray
@@ -30,6 +31,8 @@ from tests.small_runs import coverage, image_scores, prepare, study_scores, trai
 VAST = 60_000  # pixels per side in the header of a too large image
 SIDE, COPY = 160, 96  # the longer side of the phantoms and of their decoded copies, pixels: boxes are scaled on the way
 FOLDS = (0, 1)
+CLASSES = ["COVID-19", "viral", "normal"]
+CLASSIFIER = FindingsRecipe(backbone="test_resnet", image_size=32, hidden=8, multi_label=False)
 STUDY = StudyRecipe(backbone="test_resnet", image_size=96, hidden=8)  # 3 x 3 cells, in which Grad-CAM can differ
 YOLO = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_size=64, max_detections=12, nms_iou=0.4)
 FASTER_RCNN = DetectorRecipe(
@@ -72,6 +75,30 @@ def page_runs(folder: Path, detectors: tuple[str, ...] = ("yolo", "faster_rcnn")
     write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": str(runs / "prepare"), "runs": fused}})
     write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
     return runs
+
+
+def write_classifiers(runs: Path, fingerprint: str = "") -> None:
+    """Write to RUNS the classifiers `first` and, with nested folds, `second`, and their ensemble `both`."""
+    for seed, (name, folds) in enumerate({"first": ("fold0", "fold1"), "second": ("outer0/fold1", "outer1/fold0")}.items()):
+        for number, fold in enumerate(folds):
+            torch.manual_seed(10 * seed + number)
+            network = FindingsClassifier(CLASSIFIER, CLASSES)
+            record = {
+                **{"family": "findings", "model": name, "classes": CLASSES, "recipe": asdict(CLASSIFIER)},
+                **{"architecture": {}, "longest_side": COPY, "image_size": 32, "placement": CLASSIFIER.placement},
+                **{"mean": network.mean, "std": network.std, "fold": int(fold[-1]), "data_fingerprint": fingerprint},
+            }
+            save_bundle(
+                runs / name / fold / "bundle", network.state_dict(), {**record, "precision": "float32", "validation": {}}
+            )
+        (runs / name / "tables").mkdir()
+        empty_table("class_scores").to_parquet(runs / name / "tables" / "class_scores.parquet")
+        write_json(runs / name / "metrics.json", {"model": name})
+    weights = {"learners": np.array([0.25, 0.75])}
+    options = {"classes": tuple(CLASSES), "key": "image_id", "temperature": 2.0, "weights": weights}
+    write_ensemble(runs / "both" / "ensemble", Ensemble("both", "weighted", ("first", "second"), **options))
+    write_json(runs / "both" / "record.json", {"parameters": {"runs": ["first", "second"]}})
+    write_json(runs / "both" / "metrics.json", {"model": "both"})
 
 
 def bad_files(folder: Path, good: Path) -> dict[Path, str]:

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,17 @@ from kitlib.lungs.finders import LungFinder, Lungs
 from kitlib.xrays.cache import CachedXray
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LungsReport:
+    """What a CachedLungs has done: see its attributes of the same names."""
+
+    segmented: int
+    missed: int
+    overflowed: int
+    seconds: float
+    fault: str
 
 
 class CachedLungs:
@@ -42,6 +54,10 @@ class CachedLungs:
     def overflowed(self) -> int:
         """Number of images in batches that overflowed in half precision and were segmented again in float32."""
         return self._segmenter.overflowed if isinstance(self._segmenter, LungSegmenter) else 0
+
+    def report(self) -> LungsReport:
+        """Return the numbers so far."""
+        return LungsReport(self.segmented, self.missed, self.overflowed, self.seconds, self.fault)
 
     def begin(self) -> None:
         """Load the segmenter, unless it is loaded already or `fault` is set. If loading fails, set `fault` to the reason."""

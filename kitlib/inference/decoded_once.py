@@ -42,12 +42,14 @@ class DecodedOnce:
 
     def without(self, image_ids: set[str]) -> Iterator[CachedXray]:
         """Yield all readable images except those in `image_ids`; images that no pass has decoded yet are decoded."""
-        index = 0
-        while self._decode_up_to(index):
-            outcome = self.outcomes[index]
-            index += 1
-            if outcome.status != "failed" and outcome.image_id not in image_ids and (xray := self._read(index - 1)):
+        for index in self._readable_without(image_ids):
+            if xray := self._read(index):
                 yield xray
+
+    def ids_without(self, image_ids: set[str]) -> Iterator[str]:
+        """Yield the ids of the images that `without` yields, for a process that reads the copies in `cache` itself."""
+        for index in self._readable_without(image_ids):
+            yield self.outcomes[index].image_id
 
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
@@ -61,6 +63,13 @@ class DecodedOnce:
         self._closed = True
         self._pool.stop()
         self._pool.join()
+
+    def _readable_without(self, image_ids: set[str]) -> Iterator[int]:
+        index = 0
+        while self._decode_up_to(index):
+            if self.outcomes[index].status != "failed" and self.outcomes[index].image_id not in image_ids:
+                yield index
+            index += 1
 
     def _read(self, index: int) -> CachedXray | None:
         """Return the image of `outcomes[index]`, decoded again if its entry is damaged or gone; None if that fails."""

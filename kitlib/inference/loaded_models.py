@@ -25,12 +25,18 @@ Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator 
 
 @dataclass(frozen=True)
 class Answer:
-    """The fused predictions of a system of study models and detectors for some studies; boxes are in original pixels."""
+    """The predictions of a system of models for some images.
 
-    fused: Fused
+    Study models and detectors have `fused` predictions, with boxes in original pixels. Classifiers have `classes`, a table
+    with the columns image_id and the classes, whose values are probabilities 0..1. A lung segmenter has neither: its masks
+    are read from `LoadedModels.segmenter`.
+    """
+
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
     remarks: tuple[str, ...]  # sentences about models that were left out, failed, or used images uncropped
     faults: tuple[str, ...] = ()  # the remarks about failures, because of which the predictions are incomplete
+    fused: Fused | None = None
+    classes: pd.DataFrame | None = None
 
 
 @dataclass
@@ -43,6 +49,9 @@ class _Asked:
     rows: list[tuple[str, int, float]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # the remarks about failures
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=["model", "fold", "seconds"])
 
     def add_fault(self, fault: str) -> None:
         self.faults.append(fault)
@@ -58,43 +67,54 @@ class LoadedModels:
         self._ensembles: dict[Path, Ensemble] = {}
 
     def answer(self, system: System, models: Sequence[AnsweringModel], xrays: Stream, images: pd.DataFrame) -> Answer:
-        """Return the predictions that a submission with the `models` of `system` would contain for `images`, as an Answer.
+        """Return the predictions of the `models` of `system` for `images`: those of a submission, classes, or lungs.
 
         `images` is a table with the columns image_id, study_id, rows and columns, and must contain all images of each study;
         `xrays` returns their decoded copies. A model that fails is left out, with a remark. If all models fail, the error of
-        the last one is raised.
+        the last one is raised. Raises BundleError if an ensemble of classifiers is damaged or has other classes.
         """
+        if "lungs" in system.answers:
+            return self._segment(system, xrays)
         asked = self._ask(system, models, xrays)
+        if "classes" in system.answers:
+            classes = self._classify(system, asked)
+            return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), classes=classes)
         ensemble = self._ensemble(system, asked)
         tables = asked.probabilities, asked.detections, asked.coverage
         fused, stacked = fused_answer(*tables, images, system.fusion, ensemble)
         if stacked and stacked.note:
             asked.add_fault(f"The ensemble: {stacked.note}.")
-        table = pd.DataFrame(asked.rows, columns=["model", "fold", "seconds"])
-        return Answer(fused, table, tuple(asked.remarks), tuple(asked.faults))
+        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused)
 
-    def classify(self, system: System, xrays: Stream) -> tuple[pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
-        """Return a table of class probabilities predicted by a system of classifiers, and remarks and faults as in Answer.
+    def _classify(self, system: System, asked: _Asked) -> pd.DataFrame:
+        """Return a table of class probabilities, with the columns image_id and the classes.
 
-        The table has the columns image_id and the classes. As in notebooks 25 and 65, the predictions of one learner for one
-        fold are averaged first; then a system without an ensemble averages over folds and learners, and one with an ensemble
-        applies it. Raises BundleError if the ensemble is damaged or has other classes; if all models fail, the error of the
-        last one.
+        As in notebooks 25 and 65, the predictions of one learner for one fold are averaged first; then a system without an
+        ensemble averages over folds and learners, and one with an ensemble applies it.
         """
-        asked = self._ask(system, system.models, xrays)
         classes = list(system.models[0].classes)
         scores = pd.concat(asked.probabilities, ignore_index=True).dropna(subset=classes)
         scores = scores.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
         if system.ensemble is None:
             mean = scores.groupby(["image_id", "model"], sort=False)[classes].mean()
-            table = mean.groupby(level="image_id", sort=False).mean().reset_index()
-            return table, tuple(asked.remarks), tuple(asked.faults)
+            return mean.groupby(level="image_id", sort=False).mean().reset_index()
         ensemble = read_ensemble(system.ensemble)
         table = apply_ensemble(ensemble, scores)
         incomplete = int((table["answered"] < len(ensemble.learners)).sum())
         if incomplete:
             asked.add_fault(f"{incomplete} images lack a learner; they get the plain mean of the other learners.")
-        return table[["image_id", *classes]], tuple(asked.remarks), tuple(asked.faults)
+        return table[["image_id", *classes]]
+
+    def _segment(self, system: System, xrays: Stream) -> Answer:
+        """Find the lungs in each image, so that `segmenter` has them cached."""
+        asked, segmenter, model = _Asked(remarks=list(system.notes)), self.segmenter(system), system.models[0]
+        began = time.perf_counter()
+        for xray in xrays():
+            segmenter.find([xray])
+        asked.rows.append((model.model, model.fold, time.perf_counter() - began))
+        if segmenter.fault:
+            asked.add_fault(f"The lung segmenter {segmenter.fault}.")
+        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults))
 
     def predictor(self, system: System, model: AnsweringModel) -> Predictor:
         """Return a Predictor for `model`; the first call loads the model. Raises BundleError if its bundle is damaged."""
@@ -110,7 +130,7 @@ class LoadedModels:
         return self._lungs.setdefault(key, CachedLungs(system.lungs, True, BATCH_SIZE, most=CACHED_LUNGS))
 
     def _ask(self, system: System, models: Sequence[AnsweringModel], xrays: Stream) -> _Asked:
-        asked, failure = _Asked(remarks=list(system.left_out)), None
+        asked, failure = _Asked(remarks=list(system.notes)), None
         for model in models:
             try:
                 predictor = self.predictor(system, model)

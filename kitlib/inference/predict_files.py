@@ -110,7 +110,7 @@ def predict_parts(
     is_segmenter = "lungs" in system.answers
     predict_part = _Segmenting(system, pictures) if is_segmenter else _Predicting(system)
     workers = workers or usable_cores()
-    for sentence in system.left_out:
+    for sentence in system.notes:
         logger.warning(sentence)
     if pictures is not None:
         Path(pictures).mkdir(parents=True, exist_ok=True)
@@ -161,15 +161,15 @@ class _Predicting:
 
     def __init__(self, system: System) -> None:
         self.system, self.models = system, LoadedModels()
-        self._logged = set(system.left_out)
+        self._logged = set(system.notes)
 
     def __call__(self, part: _Part) -> tuple[pd.DataFrame, tuple[str, ...]]:
-        if "classes" in self.system.answers:
-            table, remarks, faults = self.models.classify(self.system, part.read)
-            self._log(remarks)
-            return table.set_index("image_id"), (*self.system.left_out, *faults)
         images = part.readable
         answer = self.models.answer(self.system, self.system.models, part.read, images)
+        self._log(answer.remarks)
+        if answer.fused is None:
+            assert answer.classes is not None, "segmenters are predicted by _Segmenting"
+            return answer.classes.set_index("image_id"), (*self.system.notes, *answer.faults)
         studies = answer.fused.studies.set_index("study_id")
         studies = studies.loc[~studies["prior"], list(STUDY_CLASSES)]
         nones = answer.fused.nones.set_index("image_id")
@@ -178,8 +178,7 @@ class _Predicting:
         boxes = _boxes_as_json(answer.fused.detections)
         seen = nones.index[nones["seen"]]
         table[BOXES] = pd.Series({name: boxes.get(name, "[]") for name in seen}, dtype=object).reindex(table.index)
-        self._log(answer.remarks)
-        return table, (*self.system.left_out, *answer.faults)
+        return table, (*self.system.notes, *answer.faults)
 
     def _log(self, remarks: tuple[str, ...]) -> None:
         for remark in remarks:

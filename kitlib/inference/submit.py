@@ -7,10 +7,12 @@ imported inside functions, so that the first file is written before any of them 
 import json
 import logging
 import math
+import queue
 import tempfile
+import threading
 import time
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +22,20 @@ from kitlib.datasets.siim import read_test, studies_from_headers
 from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
 from kitlib.errors import SubmissionError
 from kitlib.inference.install_wheels import install_wheels
+from kitlib.inference.ledger import Ledger, describe_failure
+from kitlib.inference.model_queue import Model, ModelQueue, Turn
 from kitlib.paths import find_input, is_saved_version, on_kaggle
 from kitlib.scoring.submission_csv import write_submission
 from kitlib.scoring.validate import Fault, validate_rows
-from kitlib.tables import storable
 
 if TYPE_CHECKING:
     from kitlib.fusion.ensemble_bundle import Ensemble
     from kitlib.fusion.model_fusion import FusionSettings
-    from kitlib.inference.answer import AnsweringModel, Stacked
-    from kitlib.inference.cached_lungs import CachedLungs
+    from kitlib.inference.answer import Stacked
+    from kitlib.inference.cached_lungs import CachedLungs, LungsReport
     from kitlib.inference.decoded_once import DecodedOnce
+    from kitlib.inference.predict import Predictor
+    from kitlib.inference.prediction_process import PredictionProcess, RemotePredictor
 
 logger = logging.getLogger(__name__)
 
@@ -53,45 +58,9 @@ class SubmitSettings:
     file_timeout_s: float = 20.0  # files that take longer to decode are skipped
     workers: int = 0  # number of decoding processes; 0: one per core
     batch_size: int = 16
+    processes: int = 0  # number of processes that predict side by side; 0: one per GPU
     only_projections: bool = False  # skip files of other modalities, such as CT, instead of predicting them with a warning
     quick_save: int = 0  # number of files that a version saved on Kaggle predicts, whose scored rerun predicts all; 0: all
-
-
-@dataclass
-class Model:
-    """One bundle of a submission and what it has predicted so far."""
-
-    record: "AnsweringModel"
-    chunks: list[pd.DataFrame] = field(default_factory=list)
-    seen: list[str] = field(default_factory=list)  # image_ids that the model has predicted, including those without boxes
-    rows_as: tuple[str, int] = ("", 0)  # model and fold in its tables
-    stopped: bool = False  # whether the model was stopped after its share of the time; it may continue later
-    lungs_missed: int = 0  # number of predicted images that were used uncropped because no lungs were found
-    overflowed: int = 0  # number of images that were predicted again in float32
-
-    @property
-    def folder(self) -> Path:
-        """The bundle's folder."""
-        return self.record.folder
-
-    @property
-    def answers(self) -> frozenset[str]:
-        """What the model predicts: a subset of "study", "none" and "boxes"."""
-        return self.record.answers
-
-    def drop(self) -> None:
-        """Discard all predictions of this model, and their counts."""
-        self.chunks, self.seen, self.lungs_missed, self.overflowed, self.stopped = [], [], 0, 0, False
-
-    def count_predicted(self) -> int:
-        """Return the number of images with a prediction; a classifier's rows without any finite number do not count."""
-        if "boxes" in self.answers:
-            return len(self.seen)
-        return sum(int(chunk.select_dtypes("float").notna().any(axis=1).sum()) for chunk in self.chunks)
-
-    def coverage(self) -> pd.DataFrame:
-        """Return a `coverage` table: image_id, model and fold of each image that the model has predicted."""
-        return pd.DataFrame({"image_id": self.seen, "model": self.rows_as[0], "fold": self.rows_as[1]})
 
 
 class SubmissionRun:
@@ -116,12 +85,14 @@ class SubmissionRun:
         planned = max(min(limit * settings.share, latest), 1e-3)
         self.deadline = Deadline(planned, start)
         self.last_deadline = Deadline(max(min(limit * LAST_SHARE, latest), 1e-3), start)
-        self.rows: list[dict[str, Any]] = []
+        self._ledger = Ledger()
+        self._note = self._ledger.note
         self.faults: list[Fault] = []  # of the submission, found by `finish`
         self.models: list[Model] = []
         self.listed: list[str] = []  # folders of the bundles in weights.json
 
-        self.lungs: CachedLungs | None = None
+        self.lungs: CachedLungs | None = None  # None if other processes find the lungs
+        self.lungs_reports: list[LungsReport] = []  # of these processes
         self.ensemble: Ensemble | None = None
         self.stacked: Stacked | None = None  # result of the ensemble in the latest fusion
         test = read_test(competition, headers=False)
@@ -144,7 +115,7 @@ class SubmissionRun:
     @property
     def ledger(self) -> pd.DataFrame:
         """Table with one row per stage so far; its columns are stage, files, seconds and note."""
-        return pd.DataFrame(self.rows, columns=["stage", "files", "seconds", "note"])
+        return self._ledger.table()
 
     def install(self, wheels: str) -> None:
         """Install the wheels in the attached dataset `wheels`, if it is not "". A failure becomes a row of the ledger."""
@@ -155,7 +126,7 @@ class SubmissionRun:
             with self.deadline.enforced():
                 self._note("wheels", len(install_wheels(wheels)), began)
         except (Exception, OutOfTime) as error:  # models that need no wheel may still run, and a valid file exists
-            self._note("wheels", 0, began, _failure(error))
+            self._note("wheels", 0, began, describe_failure(error))
 
     def predict(self, weights: str, scratch: str | Path) -> None:
         """Predict with the bundles in the attached dataset `weights`, in order, while time remains.
@@ -170,8 +141,9 @@ class SubmissionRun:
             with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
                 self._predict_in(folder, weights)
         except (Exception, OutOfTime) as error:  # a valid file exists, whatever happens to the models
-            self._note("predict", 0, began, _failure(error))
-        self._note_lungs()
+            self._note("predict", 0, began, describe_failure(error))
+        lungs = [] if self.lungs is None else [self.lungs.report()]
+        self._ledger.note_lungs([*lungs, *self.lungs_reports])
         if self.stacked:
             self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
 
@@ -191,7 +163,7 @@ class SubmissionRun:
             self._predict_all(xrays, fusion)
         finally:
             with closing(xrays):
-                self._note_decoding(xrays)
+                self._ledger.note_decoding(xrays, len(self.images))
                 self.readable -= sum(outcome.status == "failed" for outcome in list(xrays.outcomes))
 
     def usage(self) -> list[dict[str, Any]]:
@@ -238,7 +210,7 @@ class SubmissionRun:
             unknown = int((self.images.study_id == self.images.image_id).sum())
             self._note("studies", count, began, f"read from the headers, {unknown} without one that needs a row")
         except Exception as error:  # only these images' studies need it
-            self._note("studies", 0, began, _failure(error))
+            self._note("studies", 0, began, describe_failure(error))
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
         from kitlib.fusion.model_fusion import FusionSettings, read_settings
@@ -252,7 +224,7 @@ class SubmissionRun:
                 self.listed.append(str(name))
                 self.models.append(Model(read_answering_model(weights / name, entry.get("record_sha256", ""))))
             except Exception as error:  # the other bundles may be valid
-                self._note(str(name), 0, began, _failure(error))
+                self._note(str(name), 0, began, describe_failure(error))
         if not self.models:
             raise ValueError(f"{weights / 'weights.json'} lists no usable bundle; see the rows above for the reasons")
         if any(model.record.wants_masks for model in self.models):
@@ -268,82 +240,129 @@ class SubmissionRun:
 
                 self.ensemble = read_ensemble(weights / contents["ensemble"])
         except Exception as error:  # its learners can still be fused
-            self._note("ensemble", 0, began, f"{_failure(error)}; the study models are fused without it")
+            self._note("ensemble", 0, began, f"{describe_failure(error)}; the study models are fused without it")
         try:
             tuned = weights / "fusion.json"
             return read_settings(tuned) if tuned.is_file() else FusionSettings()
         except Exception as error:  # untuned settings are better than no fusion
-            self._note("fusion.json", 0, began, f"{_failure(error)}; the models are fused with the default settings")
+            self._note("fusion.json", 0, began, f"{describe_failure(error)}; the models are fused with the default settings")
             return FusionSettings()
 
     def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
-        for index, model in enumerate(self.models):
-            # The first model of each kind of prediction may stop before it has predicted all images, which is better than no
-            # prediction, so that the first models of other kinds get their share of the time. Further models must finish.
-            predicted = frozenset[str]().union(*(other.answers for other in self.models if other.seen))
-            is_first, first_models = not model.answers <= predicted, 0
-            for other in self.models[index:]:
-                first_models += not other.answers <= predicted
-                predicted |= other.answers
-            budget = self.deadline.left() / (first_models if is_first else 1)
-            if not self._run(model, xrays, fusion, budget, may_stop=is_first):
-                return
-        for model in self.models:
-            if model.stopped and not self._run(model, xrays, fusion, self.deadline.left(), may_stop=True):
-                return
+        processes = self._prediction_processes(xrays)
+        turns = ModelQueue(self.models, self.deadline, max(1, len(processes)))
+        if processes:
+            self._predict_side_by_side(turns, processes, xrays, fusion)
+            return
+        in_time = True
+        while in_time and (turn := turns.next()):
+            in_time, has_predicted = self._run(turn, xrays)
+            if has_predicted:
+                self._fuse(xrays, fusion, turn.model)
 
-    def _run(self, model: Model, xrays: "DecodedOnce", fusion: "FusionSettings", budget: float, may_stop: bool) -> bool:
-        """Predict with one model and update the submission; return whether the planned time is not up yet.
+    def _prediction_processes(self, xrays: "DecodedOnce") -> "list[PredictionProcess]":
+        """Return the processes that predict side by side, not started yet; [] if this process predicts."""
+        import torch
 
-        If `may_stop`, the model is stopped after `budget` seconds and keeps its predictions; otherwise it is dropped as soon
-        as it is expected to take longer than `budget`.
+        from kitlib.device import visible_gpus
+        from kitlib.inference.prediction_process import PredictionProcess, ProcessSettings
+
+        gpus = visible_gpus()
+        count = min(self.settings.processes or len(gpus), len(self.models))
+        if count < 2:
+            return []
+        threads = max(1, torch.get_num_threads() // count)
+        lungs = None if self.lungs is None else (self.lungs.bundle, self.lungs.masked)
+        self.lungs = None  # each process finds lungs itself
+        settings = ProcessSettings(xrays.cache, self.settings.batch_size, threads, lungs)
+        return [PredictionProcess(settings, gpus[number % len(gpus)], self.deadline) for number in range(count)]
+
+    def _predict_side_by_side(
+        self, turns: ModelQueue, processes: "list[PredictionProcess]", xrays: "DecodedOnce", fusion: "FusionSettings"
+    ) -> None:
+        """Give each process one model after the other, and fuse here after each model, while the processes go on."""
+        finished: queue.SimpleQueue[Model | None] = queue.SimpleQueue()
+
+        def work(process: "PredictionProcess") -> None:
+            try:
+                in_time = True
+                while in_time and (turn := turns.next()):
+                    in_time, has_predicted = self._run(turn, xrays, process)
+                    if has_predicted:
+                        finished.put(turn.model)
+            finally:
+                finished.put(None)
+
+        threads = [threading.Thread(target=work, args=[process], daemon=True) for process in processes]
+        for thread in threads:
+            thread.start()
+        try:
+            working = len(threads)
+            while working:
+                model = finished.get(timeout=max(self.last_deadline.left(), 1e-3))
+                working -= model is None
+                if model is not None:
+                    self._fuse(xrays, fusion, model)
+        except queue.Empty:  # a thread could not end its process
+            logger.error("a prediction process has not ended in time")
+        finally:
+            for process in processes:
+                process.kill()
+            self.lungs_reports += [process.lungs for process in processes if process.lungs is not None]
+
+    def _run(self, turn: Turn, xrays: "DecodedOnce", process: "PredictionProcess | None" = None) -> tuple[bool, bool]:
+        """Predict with one model, in `process` or here.
+
+        Return whether the planned time is not up yet, and whether the model has predicted further images.
         """
-        began, seen_before, in_time = time.monotonic(), len(model.seen), True
+        began, model, before, in_time = time.monotonic(), turn.model, turn.model.predicted, True
         try:
             with self.deadline.enforced():
-                note = self._predict_with(model, xrays, budget, may_stop)
+                note = self._predict_with(turn, xrays, process)
         except OutOfTime:
             note, in_time = "time was up", False
         except Exception as error:  # a fault of one model must not affect the other models or the file
-            note = _failure(error)
-        if note and not may_stop:
+            note = describe_failure(error)
+        if note and not turn.may_stop:
             model.drop()
-        self._note(model.folder.name, max(0, len(model.seen) - seen_before), began, note)
-        if model.lungs_missed:
-            self._note(model.folder.name, model.lungs_missed, began, "no lungs found so far; used uncropped")
-        if model.overflowed:
-            self._note(model.folder.name, model.overflowed, began, "overflowed in half precision; predicted in float32")
-        if len(model.seen) > seen_before:
-            self._fuse(xrays, fusion, model)
-        return in_time
+        predicted = model.predicted
+        self._note(model.folder.name, max(0, len(predicted.seen) - len(before.seen)), began, note)
+        if predicted.lungs_missed:
+            self._note(model.folder.name, predicted.lungs_missed, began, "no lungs found so far; used uncropped")
+        if predicted.overflowed:
+            self._note(model.folder.name, predicted.overflowed, began, "overflowed in half precision; predicted in float32")
+        model.running = False
+        return in_time, len(predicted.seen) > len(before.seen)
 
-    def _predict_with(self, model: Model, xrays: "DecodedOnce", budget: float, may_stop: bool) -> str:
+    def _predict_with(self, turn: Turn, xrays: "DecodedOnce", process: "PredictionProcess | None") -> str:
         """Predict the images that the model has not predicted yet; return why it did not finish, or "" if it finished."""
         from kitlib.inference.predict import load_predictor
 
-        began, total, model.stopped = time.monotonic(), len(self.images), False
-        if model.record.wants_masks and self.lungs is not None:
-            self.lungs.begin()
-        predictor = load_predictor(model.folder, batch_size=self.settings.batch_size, lungs=self.lungs)
-        model.rows_as = predictor.model, predictor.fold
-        seen_before, missed_before, overflowed_before = list(model.seen), model.lungs_missed, model.overflowed
+        began, model, before = time.monotonic(), turn.model, turn.model.predicted
+        model.stopped, seen_before = False, set(before.seen)
+        predictor: RemotePredictor | Predictor
+        if process is not None:
+            predictor = process.load(model.folder)
+            stream = predictor.predict(xrays.ids_without(seen_before))
+        else:
+            if model.record.wants_masks and self.lungs is not None:
+                self.lungs.begin()
+            predictor = load_predictor(model.folder, batch_size=self.settings.batch_size, lungs=self.lungs)
+            stream = predictor.predict(xrays.without(seen_before))
         first_batch = None
-        with closing(predictor.predict(xrays.without(set(seen_before)))) as chunks:
+        with closing(stream) as chunks:
             for chunk in chunks:
-                model.chunks.append(chunk)
-                model.seen = [*seen_before, *predictor.seen]
-                model.lungs_missed = missed_before + predictor.lungs_missed
-                model.overflowed = overflowed_before + predictor.overflowed
+                model.add(chunk, predictor, before)
                 now, seen = time.monotonic(), len(predictor.seen)
                 first_batch = first_batch or (now, seen)
-                remaining = total - len(model.seen)
-                if may_stop and now - began > budget and remaining:
+                remaining = len(self.images) - len(model.predicted.seen)
+                if turn.may_stop and now - began > turn.budget and remaining:
                     model.stopped = True
-                    return f"stopped after its share of {budget:.0f} s; {remaining} images remain"
-                if not may_stop and seen - first_batch[1] >= IMAGES_BEFORE_JUDGING:
+                    return f"stopped after its share of {turn.budget:.0f} s; {remaining} images remain"
+                if not turn.may_stop and seen - first_batch[1] >= IMAGES_BEFORE_JUDGING:
                     needed = now - began + remaining * (now - first_batch[0]) / (seen - first_batch[1])
-                    if needed > budget:
-                        return f"dropped: it needs {needed:.0f} s, but only {budget:.0f} s remained"
+                    if needed > turn.budget:
+                        return f"dropped: it needs {needed:.0f} s, but only {turn.budget:.0f} s remained"
         return ""
 
     def _fuse(self, xrays: "DecodedOnce", fusion: "FusionSettings", newest: Model) -> None:
@@ -356,13 +375,14 @@ class SubmissionRun:
         began = time.monotonic()
         try:
             with self.last_deadline.enforced():
-                images = xrays.sized(self.images)
-                detectors = [model for model in self.models if "boxes" in model.answers]
-                classifiers = [model for model in self.models if "boxes" not in model.answers]
+                ready = [model for model in self.models if model.may_be_fused]
+                classifiers = [model.predicted for model in ready if "boxes" not in model.answers]
+                detectors = [model.predicted for model in ready if "boxes" in model.answers]
+                images = xrays.sized(self.images)  # after the predictions, which are of images that have been decoded
                 fused, self.stacked = fused_answer(
-                    [chunk for model in classifiers for chunk in model.chunks],
-                    [chunk for model in detectors for chunk in model.chunks],
-                    [model.coverage() for model in detectors],
+                    [chunk for predicted in classifiers for chunk in predicted.chunks],
+                    [chunk for predicted in detectors for chunk in predicted.chunks],
+                    [predicted.coverage() for predicted in detectors],
                     images,
                     fusion,
                     self.ensemble,
@@ -372,49 +392,7 @@ class SubmissionRun:
                 note = f"{len(on_priors)} rows keep placeholder predictions"
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, note)
         except (OutOfTime, OSError, MemoryError) as error:  # no model's fault; the previous file remains
-            self._note("fuse and write", 0, began, _failure(error))
+            self._note("fuse and write", 0, began, describe_failure(error))
         except Exception as error:  # every later fusion would fail as well
-            self._note("fuse and write", 0, began, f"{_failure(error)}; {newest.folder.name} is dropped")
+            self._note("fuse and write", 0, began, f"{describe_failure(error)}; {newest.folder.name} is dropped")
             newest.drop()
-
-    def _note(self, stage: str, files: int, began: float, note: str = "") -> None:
-        seconds, note = time.monotonic() - began, storable(note)
-        self.rows.append({"stage": stage, "files": files, "seconds": round(seconds, 1), "note": note})
-        logger.info("%s: %d files in %.1f s. %s", stage, files, seconds, note)
-
-    def _note_lungs(self) -> None:
-        if self.lungs is None:
-            return
-        now, lungs = time.monotonic(), self.lungs
-        if lungs.fault:
-            self._note("lungs", 0, now, lungs.fault)
-        if lungs.segmented:
-            notes = [f"{lungs.missed} images without plausible lungs are used uncropped"] if lungs.missed else []
-            if lungs.overflowed:
-                notes.append(f"{lungs.overflowed} overflowed in half precision; segmented in float32")
-            self._note("lungs", lungs.segmented, now - lungs.seconds, "; ".join(notes))
-
-    def _note_decoding(self, xrays: "DecodedOnce") -> None:
-        now, outcomes = time.monotonic(), list(xrays.outcomes)
-        for failed in (outcome for outcome in outcomes if outcome.status == "failed"):
-            self._note("decode", 1, now, f"{failed.image_id} keeps its placeholder prediction: {failed.reason}")
-        warned: dict[str, list[str]] = {}
-        for outcome in outcomes:
-            for warning in outcome.warnings:
-                warned.setdefault(warning, []).append(outcome.image_id)
-        for warning, names in sorted(warned.items(), key=lambda item: -len(item[1])):
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            self._note("decode", len(names), now, f"{names[0]}{others} decoded with a warning: {warning}")
-        if xrays.limits.note:
-            self._note("decode", xrays.limits.slow, now, xrays.limits.note)
-        if len(outcomes) < len(self.images):
-            reason = _failure(xrays.error) if xrays.error else "time was up" if outcomes else "no model read them"
-            self._note("decode", len(self.images) - len(outcomes), now, f"never decoded; {reason}")
-
-
-def _failure(error: BaseException) -> str:
-    """Return the ledger's note for an error, and log the error's traceback."""
-    if isinstance(error, OutOfTime):
-        return "time was up"
-    logger.error("a stage failed", exc_info=error)
-    return f"failed: {type(error).__name__}: {error}"

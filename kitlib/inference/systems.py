@@ -42,7 +42,7 @@ class System:
     fusion: FusionSettings = field(default_factory=FusionSettings)
     ensemble: Path | None = None  # bundle that stacks the study models or classifiers
     lungs: Path | None = None  # bundle of a segmenter, for models that use lung masks and for the page's layer "lungs"
-    left_out: tuple[str, ...] = ()  # sentences about bundles that are not used
+    notes: tuple[str, ...] = ()  # sentences to show with the predictions, such as which bundles are not used, and why
 
     @property
     def longest_side(self) -> int:
@@ -107,7 +107,7 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
         if not bundles:
             raise RunError(f"{run} has no trained model (fold*/bundle)")
         others = [f"{bundle.parent.name} is left out: one segmenter draws the masks." for bundle in bundles[1:]]
-        return System(run.name, (read_any_model(bundles[0]),), left_out=tuple(others))
+        return System(run.name, (read_any_model(bundles[0]),), lungs=bundles[0], notes=tuple(others))
     if kind == "fusion":
         folders, fusion = _named_runs(run, parameters), read_settings(run / "fusion.json")
         ensemble = _named_run(parameters["study_ensemble"], run) if parameters.get("study_ensemble") else None
@@ -128,27 +128,27 @@ def build_system(
     """Return a system called `name` of all study models and detectors in the run folders `folders`.
 
     `fusion` and `ensemble`, the folder of an ensemble's bundle or None, say how predictions are combined. `segmenters` maps
-    digests of lung segmenters to bundles. The system's `left_out` says which bundles cannot be used, and why. Raises
+    digests of lung segmenters to bundles. The system's `notes` say which bundles cannot be used, and why. Raises
     RunError if no bundle can be used, or if the models need masks from several segmenters.
     """
     models: dict[tuple[str, int], AnsweringModel] = {}
-    left_out = []
+    notes = []
     for folder in folders:
         for bundle in _bundles(folder):
             try:
                 model = read_answering_model(bundle)
             except ValueError as error:
-                left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
+                notes.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
                 continue
             if (other := models.setdefault((model.model, model.fold), model)) is not model:
                 reason = f"{other.folder.parents[1].name} also has fold {model.fold} of {model.model}"
-                left_out.append(f"{folder.name}/{bundle.parent.name} is left out: {reason}.")
+                notes.append(f"{folder.name}/{bundle.parent.name} is left out: {reason}.")
     if not models:
-        reasons = f" ({len(left_out)} bundles cannot be used; {left_out[0]})" if left_out else ""
+        reasons = f" ({len(notes)} bundles cannot be used; {notes[0]})" if notes else ""
         raise RunError(NO_MODELS.format(where=f"in {', '.join(map(str, folders))}{reasons}" if folders else "found"))
     # Sorted by fold, so that the first folds of all models come before their second folds, as in a submission.
     in_order = tuple(sorted(models.values(), key=lambda model: model.fold))
-    return System(name, in_order, fusion, ensemble, _segmenter_of(name, in_order, segmenters), tuple(left_out))
+    return System(name, in_order, fusion, ensemble, _segmenter_of(name, in_order, segmenters), tuple(notes))
 
 
 def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:

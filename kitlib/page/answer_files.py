@@ -1,11 +1,11 @@
-"""Predictions as downloadable files: the study's rows of a submission, and JSON for programs."""
+"""Predictions as downloadable files: the study's rows of a submission or a table of classes, and JSON for programs."""
 
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from kitlib.atomic import write_json
+from kitlib.atomic import write_csv, write_json
 from kitlib.bundle import versions
 from kitlib.classes import STUDY_CLASSES
 from kitlib.fusion.model_fusion import Fused
@@ -25,39 +25,43 @@ def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
     return Fused(fused.studies, *tables)
 
 
-def write_rows(path: str | Path, answer: Answer, study: OpenedStudy) -> None:
-    """Write as CSV the rows that a submission with these models would contain for the study and its images.
+def write_rows(folder: Path, answer: Answer, study: OpenedStudy) -> Path | None:
+    """Write the study's predictions as CSV to a file in `folder`, and return its path; None for a segmenter's answer.
 
-    Rows that no model has predicted get the placeholder prediction (the class frequencies).
+    The file is submission.csv with the rows of the study and its images, or predictions.csv with the class probabilities of
+    each image. Rows of a submission that no model has predicted get the placeholder prediction (the class frequencies).
     """
-    fused = with_image_names(answer.fused, study)
+    if answer.classes is not None:
+        names = answer.classes["image_id"].map({image.key: image.image_id for image in study.images})
+        write_csv(folder / "predictions.csv", answer.classes.assign(image_id=names))
+        return folder / "predictions.csv"
+    if answer.fused is None:
+        return None
+    path, fused = folder / "submission.csv", with_image_names(answer.fused, study)
     ids = submission_ids([study.study_id], [image.image_id for image in study.images])
     studies, nones = fused.studies[~fused.studies["prior"]], fused.nones[~fused.nones["prior"]]
     write_submission(path, ids, studies, nones, fused.detections)
+    return path
 
 
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
     """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
-    Values that no model has predicted are null.
+    Values that no model has predicted are null. A segmenter's answer has no values.
     """
-    fused = with_image_names(answer.fused, study)
-    study_row = fused.studies.iloc[0]
-    seen = set(fused.nones.loc[fused.nones["seen"], "image_id"])
-    nones = fused.nones["none"].where(~fused.nones["prior"]).set_axis(fused.nones["image_id"])
+    of_study, of_image = _submitted(answer.fused, study) if answer.fused is not None else ({}, _classes(answer.classes))
     write_json(
         path,
         {
             "note": NOT_FOR_DIAGNOSIS,
             "study_id": study.study_id,
-            "study": None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES},
+            **of_study,
             "images": [
                 {
                     "image_id": image.image_id,
                     "rows": image.rows,
                     "columns": image.columns,
-                    "none": None if pd.isna(nones[image.image_id]) else float(nones[image.image_id]),
-                    "opacity": _boxes(fused.detections, image.image_id) if image.image_id in seen else None,
+                    **of_image.get(image.key, {}),
                     "remarks": list(image.remarks),
                 }
                 for image in study.images
@@ -68,6 +72,25 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
             "versions": versions(),
         },
     )
+
+
+def _submitted(fused: Fused, study: OpenedStudy) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the values of the study, and a dict from each image's key to the values of the image."""
+    study_row, nones = fused.studies.iloc[0], fused.nones.set_index("image_id")
+    classes = None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES}
+    of_image = {
+        image.key: {
+            "none": None if nones["prior"][image.key] else float(nones["none"][image.key]),
+            "opacity": _boxes(fused.detections, image.key) if nones["seen"][image.key] else None,
+        }
+        for image in study.images
+    }
+    return {"study": classes}, of_image
+
+
+def _classes(classes: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
+    rows = {} if classes is None else classes.set_index("image_id").to_dict("index")
+    return {str(key): {"classes": row} for key, row in rows.items()}
 
 
 def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:

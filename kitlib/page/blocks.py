@@ -11,7 +11,6 @@ from typing import Any
 import gradio as gr
 from gradio.component_meta import ComponentMeta
 
-from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.answer_files import NOT_FOR_DIAGNOSIS
@@ -115,7 +114,7 @@ class _Page:
                     names,
                     value=names[0],
                     label="Models",
-                    info="A single detector is combined with the same study models.",
+                    info="A single detector is combined with the same study models. Other runs answer alone.",
                     elem_id="models",
                 )
                 with gr.Tabs():
@@ -144,9 +143,7 @@ class _Page:
                 self.layers = gr.CheckboxGroup(
                     self.viewer.layers, value=[BOXES, TRUTH], label="Show", visible=False, elem_id="layers"
                 )
-                self.heat_class = gr.Dropdown(
-                    [*STUDY_CLASSES, "none"], label="Heat for", visible=False, elem_id="heat-class"
-                )
+                self.heat_class = gr.Dropdown([], label="Heat for", visible=False, elem_id="heat-class")
                 self.own_window = gr.Checkbox(label="Set window and level", visible=False, elem_id="own-window")
                 self.center = LenientSlider(0, 1, 0, label="Level (centre)", visible=False, elem_id="center")
                 self.width = LenientSlider(1, 2, 1, label="Window (width)", visible=False, elem_id="width")
@@ -254,7 +251,13 @@ class _Page:
         """Return the updates that show the open study as predicted by `system`, or none if it is shown already."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
-        return self._handler(self.viewer.switch, self._answer)(visit, view, system)
+
+        def render(switched: View) -> dict:
+            # A chosen class stays chosen if the other models predict it, too.
+            has_same_classes = switched.heat_classes == view.heat_classes
+            return {**self._answer(switched), **({} if has_same_classes else self._heat_classes(switched))}
+
+        return self._handler(self.viewer.switch, render)(visit, view, system)
 
     def _first_page(self, gallery: Gallery, choice: str) -> tuple[dict, list]:
         shown, pages = gallery.page(choice, 1)
@@ -264,16 +267,23 @@ class _Page:
         names = [image.image_id for image in view.study.images]
         return {
             self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
-            self.heat_class: view.most_probable,
             **dict.fromkeys((self.threshold, self.layers), gr.update(visible=True)),
+            **self._heat_classes(view),
             **self._image(view, names[0]),
             **self._answer(view),
         }
 
+    def _heat_classes(self, view: View) -> dict:
+        return {self.heat_class: gr.update(choices=view.heat_classes, value=view.most_probable)}
+
     def _answer(self, view: View) -> dict:
         rows, json_path = self.viewer.files(view)
-        updates = {self.rows: gr.update(value=rows, visible=True), self.json: gr.update(value=json_path, visible=True)}
-        return {self.view: view, **updates}
+        label = "Submission rows" if view.answer.fused is not None else "Table"
+        return {
+            self.view: view,
+            self.rows: gr.update(value=rows, label=label, visible=rows is not None),
+            self.json: gr.update(value=json_path, visible=True),
+        }
 
     def _image(self, view: View | str, image_id: str | None) -> dict:
         is_dicom = isinstance(view, View) and view.image(image_id).is_dicom
@@ -330,7 +340,7 @@ class _Page:
             self.picture: self._draw(view, image_id, *drawing_inputs),
             self.bars: self.viewer.bars(view, image),
             self.details: self.viewer.details(view, image),
-            self.heat_class: gr.update(visible=HEAT in drawing_inputs[1]),
+            self.heat_class: gr.update(visible=HEAT in drawing_inputs[1] and view.most_probable is not None),
         }
 
     def _draw(

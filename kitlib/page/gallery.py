@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
-from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import CacheError, RunError, UnreadableXray
 from kitlib.leaderboard.listing import ListedRun
 from kitlib.page.file_facts import read_facts
@@ -51,14 +50,16 @@ class Gallery:
         self._copies, self._xrays = copies, XrayCache(Path(run) / "xrays", self.longest_side)
         self._boxes = tables["boxes"]
         self._images = images = _describe_images(tables, metrics.get("dataset") in MARKED)
-        choices = {ALL: images} | {name: images[images["true_class"] == name] for name in STUDY_CLASSES}
+        classes = [name for name in tables["labels"] if name != "id"]
+        choices = {name: images[[name in annotated for annotated in images["true_classes"]]] for name in classes}
+        choices = {ALL: images} | choices
         if "split" in images:
             choices[TEST] = images[images["split"] == TEST]
         self._choices = {name: rows for name, rows in choices.items() if len(rows) or name == ALL}
         self._thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
 
     def choices(self) -> list[str]:
-        """Return what can be chosen: "all", the study classes that occur, and "test" if there are test images."""
+        """Return what can be chosen: "all", the classes that occur, and "test" if there are test images."""
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
@@ -108,13 +109,13 @@ class Gallery:
             run_cache=self._xrays,
             trained_on=self.fingerprint,
             fold=folds[0] if folds else None,
-            true_class=chosen["true_class"].iloc[0],
+            true_classes=chosen["true_classes"].iloc[0],
             remarks=tuple(remarks),
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
         """Return the thumbnail and the caption of one image; `row` is one of `_describe_images`, from itertuples."""
-        caption = [row.true_class] if row.true_class else []
+        caption = list(row.true_classes)
         if row.marked:
             caption.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
         try:
@@ -190,18 +191,18 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 
 
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """Return the `images` table with true_class ("" if unknown), fold (NaN if none), marked, and number of boxes added.
+    """Return the `images` table with true_classes (a tuple), fold (NaN if none), marked, and number of boxes added.
 
     `marked` says whether opacities were annotated. Rows are sorted by hashed id, so that the order is always the same, and
     mixed even if ids are sorted by class or patient.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]
-    truth = tables["labels"].set_index("id").reindex(columns=list(STUDY_CLASSES)).fillna(0.0)
-    true_class = truth.idxmax(axis=1).where(truth.max(axis=1) > 0.5, "")
+    truth = tables["labels"].set_index("id")
+    true_classes = {name: tuple(truth.columns[row > 0.5]) for name, row in zip(truth.index, truth.to_numpy(), strict=True)}
     fold = images["image_id"].map(folds).astype(float)
     unannotated = images["false_none"].astype(bool) if "false_none" in images else False
     described = images.assign(
-        true_class=images["study_id"].map(true_class).fillna(""),
+        true_classes=[true_classes.get(name, ()) for name in images["study_id"]],
         # An image in no fold gets the fold of its patient's other images, because models may be trained on those.
         fold=fold.fillna(fold.groupby(images["patient_id"]).transform("first")),
         marked=marked & ~np.broadcast_to(unannotated, len(images)),

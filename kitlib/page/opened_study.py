@@ -111,7 +111,7 @@ class OpenedStudy:
     run_cache: XrayCache | None = None
     trained_on: str = ""  # data fingerprint of the prepared run that contains the study; "" if none does
     fold: int | None = None  # the study's fold in that run; only the models of this fold were not trained on the study
-    true_class: str = ""  # one of STUDY_CLASSES; "" if unknown
+    true_classes: tuple[str, ...] = ()  # annotated classes; () if unknown or none
     remarks: tuple[str, ...] = ()  # sentences about the whole study
 
     def read(self, image: OpenedImage, longest_side: int) -> CachedXray:

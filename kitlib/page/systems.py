@@ -1,8 +1,11 @@
-"""Finds the systems of models that the page offers: each fusion of runs, and variants of it with a single detector."""
+"""Finds the systems of models that the page offers, and what border probes say about classifiers."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
 
 from kitlib.fusion.model_fusion import FusionSettings
 from kitlib.inference.systems import System, build_system, find_segmenters, read_system
@@ -11,31 +14,71 @@ from kitlib.leaderboard.listing import ListedRun
 logger = logging.getLogger(__name__)
 
 TRAINED = ("study", "detector")  # kinds of runs whose models predict rows of a submission
+OTHERS = ("ensemble", "findings", "lungs", "applied lungs")  # kinds of runs that are offered as systems of their own
+SCORES = {"auc": "mean ROC AUC", "accuracy": "accuracy", "macro_f1": "macro F1"}  # by the recipe's `judged_by`
 
 
 def find_systems(listed: Sequence[ListedRun]) -> list[System]:
-    """Return a system for each finished fusion in `listed`, followed by its variants with a single detector.
+    """Return the systems of the finished runs in `listed`: fusions and variants, then ensembles, classifiers, segmenters.
 
-    If there is no usable fusion, all trained models form one system with equal weights. Raises RunError if there are no
-    models.
+    Each fusion is followed by its variants with a single detector. If there is no usable fusion, all study models and
+    detectors form one system with equal weights. A classifier trained as a probe, which sees only a part of each image, is
+    not offered; what it reaches is in the notes of the classifiers trained on the same images. Raises RunError if there are
+    no models.
     """
     segmenters = find_segmenters((run.kind, run.folder) for run in listed)
-    base_systems = []
-    for run in listed:
-        if run.kind == "fusion" and run.state == "finished":
-            try:
-                system = read_system(run.folder, run.kind, run.parameters, segmenters)
-                base_systems.append(replace(system, name=run.name + system.name.removeprefix(run.folder.name)))
-            except (OSError, ValueError) as error:
-                logger.warning("the fusion %s is left out: %s", run.name, error)
-    if not base_systems:
-        trained = [run.folder for run in listed if run.kind in TRAINED and run.state == "finished"]
-        base_systems = [build_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
+    finished = [run for run in listed if run.state == "finished"]
+    fused = _read_runs([run for run in finished if run.kind == "fusion"], segmenters)
+    others = [run for kind in OTHERS for run in finished if run.kind == kind and not _probe(run)]
+    others = [run for run in others if "lungs" not in run.kind or _holds_one_of(run, segmenters)]
+    other_systems = [_with_probes(system, finished) for system in _read_runs(others, segmenters)]
+    trained = [run.folder for run in finished if run.kind in TRAINED]
+    if not fused and (trained or not other_systems):
+        fused = [build_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
     systems = []
-    for system in base_systems:
+    for system in fused:
         systems.append(system)
         if len(system.detectors) > 1:
             alone = [system.with_detector(name) for name in system.detectors]
-            suffix = f", with {system.name}'s other models" if len(base_systems) > 1 else ""
+            suffix = f", with {system.name}'s other models" if len(fused) > 1 else ""
             systems += [replace(variant, name=f"{variant.name}{suffix}") for variant in alone]
+    return [*systems, *other_systems]
+
+
+def _read_runs(runs: Sequence[ListedRun], segmenters: Mapping[str, Path]) -> list[System]:
+    """Return the systems of these runs, called by the runs' names; logs runs that cannot be read."""
+    systems = []
+    for run in runs:
+        try:
+            system = read_system(run.folder, run.kind, run.parameters, segmenters)
+            systems.append(replace(system, name=run.name + system.name.removeprefix(run.folder.name)))
+        except (OSError, ValueError) as error:
+            logger.warning("the %s run %s is left out: %s", run.kind, run.name, error)
     return systems
+
+
+def _holds_one_of(run: ListedRun, segmenters: Mapping[str, Path]) -> bool:
+    """Return False if all segmenters of a run are also those of other runs, which applied them."""
+    return any(bundle.is_relative_to(run.folder) for bundle in segmenters.values())
+
+
+def _probe(run: ListedRun) -> str:
+    """Return the part of each image that the run's models see as a probe, "border" or "outside_lungs"; "" for all of it."""
+    return next((str(fold.get("recipe", {}).get("probe", "")) for fold in run.folds.values()), "")
+
+
+def _with_probes(system: System, finished: Sequence[ListedRun]) -> System:
+    """Return a system of classifiers with a note for each probe that was trained on the same prepared run."""
+    trained_on = {model.data_fingerprint for model in system.models if "classes" in model.answers}
+    notes = []
+    for run in finished:
+        folds = [fold for fold in run.folds.values() if fold.get("data_fingerprint") in trained_on - {""}]
+        scores = [score for fold in folds if isinstance(score := fold.get("best", {}).get("score"), float)]
+        if scores and (probe := _probe(run)):
+            seen = "the border of each image" if probe == "border" else "what lies outside the lungs"
+            metric = SCORES.get(folds[0]["recipe"].get("judged_by", ""), "score")
+            notes.append(
+                f"A probe ({run.name}) that sees only {seen} reaches a validation {metric} of {np.mean(scores):.3f}: to "
+                "that extent, these classes can be told apart without looking at the lungs."
+            )
+    return replace(system, notes=(*system.notes, *notes))

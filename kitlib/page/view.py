@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError, UnreadableXray
 from kitlib.inference.loaded_models import Answer
@@ -44,10 +46,27 @@ class View:
         """Return the image with this image_id, or the first image if the study does not have it."""
         return next((image for image in self.study.images if image.image_id == image_id), self.study.images[0])
 
+    def classes(self, image: OpenedImage) -> dict[str, float]:
+        """Return the probability of each class, of the study or, if the models classify images, of an image; {} if none."""
+        answer = self.answer
+        if answer.fused is not None:
+            study = answer.fused.studies.iloc[0]
+            return {name: float(study[name]) for name in STUDY_CLASSES}
+        if answer.classes is None:
+            return {}
+        rows = answer.classes[answer.classes["image_id"] == image.key].drop(columns="image_id")
+        return {str(name): float(value) for name, value in rows.iloc[0].items()} if len(rows) else {}
+
     @property
-    def most_probable(self) -> str:
-        """Name of the study class with the highest probability."""
-        return max(STUDY_CLASSES, key=lambda name: self.answer.fused.studies.iloc[0][name])
+    def heat_classes(self) -> list[str]:
+        """Names of the classes for which heat can be drawn."""
+        return [*self.classes(self.study.images[0]), *(["none"] if self.answer.fused is not None else [])]
+
+    @property
+    def most_probable(self) -> str | None:
+        """Name of the most probable class of the study or of its first image; None if there are no classes."""
+        classes = self.classes(self.study.images[0])
+        return max(classes, key=lambda name: classes[name], default=None)
 
 
 class Viewer:
@@ -116,18 +135,20 @@ class Viewer:
         """
         system, captions, mask, heat = view.system, [], None, None
         pixels = view.study.read(image, system.longest_side).pixels
-        if LUNGS in layers:
+        is_segmenter = "lungs" in system.answers
+        if LUNGS in layers or is_segmenter:
             try:
                 mask, reason = self.models.lungs(system, view.study, image)
                 captions += [reason] if reason else []
             except Exception as error:  # the other layers can still be drawn
                 logger.error("the lungs cannot be drawn", exc_info=error)
                 captions.append(f"The lungs cannot be shown: {type(error).__name__}: {error}.")
-        if HEAT in layers:
+        if HEAT in layers and view.most_probable:
+            heat_class = heat_class if heat_class in view.heat_classes else view.most_probable
             try:
-                name, heat = self.models.heat(system, view.study, image, heat_class or view.most_probable)
+                name, heat = self.models.heat(system, view.study, image, heat_class)
                 note = "" if heat.any() else "; no part of the image is evidence for it"
-                captions.append(f"Heat map: Grad-CAM of {name} for {heat_class or view.most_probable}{note}.")
+                captions.append(f"Heat map: Grad-CAM of {name} for {heat_class}{note}.")
             except (ImportError, ValueError) as error:  # the message says what is missing
                 captions.append(f"The heat map cannot be shown: {error}.")
             except Exception as error:
@@ -138,15 +159,14 @@ class Viewer:
             captions.append("Window and level change only this picture, not the input of the models.")
             if windowed.has_curve:
                 captions.append("Without this setting, the picture follows the file's own grey curve (VOI LUT).")
-        detections, nones = view.answer.fused.detections, view.answer.fused.nones
-        has_detections = bool(nones.loc[nones["image_id"] == image.key, "seen"].all())
-        if BOXES in layers and not has_detections:
+        boxes = _boxes(view.answer, image)
+        if BOXES in layers and boxes is None and view.answer.fused is not None:
             captions.append("No detector has predicted boxes for this image.")
         return draw_picture(
             pixels,
             image.rows,
             image.columns,
-            boxes=detections[detections["image_id"] == image.key] if BOXES in layers and has_detections else None,
+            boxes=boxes if BOXES in layers else None,
             truth=image.truth if TRUTH in layers else None,
             threshold=threshold,
             mask=mask,
@@ -155,17 +175,16 @@ class Viewer:
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """Return HTML bars for the study's four class probabilities and the image's probability of `none`."""
-        fused = view.answer.fused
-        study = fused.studies.iloc[0]
+        """Return HTML bars for the class probabilities, and the image's `none` or, from a segmenter, its share of lung."""
+        fused, classes, annotated = view.answer.fused, view.classes(image), view.study.true_classes
+        if "lungs" in view.system.answers:
+            mask, reason = self.models.lungs(view.system, view.study, image)
+            return f"<p>{html.escape(reason) if mask is None else f'{mask.mean():.1%} of the image is lung.'}</p>"
+        if fused is None:
+            return draw_bars(classes, true_classes=annotated) if classes else "<p>No model has predicted this image.</p>"
         none = fused.nones.set_index("image_id").loc[image.key]
-        is_predicted = not none["prior"]
-        return draw_bars(
-            {name: float(study[name]) for name in STUDY_CLASSES},
-            float(none["none"]) if is_predicted else None,
-            bool(study["prior"]),
-            view.study.true_class,
-        )
+        is_prior = bool(fused.studies["prior"].iloc[0])
+        return draw_bars(classes, None if none["prior"] else float(none["none"]), is_prior, annotated)
 
     def details(self, view: View, image: OpenedImage) -> str:
         """Return, as HTML, facts and remarks about the image, the study and the predictions."""
@@ -175,7 +194,7 @@ class Viewer:
         facts = {
             "Image": image.image_id,
             "Study": view.study.study_id,
-            **({"Annotated class": view.study.true_class} if view.study.true_class else {}),
+            **({"Annotated": ", ".join(view.study.true_classes)} if view.study.true_classes else {}),
             "Models (folds)": "; ".join(f"{model} ({fold_names})" for model, fold_names in folds.items()),
             **image.facts,
         }
@@ -192,16 +211,18 @@ class Viewer:
         several = f" of {images} images" if images > 1 else ""
         return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."
 
-    def files(self, view: View) -> tuple[Path, Path]:
-        """Write the submission rows and the JSON file to a new folder and return their paths; deletes old folders."""
+    def files(self, view: View) -> tuple[Path | None, Path]:
+        """Write the table of predictions and the JSON file to a new folder and return their paths; deletes old folders.
+
+        The table has the submission's rows, or the class probabilities of each image; a segmenter has none.
+        """
         answers = self.folder / "answers"
         answers.mkdir(parents=True, exist_ok=True)
         for old_folder in answers.iterdir():
             if time.time() - old_folder.stat().st_mtime > KEEP_S:
                 shutil.rmtree(old_folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=answers))
-        rows_path, json_path = folder / "submission.csv", folder / "answer.json"
-        write_rows(rows_path, view.answer, view.study)
+        rows_path, json_path = write_rows(folder, view.answer, view.study), folder / "answer.json"
         write_answer(json_path, view.answer, view.study, view.system)
         return rows_path, json_path
 
@@ -215,3 +236,12 @@ class Viewer:
             return View(study, system, self.models.answer(system, study))
         except UnreadableXray as error:
             raise PageError(f"An image of this study cannot be decoded: {error.reason}.") from error
+
+
+def _boxes(answer: Answer, image: OpenedImage) -> pd.DataFrame | None:
+    """Return the predicted boxes of an image, or None if no detector has predicted it."""
+    if answer.fused is None:
+        return None
+    detections, nones = answer.fused.detections, answer.fused.nones
+    is_seen = nones.loc[nones["image_id"] == image.key, "seen"].all()
+    return detections[detections["image_id"] == image.key] if is_seen else None

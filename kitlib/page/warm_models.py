@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kitlib.classes import STUDY_CLASSES
 from kitlib.inference.answer import AnsweringModel
 from kitlib.inference.loaded_models import Answer, LoadedModels
 from kitlib.inference.systems import System
@@ -37,12 +38,15 @@ class WarmModels:
         with self._one_at_a_time:
             for model in system.models:
                 try:
-                    self._models.predictor(system, model)
+                    if "lungs" in model.answers:
+                        self._models.segmenter(system).begin()
+                    else:
+                        self._models.predictor(system, model)
                 except Exception as error:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
-        """Return the predictions that a submission with `system` would contain for a study, as an Answer.
+        """Return the predictions of `system` for a study, as an Answer; they equal those of a submission or of `predict`.
 
         Models that were trained on the study are left out if possible (see `choose_models`). A model that fails is left out,
         with a remark. If all models fail, the error of the last one is raised. Raises UnreadableXray if an image cannot be
@@ -76,9 +80,8 @@ class WarmModels:
         from kitlib.reports.heat_maps import compute_heat
 
         models, _ = choose_models(system, study)
-        output = "none" if class_name == "none" else "study"
         for model in models:
-            if output in model.answers:
+            if class_name in _classes(model):
                 key = (model.folder, image.key, system.longest_side, class_name)
                 heat = self._heats.get(key)
                 if heat is None:
@@ -117,6 +120,13 @@ def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringMod
         return models, [*remarks, remark]
     unseen = [model for model in models if model not in models_of_run or model.fold == study.fold]
     return unseen, [*remarks, f"Predicted by the models of fold {study.fold}, which were not trained on this study."]
+
+
+def _classes(model: AnsweringModel) -> tuple[str, ...]:
+    """Return the classes that the model predicts; `none` is one of a study model's classes if it predicts it."""
+    if "classes" in model.answers:
+        return model.classes
+    return (*(STUDY_CLASSES if "study" in model.answers else ()), *(["none"] if "none" in model.answers else []))
 
 
 def _remember(cache: OrderedDict, key: tuple, value: Any, limit: int) -> None:

@@ -1,7 +1,7 @@
 """Draws an X-ray with all its layers as one SVG picture, and the probabilities of a study as bars."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from html import escape
 
@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kitlib.classes import STUDY_CLASSES
 from kitlib.tables import BOX
 from kitlib.xrays.worker import shrink
 
@@ -95,19 +94,16 @@ def draw_picture(
     )
 
 
-def draw_bars(studies: Mapping[str, float], none: float | None, priors: bool, true_class: str = "") -> str:
-    """Return HTML with one bar for each of STUDY_CLASSES and, unless `none` is None, one for `none`, with three decimals.
+def draw_bars(
+    classes: Mapping[str, float], none: float | None = None, priors: bool = False, true_classes: Collection[str] = ()
+) -> str:
+    """Return HTML with one bar for each of `classes` and, unless `none` is None, one for `none`, with three decimals.
 
-    Values are 0..1. If `priors` is True, no model has predicted the study, and `studies` holds the class frequencies of the
-    training set, which are drawn in grey. `true_class` (of STUDY_CLASSES, "" if unknown) is marked as annotated. Raises
-    ValueError if a class is missing or unknown, or a value is outside 0..1.
+    Values are 0..1. If `priors` is True, no model has predicted the study, and `classes` holds the class frequencies of the
+    training set, which are drawn in grey. The `true_classes` are marked as annotated. Raises ValueError if a value is
+    outside 0..1.
     """
-    missing = [label for label in STUDY_CLASSES if label not in studies]
-    if missing or true_class not in ("", *STUDY_CLASSES):
-        raise ValueError(
-            f"invalid bars: missing classes {missing}, true class {true_class!r}; valid classes: {', '.join(STUDY_CLASSES)}"
-        )
-    rows = [_bar(label, float(studies[label]), priors, label == true_class) for label in STUDY_CLASSES]
+    rows = [_bar(label, float(value), priors, label in true_classes) for label, value in classes.items()]
     note = ""
     if priors:
         note = (

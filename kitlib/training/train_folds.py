@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from kitlib.deadline import Deadline, SessionOver, session_deadline
+from kitlib.device import visible_gpus
 from kitlib.errors import TrainingError
 from kitlib.paths import find_input
-from kitlib.processes import kill_family
+from kitlib.processes import die_with_parent, kill_family
 from kitlib.training import kept_memory
 from kitlib.training.data_parallel import train_together
 from kitlib.training.driver import train_fold
@@ -115,7 +116,7 @@ def _train_side_by_side(train: Train, task: Task, folds: list[int], run: Path, a
 
     Raises TrainingError, after all processes have ended, if any fold failed.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    visible = visible_gpus()
     threads = max(1, torch.get_num_threads() // at_once)
     # Spawned, because a forked process cannot use a GPU if its parent has initialised CUDA.
     context = multiprocessing.get_context("spawn")
@@ -170,7 +171,7 @@ def _train_in_process(
     error.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    _die_with_parent(parent)
+    die_with_parent(parent)  # otherwise folds would continue to train after their notebook was killed
     torch.set_num_threads(threads)
     kept_memory.CANVASES.folds_at_once = at_once
     log = run_folder / LOG
@@ -191,19 +192,6 @@ def _train_in_process(
     except BaseException as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(FAILED)
-
-
-def _die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent, with process id `parent`, ends.
-
-    Otherwise folds would continue to train after their notebook was killed.
-    """
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
-    if os.getppid() != parent:
         sys.exit(FAILED)
 
 

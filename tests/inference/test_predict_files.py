@@ -11,16 +11,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
-from kitlib.atomic import write_json
-from kitlib.bundle import read_record, save_bundle
+from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import DatasetError, RunError, RunNotFound
-from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.inference import predict_files
 from kitlib.inference.listed_files import list_files
 from kitlib.inference.predict import load_predictor
@@ -28,19 +25,14 @@ from kitlib.inference.predict_files import predict, predict_parts
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.inference.systems import find_system
 from kitlib.lungs.finders import segmenter_digest
-from kitlib.models.classifier import FindingsClassifier
 from kitlib.paths import project_root
-from kitlib.recipes.fields import FindingsRecipe
 from kitlib.scoring.score import score_files
 from kitlib.scoring.submission_csv import as_tables, read_submission, write_all_negative
-from kitlib.tables import BOX, empty_table
+from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.image_file import read_xray
 from tests.small_bundles import edit_record
-from tests.small_page import COPY, page_runs
-
-CLASSES = ["COVID-19", "viral", "normal"]
-RECIPE = FindingsRecipe(backbone="test_resnet", image_size=32, hidden=8, multi_label=False)
+from tests.small_page import CLASSES, CLASSIFIER, page_runs, write_classifiers
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +40,7 @@ def folder(tmp_path_factory):
     """A folder with runs/ (see page_runs), two classifiers and their ensemble, and inputs/ with the phantom competition."""
     folder = tmp_path_factory.mktemp("predict")
     runs = page_runs(folder, detectors=("faster_rcnn",))
-    for seed, (name, folds) in enumerate({"first": ("fold0", "fold1"), "second": ("outer0/fold1", "outer1/fold0")}.items()):
-        for number, fold in enumerate(folds):
-            torch.manual_seed(10 * seed + number)
-            network = FindingsClassifier(RECIPE, CLASSES)
-            record = {
-                **{"family": "findings", "model": name, "classes": CLASSES, "recipe": asdict(RECIPE), "architecture": {}},
-                **{"longest_side": COPY, "image_size": 32, "placement": RECIPE.placement, "mean": network.mean},
-                **{"std": network.std, "fold": int(fold[-1]), "data_fingerprint": "", "precision": "float32"},
-            }
-            save_bundle(runs / name / fold / "bundle", network.state_dict(), {**record, "validation": {}})
-        (runs / name / "tables").mkdir()
-        empty_table("class_scores").to_parquet(runs / name / "tables" / "class_scores.parquet")
-        write_json(runs / name / "metrics.json", {"model": name})
-    weights = {"learners": np.array([0.25, 0.75])}
-    options = {"classes": tuple(CLASSES), "key": "image_id", "temperature": 2.0, "weights": weights}
-    write_ensemble(runs / "both" / "ensemble", Ensemble("both", "weighted", ("first", "second"), **options))
-    write_json(runs / "both" / "record.json", {"parameters": {"runs": ["first", "second"]}})
-    write_json(runs / "both" / "metrics.json", {"model": "both"})
+    write_classifiers(runs)
     return folder
 
 
@@ -237,7 +212,7 @@ def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, 
     run = shutil.copytree(runs / "first", tmp_path / "masked")
     for bundle in run.glob("fold*/bundle"):
         architecture = {"segmenter": segmenter_digest(read_record(runs / "lungs" / "bundle"))}
-        edit_record(bundle, recipe={**asdict(RECIPE), "lungs": "masks", "masked": True}, architecture=architecture)
+        edit_record(bundle, recipe={**asdict(CLASSIFIER), "lungs": "masks", "masked": True}, architecture=architecture)
     with pytest.raises(RunError, match=r"need the masks of the segmenter(?s:.)*no run beside"):
         find_system(run)
     shutil.copytree(runs / "lungs", tmp_path / "lungs")

@@ -1,6 +1,7 @@
 """Submissions when things go wrong: slow models, broken models, broken files, no time, other test sets."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,21 +9,25 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from pydicom import dcmread
 
 from kitlib.bundle import STATED, save_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.deadline import Deadline
 from kitlib.errors import CacheError, SubmissionError, UnreadableXray
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.fusion.model_fusion import FusionSettings, write_settings
+from kitlib.inference import prediction_process
 from kitlib.inference.predict import VIEWS, study_and_image_scores
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.lungs.finders import Lungs
@@ -253,7 +258,7 @@ def test_a_first_model_stopped_after_its_share_continues_at_the_end(competition,
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     run.deadline = Remaining(0.0, 60.0, 60.0)  # for the first model, the second model, and the first model again
     run.predict(weights, tmp_path / "scratch")
-    rows = [row for row in run.rows if row["stage"] == "small-fold0"]
+    rows = [row for row in run.ledger.to_dict("records") if row["stage"] == "small-fold0"]
     readable = len(run.images) - DAMAGED
     assert [row["files"] for row in rows] == [SETTINGS.batch_size, readable - SETTINGS.batch_size]
     assert rows[0]["note"].startswith("stopped after its share")
@@ -354,7 +359,7 @@ def test_a_model_of_none_alone_is_the_first_of_its_kind(competition, weights, tm
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     run.deadline = Remaining(100.0, 100.0, 5000.0, 5000.0)
     run.predict(shared, tmp_path / "scratch")
-    rows = [row for row in run.rows if row["stage"].startswith("small-fold")]
+    rows = [row for row in run.ledger.to_dict("records") if row["stage"].startswith("small-fold")]
     # The first model leaves half of the time to the second, which may also end with a part of the images.
     assert [row["note"].split(";")[0] for row in rows] == [
         *("stopped after its share of 50 s", "stopped after its share of 100 s", "", "")
@@ -505,7 +510,7 @@ def test_study_models_are_stacked_by_the_kernels_ensemble(competition, weights, 
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     run.predict(shared, tmp_path / "scratch")
     notes = run.finish().set_index("stage")
-    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
+    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.predicted.chunks], run.images)
     assert scores.model.value_counts().to_dict() == dict.fromkeys(("small", "other"), scores.study_id.nunique())
     assert (notes.files["ensemble"], notes.note["ensemble"]) == (scores.study_id.nunique(), "")
     ensemble = read_ensemble(shared / "ensemble")
@@ -524,7 +529,7 @@ def test_without_a_learner_or_the_ensemble_the_plain_mean_is_used_and_noted(comp
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
     run.predict(shared, tmp_path / "scratch")
     notes = run.finish().set_index("stage")
-    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.chunks], run.images)
+    scores, _ = study_and_image_scores([chunk for model in run.models for chunk in model.predicted.chunks], run.images)
     studies = scores.study_id.nunique()
     if fault == "learner":
         note = f"{studies} of {studies} studies lack other; they get the plain mean of the other learners"
@@ -722,3 +727,67 @@ def test_a_disk_that_is_full_for_a_while_costs_no_model(competition, weights, tm
     notes = ledger[ledger.stage == "fuse and write"].note.tolist()
     assert "No space left" in notes[0] and "placeholder" in notes[1] and not ledger.note.str.contains("is dropped").any()
     assert len(on_priors(path)) <= DAMAGED
+
+
+def fail_in(bundle, connection, *arguments):
+    """Serve like a prediction process, but die, or wait for ever, when the first model of `bundle` sends predictions."""
+
+    class Failing:
+        recv = connection.recv
+
+        def send(self, message):
+            if message[0] == "predicted" and message[1][0]["fold"].iloc[0] == 0:
+                os._exit(7) if bundle == "dies" else time.sleep(3600)
+            connection.send(message)
+
+    prediction_process.serve(Failing(), *arguments)
+
+
+@pytest.fixture
+def one_thread():
+    """Let torch use one thread, as in each of two processes on two cores; sums depend on it in the last digit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_write_the_same_bytes_as_one(competition, weights, one_thread, tmp_path):
+    written = {}
+    for processes in (1, 2):
+        settings = replace(SETTINGS, processes=processes)
+        path, ledger = submit(competition, weights, tmp_path / str(processes), settings)
+        written[processes] = path.read_bytes()
+        assert ledger.stage.tolist().count("fuse and write") == 2
+        assert sorted(ledger.stage[ledger.stage.str.startswith("small")]) == ["small-fold0", "small-fold1"]
+        assert (ledger.note[ledger.stage.str.startswith("small")] == "").all()
+    assert written[1] == written[2] and len(on_priors(path)) <= DAMAGED
+
+
+@pytest.mark.parametrize(("fault", "note"), [("dies", "ended with exit code 7"), ("hangs", "was stuck for 5 s")])
+def test_a_process_that_dies_or_hangs_costs_only_its_model(
+    competition, weights, one_thread, tmp_path, monkeypatch, fault, note
+):
+    alone = tmp_path / "alone"
+    shutil.copytree(weights, alone)
+    bundles = [{"folder": "small-fold1"}]
+    (alone / "weights.json").write_text(json.dumps({"bundles": bundles}))
+    expected, _ = submit(competition, alone, tmp_path / "one")
+    monkeypatch.setattr(prediction_process, "STALLED_S", 5.0)
+    monkeypatch.setattr(prediction_process, "serve", partial(fail_in, fault))
+    path, ledger = submit(competition, weights, tmp_path / "two", replace(SETTINGS, processes=2))
+    notes = ledger.set_index("stage").note
+    assert note in notes["small-fold0"] and notes["small-fold1"] == ""
+    assert path.read_bytes() == expected.read_bytes()
+    assert psutil.Process().children(recursive=True) == []
+
+
+def test_the_deadline_holds_over_processes_that_hang(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_process, "serve", partial(fail_in, "hangs"))
+    began = time.monotonic()
+    run = SubmissionRun(competition, tmp_path / "submission.csv", replace(SETTINGS, processes=2))
+    run.deadline = Deadline(8)
+    run.predict(weights, tmp_path / "scratch")
+    assert time.monotonic() - began < 25
+    assert run.finish().set_index("stage").note["small-fold0"] == "time was up" and run.faults == []
+    assert psutil.Process().children(recursive=True) == []

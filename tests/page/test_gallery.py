@@ -98,7 +98,7 @@ def test_the_whole_study_opens_with_class_fold_and_boxes(tmp_path, copies):
     run = make_run(tmp_path, small, images=small.images.assign(rows=0, columns=0))
     gallery = Gallery(run, copies)
     study = gallery.open("image011")
-    assert study.study_id == "study005" and study.true_class == "typical" and study.fold == 1
+    assert study.study_id == "study005" and study.true_classes == ("typical",) and study.fold == 1
     assert study.trained_on == gallery.fingerprint == data_fingerprint(**tables_of(small))
     assert [image.image_id for image in study.images] == ["image011", "image010"]
     assert [(image.rows, image.columns) for image in study.images] == [(ROWS, COLUMNS)] * 2
@@ -148,12 +148,17 @@ def test_a_study_in_two_folds_says_so(tmp_path, copies):
     assert study.fold == 1 and "several folds" in study.remarks[0]
 
 
-def test_labels_of_other_classes_are_not_shown(tmp_path, copies):
+def test_classes_of_other_data_sets_and_several_findings_are_shown(tmp_path, copies):
     small = SmallXrays(4)
     labels = small.labels.rename(columns=dict(zip(STUDY_CLASSES, "ABCD", strict=True)))
+    labels.loc[labels["id"] == small.images.study_id[2], ["A", "C"]] = 1.0
     gallery = Gallery(make_run(tmp_path, small, labels=labels, dataset="rsna"), copies)
-    assert gallery.choices() == ["all"] and gallery.open("image002").true_class == ""
-    assert gallery.open("image002").images[0].truth.to_numpy().tolist() == [list(BOX)]
+    study = gallery.open("image002")
+    assert {"A", "C"} <= set(study.true_classes) and study.true_classes == tuple(sorted(study.true_classes))
+    assert gallery.choices() == ["all", *(name for name in "ABCD" if labels[name].any())]
+    for name in study.true_classes:
+        assert "image002" in [caption.rpartition(", ")[2] for _, caption in gallery.page(name, 1)[0]]
+    assert study.images[0].truth.to_numpy().tolist() == [list(BOX)]
 
 
 def test_files_are_used_if_they_are_the_ones_that_were_decoded(tmp_path, copies):

@@ -1,9 +1,11 @@
 """What a visitor sees of a study, without a web server."""
 
+import json
 import re
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 from typer.testing import CliRunner
@@ -17,9 +19,12 @@ from kitlib.page.opened_study import DecodedCopies
 from kitlib.page.systems import find_systems
 from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
 from kitlib.page.warm_models import WarmModels
+from kitlib.runs.finished_run import read_prepared
+from kitlib.tables import empty_table
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.writing import write_xray
-from tests.small_page import page_runs
+from tests.small_page import CLASSES, CLASSIFIER, page_runs, write_classifiers
+from tests.small_runs import train
 
 FUSED = "fuse: study + yolo + faster_rcnn"
 
@@ -39,6 +44,23 @@ def view(viewer):
     """A study with annotated boxes; the first page of the gallery has at least one."""
     names = [caption.rpartition(", ")[2] for _, caption in viewer.gallery.page("typical", 1)[0]]
     return next(view for name in names if len((view := viewer.pick(name, FUSED)).study.images[0].truth))
+
+
+@pytest.fixture(scope="module")
+def classifying(viewer):
+    """A viewer of the same runs and of classifiers, an ensemble of them, and a probe that sees only the border."""
+    runs = viewer.folder.parent / "runs"
+    write_classifiers(runs, viewer.gallery.fingerprint)
+    train(
+        runs / "border",
+        read_prepared(runs / "prepare"),
+        model="border",
+        recipe=replace(CLASSIFIER, probe="border", judged_by="accuracy"),
+        of_fold={"best": {"score": 0.625}},
+        class_scores=empty_table("class_scores"),
+    )
+    systems = find_systems(list_runs([runs]))
+    return Viewer(systems, viewer.models, viewer.copies, viewer.gallery, viewer.folder)
 
 
 def drawn(svg, name):
@@ -128,3 +150,33 @@ def test_the_command_says_what_is_missing(tmp_path, made, says):
         (tmp_path / "runs").mkdir()
     result = CliRunner().invoke(app, ["page", "--runs", str(tmp_path / "runs")])
     assert result.exit_code and says in " ".join(result.output.replace("│", " ").split())
+
+
+def test_every_run_that_predicts_is_offered_and_a_probe_is_not(classifying):
+    expected = [FUSED, "yolo", "faster_rcnn", "both: first + second", "first", "second", "lungs"]
+    assert list(classifying.systems) == expected
+
+
+def test_classifiers_show_their_classes_and_what_a_probe_reaches(classifying, view):
+    shown, image = classifying.switch(view, "both: first + second"), view.study.images[0]
+    expected = classifying.models.answer(shown.system, view.study).classes.set_index("image_id").loc[image.key]
+    html = classifying.bars(shown, image)
+    assert [float(number) for number in re.findall(r'aria-valuenow="([\d.]+)"', html)] == pytest.approx(expected, abs=5e-4)
+    assert "none" not in html and shown.heat_classes == CLASSES == list(expected.index)
+    details = classifying.details(shown, image)
+    assert "(border) that sees only the border of each image reaches a validation accuracy of 0.625" in details
+    assert "reaches a validation" not in classifying.details(view, image)
+    svg = classifying.draw(shown, image, 0.0, [BOXES, HEAT], "atypical")
+    assert f"Grad-CAM of first, fold {view.study.fold} for {expected.idxmax()}" in svg and "No detector" not in svg
+    rows, answer = classifying.files(shown)
+    pd.testing.assert_series_equal(pd.read_csv(rows).set_index("image_id").loc[image.image_id], expected, check_names=False)
+    of_image = json.loads(answer.read_text())["images"][0]
+    assert of_image["classes"] == pytest.approx(dict(expected)) and "opacity" not in of_image
+
+
+def test_a_segmenter_shows_the_lungs_and_their_share(classifying, view):
+    shown, image = classifying.switch(view, "lungs"), view.study.images[0]
+    mask, _ = classifying.models.lungs(shown.system, view.study, image)
+    assert f"{mask.mean():.1%} of the image is lung" in classifying.bars(shown, image) and 0 < mask.mean() < 1
+    assert drawn(classifying.draw(shown, image, 0.0, []), "lungs") == 1
+    assert classifying.files(shown)[0] is None and "1 models answered" in classifying.summary(shown)

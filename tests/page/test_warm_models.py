@@ -85,9 +85,10 @@ def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, 
     assert run.ledger[run.ledger.stage == "fuse and write"].note.tolist()[-1] == "0 rows keep placeholder predictions"
 
     opened = open_uploads(sorted(study.glob("*/*.dcm")), copies, fused.longest_side)
-    write_rows(tmp_path / "page.csv", models.answer(fused, opened), opened)
+    (tmp_path / "page").mkdir()
+    rows = write_rows(tmp_path / "page", models.answer(fused, opened), opened)
     submitted = {line for line in run.output.read_text().splitlines()[1:]}
-    shown = {line for line in (tmp_path / "page.csv").read_text().splitlines()[1:]}
+    shown = {line for line in rows.read_text().splitlines()[1:]}
     assert shown == submitted and len(shown) == 1 + len(opened.images)
 
 
@@ -97,10 +98,11 @@ def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, co
     run = SubmissionRun(competition, tmp_path / "submission.csv", SubmitSettings(time_limit_s=600, workers=1))
     run.predict(str(weights), tmp_path / "scratch")
     whole = as_tables(read_submission(run.output))
+    (tmp_path / "page").mkdir()
     for folder in (competition / "test").iterdir():
         study = open_uploads(sorted(folder.glob("*/*.dcm")), copies, fused.longest_side)
-        write_rows(tmp_path / "page.csv", models.answer(fused, study), study)
-        for shown, of_all in zip(as_tables(read_submission(tmp_path / "page.csv")), whole, strict=True):
+        rows = write_rows(tmp_path / "page", models.answer(fused, study), study)
+        for shown, of_all in zip(as_tables(read_submission(rows)), whole, strict=True):
             key = of_all.columns[0]
             of_all = of_all[of_all[key].isin(shown[key])]
             numbers = [name for name in shown if name != key]
@@ -228,9 +230,9 @@ def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models
 def test_downloaded_files_contain_the_predictions(fused, gallery, models, tmp_path):
     study = opened(gallery, 0)
     answer = models.answer(fused, study)
-    write_rows(tmp_path / "rows.csv", answer, study)
+    rows = write_rows(tmp_path, answer, study)
     write_answer(tmp_path / "answer.json", answer, study, fused)
-    studies, nones, detections = as_tables(read_submission(tmp_path / "rows.csv"))
+    studies, nones, detections = as_tables(read_submission(rows))
     told = json.loads((tmp_path / "answer.json").read_text())
     assert studies.study_id.tolist() == [study.study_id] == [told["study_id"]]
     assert studies.iloc[0][list(STUDY_CLASSES)].tolist() == pytest.approx([told["study"][name] for name in STUDY_CLASSES])
@@ -246,14 +248,14 @@ def test_values_without_a_model_are_class_frequencies_in_csv_and_null_in_json(fu
     detectors = replace(fused, name="detectors", models=tuple(m for m in fused.models if "boxes" in m.answers))
     study = opened(gallery, 0)
     answer = models.answer(detectors, study)
-    write_rows(tmp_path / "rows.csv", answer, study)
+    rows = write_rows(tmp_path, answer, study)
     write_answer(tmp_path / "answer.json", answer, study, detectors)
     assert json.loads((tmp_path / "answer.json").read_text())["study"] is None
     classifier = replace(fused, name="classifier", models=tuple(m for m in fused.models if "boxes" not in m.answers))
     write_answer(tmp_path / "answer.json", models.answer(classifier, study), study, classifier)
     told = json.loads((tmp_path / "answer.json").read_text())
     assert told["study"] is not None and all(image["opacity"] is None for image in told["images"])
-    typical = read_submission(tmp_path / "rows.csv").studies.set_index("label").score["typical"]
+    typical = read_submission(rows).studies.set_index("label").score["typical"]
     assert typical == pytest.approx(PRIORS["typical"], abs=1e-6)
 
 

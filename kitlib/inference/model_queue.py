@@ -1,0 +1,134 @@
+"""The models of a submission in the order of their value, and how much of the remaining time each may take."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import pandas as pd
+
+from kitlib.deadline import Deadline
+
+if TYPE_CHECKING:
+    from kitlib.inference.answer import AnsweringModel
+
+
+class Counts(Protocol):
+    """What a Predictor has counted since its `predict` was called."""
+
+    model: str
+    fold: int
+    seen: list[str]
+    lungs_missed: int
+    overflowed: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a model has predicted so far; never changed, so that another thread may fuse it."""
+
+    model: str = ""  # in the tables
+    fold: int = 0
+    chunks: tuple[pd.DataFrame, ...] = ()
+    seen: tuple[str, ...] = ()  # image_ids, including those of images without boxes
+    lungs_missed: int = 0  # number of images that were used uncropped because no lungs were found
+    overflowed: int = 0  # number of images that were predicted again in float32
+
+    def coverage(self) -> pd.DataFrame:
+        """Return a `coverage` table: image_id, model and fold of each image that the model has predicted."""
+        return pd.DataFrame({"image_id": self.seen, "model": self.model, "fold": self.fold})
+
+
+@dataclass(eq=False)
+class Model:
+    """One bundle of a submission and what it has predicted so far."""
+
+    record: "AnsweringModel"
+    predicted: Predicted = Predicted()
+    turns: int = 0  # how often it has begun
+    running: bool = False
+    stopped: bool = False  # whether the model was stopped after its share of the time; it may continue later
+
+    @property
+    def folder(self) -> Path:
+        """The bundle's folder."""
+        return self.record.folder
+
+    @property
+    def answers(self) -> frozenset[str]:
+        """What the model predicts: a subset of "study", "none" and "boxes"."""
+        return self.record.answers
+
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether its predictions are part of the submission: those of a first turn only once it has ended."""
+        return not self.running or self.turns > 1
+
+    def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
+        """Add a batch's predictions; `predictor` has counted since `before`."""
+        self.predicted = Predicted(
+            predictor.model,
+            predictor.fold,
+            (*self.predicted.chunks, chunk),
+            (*before.seen, *predictor.seen),
+            before.lungs_missed + predictor.lungs_missed,
+            before.overflowed + predictor.overflowed,
+        )
+
+    def drop(self) -> None:
+        """Discard all predictions of this model, and their counts."""
+        self.predicted, self.stopped = Predicted(), False
+
+    def count_predicted(self) -> int:
+        """Return the number of images with a prediction; a classifier's rows without any finite number do not count."""
+        if "boxes" in self.answers:
+            return len(self.predicted.seen)
+        return sum(int(chunk.select_dtypes("float").notna().any(axis=1).sum()) for chunk in self.predicted.chunks)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A model that may predict now.
+
+    If `may_stop`, it is stopped after `budget` seconds and keeps its predictions; otherwise it is dropped as soon as it is
+    expected to take longer than `budget`.
+    """
+
+    model: Model
+    budget: float
+    may_stop: bool
+
+
+class ModelQueue:
+    """Hands out the models of a submission to one or more `processes` that predict. Thread-safe.
+
+    The first model of each kind of prediction may stop before it has predicted all images, which is better than no
+    prediction, so that the first models of other kinds get their share of the time. Further models must finish. Models that
+    were stopped get a second turn after all others.
+    """
+
+    def __init__(self, models: list[Model], deadline: Deadline, processes: int = 1) -> None:
+        self.models, self.deadline, self.processes = models, deadline, processes
+        self._one_at_a_time = threading.Lock()
+
+    def next(self) -> Turn | None:
+        """Return the next turn and mark its model as running, or None if no model is waiting."""
+        with self._one_at_a_time:
+            waiting = [model for model in self.models if not model.turns]
+            stopped = [model for model in self.models if model.turns == 1 and model.stopped and not model.running]
+            if not (waiting or stopped):
+                return None
+            turn = self._first_turn(waiting) if waiting else Turn(stopped[0], self.deadline.left(), may_stop=True)
+            turn.model.turns, turn.model.running = turn.model.turns + 1, True
+            return turn
+
+    def _first_turn(self, waiting: list[Model]) -> Turn:
+        predicted = frozenset[str]().union(
+            *(other.answers for other in self.models if other.predicted.seen or other.running)
+        )
+        is_first, first_models = not waiting[0].answers <= predicted, 0
+        for model in waiting:
+            first_models += not model.answers <= predicted
+            predicted |= model.answers
+        rounds = -(-first_models // self.processes)  # the processes share the first models
+        return Turn(waiting[0], self.deadline.left() / (rounds if is_first else 1), may_stop=is_first)

@@ -1,0 +1,245 @@
+"""Predicts in a process that has a GPU of its own, for a parent process that decodes the images and fuses predictions."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kitlib.deadline import Deadline, OutOfTime
+from kitlib.errors import CacheError, PredictionError
+from kitlib.inference.cached_lungs import CachedLungs, LungsReport
+from kitlib.processes import die_with_parent, kill_family
+from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.worker import LightContext
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+# A process that has started and been given something to do, but sends nothing for this long, is stuck. Loading a model and
+# predicting its first batch, which includes cuDNN's choice of algorithms, take a small part of it.
+STALLED_S = 300.0
+STARTING_S = 300.0  # for importing torch, from a disk that all processes read
+STOPPING_S = 60.0  # for the batches that are prepared already when a model is stopped
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """What a prediction process is told when it starts."""
+
+    cache: XrayCache  # has the decoded images
+    batch_size: int
+    threads: int  # CPU threads for torch
+    lungs: tuple[Path | None, bool] | None = None  # a segmenter's bundle, and whether masks are needed; None: neither
+
+
+class PredictionProcess:
+    """A process that predicts with one model after the other; started at the first model, and again after it has died.
+
+    `gpu` is its CUDA_VISIBLE_DEVICES, "" for no GPU. `lungs` is its report about the lungs that it has found, None until it
+    has finished a model that needs them.
+    """
+
+    def __init__(self, settings: ProcessSettings, gpu: str, deadline: Deadline) -> None:
+        self.settings, self.gpu, self.deadline = settings, gpu, deadline
+        self.lungs: LungsReport | None = None
+        self._process: Any = None
+        self._connection: Any = None
+
+    def load(self, bundle: Path) -> "RemotePredictor":
+        """Return a predictor with the model in `bundle`, loaded in the process.
+
+        Raises PredictionError if the model cannot be loaded, or if the process dies or gets stuck, and OutOfTime if the
+        deadline passes. After the latter three, the process has been killed.
+        """
+        if self._process is None:
+            self._start()
+        self.send("load", bundle)
+        return RemotePredictor(self, *self.receive()[1])
+
+    def send(self, what: str, content: Any = None) -> None:
+        """Send a message to the process. Raises PredictionError if the process has ended."""
+        try:
+            self._connection.send((what, content))
+        except (AttributeError, OSError) as error:  # AttributeError: it has been killed
+            raise PredictionError("the prediction process has ended") from error
+
+    def receive(self, last_sent: Callable[[], float] = lambda: 0.0, limit_s: float | None = None) -> tuple[str, Any]:
+        """Return the next message from the process, its name and content.
+
+        `last_sent` is a function that returns when the process was last given something to do, a time.monotonic() value.
+        The process may take `limit_s` from then, STALLED_S by default. Raises the errors of `load`.
+        """
+        limit_s = limit_s or STALLED_S
+        began, connection, process = time.monotonic(), self._connection, self._process
+        try:
+            while not connection.poll(POLL_S):
+                if self.deadline.left() <= 0:
+                    raise OutOfTime
+                if time.monotonic() - max(began, last_sent()) > limit_s:
+                    raise PredictionError(f"the prediction process was stuck for {limit_s:.0f} s and was ended")
+            what, content = connection.recv()
+        except (EOFError, OSError) as error:
+            process.join(1)
+            self.kill()
+            raise PredictionError(f"the prediction process ended with exit code {process.exitcode}") from error
+        except BaseException:
+            self.kill()
+            raise
+        if what == "failed":
+            raise PredictionError(content)
+        return what, content
+
+    def kill(self) -> None:
+        """Kill the process, if it runs."""
+        process, connection, self._process, self._connection = self._process, self._connection, None, None
+        if process is not None:
+            kill_family(process.pid)
+            process.join()
+            connection.close()
+
+    def _start(self) -> None:
+        context = LightContext()
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.settings, self.gpu, os.getpid()), daemon=True)
+        self._process.start()
+        theirs.close()  # otherwise the process's end would go unnoticed
+        self.receive(limit_s=STARTING_S)
+
+
+class RemotePredictor:
+    """A model in a prediction process; its attributes are those of a Predictor."""
+
+    def __init__(self, process: PredictionProcess, model: str, fold: int) -> None:
+        self.process, self.model, self.fold = process, model, fold
+        self.seen: list[str] = []
+        self.lungs_missed = self.overflowed = 0
+        self._last_sent, self._sending, self._ended = 0.0, threading.Lock(), False
+
+    def predict(self, image_ids: Iterable[str]) -> Generator[pd.DataFrame, None, None]:
+        """Yield one table of predictions per batch of the decoded images `image_ids`, which a thread reads.
+
+        Raises the errors of `PredictionProcess.load`. If the generator is closed before its end, it waits until the process
+        is ready for another model.
+        """
+        threading.Thread(target=self._send_all, args=[image_ids], name="image ids", daemon=True).start()
+        what = ""
+        try:
+            while True:
+                what, content = self.process.receive(lambda: self._last_sent)
+                if what == "done":
+                    self.process.lungs = content or self.process.lungs
+                    return
+                table, seen, self.lungs_missed, self.overflowed = content
+                self.seen += seen
+                yield table
+        except (PredictionError, OutOfTime):
+            what = "failed"
+            raise
+        finally:
+            with self._sending:
+                self._ended = True
+            if what not in ("done", "failed"):
+                self._stop()
+
+    def _send_all(self, image_ids: Iterable[str]) -> None:
+        try:
+            for image_id in image_ids:
+                if not self._send("image", image_id):
+                    return
+            self._send("end")
+        except PredictionError:
+            return  # the next `receive` says why the process has ended
+
+    def _send(self, what: str, content: Any = None) -> bool:
+        """Send a message unless the prediction has ended, so that no image id reaches the next model."""
+        with self._sending:
+            if not self._ended:
+                self.process.send(what, content)
+                self._last_sent = time.monotonic()
+            return not self._ended
+
+    def _stop(self) -> None:
+        """Let the process end this model, and discard the batches that it had prepared."""
+        began = time.monotonic()
+        try:
+            self.process.send("stop")
+            while self.process.receive()[0] != "done":
+                if time.monotonic() - began > STOPPING_S:
+                    self.process.kill()
+                    return
+        except (PredictionError, OutOfTime):
+            return  # it has ended, or failed at one of these batches
+
+
+def serve(connection: Any, settings: ProcessSettings, gpu: str, parent: int) -> None:
+    """Predict in this process, which was started for it, until the parent process ends."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    die_with_parent(parent)
+    logging.basicConfig(level=logging.WARNING, format=f"prediction process {gpu}: %(message)s")
+    import torch
+
+    from kitlib.inference.predict import load_predictor
+
+    torch.set_num_threads(settings.threads)
+    lungs = None if settings.lungs is None else CachedLungs(*settings.lungs, settings.batch_size)
+    loads: queue.SimpleQueue[tuple[Path, _Inbox]] = queue.SimpleQueue()
+    threading.Thread(target=_receive_all, args=(connection, loads), daemon=True).start()
+    connection.send(("started", None))
+    while True:
+        bundle, inbox = loads.get()
+        try:
+            predictor, sent = load_predictor(bundle, batch_size=settings.batch_size, lungs=lungs), 0
+            connection.send(("loaded", (predictor.model, predictor.fold)))
+            for table in predictor.predict(inbox.xrays(settings.cache)):
+                counts = predictor.lungs_missed, predictor.overflowed
+                connection.send(("predicted", (table, predictor.seen[sent:], *counts)))
+                sent = len(predictor.seen)
+            connection.send(("done", None if lungs is None else lungs.report()))
+        except Exception as error:
+            logger.error("%s failed", bundle, exc_info=error)
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+        finally:
+            inbox.stop()
+
+
+class _Inbox:
+    """The ids of the images that one model has to predict, as they arrive."""
+
+    def __init__(self) -> None:
+        self.image_ids: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.stopped = False
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.image_ids.put(None)
+
+    def xrays(self, cache: XrayCache) -> Iterator[CachedXray]:
+        while (image_id := self.image_ids.get()) is not None and not self.stopped:
+            try:
+                yield cache.read(image_id)
+            except (CacheError, KeyError, OSError) as error:  # costs this model one image
+                logger.warning("the decoded copy of %s cannot be read: %s", image_id, error)
+
+
+def _receive_all(connection: Any, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]") -> None:
+    """Put each model to load into `loads`, with an inbox that gets its images."""
+    inbox = _Inbox()
+    while True:
+        try:
+            what, content = connection.recv()
+        except (EOFError, OSError):  # the parent has closed the connection
+            os._exit(0)
+        if what == "load":
+            inbox = _Inbox()
+            loads.put((content, inbox))
+        elif what == "stop":
+            inbox.stop()
+        else:
+            inbox.image_ids.put(content if what == "image" else None)
