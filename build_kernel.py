@@ -1,5 +1,6 @@
-"""Build a Kaggle kernel from a YAML file, rehearse it as Kaggle would run it, and push it."""
+"""Build a Kaggle kernel from a YAML file, rehearse it as Kaggle would run it, push it, and submit its result."""
 
+import dataclasses
 import logging
 import shlex
 from pathlib import Path
@@ -10,11 +11,13 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from kitlib.errors import KitError
+from kitlib.errors import KernelError, KitError
 from kitlib.kernels.build import build_kernel, sum_file_sizes
-from kitlib.kernels.push import Pushed, push
+from kitlib.kernels.push import push
+from kitlib.kernels.pushed import Pushed, is_pushed, read_pushed
 from kitlib.kernels.rehearse import Rehearsal, rehearse
 from kitlib.kernels.spec import KernelSpec, read_spec
+from kitlib.kernels.submit import check_output, fetch_output, submit_version, wait_for_run, wait_for_score
 from kitlib.kernels.wheels import inference_pins, kaggle_wheels
 
 console = Console()
@@ -26,6 +29,9 @@ def main(
     should_rehearse: Annotated[
         bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")
     ] = False,
+    docker: Annotated[
+        bool, typer.Option("--docker", help="rehearse in Kaggle's public image, with Docker, instead of the stand-in")
+    ] = False,
     inputs: Annotated[Path | None, typer.Option(help="folder with a subfolder SLUG for each input")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="folder with the two ground-truth CSV files, to score the rehearsal")
@@ -34,14 +40,29 @@ def main(
         float | None, typer.Option(min=1, help="seconds for the rehearsal; default: the kernel's limit")
     ] = None,
     allow_placeholders: Annotated[
-        bool, typer.Option("--allow-placeholders", help="pass a rehearsal in which models were dropped or failed")
+        bool, typer.Option("--allow-placeholders", help="accept a result for which models were dropped or failed")
     ] = False,
     owner: Annotated[str | None, typer.Option(help="Kaggle user name; default: KAGGLE_USERNAME, else the file's")] = None,
     should_push: Annotated[
         bool, typer.Option("--push", help="push the kernel and its datasets; needs an API token")
     ] = False,
+    should_wait: Annotated[
+        bool, typer.Option("--wait", help="wait for the pushed run; download and check a submission's file")
+    ] = False,
+    should_submit: Annotated[
+        bool, typer.Option("--submit", help="wait for the pushed run, submit it, and wait for the score")
+    ] = False,
+    message: Annotated[str, typer.Option(help="description of the submission; its version is added")] = "",
+    quick_save: Annotated[
+        int,
+        typer.Option(min=0, help="the saved version predicts only this many files, the scored rerun all; 0: both all"),
+    ] = 0,
 ) -> None:
-    """Build OUT/kernel, OUT/wheels and OUT/weights, then rehearse and push them if requested.
+    """Build OUT/kernel, OUT/wheels and OUT/weights, then rehearse, push and submit them if requested.
+
+    Without --push, --wait and --submit go on with what was pushed from OUT, and build nothing. Together with --push, they go
+    on with a build that was pushed before, unless its run has failed. They can be interrupted and run again: OUT/pushed.json
+    says what is done.
 
     Exit codes: 0 everything succeeded; 1 the rehearsal failed; 2 an error, which is printed; 3 the rehearsal's session ended
     before its training did. A kernel that does not pass its rehearsal is not pushed.
@@ -50,16 +71,33 @@ def main(
     logging.getLogger("papermill").setLevel(logging.WARNING)
     if should_rehearse and inputs is None:
         raise typer.BadParameter("--rehearse needs --inputs DIR, a folder with a subfolder for each of the kernel's inputs")
+    follows = should_wait or should_submit
+    builds = should_push or not follows
+    if not builds and (should_rehearse or quick_save):
+        raise typer.BadParameter("--rehearse and --quick-save need a build; add --push, or leave --wait and --submit out")
+    if (message and not should_submit) or (docker and not should_rehearse):
+        raise typer.BadParameter("--message needs --submit, and --docker needs --rehearse")
     try:
         spec = read_spec(kernel, owner)
-        parts = build_kernel(spec, out, kaggle_wheels(inference_pins()))
-        console.print(_size_table(parts))
-        if should_rehearse and inputs:
-            _run_rehearsal(spec, out, inputs, truth, time_limit, allow_placeholders)
+        if should_submit and not spec.is_submission:
+            raise KernelError(f"{spec.slug} makes no submission; leave --submit out")
+        if quick_save:
+            logging.warning(
+                "quick save: the saved version predicts only %d files; the scored rerun predicts all", quick_save
+            )
+            spec = dataclasses.replace(spec, parameters=spec.parameters | {"quick_save": quick_save})
+        parts = build_kernel(spec, out, kaggle_wheels(inference_pins())) if builds else {}
+        if parts:
+            console.print(_size_table(parts))
+        was_pushed = should_push and follows and is_pushed(out)
+        if should_rehearse and inputs and not was_pushed:
+            _run_rehearsal(spec, out, inputs, truth, time_limit, allow_placeholders, docker)
         if should_push:
             console.rule("push")
-            _print_pushed(push(out))
-        else:
+            _print_pushed(read_pushed(out) if was_pushed else push(out), "pushed before" if was_pushed else "pushed")
+        if follows:
+            _follow(spec, out, should_submit, message, allow_placeholders)
+        elif not should_push:
             console.print(_push_instructions(spec, parts), highlight=False, soft_wrap=True)
     except KitError as error:
         console.print(f"[red]{type(error).__name__}[/red]", end=": ")
@@ -74,6 +112,7 @@ def _run_rehearsal(
     truth: Path | None,
     time_limit: float | None,
     allow_placeholders: bool,
+    docker: bool,
 ) -> None:
     console.rule("rehearsal")
     limit = spec.time_limit_s if time_limit is None else time_limit
@@ -85,10 +124,29 @@ def _run_rehearsal(
         truth,
         on_line=lambda line: console.out(line, highlight=False),
         allow_placeholders=allow_placeholders,
+        docker=docker,
     )
     _print_rehearsal(result)
     if not result.passed:
         raise typer.Exit(3 if result.unfinished else 1)
+
+
+def _follow(spec: KernelSpec, out: Path, should_submit: bool, message: str, allow_placeholders: bool) -> None:
+    """Wait for the run that was pushed from `out` and check a submission's file; then submit it, if requested."""
+    console.rule("wait")
+    if (pushed := read_pushed(out)).kernel != f"{spec.owner}/{spec.slug}":
+        raise KernelError(f"{pushed.kernel} was pushed from {out}, not {spec.owner}/{spec.slug}; give its own --out")
+    wait_for_run(out)
+    if not spec.is_submission:
+        return
+    fetch_output(out)
+    check_output(out, allow_placeholders)
+    if should_submit:
+        console.rule("submit")
+        submit_version(out, message)
+        pushed = wait_for_score(out, spec.fused_run())
+        for name, score in (("public", pushed.public_score), ("private", pushed.private_score)):
+            console.print(f"{name} score: {'not published' if score is None else f'{score:g}'}")
 
 
 def _size_table(parts: dict[str, Path]) -> Table:
@@ -103,7 +161,8 @@ def _size_table(parts: dict[str, Path]) -> Table:
 
 
 def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
-    lines = ["To push the kernel with its datasets, add --push."]
+    submit = "; to submit its result too, --push --submit" if spec.is_submission else ""
+    lines = [f"To push the kernel with its datasets, add --push{submit}."]
     if spec.owner == "your-kaggle-name":
         lines.insert(0, "Build it again with --owner and your Kaggle user name first; the file has only a stand-in.")
     if spec.kernel_sources:
@@ -115,8 +174,8 @@ def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
     return "\n".join([*lines, f"  kaggle kernels push -p {quoted['kernel']}"])
 
 
-def _print_pushed(result: Pushed) -> None:
-    table = Table("pushed", "", title="")
+def _print_pushed(result: Pushed, title: str) -> None:
+    table = Table(title, "", title="")
     for name, outcome in result.datasets.items():
         table.add_row(name, outcome)
     table.add_row(f"version {result.version}", result.url)

@@ -321,6 +321,31 @@ def publish(
 
 
 @app.command()
+def kaggle_image(
+    frozen: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Output of `pip freeze` in a Kaggle session.")],
+) -> None:
+    """Refresh kitlib/kernels/kaggle_image.txt, the packages of Kaggle's image, from FROZEN; print the differences.
+
+    Also prints what has to be changed in requirements.txt. To make FROZEN, run `!pip freeze > /kaggle/working/freeze.txt` in
+    a notebook on Kaggle and download its output.
+    """
+    from kitlib.errors import KernelError
+    from kitlib.kernels.kaggle_image import IMAGE_LIST, list_changes, refresh_image
+
+    try:
+        differences, changes = refresh_image(frozen), list_changes()
+    except KernelError as error:
+        _fail(error)
+    for difference in differences:
+        typer.echo(str(difference))
+    typer.echo(f"{IMAGE_LIST} is written: {len(differences)} differences")
+    if changes:
+        typer.echo("Change requirements.txt, and make .venv again:")
+    for change in changes:
+        typer.echo(f"  {change}")
+
+
+@app.command()
 def demo(
     whole: Annotated[
         bool, typer.Option("--whole", help="Also segment lungs, pre-train on phantoms of NIH and RSNA, and pseudo-label.")

@@ -90,7 +90,11 @@ class LeaderboardError(KitError, ValueError):
 
 
 class KernelError(KitError, ValueError):
-    """Raised when a Kaggle kernel cannot be built, rehearsed or pushed. The message names the cause and what to do."""
+    """Raised when a Kaggle kernel cannot be built, rehearsed, pushed or submitted. The message says what to do."""
+
+
+class KaggleUnreachable(KernelError):
+    """Raised when Kaggle cannot be reached or has a fault of its own, so that the same request may succeed later."""
 
 
 class PlanError(KitError, ValueError):

@@ -26,6 +26,14 @@ def on_kaggle() -> bool:
     return (kaggle_root() / "working").is_dir()
 
 
+def is_saved_version() -> bool:
+    """Return True in a version of a kernel that Kaggle saves and runs, False in the rerun of it that is scored.
+
+    Also returns False in a rehearsal, which runs as a rerun, and outside Kaggle.
+    """
+    return on_kaggle() and not os.environ.get("KAGGLE_IS_COMPETITION_RERUN")
+
+
 def project_root() -> Path:
     """Return the project's root folder: the environment variable KIT_ROOT (in kernels), else the folder above `kitlib`."""
     return Path(os.environ.get("KIT_ROOT", Path(__file__).resolve().parent.parent))

@@ -69,7 +69,7 @@ def ready(project, requirements):
     os.utime(path, (0, 0))
 
 
-@pytest.mark.parametrize("line", ["pandas==2.3.3\n", "kaggle==2.2.4\n", "absl-py==1.4.0\n"])
+@pytest.mark.parametrize("line", ["pandas==2.3.3\n", "kaggle==2.2.5\n", "absl-py==1.4.0\n"])
 def test_a_venv_of_other_requirements_is_refused(project, line):
     fake = python(project / ".venv" / "bin" / "python")
     requirements = "".join((project / name).read_text() for name in SOURCES)

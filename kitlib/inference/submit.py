@@ -24,7 +24,7 @@ from kitlib.errors import SubmissionError
 from kitlib.inference.install_wheels import install_wheels
 from kitlib.inference.ledger import Ledger, describe_failure
 from kitlib.inference.model_queue import Model, ModelQueue, Turn
-from kitlib.paths import find_input, on_kaggle
+from kitlib.paths import find_input, is_saved_version, on_kaggle
 from kitlib.scoring.submission_csv import write_submission
 from kitlib.scoring.validate import Fault, validate_rows
 
@@ -60,6 +60,7 @@ class SubmitSettings:
     batch_size: int = 16
     processes: int = 0  # number of processes that predict side by side; 0: one per GPU
     only_projections: bool = False  # skip files of other modalities, such as CT, instead of predicting them with a warning
+    quick_save: int = 0  # number of files that a version saved on Kaggle predicts, whose scored rerun predicts all; 0: all
 
 
 class SubmissionRun:
@@ -96,9 +97,13 @@ class SubmissionRun:
         self.stacked: Stacked | None = None  # result of the ensemble in the latest fusion
         test = read_test(competition, headers=False)
         self.images, self.study_ids, self.ids = test.images, test.study_ids, test.submission_ids
-        self.readable = len(self.images)  # number of files that were not found unreadable
         write_submission(self.output, self.ids)
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {planned:.0f} s")
+        if 0 < settings.quick_save < len(self.images) and is_saved_version():
+            note = f"QUICK SAVE: only {settings.quick_save} of {len(self.images)} files are predicted; the scored rerun"
+            self._note("quick save", settings.quick_save, began, f"{note} predicts all")
+            self.images = self.images.head(settings.quick_save)
+        self.readable = len(self.images)  # number of files to predict that were not found unreadable
         if self.deadline.left() <= 0:
             smallest = math.ceil(max(starting / settings.share, starting + ending))
             note = f"no time for models: starting took {starting:.1f} s; the smallest limit that allows any is {smallest} s"

@@ -131,16 +131,18 @@ def _write_kernel(spec: KernelSpec, folder: Path) -> None:
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
-        "enable_gpu": spec.accelerator != "none",
+        "enable_gpu": spec.uses_gpu,
         "enable_tpu": False,
         "enable_internet": spec.internet,
         # Kaggle itself writes this string for a kernel without an accelerator
-        "machine_shape": "None" if spec.accelerator == "none" else spec.accelerator,
+        "machine_shape": spec.accelerator if spec.uses_gpu else "None",
         "dataset_sources": spec.sources((*built_datasets, *spec.dataset_sources)),
         "competition_sources": [spec.competition] if spec.competition else [],
         "kernel_sources": spec.sources(spec.kernel_sources),
         "model_sources": list(spec.model_sources),
     }
+    if spec.docker_image:
+        metadata |= {"docker_image": spec.docker_image, "docker_image_pinning_type": "original"}
     write_json(folder / "kernel-metadata.json", metadata)
 
 

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 from kitlib.atomic import write_json
 from kitlib.errors import KernelError
-from kitlib.kernels.wheels import image_pins, read_pins
+from kitlib.kernels.wheels import UNTIED, image_pins, read_pins
 from kitlib.paths import project_root
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _site_packages() -> Path:
 
 
 def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Return the packages that are installed at the image's version, plus torch's dependencies that the image's list lacks.
+    """Return the packages installed at the image's version, those of UNTIED, and torch's dependencies that the list lacks.
 
     Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) is installed at another
     version than the image's, or if a package that rehearsals need is not installed. Other packages at another version are
@@ -84,7 +84,11 @@ def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata
     """
     distributions = importlib.metadata.distributions()
     installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(dist.name): dist for dist in distributions}
-    matching = {name for name, dist in installed.items() if dist.version.split("+")[0] == image.get(name)}
+    matching = {
+        name
+        for name, dist in installed.items()
+        if dist.version.split("+")[0] == image.get(name) or (name in UNTIED and name in image)
+    }
     importable = find_dependencies(read_pins(project_root() / "requirements.txt"), installed)
     mismatched = [
         f"{name} {installed[name].version} (the image has {image[name]})"

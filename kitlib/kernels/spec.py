@@ -10,13 +10,13 @@ from typing import Any
 from slugify import slugify
 
 from kitlib.errors import KernelError, NotebookError, SettingsError
+from kitlib.kernels.accelerators import NONE, find_fault
 from kitlib.parameters import check_parameters, read_parameters
-from kitlib.paths import project_root
+from kitlib.paths import RUN_RECORD, project_root
 from kitlib.recipes.named import check_recipe
 from kitlib.settings import Settings, from_dict
 from kitlib.yaml_reader import read_yaml
 
-ACCELERATORS = ("NvidiaTeslaT4", "none")
 # Kaggle's minimum and maximum lengths; Kaggle's client requires longer slugs for new datasets and for attached kernels.
 TITLE, SLUG = (6, 50), (3, 50)
 NEW_DATASET, KERNEL_SOURCE, COMPETITION = (6, 50), (5, 50), (1, 100)
@@ -27,6 +27,8 @@ BUNDLE_KEYS = {
 }
 # Beginnings of a Kaggle page's address or of an input's mount path, before the input's own name.
 ADDRESS = re.compile(r"((https?:)?/*(www\.)?kaggle\.com/|/kaggle/input/|/)*((c|competitions|datasets|code)/)?(?=.)")
+# A tag would not pin an image, because it can be moved to another one.
+DOCKER_IMAGE = re.compile(r"[a-z0-9][a-z0-9._/:-]*@sha256:[0-9a-f]{64}")
 SLUG_LETTERS = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -46,7 +48,8 @@ class KernelSpec(Settings):
     model_sources: tuple[str, ...] = ()  # Kaggle Models to attach, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
     kernel_sources: tuple[str, ...] = ()  # kernels whose output (their runs) to attach
     wheels: str = ""  # slug of the wheels dataset, which several kernels may share; empty: SLUG-wheels
-    accelerator: str = "NvidiaTeslaT4"  # two T4 GPUs, or "none" for a CPU kernel
+    accelerator: str = "NvidiaTeslaT4"  # two T4 GPUs; kitlib.kernels.accelerators lists the others; "none" is the CPU
+    docker_image: str = ""  # image in which Kaggle runs the kernel, as NAME@sha256:DIGEST; empty: Kaggle's latest
     internet: bool = False
     time_limit_hours: float = 9.0
     notebook: str = "notebooks/70_submit.ipynb"
@@ -71,6 +74,11 @@ class KernelSpec(Settings):
     def time_limit_s(self) -> float:
         """Time limit in seconds."""
         return self.time_limit_hours * 3600
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether the session has a GPU."""
+        return self.accelerator != NONE
 
     @property
     def notebook_path(self) -> Path:
@@ -137,6 +145,11 @@ class KernelSpec(Settings):
     def sources(self, entries: tuple[str, ...]) -> list[str]:
         """Return `entries` with `owner`/ put before each entry that has no owner yet."""
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
+
+    def fused_run(self) -> Path | None:
+        """Return the folder of the run whose tuned fusion the kernel uses, or None if `fusion` is not in a run's folder."""
+        run = (project_root() / self.fusion).parent if self.fusion else None
+        return run if run and (run / RUN_RECORD).is_file() else None
 
     def named_bundle(self, key: str) -> Path | None:
         """Return the bundle folder of the run given under `key` in the kernel's YAML file, or None if the entry is empty.
@@ -224,8 +237,13 @@ def _find_faults(spec: KernelSpec) -> list[str]:
         faults += [f"competition: {fault}" for fault in _find_slug_faults(spec.competition, COMPETITION)]
     if spec.owner and not re.fullmatch(r"[a-z0-9-]+", spec.owner):
         faults.append(f"owner {spec.owner!r} is not a Kaggle user name; use lower-case letters, digits and hyphens")
-    if spec.accelerator not in ACCELERATORS:
-        faults.append(f"accelerator {spec.accelerator!r} is unknown; valid: {', '.join(ACCELERATORS)}")
+    if fault := find_fault(spec.accelerator):
+        faults.append(fault)
+    if spec.docker_image and not DOCKER_IMAGE.fullmatch(spec.docker_image):
+        faults.append(
+            f"docker_image {spec.docker_image!r} is not NAME@sha256:DIGEST; copy it from the kernel-metadata.json of a "
+            "kernel that ran in the image: kaggle kernels pull -m OWNER/SLUG"
+        )
     if not 0 < spec.time_limit_hours <= 12:
         faults.append(f"time_limit_hours is {spec.time_limit_hours}; it must be above 0 and at most 12, Kaggle's limit")
     return faults + _find_source_faults(spec, is_submission)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,10 @@ UNNEEDED = {
     ): "pynvml is imported only to choose an idle GPU (device=-1) or for the web service",
     ("ultralytics", "ultralytics-platform"): "a client of a web service, imported when one of its classes is used",
 }
+# Packages of the image that may be installed here at a later version, because Kaggle's client requires it and kernels do not
+# depend on it: certifi only has root certificates, and kernels that submit have no network. kaggle_image.txt lists them with
+# >=, so that pip accepts the later version.
+UNTIED = ("certifi",)
 IMAGE_PYTHON = (3, 12)
 # The image is Ubuntu 22.04, whose glibc is 2.35.
 IMAGE_PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(35, 4, -1)]
@@ -72,10 +77,10 @@ def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
 def read_pins(path: str | Path) -> dict[str, str]:
     """Return the versions in the `name==version` lines of a requirements file, keyed by canonical package name.
 
-    Comments and options are skipped.
+    Lines `name>=version` count too, see UNTIED. Comments and options are skipped.
     """
     lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    pairs = (line.split("==", 1) for line in lines if "==" in line and not line.startswith("-"))
+    pairs = (re.split("[=>]=", line, maxsplit=1) for line in lines if re.search("[=>]=", line) and not line.startswith("-"))
     return {canonicalize_name(name.strip()): version.strip() for name, version in pairs}
 
 

@@ -11,6 +11,7 @@ from kitlib.plans.one_run import state_file
 from kitlib.plans.plan import RECORD as PLANNED
 from kitlib.recipes.named import RECIPES
 from kitlib.runs import run_kinds
+from kitlib.runs.kaggle_scores import KAGGLE, current_score
 from kitlib.runs.record import METRICS, RECORD
 from kitlib.runs.run_kinds import find_kind, fold_folders, walk_runs
 
@@ -22,9 +23,9 @@ class ListedRun:
     """One run folder: its name, kind, state and the contents of its JSON files.
 
     `kind` is a key of kitlib.runs.run_kinds.KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or
-    "damaged"; `remark` explains it. `record`, `metrics` and `plan` are the contents of the folder's JSON files; each is
-    empty if its file is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's number or,
-    for nested folds, "outer/inner", such as "2/0".
+    "damaged"; `remark` explains it. `record`, `metrics`, `plan` and `kaggle` are the contents of the folder's JSON files;
+    each is empty if its file is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's
+    number or, for nested folds, "outer/inner", such as "2/0".
     """
 
     name: str
@@ -35,6 +36,7 @@ class ListedRun:
     record: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    kaggle: dict[str, Any] = field(default_factory=dict)
     folds: dict[int | str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -74,7 +76,8 @@ def is_run(folder: Path) -> bool:
 def list_run(folder: Path, name: str) -> ListedRun:
     """Return the run in `folder` as a ListedRun called `name`; its state and remark report missing and damaged files."""
     remarks: list[str] = []
-    record, metrics, planned = (_read_json(folder / file, remarks) for file in (RECORD, METRICS, PLANNED))
+    files = (RECORD, METRICS, PLANNED, KAGGLE)
+    record, metrics, planned, kaggle = (_read_json(folder / file, remarks) for file in files)
     plan = planned.get("run", {})
     trained = {fold: path / METRICS for fold, path in fold_folders(folder).items() if (path / METRICS).is_file()}
     folds = {fold: _read_json(path, remarks) for fold, path in trained.items()}
@@ -98,6 +101,7 @@ def list_run(folder: Path, name: str) -> ListedRun:
         record,
         metrics,
         plan,
+        kaggle,
         folds,
     )
 
@@ -106,7 +110,8 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
     """Return how one model was trained, from its runs, as a dictionary for one row of the leaderboard.
 
     The keys are kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that differ from
-    their defaults), folds, `cross_fitted` (the score of a fusion with settings tuned on the other folds), started, wall_s,
+    their defaults), folds, `cross_fitted` (the score of a fusion with settings tuned on the other folds), `kaggle_public`
+    and `kaggle_private` (Kaggle's scores of the last submission that used the run's fusion), started, wall_s,
     `training_s` (seconds of all epochs in all sessions), memory_mb (in MB of 10^6 bytes, like gpu_memory_mb), gpu,
     gpu_memory_mb, host and commit. A value that is not recorded is None or "".
     """
@@ -122,6 +127,7 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
     recipe, changes = _recipe_and_changes(first, folds)
     requested = [fold for run in runs if "recipe" in run.parameters for fold in _requested_folds(run)]
     commits = dict.fromkeys(_short_commit(record) for record in records if record)
+    submission = current_score(first.kaggle, first.record)
     return {
         "kind": first.kind,
         "model": str(first.metrics.get("model") or next((fold.get("model", "") for fold in folds), "")),
@@ -131,6 +137,8 @@ def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
         "folds": ", ".join(map(str, sorted(trained, key=_fold_sort_key)))
         + (f" of {len(requested)}" if len(requested) > len(folds) else ""),
         "cross_fitted": first.metrics.get("cross_fitted_score"),
+        "kaggle_public": submission.get("public_score"),
+        "kaggle_private": submission.get("private_score"),
         "started": min((str(record["started"]) for record in records if "started" in record), default=""),
         "wall_s": sum(numbers["wall_s"]) or None,
         "training_s": sum(numbers["seconds"]) or None,

@@ -37,8 +37,9 @@ FIGURES = {
 }
 COLUMNS = [
     *("ranking", "name", "kind", "model", "state", "recipe", "changes", "folds", "images", "figure", "score", "low", "high"),
-    *("studies", "none", "opacity", "auc", "accuracy", "dice", "cross_fitted", "remark", "started", "wall_s", "training_s"),
-    *("memory_mb", "gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint", "folds_fingerprint"),
+    *("kaggle_public", "kaggle_private", "studies", "none", "opacity", "auc", "accuracy", "dice", "cross_fitted", "remark"),
+    *("started", "wall_s", "training_s", "memory_mb", "gpu", "gpu_memory_mb", "host", "commit", "data_fingerprint"),
+    "folds_fingerprint",
 ]
 
 

@@ -127,6 +127,24 @@ def test_a_ct_image_is_a_row_of_the_ledger_and_predicted_unless_refused(competit
     assert len(on_priors(path)) <= DAMAGED + only_projections
 
 
+@pytest.mark.parametrize(("rerun", "files"), [("", 4), ("1", 14)])
+def test_a_quick_save_predicts_few_files_but_the_scored_rerun_all(competition, weights, tmp_path, monkeypatch, rerun, files):
+    (tmp_path / "kaggle" / "working").mkdir(parents=True)
+    monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", rerun)
+    path, ledger = submit(competition, weights, tmp_path, replace(SETTINGS, quick_save=4))
+    assert validate(competition / "sample_submission.csv", path) == []  # every row, whatever was predicted
+    notes = ledger[ledger.stage == "quick save"].note.tolist()
+    assert notes == ([] if rerun else ["QUICK SAVE: only 4 of 14 files are predicted; the scored rerun predicts all"])
+    damaged = sum("keeps its placeholder prediction" in note for note in ledger.note)
+    assert ledger[ledger.stage == "small-fold0"].files.tolist() == [files - damaged]
+    assert rerun or len(on_priors(path)) >= 8  # the 4 files belong to at most 4 of the 12 studies
+
+
+def test_outside_kaggle_a_quick_save_predicts_all(competition, tmp_path):
+    assert len(SubmissionRun(competition, tmp_path / "submission.csv", replace(SETTINGS, quick_save=4)).images) == 14
+
+
 def _is_readable(path):
     try:
         return decode_xray(path) is not None

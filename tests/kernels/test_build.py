@@ -97,6 +97,14 @@ def test_kernel_metadata_leaves_nothing_to_kaggles_defaults(tmp_path, wheel):
     }
 
 
+def test_a_docker_image_and_another_accelerator_are_in_the_metadata(tmp_path, wheel):
+    image = f"gcr.io/kaggle-gpu-images/python@sha256:{'0a' * 32}"
+    build_kernel(read_spec(make_submission(tmp_path, accelerator="NvidiaL4", docker_image=image)), tmp_path / "out", [wheel])
+    metadata = json.loads((tmp_path / "out" / "kernel" / "kernel-metadata.json").read_text())
+    assert [metadata["machine_shape"], metadata["enable_gpu"]] == ["NvidiaL4", True]
+    assert [metadata["docker_image"], metadata["docker_image_pinning_type"]] == [image, "original"]
+
+
 def test_a_kernel_without_accelerator_asks_for_none(tmp_path, wheel):
     build_kernel(read_spec(make_submission(tmp_path, accelerator="none")), tmp_path / "out", [wheel])
     metadata = json.loads((tmp_path / "out/kernel/kernel-metadata.json").read_text())
@@ -384,7 +392,11 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
             "'.*weights' has 55 characters, but Kaggle allows 6 to 50",
         ),
         ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, but Kaggle allows 6 to 50"),
-        ({"accelerator": "NvidiaTeslaP100"}, "accelerator 'NvidiaTeslaP100' is unknown; valid: NvidiaTeslaT4, none"),
+        ({"accelerator": "NvidiaTeslaP100"}, "Kaggle has retired it and runs such kernels on T4 x2, .*; use NvidiaTeslaT4"),
+        ({"accelerator": "tpuv5e8"}, "accelerator tpuv5e8: the kit computes with PyTorch on GPUs and CPUs, not on TPUs"),
+        ({"accelerator": "nvidiaL4"}, "accelerator 'nvidiaL4' is unknown; write NvidiaL4"),
+        ({"accelerator": "T4"}, "accelerator 'T4' is unknown; valid: NvidiaTeslaT4, NvidiaL4, NvidiaL4X1, .*, none"),
+        ({"docker_image": "gcr.io/kaggle-images/python:v170"}, r"is not NAME@sha256:DIGEST; .*kaggle kernels pull -m"),
         ({"owner": "Some Body"}, "owner 'Some Body' is not a Kaggle user name"),
         ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
         ({"time_limit_hours": "nine"}, "time_limit_hours is 'nine'; expected a finite number"),

@@ -88,6 +88,8 @@ def test_a_model_is_described_over_all_runs_of_its_folds(tmp_path):
         "changes": "epochs=3, seed=2, extra_run=pseudo",
         "folds": "0, 1",
         "cross_fitted": None,
+        "kaggle_public": None,
+        "kaggle_private": None,
         "started": "2026-11-01",
         "wall_s": 41.0,
         "training_s": 20.0,

@@ -14,6 +14,7 @@ from kitlib.paths import project_root
 from kitlib.recipes.named import RECIPES
 from kitlib.reports.competition import detection_draws, interval
 from kitlib.reports.figures import rankings_figure
+from kitlib.runs.kaggle_scores import add_score
 from kitlib.settings import override
 from kitlib.tables import write_table
 from tests.small_runs import (
@@ -213,11 +214,17 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
         table.to_parquet(fuse / "tables" / f"{name}.parquet")
     write_json(fuse / "fusion.json", {})
     write_json(fuse / "metrics.json", {"runs": ["study", "yolo"], "score": 0.9, "cross_fitted_score": 0.8})
+    write_json(fuse / "record.json", {"started": "2026-11-02T00:00:00+00:00"})
+    # The second submission is the last one, and the third was of an earlier run in the same folder.
+    for version, pushed, public in ((2, "2026-11-03", 0.5), (3, "2026-11-04", 0.61), (1, "2026-11-01", 0.4)):
+        submission = {"kernel": "somebody/fused", "version": version, "pushed": pushed}
+        add_score(fuse, {**submission, "public_score": public, "private_score": public - 0.01})
     leaderboard = board(tmp_path)
     row = leaderboard.table.set_index("name").loc["fuse"]
     # (4 * 1 + 0.25 + 1) / 6
     assert row.score == pytest.approx(0.875) and row.low <= 0.875 <= row.high
     assert [row.figure, row.images, row.cross_fitted] == ["competition score", 32, 0.8]
+    assert [row.kaggle_public, row.kaggle_private] == [0.61, 0.6]
     assert len(set(leaderboard.table.folds_fingerprint)) == 1
     # The fusion's metrics contain the paths that its runs had before the folder was moved.
     write_json(fuse / "metrics.json", {"runs": ["/kaggle/working/study", "/kaggle/working/yolo"], "score": 0.9})

@@ -1,0 +1,110 @@
+"""Refreshes kaggle_image.txt, the packages of Kaggle's image, from the output of `pip freeze` in a Kaggle session."""
+
+import datetime
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
+
+from kitlib.atomic import write_text
+from kitlib.errors import KernelError
+from kitlib.kernels.wheels import UNTIED, image_pins, read_pins
+from kitlib.paths import project_root
+
+IMAGE_LIST = Path(__file__).with_name("kaggle_image.txt")
+PINNED = re.compile(r"([A-Za-z0-9][\w.-]*)==([^\s;#]+)")
+# A line of a package that was installed from a file or an address.
+INSTALLED_FROM = re.compile(r"([A-Za-z0-9][\w.-]*) @ \S*?([^\s/#]+)(#\S*)?")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A package whose version differs between two lists; "" stands for a list that lacks it."""
+
+    name: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        if not self.before or not self.after:
+            return f"{'removed' if self.before else 'added'} {self.name} {self.before or self.after}"
+        return f"changed {self.name} {self.before} -> {self.after}"
+
+
+def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> list[Difference]:
+    """Replace `image_list` by the packages in `frozen`, a file with the output of `pip freeze`; return the differences.
+
+    Local versions, such as +cu128, are left out. Raises KernelError for a line without a version, and for a list that lacks
+    most of the packages of the present one and is therefore not from a Kaggle session.
+    """
+    versions = _read_frozen(Path(frozen))
+    before = read_pins(image_list)
+    after: dict[str, str] = {canonicalize_name(name): version for name, version in versions.items()}
+    known = len(before.keys() & after.keys())
+    if known * 2 < len(before):
+        raise KernelError(
+            f"{frozen} has {len(after)} packages, but only {known} of the {len(before)} in {image_list}, so it is not the "
+            "list of a Kaggle session; run `!pip freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle and give its "
+            "output"
+        )
+    heading = f"# Packages of Kaggle's image: output of `pip freeze` in a session, read on {datetime.date.today()}.\n"
+    pins = (f"{name}{'>=' if canonicalize_name(name) in UNTIED else '=='}{pin}\n" for name, pin in versions.items())
+    write_text(image_list, heading + "".join(sorted(pins, key=str.upper)))
+    names = sorted(before.keys() | after.keys())
+    pairs = [Difference(name, before.get(name, ""), after.get(name, "")) for name in names]
+    return [pair for pair in pairs if pair.before != pair.after]
+
+
+def list_changes(requirements: str | Path | None = None, image: Mapping[str, str] | None = None) -> list[str]:
+    """Return what has to be changed in requirements.txt so that it agrees with the image; [] if nothing has to.
+
+    `requirements` is another file instead of requirements.txt, `image` maps canonical names to versions (default: those of
+    kaggle_image.txt).
+    """
+    path, image = Path(requirements or project_root() / "requirements.txt"), image_pins() if image is None else image
+    starred = {
+        canonicalize_name(line.split("==")[0].strip())
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "# *" in line and "==" in line.split("#")[0]
+    }
+    changes = []
+    for name, version in read_pins(path).items():
+        if name in starred and name in image:
+            changes.append(
+                f"{name}: the image has it now; write {name}=={image[name]} without the star, and remove it from INFERENCE "
+                "in kitlib/kernels/wheels.py"
+            )
+        elif name not in starred and name not in image:
+            changes.append(f"{name}: the image lacks it now; add `# *`, and add it to INFERENCE in kitlib/kernels/wheels.py")
+        elif name not in starred and version != image[name]:
+            changes.append(f"{name}: write {name}=={image[name]} instead of {version}")
+    return changes
+
+
+def _read_frozen(path: Path) -> dict[str, str]:
+    """Return the versions of the packages in the output of `pip freeze`, without local versions, keyed by written name."""
+    versions, unknown = {}, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        pinned, installed = PINNED.fullmatch(line.split("#")[0].strip()), INSTALLED_FROM.fullmatch(line.strip())
+        try:
+            if pinned:
+                Version(pinned[2])  # raises InvalidVersion
+                versions[pinned[1]] = pinned[2].partition("+")[0]
+            elif installed:
+                versions[installed[1]] = parse_wheel_filename(installed[2])[1].public
+            else:
+                unknown.append(line.strip())
+        except (InvalidVersion, InvalidWheelFilename):
+            unknown.append(line.strip())
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise KernelError(
+            f"{path}: lines without a version: {'; '.join(unknown[:5])}{more}; save the list with "
+            "`pip list --format=freeze`, or write them as NAME==VERSION"
+        )
+    return versions

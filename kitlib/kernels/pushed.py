@@ -1,0 +1,85 @@
+"""What is known of a pushed kernel, from its version to its score; kept as pushed.json beside the built kernel."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kitlib.atomic import write_json
+from kitlib.errors import KernelError, SettingsError
+from kitlib.settings import Settings, from_dict
+
+PUSHED = "pushed.json"
+OUTPUT = "output"  # folder of the files that were downloaded from the kernel's run
+COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class Pushed(Settings):
+    """One pushed version of a kernel. Fields of steps that are not done yet are empty. Times are in UTC, in ISO format."""
+
+    kernel: str  # OWNER/SLUG
+    url: str  # of the kernel's page, which shows its progress
+    version: int
+    datasets: dict[str, str] = field(default_factory=dict)  # OWNER/SLUG -> "created", "new version" or "unchanged"
+    competition: str = ""
+    digest: str = ""  # SHA-256 digest of the pushed files
+    pushed: str = ""  # time of the push
+    status: str = ""  # how the run ended: "complete" or another status of Kaggle's
+    description: str = ""  # of the submission; written before the submission is made
+    submission: int = 0  # Kaggle's number of the submission
+    submitted: str = ""  # time of the submission
+    public_score: float | None = None
+    private_score: float | None = None
+    scored: str = ""  # time at which the score was read
+
+    @property
+    def name(self) -> str:
+        """OWNER/SLUG/VERSION, by which Kaggle's client knows this version."""
+        return f"{self.kernel}/{self.version}"
+
+
+def read_pushed(out: str | Path) -> Pushed:
+    """Return the last pushed version of the kernel that was built in `out`.
+
+    Raises KernelError if none was pushed, or if `out`/pushed.json is damaged.
+    """
+    path = Path(out) / PUSHED
+    if not path.is_file():
+        raise KernelError(f"{path} does not exist; push the kernel first, with --push")
+    try:
+        return from_dict(Pushed, json.loads(path.read_text(encoding="utf-8")))
+    except (SettingsError, ValueError, TypeError) as error:
+        raise KernelError(f"{path} is damaged ({error}); remove it and push again") from error
+
+
+def write_pushed(out: str | Path, pushed: Pushed) -> None:
+    """Replace `out`/pushed.json."""
+    write_json(Path(out) / PUSHED, dataclasses.asdict(pushed))
+
+
+def begin_push(out: Path) -> None:
+    """Make room for another version: rename pushed.json to pushed-VERSION.json, and remove the output of its run."""
+    if (out / PUSHED).is_file():
+        (out / PUSHED).replace(out / f"pushed-{read_pushed(out).version}.json")
+    shutil.rmtree(out / OUTPUT, ignore_errors=True)
+
+
+def is_pushed(out: str | Path) -> bool:
+    """Return whether the kernel in `out` was pushed as it is now built, and whether that version's run has not failed."""
+    if not (Path(out) / PUSHED).is_file():
+        return False
+    pushed = read_pushed(out)
+    return pushed.status in ("", COMPLETE) and pushed.digest == digest_build(Path(out))
+
+
+def digest_build(out: Path) -> str:
+    """Return the SHA-256 digest of all files of the built kernel and its datasets."""
+    digest = hashlib.sha256()
+    paths = (path for part in ("kernel", "wheels", "weights") for path in (out / part).rglob("*") if path.is_file())
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest.update(f"{path.relative_to(out)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,48 @@
+"""Checks of what a kernel has written into its output folder, in a rehearsal or on Kaggle."""
+
+import json
+from pathlib import Path
+
+from kitlib.kernels.spec import KernelSpec
+from kitlib.scoring.validate import validate_rows
+
+USAGE = "usage.json"  # in the kernel's output: how many files each bundle has predicted, see SubmissionRun.usage
+
+
+def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple[str, bool, tuple[str, ...]]:
+    """Return the path of the result below `working`, whether the run can be resumed, and a tuple of the result's faults.
+
+    The result is submission.csv of a submission, metrics.json of another run, or "" for a notebook that makes no run.
+    `ids` are the ids that a submission must have.
+    """
+    if spec.is_submission:
+        result = working / "submission.csv"
+        faults = (
+            tuple(map(str, validate_rows(ids, result)))
+            if result.is_file()
+            else (f"{result.name} does not exist in {working}",)
+        )
+        return result.name, False, faults
+    run = spec.run_folder(rehearsed=True)
+    if run is None:
+        return "", False, ()
+    result, record = working / run / "metrics.json", working / run / "record.json"
+    if result.is_file():
+        return f"{run}/{result.name}", False, ()
+    # A training run that ended at its session's deadline has left a record and checkpoints.
+    unfinished = record.is_file() and any((working / run).rglob("checkpoints"))
+    return f"{run}/{result.name}", unfinished, (f"{run}/{result.name} does not exist in {working}",)
+
+
+def find_unused_bundles(manifest: Path, usage: Path) -> tuple[str, ...]:
+    """Return a fault for each bundle listed in `manifest` that has not predicted every readable file."""
+    names = [entry["folder"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["bundles"]]
+    if not usage.is_file():
+        return (f"{usage.name} does not exist in {usage.parent}, so it is unknown which of {', '.join(names)} were used",)
+    used = {entry["bundle"]: entry for entry in json.loads(usage.read_text(encoding="utf-8"))}
+    counts = [(name, used.get(name, {"predicted": 0, "readable": 0})) for name in names]
+    return tuple(
+        f"{name} predicted {count['predicted']} of {count['readable']} readable files; the ledger says why"
+        for name, count in counts
+        if not 0 < count["predicted"] == count["readable"]
+    )

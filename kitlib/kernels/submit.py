@@ -1,0 +1,272 @@
+"""From a pushed kernel to its score: wait for the run, download and check its file, submit it, wait for the score.
+
+Each step reads and extends pushed.json beside the built kernel (kitlib.kernels.pushed), so that each can be called alone and
+goes on after an interruption; a step that is done returns at once.
+"""
+
+import dataclasses
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from kitlib.atomic import write_text
+from kitlib.errors import KaggleUnreachable, KernelError
+from kitlib.kernels.client import KaggleClient, poll
+from kitlib.kernels.pushed import COMPLETE, OUTPUT, Pushed, read_pushed, write_pushed
+from kitlib.kernels.result import USAGE, find_unused_bundles
+from kitlib.runs.kaggle_scores import add_score
+from kitlib.runs.record import RECORD
+from kitlib.scoring.validate import validate
+
+logger = logging.getLogger(__name__)
+
+# Kaggle's status of a run that has ended without success.
+FAILED = ("error", "cancel_acknowledged")
+SUBMISSION, SAMPLE = "submission.csv", "sample_submission.csv"
+LOG = "kaggle.log"
+LOG_LINES = 30  # lines of a failed run's log in the error message
+# A session and a scored rerun each last at most 12 hours, and may have to queue.
+WAIT_S, POLL_S = 14 * 3600.0, 30.0
+PROGRESS_S = 300.0  # seconds between two reports of the same status
+SUBMISSIONS = 100  # number of latest submissions among which an interrupted one is looked for
+
+
+def wait_for_run(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
+    """Wait until the run of the kernel pushed from `out` has ended; return its state, whose status is "complete".
+
+    Raises KernelError if nothing was pushed, if the run has failed, with the end of its log (the whole log is written to
+    `out`/kaggle.log), or if it has not ended after `wait_s` seconds.
+    """
+    pushed = read_pushed(out)
+    if pushed.status == COMPLETE:
+        return pushed
+    client, report = KaggleClient(), _reporter(f"{pushed.kernel} version {pushed.version}")
+
+    def ask() -> Any:
+        answer = _ask(client, f"asking for the run {pushed.name}", lambda: client.api.kernels_status(pushed.name))
+        status = answer.status.name.lower()
+        report(status)
+        return answer if status in (COMPLETE, *FAILED) else None
+
+    answer = poll(ask, wait_s, poll_s)
+    if answer is None:
+        raise KernelError(
+            f"{pushed.name} has not ended after {wait_s:g} s; see {pushed.url}, and run the command again to go on waiting"
+        )
+    pushed = dataclasses.replace(pushed, status=answer.status.name.lower())
+    write_pushed(out, pushed)
+    if pushed.status != COMPLETE:
+        reason = f": {answer.failure_message}" if answer.failure_message else ""
+        raise KernelError(
+            f"{pushed.name} ended with the status {pushed.status!r}{reason}; see {pushed.url}. Correct the cause and push "
+            f"again.{_save_log(client, pushed, Path(out) / LOG)}"
+        )
+    return pushed
+
+
+def fetch_output(out: str | Path) -> Path:
+    """Download the output files of a complete run of a submission, and the sample; return their folder, `out`/output.
+
+    The files are submission.csv, ledger.csv and usage.json, the run's log, and the competition's sample_submission.csv.
+    Raises KernelError if the run is not complete, or has not written submission.csv.
+    """
+    folder, pushed = Path(out) / OUTPUT, _read_complete(out)
+    if folder.is_dir():
+        return folder
+    client = KaggleClient()
+    with tempfile.TemporaryDirectory(dir=out, prefix=".output-") as temporary_folder:
+        unfinished = Path(temporary_folder) / OUTPUT
+        logger.info("downloading the output of %s", pushed.name)
+        with client.calling(f"downloading the output of {pushed.name}"):
+            client.api.kernels_output(
+                pushed.name, str(unfinished), file_pattern=r"^(submission\.csv|ledger\.csv|usage\.json)$", force=True
+            )
+        if not (unfinished / SUBMISSION).is_file():
+            raise KernelError(f"{pushed.name} has written no {SUBMISSION}; see {pushed.url}")
+        with client.calling(f"downloading {SAMPLE} of {pushed.competition}"):
+            client.api.competition_download_file(
+                pushed.competition, SAMPLE, str(unfinished), force=True, quiet=True, unzip=True
+            )
+        unfinished.rename(folder)
+    return folder
+
+
+def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
+    """Check the downloaded submission.csv as Kaggle would, and that every model was used.
+
+    Raises KernelError for a faulty file, and for a model that has not predicted every readable file, unless
+    `allow_placeholders`.
+    """
+    out, folder = Path(out), Path(out) / OUTPUT
+    faults = [str(fault) for fault in validate(folder / SAMPLE, folder / SUBMISSION)]
+    if not allow_placeholders:
+        faults += find_unused_bundles(out / "weights" / "weights.json", folder / USAGE)
+    if faults:
+        listing = "".join(f"\n  {fault}" for fault in faults[:20])
+        raise KernelError(
+            f"{folder / SUBMISSION} is not submitted because of {len(faults)} faults; ledger.csv beside it says what the "
+            f"kernel did (--allow-placeholders accepts unused models):{listing}"
+        )
+    logger.info("%s is valid", folder / SUBMISSION)
+
+
+def submit_version(out: str | Path, message: str = "") -> Pushed:
+    """Submit the pushed version to its competition; return its state, which has the number of the submission.
+
+    The submission's description is `message` with the kernel's name and version, by which a submission that was made before
+    an interruption is found. Raises KernelError if the run is not complete or Kaggle refuses the submission.
+    """
+    pushed = _read_complete(out)
+    if pushed.submission:
+        return pushed
+    if not pushed.competition:
+        raise KernelError(f"{pushed.kernel} belongs to no competition; give its YAML file the key `competition`")
+    client, number = KaggleClient(), 0
+    if pushed.description:
+        number = _find_submission(client, pushed)
+    if not number:
+        version = f"{pushed.kernel.split('/')[1]} version {pushed.version}"
+        pushed = dataclasses.replace(pushed, description=f"{message} ({version})" if message else version)
+        write_pushed(out, pushed)
+        number = _submit(client, pushed)
+    pushed = dataclasses.replace(pushed, submission=number, submitted=_now())
+    write_pushed(out, pushed)
+    logger.info("submitted %s to %s: submission %d", pushed.name, pushed.competition, number)
+    return pushed
+
+
+def wait_for_score(out: str | Path, fused_run: Path | None = None, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
+    """Wait until Kaggle has scored the submission; return its state, which has the scores.
+
+    The scores are also written into kaggle.json of `fused_run`, the run whose fusion the kernel uses, which the leaderboard
+    shows beside the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was
+    submitted, if Kaggle could not score the file, or if it has not done so after `wait_s` seconds.
+    """
+    pushed = read_pushed(out)
+    if not pushed.submission:
+        raise KernelError(f"{pushed.name} was not submitted yet; submit it first, with --submit")
+    if not pushed.scored:
+        answer = _wait_for_answer(pushed, wait_s, poll_s)
+        public, private = (float(score) if score else None for score in (answer.public_score, answer.private_score))
+        pushed = dataclasses.replace(pushed, public_score=public, private_score=private, scored=_now())
+        write_pushed(out, pushed)
+    if fused_run is not None:
+        _record_score(fused_run, pushed)
+    return pushed
+
+
+def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
+    """Return Kaggle's record of the submission after it was scored."""
+    client, report = KaggleClient(), _reporter(f"submission {pushed.submission}")
+
+    def ask() -> Any:
+        action = f"asking for submission {pushed.submission}"
+        answer = _ask(client, action, lambda: client.api.get_submission(pushed.submission))
+        status = answer.status.name.lower()
+        report(status)
+        return None if status == "pending" else answer
+
+    answer = poll(ask, wait_s, poll_s)
+    if answer is None:
+        raise KernelError(
+            f"submission {pushed.submission} has no score after {wait_s:g} s; run the command again to go on waiting"
+        )
+    if answer.status.name.lower() != COMPLETE:
+        reason = answer.error_description.strip() or "it gave no reason"
+        raise KernelError(
+            f"Kaggle could not score submission {pushed.submission} of {pushed.name}: {reason}; see "
+            f"https://www.kaggle.com/competitions/{pushed.competition}/submissions. Correct the cause and push again"
+        )
+    return answer
+
+
+def _read_complete(out: str | Path) -> Pushed:
+    pushed = read_pushed(out)
+    if pushed.status != COMPLETE:
+        raise KernelError(f"the run of {pushed.name} is not complete; wait for it first, with --wait")
+    return pushed
+
+
+def _ask(client: KaggleClient, action: str, call: Callable[[], Any]) -> Any:
+    """Return the answer of `call`; a version or submission that Kaggle does not list yet counts as unreachable."""
+    with client.calling(action):
+        try:
+            return call()
+        except requests.HTTPError as error:
+            if error.response is not None and error.response.status_code == requests.codes.not_found:
+                raise KaggleUnreachable(f"{action}: Kaggle does not list it yet") from error
+            raise
+
+
+def _reporter(name: str) -> Callable[[str], None]:
+    """Return a function that logs a status if it has changed, or every PROGRESS_S seconds."""
+    started, last = time.monotonic(), ("", 0.0)
+
+    def report(status: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if status != last[0] or now - last[1] >= PROGRESS_S:
+            logger.info("%s: %s after %.0f s", name, status, now - started)
+            last = status, now
+
+    return report
+
+
+def _find_submission(client: KaggleClient, pushed: Pushed) -> int:
+    """Return the number of the submission with the recorded description, 0 if there is none."""
+    with client.calling(f"asking for the submissions to {pushed.competition}"):
+        listed = client.api.competition_submissions(pushed.competition, page_size=SUBMISSIONS) or []
+    return next((entry.ref for entry in listed if entry and entry.description == pushed.description), 0)
+
+
+def _submit(client: KaggleClient, pushed: Pushed) -> int:
+    action = f"submitting {pushed.name} to {pushed.competition}"
+    with client.calling(action):
+        answer = client.api.competition_submit_code(
+            SUBMISSION, pushed.description, pushed.competition, pushed.kernel, pushed.version, quiet=True
+        )
+    if client.complaints() or not answer.ref:
+        raise KernelError(f"{action}: Kaggle answered {answer.message or 'nothing'}{client.quote_output()}")
+    return answer.ref
+
+
+def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
+    """Write the run's log to `path`; return its last lines for an error message, or why there is no log."""
+    try:
+        with client.calling(f"downloading the log of {pushed.name}"):
+            log = client.api.kernels_logs(pushed.name)
+    except KernelError as error:
+        return f"\n{error}"
+    try:
+        # Kaggle's logs are JSON: a list of pieces of output.
+        text = "".join(str(piece["data"]) for piece in json.loads(log))
+    except (ValueError, TypeError, KeyError):
+        text = log
+    write_text(path, text)
+    lines = "".join(f"\n  {line}" for line in text.rstrip().splitlines()[-LOG_LINES:])
+    return f" The log is in {path} and ends with:{lines}" if lines else " It has printed nothing."
+
+
+def _record_score(run: Path, pushed: Pushed) -> None:
+    """Write the scores into the run's kaggle.json, unless the run was made again since the push."""
+    try:
+        started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))
+    except (OSError, ValueError, AttributeError) as error:
+        raise KernelError(f"{run / RECORD} is damaged ({error!r}), so the run does not get the score") from error
+    if started > pushed.pushed:
+        logger.warning("%s was made again after the push, so it does not get the score of %s", run, pushed.name)
+        return
+    keys = ("kernel", "version", "competition", "description", "submission", "pushed", "submitted", "scored")
+    scores = {"public_score": pushed.public_score, "private_score": pushed.private_score}
+    add_score(run, {key: getattr(pushed, key) for key in keys} | scores)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
