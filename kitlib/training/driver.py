@@ -51,9 +51,9 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
 
 def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
     """Return the strategy of each model family in kitlib.models.families.FAMILIES, keyed by the family's name."""
-    from kitlib.training.faster_rcnn import FasterRCNNStrategy
     from kitlib.training.findings import FindingsStrategy, PatchStrategy
     from kitlib.training.lungs import SegmenterStrategy
+    from kitlib.training.pyramid_detector import PyramidDetectorStrategy
     from kitlib.training.study import StudyStrategy
 
     def yolo(task: Task, fold: int, run_folder: Path) -> Strategy:
@@ -65,7 +65,8 @@ def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
         "study": StudyStrategy,
         "findings": FindingsStrategy,
         "patches": PatchStrategy,
-        "faster_rcnn": FasterRCNNStrategy,
+        "faster_rcnn": PyramidDetectorStrategy,
+        "retinanet": PyramidDetectorStrategy,
         "yolo": yolo,
         "segmenter": SegmenterStrategy,
     }

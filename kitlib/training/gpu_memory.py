@@ -15,6 +15,7 @@ from kitlib.errors import TrainingError
 from kitlib.models.classifier import Classifier
 from kitlib.models.families import family_of
 from kitlib.models.faster_rcnn import FasterRCNNDetector
+from kitlib.models.pyramid import PyramidDetector
 from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.recipes.fields import TrainingRecipe
 from kitlib.settings import override
@@ -76,7 +77,9 @@ class _TrainingForward(nn.Module):
         self.model = model
 
     def forward(self, pixels: torch.Tensor) -> Any:
-        model, recipe = self.model, self.model.recipe
+        model: Any = self.model
+        recipe = model.recipe
+        network: Any = getattr(model, "model", None)
         if isinstance(model, Segmenter):
             return segmentation_loss(model(model.normalise(pixels)), pixels, recipe)
         if isinstance(model, Classifier):
@@ -85,13 +88,16 @@ class _TrainingForward(nn.Module):
                 return model.with_mask(x)
             return model.with_auxiliary(x) if getattr(recipe, "auxiliary", 0) else model(x)
         images = (
-            pixels[:, None].expand(-1, recipe.channels if isinstance(model, FasterRCNNDetector) else 3, -1, -1).float() / 255
+            pixels[:, None].expand(-1, recipe.channels if isinstance(model, PyramidDetector) else 3, -1, -1).float() / 255
         )
+        if not isinstance(model, PyramidDetector):
+            return network(images)
+        maps = list(network.backbone(images).values())
         if not isinstance(model, FasterRCNNDetector):
-            return model.model(images)
-        heads, maps = model.model.roi_heads, list(model.model.backbone(images).values())
+            return network.head(maps)
+        heads = network.roi_heads
         regions = torch.zeros(len(pixels) * recipe.box_samples, recipe.fpn_channels, 7, 7, requires_grad=True)
-        return model.model.rpn.head(maps), heads.box_predictor(heads.box_head(regions))
+        return network.rpn.head(maps), heads.box_predictor(heads.box_head(regions))
 
 
 @contextmanager
