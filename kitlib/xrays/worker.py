@@ -11,6 +11,7 @@ import os
 import resource
 import stat
 import sys
+import threading
 import time
 import types
 import warnings
@@ -110,17 +111,21 @@ def start_worker() -> None:
     logging.disable(logging.CRITICAL)
 
 
+_STARTING = threading.Lock()  # several threads may start processes
+
+
 class _LightProcess(multiprocessing.context.SpawnProcess):
     @staticmethod
     def _Popen(process: BaseProcess) -> Any:
         # A spawned process imports its parent's main module again. For a training script, this would import all of torch;
         # for a script without `if __name__ == "__main__"`, it would repeat the whole run. Workers do not need that module.
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        try:
-            return multiprocessing.context.SpawnProcess._Popen(process)
-        finally:
-            sys.modules["__main__"] = main
+        with _STARTING:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            try:
+                return multiprocessing.context.SpawnProcess._Popen(process)
+            finally:
+                sys.modules["__main__"] = main
 
 
 class LightContext(multiprocessing.context.SpawnContext):
