@@ -9,7 +9,7 @@ from kitlib.xrays.worker import LightContext
 
 def test_processes_started_by_several_threads_keep_the_main_module():
     main, context = sys.modules["__main__"], LightContext()
-    processes = [context.Process(target=os.getpid) for _ in range(6)]
+    processes = [context.Process(target=os.getpid) for _ in range(3)]
     with ThreadPoolExecutor(len(processes)) as threads:
         list(threads.map(lambda process: process.start(), processes))
     for process in processes:
