@@ -267,7 +267,7 @@ class _Page:
         names = [image.image_id for image in view.study.images]
         return {
             self.images: gr.update(choices=names, value=names[0], visible=len(names) > 1),
-            **dict.fromkeys((self.threshold, self.layers), gr.update(visible=True)),
+            self.layers: gr.update(visible=True),
             **self._heat_classes(view),
             **self._image(view, names[0]),
             **self._answer(view),
@@ -281,6 +281,7 @@ class _Page:
         label = "Submission rows" if view.answer.fused is not None else "Table"
         return {
             self.view: view,
+            self.threshold: gr.update(visible=bool(view.system.detectors)),
             self.rows: gr.update(value=rows, label=label, visible=rows is not None),
             self.json: gr.update(value=json_path, visible=True),
         }

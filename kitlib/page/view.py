@@ -209,7 +209,8 @@ class Viewer:
         """Return the text of the status line: the study, its number of images, the number of models and their time."""
         images, models = len(view.study.images), view.answer.models
         several = f" of {images} images" if images > 1 else ""
-        return f"Study {view.study.study_id}{several}: {len(models)} models answered in {models.seconds.sum():.2f} s."
+        count = "1 model" if len(models) == 1 else f"{len(models)} models"
+        return f"Study {view.study.study_id}{several}: {count} answered in {models.seconds.sum():.2f} s."
 
     def files(self, view: View) -> tuple[Path | None, Path]:
         """Write the table of predictions and the JSON file to a new folder and return their paths; deletes old folders.

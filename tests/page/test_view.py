@@ -179,4 +179,4 @@ def test_a_segmenter_shows_the_lungs_and_their_share(classifying, view):
     mask, _ = classifying.models.lungs(shown.system, view.study, image)
     assert f"{mask.mean():.1%} of the image is lung" in classifying.bars(shown, image) and 0 < mask.mean() < 1
     assert drawn(classifying.draw(shown, image, 0.0, []), "lungs") == 1
-    assert classifying.files(shown)[0] is None and "1 models answered" in classifying.summary(shown)
+    assert classifying.files(shown)[0] is None and ": 1 model answered" in classifying.summary(shown)
