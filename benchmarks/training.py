@@ -31,8 +31,8 @@ from kitlib.recipes.fields import DetectorRecipe, StudyRecipe, TrainingRecipe
 from kitlib.recipes.named import recipe
 from kitlib.settings import override
 from kitlib.tables import BOX
-from kitlib.training.faster_rcnn import FasterRCNNTraining
 from kitlib.training.loop import RecipeTraining, fit, make_optimizer
+from kitlib.training.pyramid_detector import PyramidDetectorTraining
 from kitlib.training.study import StudyTraining
 from kitlib.training.xray_dataset import XrayDataset, batches
 from kitlib.xrays.cache import CachedXray
@@ -152,7 +152,7 @@ def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int
     if isinstance(settings, StudyRecipe):
         module = watched(StudyTraining)(network(settings, device), validation, np.array(xrays.ids))
     else:
-        module = watched(FasterRCNNTraining)(network(settings, device), lambda *_: 0.5)
+        module = watched(PyramidDetectorTraining)(network(settings, device), lambda *_: 0.5)
     with tempfile.TemporaryDirectory() as scratch:
         loaders = batches(train, settings.batch_size, workers, shuffle=True), batches(validation, settings.batch_size)
         fitted = fit(module, settings, *loaders, scratch, device, seed=0)

@@ -24,7 +24,7 @@ WEIGHTS, RECORD = "weights.safetensors", "model.json"
 
 # Keys of a record and their types: those that the caller passes, and those that `save_bundle` adds.
 STATED: dict[str, type | tuple[type, ...]] = {
-    "family": str,  # "study", "findings", "patches", "segmenter", "faster_rcnn" or "yolo"; decides how the model is rebuilt
+    "family": str,  # "study", "findings", "patches", "segmenter" or a detector's; decides how the model is rebuilt
     "model": str,  # the model's name in tables of predictions
     "classes": list,
     "recipe": dict,  # fields of the recipe's dataclass

@@ -3,8 +3,9 @@
 import logging
 import os
 import random
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ RECORDED: dict[Precision, str] = {"16-mixed": "float16", "bf16-mixed": "bfloat16
 # Environment variable that sets a GPU's precision: lets a newer GPU try "16-mixed", in which Kaggle's T4s compute.
 PRECISION = "KIT_PRECISION"
 PRECISIONS: tuple[Precision, ...] = (*DTYPES, "32-true")
+_chosen_precision: ContextVar[Precision | None] = ContextVar("precision", default=None)  # see `computing_in`
 BACKEND = "KIT_BACKEND"
 BACKENDS = ("gloo", "nccl")
 
@@ -117,11 +119,14 @@ def precision(device: torch.device) -> Precision:
     """Return Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed", or on the CPU "32-true".
 
     GPUs that only emulate bf16, such as the T4, get "16-mixed". On a GPU, the environment variable KIT_PRECISION overrides
-    the choice. Raises ValueError, even for a CPU, if KIT_PRECISION is not one of PRECISIONS.
+    the choice; inside of `computing_in`, its argument does. Raises ValueError, even for a CPU, if KIT_PRECISION is not one
+    of PRECISIONS.
     """
     chosen = os.environ.get(PRECISION, "")
     if chosen and chosen not in PRECISIONS:
         raise ValueError(f"the environment variable {PRECISION} is {chosen!r}; valid: {', '.join(PRECISIONS)}")
+    if (wanted := _chosen_precision.get()) is not None:
+        return wanted
     if device.type != "cuda":
         return "32-true"
     if chosen:
@@ -129,15 +134,26 @@ def precision(device: torch.device) -> Precision:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
+@contextmanager
+def computing_in(precision: Precision) -> Iterator[None]:
+    """Make this thread compute in `precision` on every device, also on a CPU, which shows the rounding of half precision."""
+    token = _chosen_precision.set(precision)
+    try:
+        yield
+    finally:
+        _chosen_precision.reset(token)
+
+
 def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
     """Return the autocast context for predictions of a model trained in `trained`, a value of RECORDED, "" if unknown.
 
     On a GPU a classifier or segmenter trained in float16 predicts in float16, in which its scores were measured. Any other
     predicts in the GPU's own precision, so one trained in bfloat16, whose range is larger than float16's, does so in float16
-    only on a GPU without bfloat16. KIT_PRECISION overrides both. On a CPU all models predict in float32.
+    only on a GPU without bfloat16. KIT_PRECISION and `computing_in` override both. On a CPU all models predict in float32.
     """
     dtype = DTYPES.get(precision(device))
-    if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):
+    is_free = _chosen_precision.get() is None and not os.environ.get(PRECISION)
+    if dtype is not None and trained == RECORDED["16-mixed"] and is_free:
         dtype = torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -152,6 +168,29 @@ def finite_or_float32(compute: Callable[[], torch.Tensor], device: torch.device)
         return result, False
     with torch.autocast(device.type, enabled=False):
         return compute(), True
+
+
+# What libraries write into a RuntimeError when memory is short. cuBLAS and cuDNN allocate memory themselves; without room
+# for a workspace, cuDNN has no algorithm left and calls the convolution unsupported.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "unable to find an engine",
+    "Unable to find a valid cuDNN algorithm",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the GPU's or the computer's memory was too small, whichever library raised it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -24,10 +24,10 @@ from kitlib.models.segmenter import Segmenter
 from kitlib.models.yolo import YoloDetector
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe, TrainingRecipe
 from kitlib.recipes.named import RECIPES
-from kitlib.training.faster_rcnn import FasterRCNNTraining
 from kitlib.training.findings import FindingsTraining
 from kitlib.training.loop import RecipeTraining, make_optimizer, moving_average
 from kitlib.training.lungs import LungsTraining
+from kitlib.training.pyramid_detector import PyramidDetectorTraining
 from kitlib.training.study import StudyTraining
 from kitlib.training.yolo import settings as ultralytics_settings
 
@@ -93,7 +93,7 @@ def training(model: nn.Module, images: Images) -> RecipeTraining:
     elif isinstance(settings, SegmenterRecipe):
         module = LungsTraining(model, len(images))
     elif isinstance(settings, DetectorRecipe):
-        module = FasterRCNNTraining(model, lambda *_: 0.0)
+        module = PyramidDetectorTraining(model, lambda *_: 0.0)
     else:
         module = FindingsTraining(model, images)
     # There is no trainer to log to.

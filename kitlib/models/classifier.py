@@ -35,6 +35,8 @@ class Classifier(nn.Module):
     """
 
     backbone: Any  # timm's networks have no common type that declares their common attributes
+    mean_of_channels: torch.Tensor  # `mean`, (channels, 1, 1)
+    std_of_channels: torch.Tensor
 
     def __init__(self, recipe: ClassifierRecipe, outputs: int) -> None:
         super().__init__()
@@ -42,6 +44,9 @@ class Classifier(nn.Module):
         self.backbone = _backbone(recipe, outputs)
         self.head = make_head(self.backbone.head_hidden_size, recipe.hidden, recipe.dropout, outputs)
         self.mean, self.std = _normalisation(self.backbone, recipe)
+        # Copies on the model's device, for which no batch waits. Not in weights files, because they follow from the recipe.
+        for name in ("mean", "std"):
+            self.register_buffer(f"{name}_of_channels", torch.tensor(getattr(self, name))[:, None, None], persistent=False)
         self.stages = _stages(self.backbone)
         if recipe.frozen_backbone:
             self.backbone.requires_grad_(False)
@@ -55,17 +60,15 @@ class Classifier(nn.Module):
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the network's input for grey canvases (n, side, side), 0..255, uint8 or (after mixup) float.
 
-        The result is (n, channels, side, side) on the device of the canvases. If the recipe's normalisation is "batch", the
-        result has mean 0 and standard deviation 1, unless the batch is blank.
+        The canvases are on the model's device, and so is the result (n, channels, side, side). If the recipe's normalisation
+        is "batch", the result has mean 0 and standard deviation 1, unless the batch is blank.
         """
         x = pixels[:, None].float() / 255
         if self.recipe.normalisation == "batch":
             std, mean = torch.std_mean(x, correction=0)
             x = ((x - mean) / std.clamp(min=BLANK)).expand(-1, self.recipe.channels, -1, -1)
         else:
-            shape = (1, self.recipe.channels, 1, 1)
-            mean, std = (x.new_tensor(values).view(shape) for values in (self.mean, self.std))
-            x = (x - mean) / std
+            x = (x - self.mean_of_channels) / self.std_of_channels
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:

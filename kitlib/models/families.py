@@ -70,6 +70,12 @@ def _faster_rcnn(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     return FasterRCNNDetector(recipe)
 
 
+def _retinanet(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
+    from kitlib.models.retinanet import RetinaNetDetector
+
+    return RetinaNetDetector(recipe)
+
+
 def _yolo(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.yolo import YoloDetector
 
@@ -92,6 +98,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("findings", FindingsRecipe, CLASSES, _findings, no_submission=_FINDINGS),
         Family("patches", PatchRecipe, CLASSES, _patches, sees_patches=True, no_submission=_FINDINGS),
         Family("faster_rcnn", DetectorRecipe, BOXES, _faster_rcnn),
+        Family("retinanet", DetectorRecipe, BOXES, _retinanet),
         Family("yolo", DetectorRecipe, BOXES, _yolo, one_process=True),
         Family("segmenter", SegmenterRecipe, LUNGS, _segmenter, no_submission=_LUNGS),
     )

@@ -1,96 +1,49 @@
 """Faster R-CNN with a feature pyramid on any timm backbone with features at strides 4, 8 and 16, and possibly 32."""
 
-import logging
-from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import timm
 import torch
-from torch import nn
 from torch.nn import functional
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import AnchorGenerator
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, complete_box_iou_loss
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
+from torchvision.ops import MultiScaleRoIAlign, complete_box_iou_loss
 
-from kitlib.device import autocast
-from kitlib.errors import BundleError
-from kitlib.models.backbones import check_backbone
-from kitlib.models.starting_weights import check_random, load_starting_weights, read_starting_weights
+from kitlib.models.pyramid import HalfPrecision, Pyramid, PyramidDetector
 from kitlib.recipes.fields import DetectorRecipe
 
-logger = logging.getLogger(__name__)
 
-STRIDES = (4, 8, 16, 32, 64)  # strides of the pyramid's maps; the last map may be pooled from the one before
-BACKBONE_STRIDES = (4, 8, 16, 32)
-# Layers that depend on the numbers of classes and anchors; they stay random if the starting weights have other numbers.
-CLASS_LAYERS = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
-# Sides of anchors, in strides of their map: torchvision's (8), and two smaller ones for small canvases, which use few maps.
-ANCHOR_SIDES = (8 / 2, 8 / 2**0.5, 8)
-ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
+class _ProposalHead(HalfPrecision, RPNHead):
+    """torchvision's head of the first stage, with its hidden convolution in half precision."""
+
+    def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        hidden = self.in_half_precision(lambda: [self.conv(level) for level in x], x[0].device)
+        return [self.cls_logits(level) for level in hidden], [self.bbox_pred(level) for level in hidden]
 
 
-class Pyramid(nn.Module):
-    """A timm backbone and a feature pyramid over its features; each map of the pyramid has `out_channels` channels.
+class _BoxHead(HalfPrecision, TwoMLPHead):
+    """torchvision's hidden layers of the second stage, in half precision."""
 
-    `strides` lists the strides of the returned maps: 4, and each further stride whose largest anchor is at most half of the
-    canvas. The pyramid uses the backbone's features at all of BACKBONE_STRIDES, even if fewer maps are returned.
-    """
-
-    body: Any  # timm's networks have no common type that declares their common attributes
-
-    def __init__(self, recipe: DetectorRecipe):
-        super().__init__()
-        self.overflows = 0
-        self.body = _backbone(recipe)
-        self.levels = _feature_indices(recipe.backbone, self.body.feature_info.reduction())
-        strides = STRIDES[: len(self.levels) + 1]
-        self.strides = [stride for stride in strides if stride == 4 or 2 * ANCHOR_SIDES[-1] * stride <= recipe.image_size]
-        self.out_channels = recipe.fpn_channels
-        channels = self.body.feature_info.channels()
-        self.fpn = FeaturePyramidNetwork([channels[level] for level in self.levels], self.out_channels, LastLevelMaxPool())
-        # Unused maps are frozen, because training in several processes would wait for their gradients.
-        self.fpn.layer_blocks[len(self.strides) :].requires_grad_(False)
-
-    def forward(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        """Return the pyramid's maps for images (n, channels, height, width): a dictionary keyed by level, finest first.
-
-        Each map is float32 (n, out_channels, rows, columns).
-        """
-        with autocast(images.device):
-            maps = self._maps(images)
-        # float16 ends at 65,504. In training, the gradient scaler skips such a batch.
-        if not self.training and not all(level.isfinite().all() for level in maps.values()):
-            self.overflows += 1
-            maps = self._maps(images)
-        # The remaining layers run in full precision, because bfloat16 coordinates would be off by four pixels.
-        return OrderedDict((name, maps[name].float()) for name in list(maps)[: len(self.strides)])
-
-    def _maps(self, images: torch.Tensor) -> OrderedDict[str, torch.Tensor]:
-        features = self.body(images)
-        return self.fpn(OrderedDict((str(index), features[level]) for index, level in enumerate(self.levels)))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.in_half_precision(lambda: [super(_BoxHead, self).forward(x)], x.device)[0]
 
 
-class FasterRCNNDetector(nn.Module):
-    """Faster R-CNN for grey uint8 canvases of the recipe's size, which it scales and normalises itself."""
+class FasterRCNNDetector(PyramidDetector):
+    """Faster R-CNN for grey uint8 canvases of the recipe's size."""
 
     family = "faster_rcnn"
+    finest = 4
+    # torchvision's anchors (8 strides wide), and two smaller ones for small canvases, which use few maps.
+    anchor_sides = (8 / 2, 8 / 2**0.5, 8)
+    label = 1  # 0 is the background
+    heads = "roi_heads."
+    class_layers = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
 
-    def __init__(self, recipe: DetectorRecipe):
-        super().__init__()
-        self.recipe = recipe
-        pyramid = Pyramid(recipe)
-        self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
-        self.model = FasterRCNN(
+    def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
+        model = FasterRCNN(
             pyramid,
-            rpn_anchor_generator=AnchorGenerator(
-                tuple(tuple(side * stride for side in ANCHOR_SIDES) for stride in pyramid.strides),
-                (ASPECT_RATIOS,) * len(pyramid.strides),
-            ),
+            rpn_anchor_generator=anchors,
+            rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             rpn_pre_nms_top_n_train=2 * recipe.proposals,
             rpn_pre_nms_top_n_test=recipe.proposals,
             rpn_post_nms_top_n_train=recipe.proposals,
@@ -101,60 +54,16 @@ class FasterRCNNDetector(nn.Module):
                 output_size=7,
                 sampling_ratio=2,
             ),
-            box_head=TwoMLPHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
+            box_head=_BoxHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
             box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
             box_batch_size_per_image=recipe.box_samples,
             box_score_thresh=recipe.min_score,
             box_nms_thresh=recipe.nms_iou,
             box_detections_per_img=recipe.max_detections,
         )
-        self.model.transform = _NormaliseOnly(recipe.image_size, recipe.image_size, self.mean, self.std)
         if recipe.box_loss == "ciou":
-            self.model.roi_heads = _CompleteIoU.like(self.model.roi_heads)
-        self.starting_weights = _load_weights(self, recipe)
-
-    @property
-    def overflows(self) -> int:
-        """Number of batches that overflowed in half precision and were predicted again in float32."""
-        return self.model.backbone.overflows
-
-    def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return torchvision's four losses, keyed by name, for canvases `pixels` uint8 (n, side, side) and their boxes.
-
-        `boxes` contains one float tensor (k, 4) per canvas: xmin, ymin, xmax and ymax in canvas pixels; its shape is (0, 4)
-        if the image has no box. Requires training mode. Raises ValueError unless the side is the recipe's `image_size`.
-        """
-        targets = [
-            {"boxes": image_boxes, "labels": torch.ones(len(image_boxes), dtype=torch.int64, device=image_boxes.device)}
-            for image_boxes in (tensor.reshape(-1, 4).to(pixels.device, torch.float32) for tensor in boxes)
-        ]
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.model(self._images(pixels, self.recipe.image_size), targets)
-
-    @torch.inference_mode()
-    def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 5) per canvas, highest score first.
-
-        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side must
-        be the recipe's `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
-        """
-        self.model.eval()
-        with torch.autocast(pixels.device.type, enabled=False):
-            outputs = self.model(self._images(pixels, self.recipe.inference_size or self.recipe.image_size))
-        return [torch.cat([output["boxes"], output["scores"][:, None]], dim=1).cpu().numpy() for output in outputs]
-
-    def _images(self, pixels: torch.Tensor, side: int) -> list[torch.Tensor]:
-        if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
-            raise ValueError(f"expected uint8 canvases (n, {side}, {side}), got {pixels.dtype} {tuple(pixels.shape)}")
-        images = pixels.to(next(self.parameters()).device)[:, None].expand(-1, self.recipe.channels, -1, -1)
-        return list(images.float() / 255)
-
-
-class _NormaliseOnly(GeneralizedRCNNTransform):
-    """torchvision's input transform without its resizing: canvases are normalised and keep their size."""
-
-    def resize(self, image: torch.Tensor, target: dict | None = None) -> tuple[torch.Tensor, dict | None]:
-        return image, target
+            model.roi_heads = _CompleteIoU.like(model.roi_heads)
+        return model
 
 
 class _CompleteIoU(RoIHeads):
@@ -197,73 +106,3 @@ class _CompleteIoU(RoIHeads):
         )
         loss = complete_box_iou_loss(predicted, true, reduction="sum") / labels.numel()
         return [], {"loss_classifier": functional.cross_entropy(scores, labels), "loss_box_reg": loss}
-
-
-def _backbone(recipe: DetectorRecipe) -> Any:
-    check_backbone(recipe.backbone)
-    return timm.create_model(recipe.backbone, pretrained=False, features_only=True, in_chans=recipe.channels)
-
-
-def _load_weights(detector: FasterRCNNDetector, recipe: DetectorRecipe) -> str:
-    """Load the recipe's starting weights into `detector` and return a summary, "from scratch" if there are none.
-
-    The weights are those of a whole Faster R-CNN, such as torchvision's for COCO, or of a classifier with the same backbone.
-    Raises BundleError if a classifier's weights lack tensors of the backbone, or if a Faster R-CNN's weights lack other
-    tensors than those of CLASS_LAYERS.
-    """
-    if not recipe.starting_weights:
-        return "from scratch"
-    weights = read_starting_weights(recipe.starting_weights)
-    if any("roi_heads." in name for name in weights):
-        report = load_starting_weights(detector, recipe.starting_weights, prefix="model.")
-        check_random([name for name in report["random"] if not name.startswith(CLASS_LAYERS)], detector, recipe)
-        return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
-    body = detector.model.backbone.body
-    backbone_weights = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
-    weights = {name.removeprefix("backbone."): tensor for name, tensor in (backbone_weights or weights).items()}
-    with torch.device("meta"):
-        expected = timm.create_model(recipe.backbone, num_classes=0).state_dict()
-    missing = [name for name in expected if name not in weights]
-    if missing:
-        raise BundleError(
-            f"{recipe.starting_weights} lacks {len(missing)} of the {len(expected)} tensors of {recipe.backbone!r}, such as "
-            f"{missing[0]}; choose weights of exactly that backbone"
-        )
-    first_convolution = body.pretrained_cfg["first_conv"]
-    first_convolution = f"{first_convolution[0] if isinstance(first_convolution, tuple) else first_convolution}.weight"
-    if weights[first_convolution].shape[1] == 1 and recipe.channels == 3:
-        # The reverse of timm's rule, which sums the colours' weights for grey input: each colour gets a third of the sum.
-        weights[first_convolution] = weights[first_convolution].expand(-1, 3, -1, -1) / 3
-    # timm renames the tensors for features_only while it loads them.
-    loaded = timm.create_model(
-        recipe.backbone,
-        pretrained=True,
-        pretrained_cfg_overlay={"state_dict": weights},
-        features_only=True,
-        in_chans=recipe.channels,
-    )
-    body.load_state_dict(loaded.state_dict())
-    summary = f"{recipe.starting_weights}: {len(expected)} tensors of the backbone; pyramid and heads left random"
-    logger.info("starting weights %s; unused: %d", summary, len(set(weights) - set(expected)))
-    return summary
-
-
-def _feature_indices(backbone: str, strides: list[int]) -> list[int]:
-    """Return the positions in `strides` of the backbone's features that the pyramid uses: 4, 8, 16 and, if it exists, 32.
-
-    `strides` lists the strides of all features of `backbone`. Raises ValueError if 4, 8 or 16 is missing.
-    """
-    if not set(BACKBONE_STRIDES[:3]) <= set(strides):
-        raise ValueError(f"backbone {backbone!r} has features at strides {strides}, but Faster R-CNN needs 4, 8 and 16")
-    return [strides.index(stride) for stride in BACKBONE_STRIDES if stride in strides]
-
-
-def _normalisation(body: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of each channel, by which pixels 0..1 are normalised.
-
-    They are those that timm records for the backbone `body`, averaged over the colours for grey input.
-    """
-    mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
-    if channels == len(mean):
-        return list(mean), list(std)
-    return [float(np.mean(mean))] * channels, [float(np.mean(std))] * channels

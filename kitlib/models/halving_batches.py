@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from kitlib.device import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,7 +20,7 @@ class HalvingBatches:
     def __call__(self, compute: Callable[[torch.Tensor], list[Any]], pixels: torch.Tensor) -> list[Any]:
         """Call `compute` on pieces of `pixels` (n, ...), moved to the device; return all results in one list.
 
-        `compute` returns a list of results for its piece. Raises torch.cuda.OutOfMemoryError if even one image does not fit.
+        `compute` returns a list of results for its piece. If even one image does not fit, the library's error is raised.
         """
         results: list[Any] = []
         start = 0
@@ -26,8 +28,8 @@ class HalvingBatches:
             piece = pixels[start : start + self.size]
             try:
                 results += compute(piece.to(self.device, non_blocking=True))
-            except torch.cuda.OutOfMemoryError:
-                if len(piece) == 1:
+            except RuntimeError as error:
+                if len(piece) == 1 or not is_out_of_memory(error):
                     raise
                 self.size = (len(piece) + 1) // 2
                 logger.warning("%s: out of GPU memory at %d images, continuing with %d", self.model, len(piece), self.size)

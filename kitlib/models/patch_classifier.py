@@ -6,11 +6,12 @@ import torch
 
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.halving_batches import HalvingBatches
-from kitlib.models.patches import SCORES, windows
+from kitlib.models.patches import SCORES, cut_patches
 from kitlib.recipes.fields import PatchRecipe
 
 # Pixels per forward pass: 512 patches of 224 x 224 on a GPU (fewer if its memory is too small), or 8 on a CPU, so that they
 # fit into its cache.
+CPU = torch.device("cpu")
 CHUNKS = {"cuda": 512 * 224**2, "cpu": 8 * 224**2}
 
 
@@ -41,9 +42,16 @@ class PatchClassifier(FindingsClassifier):
     def patch_logits(self, canvases: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         """Return each patch's logits, (m, outputs), on the model's device; for the arguments see `image_probabilities`."""
         device, side = next(self.parameters()).device, self.recipe.image_size
-        patches = windows(canvases.to(device, non_blocking=True), side)
-        batches = HalvingBatches("patches", device, self.chunk or max(1, CHUNKS[device.type] // side**2))
-        logits = batches(lambda piece: [self(self.normalise(patches[tuple(piece.T)]))], where)
+
+        def compute(piece: torch.Tensor) -> list[torch.Tensor]:
+            # Only the canvases of these patches, so that a smaller chunk also needs less memory for padded canvases.
+            first, last = piece[:, 0].aminmax()
+            local = piece - torch.tensor([first, 0, 0])
+            shown = canvases[first : last + 1].to(device, non_blocking=True)
+            return [self(self.normalise(cut_patches(shown, local.to(device), side)))]
+
+        batches = HalvingBatches("patches", CPU, self.chunk or max(1, CHUNKS[device.type] // side**2))
+        logits = batches(compute, where.cpu())
         self.chunk = batches.size
         return torch.cat(logits)
 

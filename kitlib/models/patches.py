@@ -80,24 +80,16 @@ def join_centres(centre_arrays: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.column_stack([canvas_index, np.concatenate(centre_arrays)]).astype(np.int64))
 
 
-def windows(canvases: torch.Tensor, side: int) -> torch.Tensor:
-    """Return the patch around every pixel of canvases (n, rows, columns), as a view (n, rows, columns, side, side).
-
-    Element [i, r, c] is the patch around row r and column c of canvas i. Patches that cross the canvas's border are padded
-    with 0. If the side is even, the centre is the pixel to the right of and below the middle.
-    """
-    before = side // 2
-    padded = functional.pad(canvases, (before, side - 1 - before, before, side - 1 - before))
-    return padded.unfold(1, side, 1).unfold(2, side, 1)
-
-
 def cut_patches(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch.Tensor:
     """Cut patches out of canvases (n, rows, columns); return them as (m, side, side), on the device of the canvases.
 
-    `where` is int64 (m, 3), one row per patch: index of the canvas, row and column of the patch's centre. Raises IndexError
-    for a centre outside of the canvases.
+    `where` is int64 (m, 3), one row per patch: index of the canvas, row and column of the patch's centre. Patches that cross
+    the canvas's border are padded with 0. If the side is even, the centre is the pixel to the right of and below the middle.
+    Raises IndexError for a centre outside of the canvases.
     """
-    return windows(canvases, side)[tuple(where.T)]
+    before = side // 2
+    padded = functional.pad(canvases, (before, side - 1 - before, before, side - 1 - before))
+    return padded.unfold(1, side, 1).unfold(2, side, 1)[tuple(where.T)]
 
 
 def votes(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -> torch.Tensor:

@@ -41,15 +41,16 @@ PUBLISHED_CLEAN_UP: dict[str, Any] = {"dilations": 8, "closings": 2, "least_area
 # For each view: whether the canvas shows the full image or the lungs, and whether it is mirrored.
 VIEWS = {"full": ("full", False), "flip": ("full", True), "lungs": ("lungs", False), "lungs_flip": ("lungs", True)}
 # The box losses of each detector family; the first is the default.
-BOX_LOSSES = {"faster_rcnn": ("smooth_l1", "ciou"), "yolo": ("ciou", "giou")}
-# Fields of DetectorRecipe that only one family uses. Most are for Faster R-CNN alone, because ultralytics has its own
-# augmentation, moving average and schedule, and its networks always have three input channels.
-OF_ONE_FAMILY = {
-    "faster_rcnn": (
-        *("fpn_channels", "box_hidden", "box_samples", "proposals", "channels", "ema_decay", "schedule", "step_factor"),
-        *("plateau_epochs", "schedule_every", "shift", "turn_p", "sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p"),
-        *("brightness_contrast_p", "gradient_clip"),
-    ),
+BOX_LOSSES = {"faster_rcnn": ("smooth_l1", "ciou"), "retinanet": ("l1", "ciou", "giou"), "yolo": ("ciou", "giou")}
+# Fields of DetectorRecipe that not all families use. Most are for the two with a feature pyramid, because ultralytics has
+# its own augmentation, moving average and schedule, and its networks always have three input channels.
+_OF_A_PYRAMID = (
+    *("fpn_channels", "proposals", "channels", "ema_decay", "schedule", "step_factor", "plateau_epochs", "schedule_every"),
+    *("shift", "turn_p", "sharpen_p", "blur_p", "cutouts", "cutouts_p", "erase_p", "brightness_contrast_p", "gradient_clip"),
+)
+FAMILY_FIELDS = {
+    "faster_rcnn": (*_OF_A_PYRAMID, "box_hidden", "box_samples"),
+    "retinanet": _OF_A_PYRAMID,
     "yolo": ("box_gain", "class_gain", "dfl_gain", "mosaic", "mixup", "zoom", "width", "norm_momentum"),
 }
 
@@ -339,15 +340,15 @@ class PatchRecipe(FindingsRecipe):
 
 @dataclass(frozen=True)
 class DetectorRecipe(WithBackbone, WithOcclusions):
-    """Recipe of an opacity detector, which is a Faster R-CNN or a YOLO.
+    """Recipe of an opacity detector, which is a Faster R-CNN, a RetinaNet or a YOLO.
 
     The defaults are those of the Faster R-CNN in the Heidelberg report, section 3.1.
     """
 
-    family: Literal["faster_rcnn", "yolo"] = "faster_rcnn"  # for yolo, `backbone` is an ultralytics name such as "yolov5lu"
+    family: Literal["faster_rcnn", "retinanet", "yolo"] = "faster_rcnn"  # yolo: `backbone` is a name such as "yolov5lu"
     inference_size: Count = 0  # side of the canvas at prediction, a multiple of 32; 0: as in training
     negatives: NotNegative = 1.0  # largest ratio of training images without a box to those with one; Heidelberg: 0
-    box_loss: Literal["", "smooth_l1", "ciou", "giou"] = ""  # one of the family's BOX_LOSSES; empty: the family's default
+    box_loss: Literal["", "smooth_l1", "l1", "ciou", "giou"] = ""  # one of the family's BOX_LOSSES; "": its default
     box_gain: NotNegative = 7.5  # yolo: weight of the box loss; the defaults of these three gains are ultralytics'
     class_gain: NotNegative = 0.5  # yolo: weight of the class loss
     dfl_gain: NotNegative = 1.5  # yolo: weight of the distribution focal loss
@@ -356,10 +357,10 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
     zoom: Share = 0.5  # yolo: scale factors between 1 - zoom and 1 + zoom
     width: Positive = 1.0  # yolo: number of channels, relative to the named model
     norm_momentum: Probability = 0.03  # yolo: batch norm momentum; short training needs a higher value
-    fpn_channels: AtLeastOne = 256  # faster_rcnn: width of the feature pyramid
+    fpn_channels: AtLeastOne = 256  # faster_rcnn, retinanet: width of the feature pyramid
     box_hidden: AtLeastOne = 1024  # faster_rcnn: units of the two hidden layers of the box head
     box_samples: AtLeastOne = 512  # faster_rcnn: regions per image in the box head's loss
-    proposals: AtLeastOne = 1000  # faster_rcnn: regions per image that reach the second stage
+    proposals: AtLeastOne = 1000  # faster_rcnn: regions per image for the second stage; retinanet: boxes per map before NMS
     nms_iou: Probability = 0.5  # if two boxes have a larger IoU, the box with the lower score is dropped
     max_detections: AtLeastOne = 100  # boxes kept per image at prediction
     min_score: Share = 0.001  # low, because boxes with low confidence still add to average precision (VOC 2010)
@@ -370,13 +371,15 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
     def __post_init__(self) -> None:
         super().__post_init__()
         default = type(self).__dataclass_fields__
-        for family, names in OF_ONE_FAMILY.items():
-            changed = [name for name in names if getattr(self, name) != default[name].default]
-            if family != self.family and changed:
-                listed = ", ".join(f"{name} (leave it at {default[name].default!r})" for name in changed)
-                raise SettingsError(
-                    f"{self.backbone} is a {self.family}, which does not use {listed}; only {family} uses these fields"
-                )
+        special = dict.fromkeys(name for names in FAMILY_FIELDS.values() for name in names)
+        unused = [name for name in special if name not in FAMILY_FIELDS[self.family]]
+        changed = [name for name in unused if getattr(self, name) != default[name].default]
+        if changed:
+            listed = ", ".join(f"{name} (leave it at {default[name].default!r})" for name in changed)
+            users = [family for family, names in FAMILY_FIELDS.items() if not set(changed).isdisjoint(names)]
+            raise SettingsError(
+                f"{self.backbone} is a {self.family}, which does not use {listed}; of {', '.join(users)} only"
+            )
         if self.box_loss not in ("", *BOX_LOSSES[self.family]):
             raise SettingsError(
                 f"box_loss is {self.box_loss!r}; valid for a {self.family}: {', '.join(BOX_LOSSES[self.family])}"

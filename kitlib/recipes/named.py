@@ -92,7 +92,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         channels=3,
         image_size=600,
         epochs=20,
-        batch_size=8,
+        batch_size=4,  # a T4 has no room for 8
         nominal_batch=32,
         optimizer="adamw",
         learning_rate=2e-4,
@@ -147,6 +147,7 @@ RECIPES: dict[str, TrainingRecipe] = {
         _HEIDELBERG_YOLO,
         backbone="yolo11x",
         image_size=768,
+        batch_size=8,  # a T4 has no room for 16
         epochs=40,
         vertical_flip=0.0,
         mosaic=1.0,
@@ -286,6 +287,19 @@ RECIPES: dict[str, TrainingRecipe] = {
         box_hidden=64,
         box_samples=32,
         proposals=40,
+        max_detections=30,
+    ),
+    "small_retinanet": DetectorRecipe(
+        family="retinanet",
+        backbone="test_resnet",
+        image_size=96,
+        epochs=6,
+        batch_size=4,
+        optimizer="adamw",
+        learning_rate=3e-3,
+        schedule_every=0,
+        fpn_channels=32,
+        proposals=100,
         max_detections=30,
     ),
     "small_yolo": DetectorRecipe(

@@ -7,6 +7,7 @@ from kitlib.device import memory_format, seed_everything, training_device
 from kitlib.models.families import family_of
 from kitlib.training import data_parallel
 from kitlib.training.fold_folder import finish_fold, open_run, save_trained
+from kitlib.training.gpu_memory import explaining_memory
 from kitlib.training.shared_memory import explaining_timeouts
 from kitlib.training.strategy import Strategy
 from kitlib.training.task import Task, TrainedFold, read_trained
@@ -18,8 +19,8 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
     Writes to `run_folder`: the bundle with the weights of the kept epoch, tables (among them the predictions), figures and,
     last, metrics.json. An interrupted run is resumed, with the same result as an uninterrupted run; a finished run is only
     read. If several processes train together, only the first returns the results, the others return None. Raises
-    TrainingError if the folder contains a run with other data or settings; SessionOver at the task's deadline; ValueError,
-    before anything is written, if the task cannot be trained.
+    TrainingError if the folder contains a run with other data or settings, or if the memory is too small for a batch;
+    SessionOver at the task's deadline; ValueError, before anything is written, if the task cannot be trained.
     """
     run_folder, task = Path(run_folder), task.checked()
     family = family_of(task.recipe)
@@ -33,7 +34,7 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
     model = family.network(task.recipe, strategy.classes).to(memory_format=memory_format(device))
     starting_weights = strategy.start(model)
     strategy.make_examples()
-    with explaining_timeouts():
+    with explaining_timeouts(), explaining_memory(task.recipe):
         result = strategy.fit(model, device)
     if not data_parallel.is_first_process():
         return None
@@ -50,9 +51,9 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
 
 def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
     """Return the strategy of each model family in kitlib.models.families.FAMILIES, keyed by the family's name."""
-    from kitlib.training.faster_rcnn import FasterRCNNStrategy
     from kitlib.training.findings import FindingsStrategy, PatchStrategy
     from kitlib.training.lungs import SegmenterStrategy
+    from kitlib.training.pyramid_detector import PyramidDetectorStrategy
     from kitlib.training.study import StudyStrategy
 
     def yolo(task: Task, fold: int, run_folder: Path) -> Strategy:
@@ -64,7 +65,8 @@ def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
         "study": StudyStrategy,
         "findings": FindingsStrategy,
         "patches": PatchStrategy,
-        "faster_rcnn": FasterRCNNStrategy,
+        "faster_rcnn": PyramidDetectorStrategy,
+        "retinanet": PyramidDetectorStrategy,
         "yolo": yolo,
         "segmenter": SegmenterStrategy,
     }

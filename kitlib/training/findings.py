@@ -162,7 +162,8 @@ def findings_loss(
         return mean_of_known(functional.binary_cross_entropy_with_logits(logits, truth, reduction="none"), is_known)
     losses = functional.cross_entropy(logits, truth, label_smoothing=smoothing, reduction="none")
     if weights is not None:
-        losses = losses * (truth @ weights)
+        # Not a matrix product, which autocast would compute in half precision.
+        losses = losses * (truth * weights).sum(dim=1)
     return mean_of_known(losses, is_known.all(dim=1))
 
 

@@ -18,7 +18,7 @@ from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import write_table
 from kitlib.training.fold_folder import FitResult
 from kitlib.training.loop import RecipeTraining, fit
-from kitlib.training.shared_memory import PREFETCHED, workers_that_fit
+from kitlib.training.shared_memory import PREFETCHED, suitable_workers, workers_that_fit
 from kitlib.training.split import split
 from kitlib.training.task import Task
 from kitlib.training.xray_dataset import Examples, batches
@@ -96,10 +96,11 @@ class Strategy(ABC):
 
     @cached_property
     def workers(self) -> int:
-        """Number of processes that load batches: the task's, or 0 if /dev/shm has no room for their batches."""
+        """Number of processes that load batches: the task's or suitable ones, as many as /dev/shm has room for."""
         training = self.train.example_bytes * min(self.recipe.batch_size, len(self.train))
         validation = self.validation.example_bytes * min(self.validation_batch, len(self.validation))
-        return workers_that_fit(self.task.workers, self.prefetched * training + PREFETCHED * validation)
+        workers = self.task.workers if self.task.workers >= 0 else suitable_workers()
+        return workers_that_fit(workers, self.prefetched * training + PREFETCHED * validation)
 
     def training_batches(self) -> DataLoader:
         """Return a loader of shuffled training batches."""

@@ -32,9 +32,10 @@ class Task:
     `limit_train` and `limit_validation` cap the number of training and validation images, keeping or dropping whole
     patients. `extra` has additional images, which are used only for training and to which the limits do not apply. `lungs`
     are stored lungs, for a recipe whose field `lungs` is "masks"; `masks` are the ground truth for a segmenter. With
-    `in_sample`, a findings classifier also predicts its own training images. Training raises ValueError if the model family
-    cannot use `extra`, `lungs`, `masks` or `in_sample`. With `resume`, an interrupted run continues; without it, the run
-    starts over.
+    `in_sample`, a findings classifier also predicts its own training images. `workers` is the number of processes that load
+    batches; -1 lets `kitlib.training.shared_memory.suitable_workers` choose it. Training raises ValueError if the model
+    family cannot use `extra`, `lungs`, `masks` or `in_sample`. With `resume`, an interrupted run continues; without it, the
+    run starts over.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -42,7 +43,7 @@ class Task:
     recipe: TrainingRecipe
     model_name: str
     seed: int = 0
-    workers: int = 0
+    workers: int = -1
     limit_train: int | None = None
     limit_validation: int | None = None
     extra: ExtraImages | None = None
@@ -57,6 +58,8 @@ class Task:
 
         Raises ValueError unless the tables are exactly images, labels, boxes and folds; TableError if a table is invalid.
         """
+        if self.workers < -1:
+            raise ValueError(f"workers is {self.workers}; expected -1 or more")
         if set(self.tables) != set(TABLES):
             raise ValueError(f"tables are {', '.join(self.tables)}; expected {', '.join(TABLES)}")
         return dataclasses.replace(self, tables={name: check_table(self.tables[name], name) for name in TABLES})

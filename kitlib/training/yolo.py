@@ -148,6 +148,16 @@ class Trainer(DetectionTrainer):
         self.add_callback("on_train_batch_end", lambda _: self._log_batch())
         self.add_callback("on_train_epoch_end", lambda _: self._note_batches_end())
 
+    @property
+    def _oom_retries(self) -> int:
+        return 0
+
+    @_oom_retries.setter
+    def _oom_retries(self, retries: int) -> None:
+        # ultralytics counts a retry before it goes on with half of the batch, which would be another recipe than the run's.
+        if retries:
+            raise
+
     def get_dataset(self) -> dict[str, Any]:
         """Return the description of the data that ultralytics expects: class names and channels, without image files."""
         return {**DATA, "train": "", "val": ""}

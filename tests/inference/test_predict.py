@@ -93,13 +93,15 @@ def test_the_flip_view_makes_predictions_of_image_and_mirror_image_equal(bundle)
 class Detector:
     """Detects the white blocks of SmallXrays in canvas pixels; has memory for `room` images at a time."""
 
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
     def __init__(self, room=100):
         self.room, self.calls, self.overflows = room, [], 0
 
     def predict(self, pixels):
         self.calls.append(len(pixels))
         if len(pixels) > self.room:
-            raise torch.cuda.OutOfMemoryError("out of memory")
+            raise self.error
         return [self.found(each.numpy()) for each in pixels]
 
     @staticmethod
@@ -321,10 +323,22 @@ def test_exact_boxes_convert_back_exactly_and_are_clipped_to_the_image():
     assert found.score.tolist() == [0.25, 1.0]
 
 
-def test_out_of_memory_halves_the_batch_permanently_and_loses_no_image(caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        Detector.error,
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_halves_the_batch_permanently_and_loses_no_image(caplog, error):
     small = SmallXrays(32)
     whole = pd.concat(detecting().predict(small.stream()))
-    predictor = detecting(room=3, batch_size=16)
+    predictor = detecting(batch_size=16)
+    predictor.network.room, predictor.network.error = 3, error
     found = pd.concat(predictor.predict(small.stream()))
     pd.testing.assert_frame_equal(found.reset_index(drop=True), whole.reset_index(drop=True))
     assert predictor.fitted.size == 2 and predictor.network.calls[:3] == [16, 8, 4]
@@ -332,9 +346,14 @@ def test_out_of_memory_halves_the_batch_permanently_and_loses_no_image(caplog):
     assert "out of GPU memory at 16 images, continuing with 8" in caplog.text
 
 
-def test_one_image_that_does_not_fit_is_an_error():
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+def test_one_image_that_does_not_fit_is_an_error_and_so_is_any_other_error():
+    with pytest.raises(torch.OutOfMemoryError):
         list(detecting(room=0).predict(SmallXrays(4).stream()))
+    predictor = detecting(room=1)
+    predictor.network.error = RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        list(predictor.predict(SmallXrays(4).stream()))
+    assert predictor.network.calls == [4]
 
 
 def test_an_error_of_the_stream_reaches_the_caller():

@@ -1,13 +1,12 @@
 """Faster R-CNN: its input, its predictions, its losses and its starting weights."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from kitlib.device import DTYPES, computing_in
 from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.families import load_network
@@ -66,20 +65,50 @@ def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
         assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0.001).all() and (boxes[:, 4] <= 1).all()
 
 
-def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(detector, monkeypatch):
+def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(detector):
     expected = detector.predict(NOISE)
     overflow = detector.model.backbone.fpn.register_forward_hook(
         lambda module, inputs, maps: {
             name: level * torch.inf if torch.is_autocast_enabled("cpu") else level for name, level in maps.items()
         }
     )
-    half = partial(torch.autocast, "cpu", torch.float16)
-    monkeypatch.setattr("kitlib.models.faster_rcnn.autocast", lambda _: half())
-    found = detector.predict(NOISE)
+    with computing_in("16-mixed"):
+        found = detector.predict(NOISE)
     overflow.remove()
     assert detector.overflows == 1 and sum(map(len, expected)) > 0
     for boxes, same in zip(found, expected, strict=True):
-        np.testing.assert_allclose(boxes, same, atol=1e-4)
+        np.testing.assert_allclose(boxes, same, atol=0.01)  # the other parts stay in half precision
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_half_precision_moves_no_box_by_half_a_pixel(precision):
+    torch.manual_seed(0)
+    detector = FasterRCNNDetector(override(RECIPE, fpn_channels=64, box_hidden=64, nms_iou=1.0, max_detections=50)).eval()
+    rpn, predictor = detector.model.rpn, detector.model.roi_heads.box_predictor.bbox_pred
+    seen = []
+    for layer in (rpn.head.conv, detector.model.roi_heads.box_head):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    # Random weights would hardly move a box.
+    for layer, factor in ((rpn.head.bbox_pred, 30), (predictor, 100)):
+        layer.weight.data *= factor
+    boxes, offsets = [], []
+    # The same regions for both, because regions of nearly the same score may change places.
+    corner = torch.rand(40, 2, generator=torch.Generator().manual_seed(1)) * 32
+    regions = torch.cat([corner, corner + 8 + corner.flip(0) / 2], dim=1)
+    rpn.register_forward_hook(lambda module, inputs, output: ([regions] * len(NOISE), {}))
+    rpn.head.register_forward_hook(lambda module, inputs, output: offsets.append(output[1][0]))
+    for each in ("32-true", precision):
+        with computing_in(each):
+            boxes.append(detector.predict(NOISE))
+    assert seen[2:] == [DTYPES[precision], torch.float32]  # the second head returns float32
+    sides = torch.tensor(8.0 * 4)  # of the largest anchor
+    assert (offsets[0] * sides).abs().max() > 8 and ((offsets[1] - offsets[0]) * sides).abs().max() < 0.5
+    for exact, half in zip(*boxes, strict=True):
+        assert len(exact) == len(half) == 40
+        distances = np.abs(exact[:, None, :4] - half[None, :, :4]).max(axis=2)
+        assert distances.min(axis=1).max() < 0.5
+        moved = np.abs(exact[:, None, :4] - regions.numpy()[None]).max(axis=2).min(axis=1)
+        assert moved.max() > 4
 
 
 def test_boxes_below_the_score_threshold_are_dropped(detector):

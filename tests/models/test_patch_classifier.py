@@ -10,7 +10,7 @@ from kitlib.errors import SettingsError
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.families import load_network
 from kitlib.models.patch_classifier import PatchClassifier
-from kitlib.models.patches import join_centres, mean_softmax
+from kitlib.models.patches import cut_patches, join_centres, mean_softmax
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
 
@@ -107,6 +107,24 @@ def test_batches_are_halved_if_memory_is_small(monkeypatch):
     network.chunk = 13
     torch.testing.assert_close(network.image_probabilities(canvases, where), whole, atol=1e-12, rtol=0)
     assert network.chunk == 2 and seen == [13, 7, 4, 2, 2, 2, 2, 2, 2, 1]
+
+
+@torch.inference_mode()
+def test_a_smaller_chunk_moves_fewer_canvases_to_the_gpu(monkeypatch):
+    network, (canvases, where), moved = model(), drawn(), []
+
+    def small(shown, where, side):
+        moved.append(len(shown))
+        if len(shown) > 2:
+            raise RuntimeError("CUDA error: out of memory")
+        return cut_patches(shown, where, side)
+
+    whole = network.image_probabilities(canvases, where)
+    monkeypatch.setattr("kitlib.models.patch_classifier.cut_patches", small)
+    network.chunk = 13
+    torch.testing.assert_close(network.image_probabilities(canvases, where), whole, atol=1e-12, rtol=0)
+    # 7, 1 and 5 patches: 13 are of three canvases, the first 7 of one, the last 6 of two.
+    assert moved == [3, 1, 2]
 
 
 def test_a_loaded_model_is_the_same_and_ready_to_predict():

@@ -20,7 +20,7 @@ from tests.small_masks import SmallMasks
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE as STUDY
 from tests.small_xrays import SmallXrays
-from tests.training.test_detector import FASTER_RCNN, YOLO
+from tests.training.test_detector import FASTER_RCNN, RETINANET, YOLO
 from tests.training.test_findings import RECIPE as FINDINGS
 from tests.training.test_findings import SmallFindings
 from tests.training.test_patches import RECIPE as PATCHES
@@ -69,6 +69,7 @@ TRAININGS = {
         [{name: value for name, value in ON.items() if name not in ("views", "trained_on")}, STEPS | FROZEN, PLATEAU],
     ),
     "faster_rcnn": (FASTER_RCNN, [ON | MASKS_ONLY, STEPS, PLATEAU]),
+    "retinanet": (RETINANET, [ON | MASKS_ONLY, STEPS, PLATEAU]),
     "yolo": (YOLO, [{"epochs": 2, "optimizer": "sgd", "warmup_epochs": 1.0, **MASKS_ONLY, "trained_on": "either"}]),
     "segmenter": (SEGMENTER, [ON, STEPS | {"loss": "cross_entropy"}, PLATEAU]),
 }
@@ -92,8 +93,20 @@ VALUES = (
         "border",
     ),
     *("outside_lungs", "backbone", "half", "study", "both", "auc", "accuracy", "votes", "mean_softmax", "ciou", "yolo"),
-    *("faster_rcnn", "unet", "resunet", "dice", "cross_entropy", (0.7, 0.9), (1, 3), ("full", "flip"), ("lungs",)),
-    ("lungs", "heart"),
+    *(
+        "faster_rcnn",
+        "retinanet",
+        "l1",
+        "unet",
+        "resunet",
+        "dice",
+        "cross_entropy",
+        (0.7, 0.9),
+        (1, 3),
+        ("full", "flip"),
+        ("lungs",),
+    ),
+    *(("lungs", "heart"), "retinanet", "l1"),
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")

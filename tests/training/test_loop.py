@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pytorch_lightning.plugins import MixedPrecision
 from safetensors.torch import load_file
 
 from kitlib.recipes.fields import FindingsRecipe
@@ -261,7 +262,7 @@ class Slope(RecipeTraining):
         if (self.current_epoch, number) == self.dies_at:
             raise ConnectionError("the session ended")
         self.seen.append(self.model.weight.item())
-        return (self.model(batch) ** 2).mean() / 2
+        return (self.model(batch).float() ** 2).mean() / 2  # in float32, as all of the kit's losses
 
     def on_validation_epoch_start(self):
         self.judged_weights.append(self.evaluated_model.weight.item())
@@ -335,6 +336,27 @@ def test_half_precision_leaves_weights_and_average_in_full(tmp_path, monkeypatch
     assert module.judged_weights[-1] < module.judged_weights[0] < 1
     full, _ = train_slope(tmp_path / "full", override(FLAT, ema_decay=0.9))
     assert module.judged_weights == pytest.approx(full.judged_weights, abs=0.02)
+
+
+def test_gradients_are_accumulated_unscaled_and_clipped_and_steps_with_an_overflow_are_skipped(tmp_path, monkeypatch):
+    # float16 on the CPU with a gradient scaler, as on a T4; Lightning itself would choose bfloat16 on a CPU.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = training.pl.Trainer
+    monkeypatch.setattr(training.pl, "Trainer", lambda precision, **options: trainer(plugins=[plugin], **options))
+    clipped = override(FLAT, epochs=2, gradient_clip=0.5, **GATHERED)
+    module, _ = train_slope(tmp_path, clipped)
+    # By hand as above. A batch's first gradient, 2^18 w / 4, exceeds float16's 65,504: no step, and half of the scale.
+    weight, momentum, expected = 1.0, 0.0, []
+    for step, batches in enumerate((4, 2, 4, 2)):
+        expected += [weight] * batches
+        if step > 0:
+            gradient = min(weight * batches / 4, 0.5)
+            momentum = 0.9 * momentum + gradient
+            weight -= 0.1 * learning_rate_factor(step, 4, override(FLAT, epochs=2)) * (gradient + 0.9 * momentum)
+    assert module.seen == pytest.approx(expected, rel=1e-3)
+    assert scaler.get_scale() == 2.0**17
+    assert module.model.weight.dtype == torch.float32
 
 
 STEPPED = override(FLAT, schedule="step", milestones=(1, 3), step_factor=0.5, momentum=0.8)

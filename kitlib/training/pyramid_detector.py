@@ -1,4 +1,4 @@
-"""Trains a Faster R-CNN with Lightning."""
+"""Trains a Faster R-CNN or a RetinaNet with Lightning."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from kitlib.models.faster_rcnn import FasterRCNNDetector
+from kitlib.models.pyramid import PyramidDetector
 from kitlib.training import data_parallel
 from kitlib.training.detector import DetectorStrategy, canvas_precision
 from kitlib.training.loop import RecipeTraining
 
 
-class FasterRCNNTraining(RecipeTraining):
-    """Lightning module that trains and validates a Faster R-CNN on batches from an `XrayDataset`.
+class PyramidDetectorTraining(RecipeTraining):
+    """Lightning module that trains and validates a detector with a feature pyramid on batches from an `XrayDataset`.
 
     The validation score is `score(predictions, ground_truth)`. Both arguments are lists with one array per image: predicted
     boxes with their scores (k, 5), ground-truth boxes (m, 4).
     """
 
-    model: FasterRCNNDetector
-    evaluated_model: FasterRCNNDetector
+    model: PyramidDetector
+    evaluated_model: PyramidDetector
 
-    def __init__(self, model: FasterRCNNDetector, score: Callable[[list, list], float]) -> None:
+    def __init__(self, model: PyramidDetector, score: Callable[[list, list], float]) -> None:
         super().__init__(model, model.recipe)
         self.score = score
         self.predictions: list[np.ndarray] = []
@@ -47,8 +47,8 @@ class FasterRCNNTraining(RecipeTraining):
         self.log("score", self.score(predictions, ground_truth))
 
 
-class FasterRCNNStrategy(DetectorStrategy):
-    """Strategy that trains a Faster R-CNN on one fold with Lightning."""
+class PyramidDetectorStrategy(DetectorStrategy):
+    """Strategy that trains a detector with a feature pyramid on one fold with Lightning."""
 
-    def module(self, model: FasterRCNNDetector) -> FasterRCNNTraining:
-        return FasterRCNNTraining(model, canvas_precision)
+    def module(self, model: PyramidDetector) -> PyramidDetectorTraining:
+        return PyramidDetectorTraining(model, canvas_precision)
