@@ -77,8 +77,7 @@ def push_dataset(name: str, folder: Path, wait_s: float = 3600.0, poll_s: float 
 def _push_dataset(client: KaggleClient, name: str, folder: Path, wait_s: float, poll_s: float) -> str:
     """Upload `folder` as the dataset `name` and wait until it is ready; return "created", "new version" or "unchanged"."""
     action = f"pushing the dataset {name}"
-    status = _dataset_status(client, name)
-    previous_version = _dataset_version(client, name) if status else 0
+    status, previous_version = _dataset_status(client, name)
     if status == "ready" and folder.name == "wheels" and _has_same_files(client, name, folder):
         return "unchanged"
     logger.info("uploading %s", name)
@@ -97,26 +96,20 @@ def _push_dataset(client: KaggleClient, name: str, folder: Path, wait_s: float, 
     return "new version" if status else "created"
 
 
-def _dataset_status(client: KaggleClient, name: str) -> str | None:
-    """Return the status of a dataset's newest version, such as "ready"; None if the dataset does not exist."""
+def _dataset_status(client: KaggleClient, name: str) -> tuple[str, int]:
+    """Return the status of a dataset's newest version, such as "ready", and the number of its current version.
+
+    The two differ while a version is being processed. Returns ("", 0) if the dataset does not exist.
+    """
     with client.calling(f"asking for the dataset {name}"):
         try:
-            return client.api.dataset_status(name)
+            answer = json.loads(client.api.dataset_status(name, format="json"))
         except requests.HTTPError as error:
             # Kaggle returns 403 for missing datasets too. If the dataset belongs to another user, creating it will fail.
             if error.response is not None and error.response.status_code in (403, 404):
-                return None
+                return "", 0
             raise
-
-
-def _dataset_version(client: KaggleClient, name: str) -> int:
-    """Return the number of the dataset's current version, 0 if Kaggle reports no version."""
-    from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
-
-    request = ApiGetDatasetRequest()
-    request.owner_slug, request.dataset_slug = name.split("/")
-    with client.calling(f"asking for the dataset {name}"), client.api.build_kaggle_client() as kaggle:
-        return kaggle.datasets.dataset_api_client.get_dataset(request).current_version_number or 0
+    return answer["status"], answer["current_version_number"] or 0
 
 
 def _has_same_files(client: KaggleClient, name: str, folder: Path) -> bool:
@@ -136,16 +129,16 @@ def _wait_until_ready(client: KaggleClient, name: str, previous_version: int, wa
     Otherwise the pushed kernel would get the previous version. The status is checked every `poll_s` seconds. Raises
     KernelError if Kaggle reports a failure, or after `wait_s` seconds.
     """
-    status = None
+    status = ""
 
     def ask() -> bool | None:
         nonlocal status
-        status = _dataset_status(client, name)
+        status, version = _dataset_status(client, name)
         if status in ("failed", "deleted"):
             raise KernelError(
                 f"{name} was uploaded, but its status is {status!r}; see https://www.kaggle.com/datasets/{name}"
             )
-        if status == "ready" and (not previous_version or _dataset_version(client, name) > previous_version):
+        if status == "ready" and (not previous_version or version > previous_version):
             return True
         logger.info("%s: %s", name, status or "not listed yet")
         return None
