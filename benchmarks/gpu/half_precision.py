@@ -1,6 +1,6 @@
 """Predictions of every model family in half precision against float32, with the same weights, trained on phantoms.
 
-No part of gpu.sh, because a CPU shows the same rounding: `python benchmarks/gpu/half_precision.py`, some minutes on two cores.
+No part of gpu.sh, because a CPU shows the same rounding. `python benchmarks/gpu/half_precision.py` takes some minutes.
 """
 
 import sys
@@ -97,7 +97,7 @@ def nearest(boxes: pd.DataFrame, others: pd.DataFrame) -> tuple[np.ndarray, np.n
 
 
 def main(small: bool = False) -> None:
-    studies, chests, epochs = (16, 6, 1) if small else (120, 40, None)
+    studies, chests, epochs = (16, 6, 1) if small else (60, 40, None)
     device, failed = pick_device(), []
     table = Table("family", "precision", "largest difference", "mean difference", "largest shift", "boxes without partner")
     with tempfile.TemporaryDirectory() as scratch:
