@@ -124,7 +124,6 @@ class FasterRCNNDetector(nn.Module):
         self.model = FasterRCNN(
             pyramid,
             rpn_anchor_generator=anchors,
-            rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             rpn_pre_nms_top_n_train=2 * recipe.proposals,
             rpn_pre_nms_top_n_test=recipe.proposals,
             rpn_post_nms_top_n_train=recipe.proposals,
@@ -137,6 +136,8 @@ class FasterRCNNDetector(nn.Module):
             ),
             box_head=_BoxHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
             box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
+            # After the other heads, as torchvision does: the same seed gives the same weights.
+            rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             box_batch_size_per_image=recipe.box_samples,
             box_score_thresh=recipe.min_score,
             box_nms_thresh=recipe.nms_iou,
