@@ -40,8 +40,9 @@ FLOAT32: Precision = "32-true"
 HALVES: tuple[Precision, ...] = ("16-mixed", "bf16-mixed")
 CLASSIFIERS = {"study": "small_study", "findings": "small_learner", "patches": "small_patches"}
 DETECTORS = {"Faster R-CNN": "small_faster_rcnn", "YOLO": "small_yolo"}
-LEAST_SCORE = 0.1  # boxes below are not compared: which of them survive suppression is decided by the last digit
-LARGEST = {"probability": 0.02, "pixels": 2.0}  # allowed differences
+BEST = 3  # boxes per image that are compared, those with the highest scores
+# In float16, in which Kaggle's T4s compute: allowed difference of a probability or score, and least share of unmoved boxes.
+ALLOWED, UNMOVED = 0.02, 0.9
 
 Results = dict[str, np.ndarray | pd.DataFrame]  # predictions by precision
 
@@ -61,7 +62,9 @@ class Phantoms:
 
     def train(self, name: str, run: Path, epochs: int | None, lungs: StoredLungs | None = None) -> Path:
         """Train a small recipe on all folds but 0 in float32, and return its bundle."""
-        recipe = override(RECIPES[name], **({"epochs": epochs} if epochs else {}))
+        # Means of patches, because votes hide small differences.
+        means = {"patch_score": "mean_softmax"} if name == CLASSIFIERS["patches"] else {}
+        recipe = override(RECIPES[name], **means, **({"epochs": epochs} if epochs else {}))
         with computing_in(FLOAT32):
             train_fold(Task(self.tables, self.cache, recipe, name, masks=self.masks, lungs=lungs), 0, run)
         return run / "bundle"
@@ -78,28 +81,25 @@ def in_every_precision(predict: Callable[[], np.ndarray | pd.DataFrame]) -> Resu
     return results
 
 
-def nearest(boxes: pd.DataFrame, others: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return for each box the largest shift of an edge, in pixels, and the change of score, to its partner in `others`.
+def compare_boxes(boxes: pd.DataFrame, others: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return for the best boxes of each image the largest shift of an edge, in pixels, and the change of the score.
 
-    A partner is the closest box of the same image; boxes without one, more than a tenth of the image away, are counted.
+    A box is compared with the closest of the same image in `others`. A far one means that suppression kept another box.
     """
-    shifts, changes, alone = [], [], 0
-    for image_id, part in boxes[boxes.score >= LEAST_SCORE].groupby("image_id"):
+    shifts, changes = [], []
+    for image_id, part in boxes.groupby("image_id"):
         candidates = others[others.image_id == image_id]
-        for box in part.itertuples():
-            distances = np.abs(candidates[list(BOX)].to_numpy() - np.array([getattr(box, edge) for edge in BOX])).max(axis=1)
-            if not len(distances) or distances.min() > 25:
-                alone += 1
-                continue
-            shifts.append(distances.min())
-            changes.append(abs(candidates.score.iloc[distances.argmin()] - box.score))
-    return np.array(shifts), np.array(changes), alone
+        for _, box in part.nlargest(BEST, "score").iterrows():
+            distances = np.abs((candidates[list(BOX)] - box[list(BOX)].astype(float)).to_numpy()).max(axis=1)
+            shifts.append(distances.min(initial=np.inf))
+            changes.append(abs(candidates.score.iloc[distances.argmin()] - box.score) if len(distances) else box.score)
+    return np.array(shifts), np.array(changes)
 
 
 def main(small: bool = False) -> None:
     studies, chests, epochs = (16, 6, 1) if small else (60, 40, None)
     device, failed = pick_device(), []
-    table = Table("family", "precision", "largest difference", "mean difference", "largest shift", "boxes without partner")
+    table = Table("family", "precision", "median difference", "largest", "median shift", "boxes within half a pixel")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         sizes = {"train_studies": studies, "test_studies": 6, "side": 256, "seed": 2021, "progress": False}
@@ -136,20 +136,21 @@ def main(small: bool = False) -> None:
     for family, predictions in results.items():
         for precision in HALVES:
             exact, half = predictions[FLOAT32], predictions[precision]
+            shown, unmoved = ["", ""], 1.0
             if isinstance(exact, pd.DataFrame):
-                shifts, changes, alone = nearest(exact, half)
-                shown = [f"{shifts.max(initial=0):.2f} pixels", str(alone)]
+                shifts, changes = compare_boxes(exact, half)
+                unmoved = float((shifts < 0.5).mean())
+                shown = [f"{np.median(shifts):.3f} pixels", f"{unmoved:.0%} of {len(shifts)}"]
             else:
-                shifts, changes, shown = np.zeros(0), np.abs(exact - half), ["", ""]
-            largest = {"probability": changes.max(initial=0), "pixels": shifts.max(initial=0)}
-            failed += [f"{family} in {precision}" for what, limit in LARGEST.items() if largest[what] > limit]
-            mean = changes.mean() if changes.size else 0.0
-            table.add_row(family, precision, f"{changes.max(initial=0):.1e}", f"{mean:.1e}", *shown)
+                changes = np.abs(exact - half)
+            if precision == "16-mixed" and (np.median(changes) > ALLOWED or unmoved < UNMOVED):
+                failed.append(family)
+            table.add_row(family, precision, f"{np.median(changes):.1e}", f"{changes.max():.1e}", *shown)
     console = Console()
     console.print(table)
     console.print(f"{studies} studies on {device}; differences of probabilities, scores and edges to float32")
     if failed:
-        sys.exit(f"more than {LARGEST}: {', '.join(failed)}")
+        sys.exit(f"float16 changes more than allowed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
