@@ -41,7 +41,7 @@ HALVES: tuple[Precision, ...] = ("16-mixed", "bf16-mixed")
 CLASSIFIERS = {"study": "small_study", "findings": "small_learner", "patches": "small_patches"}
 DETECTORS = {"Faster R-CNN": "small_faster_rcnn", "YOLO": "small_yolo"}
 BEST = 3  # boxes per image that are compared, those with the highest scores
-# In float16, in which Kaggle's T4s compute: allowed difference of a probability or score, and least share of unmoved boxes.
+# In float16, in which Kaggle's T4s compute: allowed difference of 99 % of the numbers, and least share of unmoved boxes.
 ALLOWED, UNMOVED = 0.02, 0.9
 
 Results = dict[str, np.ndarray | pd.DataFrame]  # predictions by precision
@@ -143,7 +143,7 @@ def main(small: bool = False) -> None:
                 shown = [f"{np.median(shifts):.3f} pixels", f"{unmoved:.0%} of {len(shifts)}"]
             else:
                 changes = np.abs(exact - half)
-            if precision == "16-mixed" and (np.median(changes) > ALLOWED or unmoved < UNMOVED):
+            if precision == "16-mixed" and (np.quantile(changes, 0.99) > ALLOWED or unmoved < UNMOVED):
                 failed.append(family)
             table.add_row(family, precision, f"{np.median(changes):.1e}", f"{changes.max():.1e}", *shown)
     console = Console()
