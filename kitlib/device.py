@@ -136,7 +136,7 @@ def precision(device: torch.device) -> Precision:
 
 @contextmanager
 def computing_in(precision: Precision) -> Iterator[None]:
-    """Make this thread compute in `precision` on every device, also on a CPU, which shows the rounding of half precision."""
+    """Compute in this thread, on any device, as on a GPU whose own precision is `precision`: shows its rounding on a CPU."""
     token = _chosen_precision.set(precision)
     try:
         yield
@@ -149,11 +149,10 @@ def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
 
     On a GPU a classifier or segmenter trained in float16 predicts in float16, in which its scores were measured. Any other
     predicts in the GPU's own precision, so one trained in bfloat16, whose range is larger than float16's, does so in float16
-    only on a GPU without bfloat16. KIT_PRECISION and `computing_in` override both. On a CPU all models predict in float32.
+    only on a GPU without bfloat16. KIT_PRECISION overrides both. On a CPU all models predict in float32.
     """
     dtype = DTYPES.get(precision(device))
-    is_free = _chosen_precision.get() is None and not os.environ.get(PRECISION)
-    if dtype is not None and trained == RECORDED["16-mixed"] and is_free:
+    if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):
         dtype = torch.float16
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 

@@ -126,6 +126,20 @@ def test_a_gpu_computes_in_the_precision_that_the_environment_names(monkeypatch,
     assert device.precision(torch.device("cpu")) == "32-true"
 
 
+def test_a_cpu_can_compute_as_a_gpu_of_another_precision():
+    cpu, values = torch.device("cpu"), torch.ones(2, 2)
+
+    def dtype(trained=""):
+        with device.autocast(cpu, trained):
+            return (values @ values).dtype
+
+    with device.computing_in("bf16-mixed"):
+        assert (dtype(), dtype("float16")) == (torch.bfloat16, torch.float16)
+        with device.computing_in("16-mixed"):
+            assert (dtype(), device.precision(cpu)) == (torch.float16, "16-mixed")
+    assert (dtype(), device.precision(cpu)) == (torch.float32, "32-true")
+
+
 def test_an_unknown_precision_is_refused_with_the_valid_ones(monkeypatch):
     monkeypatch.setenv("KIT_PRECISION", "fp16")
     with pytest.raises(ValueError, match="KIT_PRECISION is 'fp16'; valid: 16-mixed, bf16-mixed, 32-true"):

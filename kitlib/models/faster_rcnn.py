@@ -32,18 +32,19 @@ class FasterRCNNDetector(PyramidDetector):
     """Faster R-CNN for grey uint8 canvases of the recipe's size."""
 
     family = "faster_rcnn"
-    finest = 4
     # torchvision's anchors (8 strides wide), and two smaller ones for small canvases, which use few maps.
     anchor_sides = (8 / 2, 8 / 2**0.5, 8)
     label = 1  # 0 is the background
     heads = "roi_heads."
     class_layers = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
 
+    def finest(self, recipe: DetectorRecipe) -> int:
+        return 4
+
     def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
         model = FasterRCNN(
             pyramid,
             rpn_anchor_generator=anchors,
-            rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             rpn_pre_nms_top_n_train=2 * recipe.proposals,
             rpn_pre_nms_top_n_test=recipe.proposals,
             rpn_post_nms_top_n_train=recipe.proposals,
@@ -56,6 +57,8 @@ class FasterRCNNDetector(PyramidDetector):
             ),
             box_head=_BoxHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
             box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
+            # After the other heads, as torchvision does: the same seed gives the same weights.
+            rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             box_batch_size_per_image=recipe.box_samples,
             box_score_thresh=recipe.min_score,
             box_nms_thresh=recipe.nms_iou,

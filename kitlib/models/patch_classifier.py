@@ -48,7 +48,7 @@ class PatchClassifier(FindingsClassifier):
             first, last = piece[:, 0].aminmax()
             local = piece - torch.tensor([first, 0, 0])
             shown = canvases[first : last + 1].to(device, non_blocking=True)
-            return [self(self.normalise(cut_patches(shown, local.to(device), side)))]
+            return [self(self.normalise(cut_patches(shown, local.to(device, non_blocking=True), side)))]
 
         batches = HalvingBatches("patches", CPU, self.chunk or max(1, CHUNKS[device.type] // side**2))
         logits = batches(compute, where.cpu())

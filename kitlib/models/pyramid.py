@@ -94,7 +94,6 @@ class PyramidDetector(nn.Module):
     """
 
     family: ClassVar[str]
-    finest: ClassVar[int]  # stride of the pyramid's first map
     anchor_sides: ClassVar[tuple[float, ...]]  # in strides of their map
     label: ClassVar[int]  # of an opacity in torchvision's targets
     heads: ClassVar[str]  # a part of the names of the weights that a classifier lacks
@@ -104,12 +103,16 @@ class PyramidDetector(nn.Module):
     def __init__(self, recipe: DetectorRecipe):
         super().__init__()
         self.recipe = recipe
-        pyramid = Pyramid(recipe, self.finest, self.anchor_sides[-1])
+        pyramid = Pyramid(recipe, self.finest(recipe), self.anchor_sides[-1])
         self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
         sizes = tuple(tuple(side * stride for side in self.anchor_sides) for stride in pyramid.strides)
         self.model = self.build(recipe, pyramid, AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(sizes)))
         self.model.transform = _NormaliseOnly(recipe.image_size, self.mean, self.std)
         self.starting_weights = _load_weights(self, recipe)
+
+    def finest(self, recipe: DetectorRecipe) -> int:
+        """Return the stride of the pyramid's first map, 4 or 8."""
+        raise NotImplementedError
 
     def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
         """Return torchvision's detector."""

@@ -10,19 +10,24 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from kitlib.models.pyramid import HalfPrecision, Pyramid, PyramidDetector
 from kitlib.recipes.fields import DetectorRecipe
 
+SMALL_SIDE = 512  # pixels
+
 
 class RetinaNetDetector(PyramidDetector):
     """RetinaNet for grey uint8 canvases of the recipe's size; its scores are independent of the other boxes' scores.
 
-    The pyramid has maps of strides 8 to 64, as torchvision's up to 32, which continues with strided convolutions.
+    The pyramid has maps of strides 8 to 64; torchvision's continues after 32 with strided convolutions. Canvases below
+    SMALL_SIDE also get a map of stride 4, because the smallest anchors of the next one would be too large for them.
     """
 
     family = "retinanet"
-    finest = 8
     anchor_sides = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # section 4 of the paper
     label = 0  # there is no class for the background
     heads = "classification_head."
     class_layers = ("model.head.classification_head.cls_logits.",)
+
+    def finest(self, recipe: DetectorRecipe) -> int:
+        return 4 if recipe.image_size < SMALL_SIDE else 8
 
     def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
         head = RetinaNetHead(pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes=1)

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from kitlib.device import autocast, computing_in, is_out_of_memory
 from kitlib.errors import TrainingError
-from kitlib.models.classifier import Classifier
+from kitlib.models.classifier import Classifier, FindingsClassifier, StudyClassifier
 from kitlib.models.families import family_of
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.pyramid import PyramidDetector
@@ -32,10 +31,13 @@ CPU = torch.device("cpu")
 def training_memory_gib(recipe: TrainingRecipe) -> float:
     """Return the GPU memory in GiB that one process needs to train a model with this recipe in mixed float16.
 
-    It is SURCHARGE times the sum of weights, gradients, optimiser states and moving average, and of what a batch's
-    forward pass keeps for the backward pass. All stages that the recipe ever unfreezes count as trainable. No number is
-    computed: tensors have shapes but no memory, so any recipe takes about a second.
+    It is SURCHARGE times the sum of weights, gradients, optimiser states and moving average, and of what a batch's forward
+    pass keeps for the backward pass. All stages that the recipe ever unfreezes count as trainable. No number is computed:
+    tensors have shapes but no memory, so any recipe takes a second or two.
     """
+    # Imported here, because a training does not need it and torch may move it.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     plain = override(recipe, starting_weights="", **({"random_parts": ()} if hasattr(recipe, "random_parts") else {}))
     family = family_of(plain)
     is_yolo = family.name == "yolo"
@@ -79,25 +81,22 @@ class _TrainingForward(nn.Module):
     def forward(self, pixels: torch.Tensor) -> Any:
         model: Any = self.model
         recipe = model.recipe
-        network: Any = getattr(model, "model", None)
         if isinstance(model, Segmenter):
             return segmentation_loss(model(model.normalise(pixels)), pixels, recipe)
         if isinstance(model, Classifier):
             x = model.normalise(pixels)
-            if getattr(recipe, "segmentation", 0):
+            if isinstance(model, StudyClassifier) and recipe.segmentation:
                 return model.with_mask(x)
-            return model.with_auxiliary(x) if getattr(recipe, "auxiliary", 0) else model(x)
-        images = (
-            pixels[:, None].expand(-1, recipe.channels if isinstance(model, PyramidDetector) else 3, -1, -1).float() / 255
-        )
+            return model.with_auxiliary(x) if isinstance(model, FindingsClassifier) and recipe.auxiliary else model(x)
+        grey = pixels[:, None].float() / 255
         if not isinstance(model, PyramidDetector):
-            return network(images)
-        maps = list(network.backbone(images).values())
+            return model.model(grey.expand(-1, 3, -1, -1))
+        maps = list(model.model.backbone(grey.expand(-1, recipe.channels, -1, -1)).values())
         if not isinstance(model, FasterRCNNDetector):
-            return network.head(maps)
-        heads = network.roi_heads
+            return model.model.head(maps)
+        heads = model.model.roi_heads
         regions = torch.zeros(len(pixels) * recipe.box_samples, recipe.fpn_channels, 7, 7, requires_grad=True)
-        return network.rpn.head(maps), heads.box_predictor(heads.box_head(regions))
+        return model.model.rpn.head(maps), heads.box_predictor(heads.box_head(regions))
 
 
 @contextmanager

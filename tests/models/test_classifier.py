@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kitlib.errors import SettingsError
 from kitlib.models.classifier import (
@@ -106,6 +107,26 @@ def test_normalisation_by_batch_gives_each_batch_a_mean_of_0_and_a_standard_devi
     x = model.normalise(torch.tensor([0, 0, 0, 4], dtype=torch.uint8).view(2, 1, 2))
     assert torch.allclose(x, torch.tensor([-1.0, -1, -1, 3]).div(3**0.5).view(2, 1, 1, 2).expand(2, 3, 1, 2))
     assert model.normalise(torch.full((2, 8, 8), 7, dtype=torch.uint8)).abs().max() == 0
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that are made from Python numbers, which on a GPU are copies that a training step waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function in (torch.ops.aten.lift_fresh.default, torch.ops.aten._to_copy.default)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("normalisation", ["backbone", "half", "batch"])
+def test_mean_and_deviation_lie_on_the_model_s_device_and_in_no_file(normalisation):
+    model = StudyClassifier(override(RECIPE, channels=3, normalisation=normalisation))
+    with Copies() as copies:
+        model.normalise(torch.zeros(2, 64, 64, dtype=torch.uint8))
+    assert copies.count == 1  # uint8 to float32
+    assert not [name for name in model.state_dict() if "of_channels" in name]
+    assert model.to("meta").normalise(torch.zeros(2, 64, 64, dtype=torch.uint8, device="meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -27,10 +27,10 @@ def detector():
     return RetinaNetDetector(RECIPE).eval()
 
 
-@pytest.mark.parametrize(("side", "strides"), [(64, [8]), (256, [8, 16]), (512, [8, 16, 32]), (1024, [8, 16, 32, 64])])
+@pytest.mark.parametrize(("side", "strides"), [(64, [4]), (256, [4, 8, 16]), (512, [8, 16, 32]), (1024, [8, 16, 32, 64])])
 def test_a_canvas_uses_the_maps_whose_anchors_fit_into_it(side, strides):
     model = RetinaNetDetector(override(RECIPE, image_size=side)).model
-    # Lin et al. 2017, section 4: areas from 32^2 on the map of stride 8, times 1, 2^(1/3) and 2^(2/3) a side, in 3 shapes.
+    # Lin et al. 2017, section 4: sides of 32 pixels on the map of stride 8, times 1, 2^(1/3) and 2^(2/3), in 3 shapes.
     expected = [tuple(4 * stride * 2 ** (step / 3) for step in range(3)) for stride in strides]
     np.testing.assert_allclose(model.anchor_generator.sizes, expected)
     assert model.head.regression_head.bbox_reg.out_channels == 9 * 4
@@ -79,7 +79,7 @@ def test_torchvisions_weights_of_coco_start_all_but_the_classes(tmp_path):
     torch.manual_seed(1)
     published = retinanet_resnet50_fpn(weights=None, weights_backbone=None)
     save_file(published.state_dict(), tmp_path / "coco.safetensors")
-    recipe = DetectorRecipe(family="retinanet", backbone="resnet50", channels=3, image_size=256)
+    recipe = DetectorRecipe(family="retinanet", backbone="resnet50", channels=3, image_size=512)
     detector = RetinaNetDetector(override(recipe, starting_weights=str(tmp_path / "coco.safetensors")))
     loaded = detector.state_dict()
     for name, tensor in published.state_dict().items():

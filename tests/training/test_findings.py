@@ -366,3 +366,12 @@ def test_a_single_class_teaches_nothing(tmp_path, multi_label):
     with pytest.raises(DatasetError, match="the prepared run has no labels; in notebook 10, give `label`"):
         train(tmp_path, small, recipe)
     assert not list(tmp_path.iterdir())
+
+
+def test_class_weights_keep_their_digits_under_autocast():
+    # Of one image with a certain prediction the loss is the weight times ln 2, which float16 and bfloat16 would round.
+    weights, label = torch.tensor([1.2345678, 0.7654321]), torch.eye(2)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            losses = [findings_loss(torch.zeros(1, 2), row[None], False, weights=weights) for row in label]
+        torch.testing.assert_close(torch.stack(losses), weights * np.log(2), rtol=1e-6, atol=0)
