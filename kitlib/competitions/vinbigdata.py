@@ -79,7 +79,7 @@ def _parse_row(image_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
     for group in np.flatnonzero((numbers[:, 1:3] < 0).any(axis=1)):
         corners = " ".join(f"{number:g}" for number in numbers[group, 1:])
         faults.append(f"group {group + 1}: box {corners} begins outside the image; cut it at 0")
-    return np.column_stack([np.array(labels, dtype=float), numbers]), faults
+    return np.column_stack([list(map(int, labels)), numbers]), faults
 
 
 ROWS = Rows(("image_id", "PredictionString"), _parse_row)
