@@ -107,13 +107,13 @@ class Competition(Settings):
 
         Raises ValueError unless exactly one of `sample` and `truth` is given, and a KitError if it cannot be read.
         """
-        if (sample is None) == (truth is None):
+        if sample is not None and truth is None:
+            ids, source = self.read_sample(Path(sample)), "the sample submission"
+        elif truth is not None and sample is None:
+            ids, source = self.truth_ids(self.read_truth(Path(truth))), "the ground truth"
+        else:
             raise ValueError("either `sample` or `truth` is required, but not both")
-        if sample is not None:
-            return self.find_faults(list(self.read_sample(Path(sample))), Path(submission), "the sample submission")
-        return self.find_faults(
-            list(self.truth_ids(self.read_truth(Path(str(truth))))), Path(submission), "the ground truth"
-        )
+        return self.find_faults(list(ids), Path(submission), source)
 
     def write_baseline(self, sample: str | Path, path: str | Path) -> int:
         """Write the trivial baseline for the ids of a sample submission, atomically; return the number of rows.
