@@ -2,8 +2,8 @@
 
 The modules directly in kitlib define what all parts share, such as tables, settings and errors. Everything else is in
 sub-packages called rooms, each named for its task. A room imports only from the rooms before it: recipes, xrays, datasets,
-scoring, phantoms, lungs, fusion, models, runs, inference, training, reports, kernels, plans, leaderboard, page (checked by
-`tests/test_rooms.py`).
+scoring, competitions, phantoms, lungs, fusion, models, runs, inference, training, reports, kernels, plans, leaderboard, page
+(checked by `tests/test_rooms.py`).
 
 Five calls can be imported from kitlib itself: read_xray, predict, train_classifier, draw_boxes and score. Their modules are
 imported when they are first used, so that `import kitlib` stays fast.

@@ -13,10 +13,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from kitlib.errors import KitError, PlanError, ScoringError, SettingsError, SubmissionError
+from kitlib.errors import KitError, PlanError, SettingsError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+CompetitionName = Annotated[str, typer.Option(help="The competition's name; docs/competitions.md lists them.")]
 Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
 File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
 # Without exists=True, because `validate` reports a missing submission as a fault, not as a wrong call.
@@ -31,36 +32,56 @@ def main() -> None:
 
 
 @app.command()
-def score(truth: Folder, submission: Submission, as_json: Json = False) -> None:
-    """Score SUBMISSION against train_study_level.csv and train_image_level.csv in TRUTH, as the competition does.
+def score(
+    truth: Annotated[Path, typer.Option(exists=True, help="The ground truth: the competition's file, or its folder.")],
+    submission: Submission,
+    competition: CompetitionName = "siim-covid19",
+    as_json: Json = False,
+) -> None:
+    """Score SUBMISSION against TRUTH, which has the format of the training data, as the competition does.
 
-    Prints the score, the average precision of each of the six classes, and opacity_boxed, the average precision of opacity
-    on only the images that have boxes. A class without positives in the ground truth is nan, or null with --json.
+    Prints the score and its parts, such as the average precision of each class. For siim-covid19, TRUTH is the folder with
+    train_study_level.csv and train_image_level.csv, and opacity_boxed is the average precision of opacity on only the images
+    that have boxes. A part that is undefined, such as a class without positives, is nan, or null with --json.
     """
-    from kitlib.scoring.score import score_files
+    from kitlib.competitions.registry import find_competition
 
     try:
-        precision = score_files(truth, submission)
-    except (ScoringError, SubmissionError) as error:
+        scores = find_competition(competition).score_files(truth, submission)
+    except KitError as error:
         _fail(error)
     if as_json:
-        typer.echo(json.dumps({name: None if math.isnan(value) else value for name, value in precision.items()}))
+        typer.echo(json.dumps({name: None if math.isnan(value) else value for name, value in scores.items()}))
         return
-    for name, value in precision.items():
-        typer.echo(f"{name:<14}{value:7.4f}")
+    width = max(map(len, scores)) + 1
+    for name, value in scores.items():
+        typer.echo(f"{name:<{width}}{value:7.4f}")
 
 
 @app.command()
-def validate(sample: File, submission: Submission, as_json: Json = False) -> None:
-    """Check whether Kaggle would accept SUBMISSION for the ids of SAMPLE; print every fault with its row.
+def validate(
+    submission: Submission,
+    sample: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The competition's sample submission.")
+    ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="A ground truth, as for `score`, whose ids are used instead of SAMPLE's."),
+    ] = None,
+    competition: CompetitionName = "siim-covid19",
+    as_json: Json = False,
+) -> None:
+    """Check whether Kaggle would accept SUBMISSION for the ids of SAMPLE or TRUTH; print every fault with its row.
 
     Exits with 0 only if there is no fault. With --json, prints `valid`, and `faults` as a list of row, id and problem.
     """
-    from kitlib.scoring import validate as validator
+    from kitlib.competitions.registry import find_competition
 
+    if (sample is None) == (truth is None):
+        raise typer.BadParameter("either --sample or --truth is required, but not both")
     try:
-        faults = validator.validate(sample, submission)
-    except SubmissionError as error:
+        faults = find_competition(competition).validate_file(submission, sample, truth)
+    except KitError as error:
         _fail(error)
     if as_json:
         typer.echo(json.dumps({"valid": not faults, "faults": [vars(fault) for fault in faults]}))

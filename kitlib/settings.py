@@ -4,6 +4,7 @@ A field's annotation says what is valid: `epochs: Annotated[int, Range(at_least=
 "step"] = "cosine"`. Rules that involve several fields belong in the class's __post_init__.
 """
 
+import collections.abc
 import dataclasses
 import functools
 import itertools
@@ -91,8 +92,9 @@ class Settings:
     """Base class of checked settings: every field is validated against its annotation.
 
     Lists become tuples, and an int becomes a float if the field is a float; a bool is not accepted as a number. Annotations
-    may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, and Annotated with rules such as Range; the
-    `str()` of a rule is used in messages. Raises SettingsError, which names the field, its value and what is valid.
+    may be bool, int, float (finite), str, Any, Literal, unions, tuples, dicts, Callable, and Annotated with rules such as
+    Range; the `str()` of a rule is used in messages. Raises SettingsError, which names the field, its value and what is
+    valid.
     """
 
     def __post_init__(self) -> None:
@@ -140,6 +142,8 @@ def describe(kind: Any) -> str:
         return f"a list of {len(parts)} items: {'; '.join(map(describe, parts))}"
     if origin is dict:
         return "a mapping" + (f", each value {describe(parts[1])}" if parts[1] is not Any else "")
+    if origin is collections.abc.Callable:
+        return "a function"
     return NAMES.get(kind, "anything")
 
 
@@ -181,6 +185,8 @@ def checked(value: Any, kind: Any) -> Any:
         return tuple(checked(item, part) for item, part in zip(value, kinds, strict=True))
     elif origin is dict and isinstance(value, dict):
         return {checked(key, parts[0]): checked(item, parts[1]) for key, item in value.items()}
+    elif origin is collections.abc.Callable and callable(value):
+        return value
     elif kind is float and (type(value) is int or isinstance(value, float)) and math.isfinite(value):
         return float(value)
     elif kind is not float and type(value) is kind:

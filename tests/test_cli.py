@@ -88,6 +88,34 @@ def test_validate_lists_the_faults(folder):
     assert "row 6, s1_study: duplicate id" in result.stdout and "3 faults" in result.stdout
 
 
+def test_score_and_validate_know_other_competitions(tmp_path):
+    (tmp_path / "train-rle.csv").write_text("ImageId, EncodedPixels\na, -1\nb, 0 4\n")
+    (tmp_path / "submission.csv").write_text("ImageId,EncodedPixels\na,-1\nb,2 4\n")
+    call = ("--competition", "siim-acr", "--submission", tmp_path / "submission.csv")
+    for truth in (tmp_path, tmp_path / "train-rle.csv"):
+        result = run("score", *call, "--truth", truth, "--json")
+        assert json.loads(result.stdout) == {"score": 0.75, "with_pneumothorax": 0.5, "without": 1.0}
+    table = run("score", *call, "--truth", tmp_path).stdout.splitlines()
+    assert table[0] == "score              0.7500" and len(table) == 3
+    assert run("validate", *call, "--truth", tmp_path).exit_code == 0
+    assert run("validate", *call, "--sample", tmp_path / "submission.csv").exit_code == 0
+    for sources in ((), ("--truth", tmp_path, "--sample", tmp_path / "submission.csv")):
+        result = run("validate", *call, *sources)
+        assert result.exit_code == 2 and "either --sample or --truth is required" in result.stderr
+    unknown = run("score", "--competition", "siim", "--submission", tmp_path / "submission.csv", "--truth", tmp_path)
+    assert unknown.exit_code == 1 and "available: siim-covid19, vinbigdata, rsna-pneumonia, ranzcr-clip" in unknown.stderr
+
+
+def test_a_faulty_submission_has_no_score(tmp_path):
+    (tmp_path / "train.csv").write_text("image_id,class_id,x_min,y_min,x_max,y_max\na,3,0,0,9,9\nb,14,,,,\n")
+    (tmp_path / "submission.csv").write_text("image_id,PredictionString\na,3 0.5 0 0 9 9\nb,\n")
+    call = ("--competition", "vinbigdata", "--submission", tmp_path / "submission.csv", "--truth", tmp_path, "--json")
+    scored, validated = run("score", *call), run("validate", *call)
+    assert scored.exit_code == validated.exit_code == 1 and scored.stdout == "" and "row 3, b: empty" in scored.stderr
+    (fault,) = json.loads(validated.stdout)["faults"]
+    assert (fault["row"], fault["id"]) == (3, "b")
+
+
 def test_a_missing_submission_is_a_fault_and_a_missing_sample_a_wrong_call(folder):
     assert run("validate", "--sample", folder / "submission.csv", "--submission", folder / "no.csv").exit_code == 1
     assert run("validate", "--sample", folder / "no.csv", "--submission", folder / "submission.csv").exit_code == 2
@@ -124,6 +152,7 @@ def test_phantoms_refuse_invalid_options(tmp_path):
 def test_score_and_validate_load_neither_torch_nor_a_decoder(folder):
     code = (
         "import sys; from kitlib.scoring.score import score_files; from kitlib.scoring.validate import validate\n"
+        "import kitlib.competitions.registry\n"
         "import kitlib.__main__\n"
         "print([name for name in ('torch', 'pydicom', 'cv2', 'matplotlib', 'sklearn') if name in sys.modules])"
     )

@@ -10,8 +10,8 @@ from tests import PROJECT
 KITLIB = PROJECT / "kitlib"
 # Root modules ("") come first and import only one another; the command line comes last and may import everything.
 ROOMS = (
-    *("", "recipes", "xrays", "datasets", "scoring", "phantoms", "lungs", "fusion", "models", "runs", "inference"),
-    *("training", "reports", "kernels", "plans", "leaderboard", "page"),
+    *("", "recipes", "xrays", "datasets", "scoring", "competitions", "phantoms", "lungs", "fusion", "models", "runs"),
+    *("inference", "training", "reports", "kernels", "plans", "leaderboard", "page"),
 )
 COMMAND_LINE = "kitlib.__main__"
 

@@ -12,8 +12,8 @@ def iou(a, b):
     return Fraction(shared, (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
-def slow_average_precision(detections, truth):
-    """Return the VOC 2010 average precision of detections (image, score, box) against truth (image, box)."""
+def slow_average_precision(detections, truth, least=Fraction(1, 2)):
+    """Return the VOC 2010 average precision of detections (image, score, box) against truth (image, box), IoU > `least`."""
     if not truth:
         return math.nan
     claimed, curve, hits, shown = set(), [], 0, 0
@@ -25,7 +25,7 @@ def slow_average_precision(detections, truth):
             in_image = [(n, true_box) for n, (true_image, true_box) in enumerate(truth) if true_image == image]
             candidates = [(iou(box, true_box), [-side for side in true_box], n) for n, true_box in in_image]
             overlap, _, n = max(candidates, default=(0, 0, 0))
-            if overlap > Fraction(1, 2) and n not in claimed:
+            if overlap > least and n not in claimed:
                 claimed.add(n)
                 hits += 1
         curve.append((Fraction(hits, len(truth)), Fraction(hits, shown)))

@@ -1,9 +1,9 @@
 """PASCAL VOC 2010 average precision: matches boxes, and integrates the monotone envelope of the precision-recall curve.
 
 Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m): a detection
-is matched to the ground-truth box in its image with the largest IoU. It is a hit if that IoU is above 0.5 and no more
-confident detection is matched to the same box. The development kit adds a pixel to widths and heights; this file does not,
-because coordinates are not integers.
+is matched to the ground-truth box in its image with the largest IoU. It is a hit if that IoU is above 0.5, or another value
+that a competition sets, and no more confident detection is matched to the same box. The development kit adds a pixel to
+widths and heights; this file does not, because coordinates are not integers.
 
 Detections with equal scores enter the curve as one block. A detection's match does not depend on other detections, and ties
 between ground-truth boxes with equal IoU are broken by their coordinates. So the result never depends on the order of rows.
@@ -11,7 +11,7 @@ between ground-truth boxes with equal IoU are broken by their coordinates. So th
 
 import numpy as np
 
-OVERLAP = 0.5  # the IoU of a hit with its ground-truth box is larger than this
+OVERLAP = 0.5  # the IoU of a hit with its ground-truth box is larger than this, unless a competition sets another
 
 
 def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None) -> float:
@@ -78,15 +78,17 @@ def _block_ends(ranked: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(np.diff(ranked) != 0, np.ones(min(1, len(ranked)), bool)))
 
 
-def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray) -> np.ndarray:
-    """Return an int array (n,): the row of `true_boxes` that each detection matches, or -1 if no IoU is above 0.5.
+def match_boxes(
+    image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray, overlap: float = OVERLAP
+) -> np.ndarray:
+    """Return an int array (n,): the row of `true_boxes` that each detection matches, or -1 if no IoU is above `overlap`.
 
     `boxes` (n, 4) are the detections and `true_boxes` (m, 4) the ground truth, as xmin, ymin, xmax and ymax in the same
     coordinates. `image` (n,) and `true_image` (m,) are the ids of their images, of any type that can be compared. Several
     detections can match the same ground-truth box, whatever their scores.
     """
     boxes, true_boxes = np.asarray(boxes, float).reshape(-1, 4), np.asarray(true_boxes, float).reshape(-1, 4)
-    best, match = np.full(len(boxes), OVERLAP), np.full(len(boxes), -1)
+    best, match = np.full(len(boxes), overlap), np.full(len(boxes), -1)
     if not len(true_boxes) or not len(boxes):
         return match
     names, true_name = np.unique(np.asarray(true_image), return_inverse=True)
@@ -98,9 +100,9 @@ def match_boxes(image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, tr
     for k in range(count.max()):
         rows = np.flatnonzero(candidates > k)
         candidate = order[first[image_index[rows]] + k]
-        overlap = _iou(boxes[rows], true_boxes[candidate])
-        better = overlap > best[rows]
-        best[rows[better]], match[rows[better]] = overlap[better], candidate[better]
+        candidate_iou = iou(boxes[rows], true_boxes[candidate])
+        better = candidate_iou > best[rows]
+        best[rows[better]], match[rows[better]] = candidate_iou[better], candidate[better]
     return match
 
 
@@ -124,7 +126,7 @@ def box_hits(
     return first_hits(score, match_boxes(image, boxes, true_image, true_boxes))
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the IoU, shape (...), of each box in `a` (..., 4) with its counterpart in `b`; 0 if a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
     intersection = sides.prod(axis=-1)

@@ -6,7 +6,6 @@ ROC AUC supports weights and is fast enough for a bootstrap over a hundred thous
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from sklearn.metrics import f1_score, recall_score
 
 CALL_METRICS = ("accuracy", "precision", "recall", "f1")
 DEFAULT_THRESHOLD = 0.5  # probability at which a class counts as predicted, if no better threshold is known
@@ -76,6 +75,8 @@ def exclusive_scores(
     is the mean F1 over the classes that occur in `truth`, and each class gets its F1; otherwise `score` is the accuracy, and
     each class gets its recall. Classes that do not occur get NaN; if no row is left, all values are NaN.
     """
+    from sklearn.metrics import f1_score, recall_score  # slow to import, and no other metric needs it
+
     is_known = ~np.isnan(truth).any(axis=1)
     actual, predicted = truth[is_known].argmax(axis=1), probabilities[is_known].argmax(axis=1)
     occurring, class_scores = np.unique(actual), np.full(len(classes), np.nan)

@@ -34,11 +34,15 @@ def write_placeholders(sample: str | Path, path: str | Path) -> int:
     except SubmissionError:
         return 0
     lines = [",".join(HEADER)]
-    for submission_id in ids:
-        labels = ONE_PIXEL_LABELS[submission_id.rpartition("_")[2]]
-        lines.append(f"{submission_id},{' '.join(one_pixel_groups(labels, [PRIORS[label] for label in labels]))}")
+    lines += [f"{submission_id},{placeholder(submission_id)}" for submission_id in ids]
     write_text(path, "".join(f"{line}\n" for line in lines))
     return len(ids)
+
+
+def placeholder(submission_id: str) -> str:
+    """Return the prediction string of class frequencies for an id that ends in _study or _image."""
+    labels = ONE_PIXEL_LABELS[submission_id.rpartition("_")[2]]
+    return " ".join(one_pixel_groups(labels, [PRIORS[label] for label in labels]))
 
 
 def one_pixel_groups(labels: Iterable[str], confidences: Iterable[float]) -> list[str]:

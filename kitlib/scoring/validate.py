@@ -1,9 +1,10 @@
 """Checks whether Kaggle would accept a submission.csv and lists every fault with its row."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,9 @@ READ_AS_NAN = frozenset(
         *("NULL", "NaN", "None", "n/a", "nan", "null"),
     )
 )
+
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -41,56 +45,92 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
     return validate_rows(read_sample(sample).ids, submission)
 
 
-def validate_rows(ids: Sequence[str], submission: str | Path) -> list[Fault]:
+def validate_rows(ids: Sequence[str], submission: str | Path, source: str = "the sample submission") -> list[Fault]:
     """Return all faults of a submission file, ordered by row, missing ids last; [] if Kaggle would accept the file.
 
-    `ids` are the ids that the file must have, those of the sample submission. Rows, and the groups in a prediction string,
-    may have any order, and classes may be missing. A submission that cannot be read is a fault.
+    `ids` are the ids that the file must have, those of the sample submission or of another `source`. Rows, and the groups in
+    a prediction string, may have any order, and classes may be missing. A submission that cannot be read is a fault.
+    """
+    return check_rows(submission, HEADER, ids, _parse_siim_row, source)[1]
+
+
+def check_rows(
+    path: str | Path,
+    header: Sequence[str],
+    ids: Collection[str],
+    parse: Callable[[str, list[str]], tuple[V, list[str]]],
+    source: str = "the sample submission",
+) -> tuple[dict[str, V], list[Fault]]:
+    """Read the rows of a submission with any header whose first column is an id; return their values by id, and all faults.
+
+    `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault. `ids` are the
+    ids that the file must have, and `source` says in messages where they are from. Faults are ordered by row, missing ids
+    last. The values of invalid rows, and of all but the first row of an id, are left out.
     """
     try:
-        cells = read_cells(submission)
+        cells = read_cells(path)
     except SubmissionError as error:
-        return [Fault(None, None, str(error))]
+        return {}, [Fault(None, None, str(error))]
     if not cells:
-        return [Fault(None, None, f"{submission} is empty")]
+        return {}, [Fault(None, None, f"{path} is empty")]
+    values: dict[str, V] = {}
     first_row: dict[str, int] = {}
     faults, valid_ids = [], set(ids)
-    line, header = cells[0]
-    if header != HEADER:
-        faults.append(Fault(line, None, f"the header is {','.join(header)!r}, but must be {','.join(HEADER)!r}"))
+    line, names = cells[0]
+    if names != list(header):
+        faults.append(Fault(line, None, f"the header is {','.join(names)!r}, but must be {','.join(header)!r}"))
     for line, row in cells[1:]:
         name = row[0]
-        if len(row) != 2:
-            faults.append(Fault(line, name, f"the row has {len(row)} cells, but must have 2"))
+        problems = []
+        if len(row) != len(header):
+            problems.append(f"the row has {len(row)} cells, but must have {len(header)}")
         if name in first_row:
-            faults.append(Fault(line, name, f"duplicate id: row {first_row[name]} has the same id"))
+            problems.append(f"duplicate id: row {first_row[name]} has the same id")
         first_row.setdefault(name, line)
         if name not in valid_ids:
-            faults.append(Fault(line, name, "extra id: it is not in the sample submission"))
-        elif len(row) >= 2:
-            faults += [Fault(line, name, problem) for problem in prediction_faults(row[1], split_id(name)[1])]
+            problems.append(f"extra id: it is not in {source}")
+        elif len(row) >= len(header):
+            value, wrong = parse(name, row[1 : len(header)])
+            problems += wrong
+            if not problems:
+                values[name] = value
+        faults += [Fault(line, name, problem) for problem in problems]
     missing = (name for name in ids if name not in first_row)
-    return faults + [Fault(None, name, "missing id: it is in the sample submission") for name in missing]
+    return values, faults + [Fault(None, name, f"missing id: it is in {source}") for name in missing]
+
+
+def _parse_siim_row(submission_id: str, cells: list[str]) -> tuple[None, list[str]]:
+    return None, prediction_faults(cells[0], split_id(submission_id)[1])
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
     """Return a description of each fault of a prediction string; `level`, "study" or "image", is the kind of its row."""
+    return check_groups(text, LABELS[level], [label for label in LABELS[level] if label != "opacity"])[2]
+
+
+def check_groups(text: str, labels: Collection[str], boxless: Collection[str]) -> tuple[list[str], np.ndarray, list[str]]:
+    """Parse a prediction string as `parse_prediction` does; return its labels, its numbers (n, 5) and its faults.
+
+    A label must be one of `labels`, a confidence in 0..1, and a box finite and with an area; labels in `boxless` must have
+    the box 0 0 1 1. If there is a fault, there are no labels and no numbers.
+    """
+    nothing: tuple[list[str], np.ndarray] = ([], np.empty((0, 5)))
     if text.strip() in READ_AS_NAN:
-        return [f"empty prediction string ({text!r} is read as NaN)"]
+        return *nothing, [f"empty prediction string ({text!r} is read as NaN)"]
     try:
-        labels, numbers = parse_prediction(text)
+        found, numbers = parse_prediction(text)
     except ValueError:
-        return _faults_by_group(text, level)
+        return *nothing, _faults_by_group(text, labels, boxless)
     # Almost all rows are valid, so the whole row is checked at once; its groups are checked only if that fails.
     confidence, xmin, ymin, xmax, ymax = numbers.T
-    is_valid = set(labels) <= set(LABELS[level]) and np.isfinite(numbers).all()
+    is_valid = set(found) <= set(labels) and np.isfinite(numbers).all()
     is_valid = is_valid and ((confidence >= 0) & (confidence <= 1) & (xmin < xmax) & (ymin < ymax)).all()
-    has_one_pixel_box = np.array([label != "opacity" for label in labels])
+    has_one_pixel_box = np.array([label in boxless for label in found])
     is_valid = is_valid and (numbers[has_one_pixel_box, 1:] == ONE_PIXEL).all()
-    return [] if is_valid else _faults_by_group(text, level)
+    return (found, numbers, []) if is_valid else (*nothing, _faults_by_group(text, labels, boxless))
 
 
-def _faults_by_group(text: str, level: str) -> list[str]:
+def _faults_by_group(text: str, labels: Collection[str], boxless: Collection[str]) -> list[str]:
     tokens = text.split()
     if len(tokens) % 6:
         return [f"{len(tokens)} words are not groups of six (label confidence xmin ymin xmax ymax)"]
@@ -98,8 +138,8 @@ def _faults_by_group(text: str, level: str) -> list[str]:
     for start in range(0, len(tokens), 6):
         label, *words = tokens[start : start + 6]
         group = f"group {start // 6 + 1}"
-        if label not in LABELS[level]:
-            faults.append(f"{group}: label {label!r} is not one of {', '.join(LABELS[level])}")
+        if label not in labels:
+            faults.append(f"{group}: label {label!r} is not one of {', '.join(labels)}")
         try:
             # float() would accept 1_0 as ten.
             confidence, *box = (float(word.replace("_", "?")) for word in words)
@@ -110,7 +150,7 @@ def _faults_by_group(text: str, level: str) -> list[str]:
             faults.append(f"{group}: confidence {words[0]} is not in 0..1")
         if not all(map(math.isfinite, box)):
             faults.append(f"{group}: box {' '.join(words[1:])} is not finite")
-        elif label != "opacity" and label in LABELS[level] and tuple(box) != ONE_PIXEL:
+        elif label in boxless and tuple(box) != ONE_PIXEL:
             faults.append(f"{group}: {label} must have the box 0 0 1 1, not {' '.join(words[1:])}")
         elif box[0] >= box[2] or box[1] >= box[3]:
             faults.append(f"{group}: box {' '.join(words[1:])} is inverted or has no area (xmin ymin xmax ymax)")

@@ -1,0 +1,127 @@
+"""`Competition`: what the kit needs to know of a competition to score and validate its submissions.
+
+A competition asks for up to four kinds of answers: classes of studies, classes of images, boxes of one or many classes, and
+masks. Ground truth and submissions are values whose type only the competition's own file knows; boxes are in pixels of the
+original image, as in kitlib.tables.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+
+from kitlib.atomic import write_csv
+from kitlib.errors import SettingsError, SubmissionError
+from kitlib.scoring.validate import Fault
+from kitlib.settings import Positive, Settings
+
+
+class Slug:
+    """Rule for a text: lower-case words joined by hyphens, as in the address of a competition."""
+
+    def allows(self, value: str) -> bool:
+        return all(word.isalnum() and word == word.lower() for word in value.split("-"))
+
+    def __str__(self) -> str:
+        return "of lower-case words joined by hyphens"
+
+
+@dataclass(frozen=True)
+class BoxTruth:
+    """True boxes: all `image_ids`, each once, and `boxes`: a table with image_id, finding and kitlib.tables.BOX."""
+
+    image_ids: tuple[str, ...]
+    boxes: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class Competition(Settings):
+    """A competition: its facts, and functions that read and score its files.
+
+    `read_truth` gets the file with the ground truth in the format of the training data, or the folder that contains it.
+    `read_submission` gets a file and the ids that it must have, and raises SubmissionError at the first fault. `find_faults`
+    gets the ids, the file, and what the ids are from, for messages; it returns every fault and never raises. `metric` is a
+    pure function of a ground truth and a submission; its result is keyed by the names of its parts, `score` first, and NaN
+    where a part is undefined. `baseline_rows` returns a row of cells for each id, which follow from no image but from the
+    frequencies in the training data. Functions that read the ground truth or a sample raise a KitError for a bad file.
+
+    Raises SettingsError for an invalid field, a class that occurs twice, or a competition that wants no answers.
+    """
+
+    name: Annotated[str, Slug()]
+    slug: Annotated[str, Slug()]  # in the competition's address on Kaggle
+    title: str
+    header: tuple[str, ...]  # of a submission; the first column has the ids
+    read_truth: Callable[[Path], Any]
+    truth_ids: Callable[[Any], Iterable[str]]
+    read_sample: Callable[[Path], Iterable[str]]
+    read_submission: Callable[[Path, list[str]], Any]
+    find_faults: Callable[[list[str], Path, str], list[Fault]]
+    metric: Callable[[Any, Any], dict[str, float]]
+    baseline_rows: Callable[[list[str]], list[list[str]]]
+    time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded
+    study_classes: tuple[str, ...] = ()  # exclude each other
+    image_classes: tuple[str, ...] = ()
+    exclusive_image_classes: bool = False  # whether an image has exactly one of the image classes
+    box_classes: tuple[str, ...] = ()
+    mask_classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        answers = self.answers
+        if not answers:
+            raise SettingsError(
+                f"{self.name} wants no answers; set study_classes, image_classes, box_classes or mask_classes"
+            )
+        for kind, classes in answers.items():
+            if len(set(classes)) < len(classes):
+                raise SettingsError(f"{kind} of {self.name} has a class twice: {', '.join(classes)}")
+        if self.exclusive_image_classes and not self.image_classes:
+            raise SettingsError(f"exclusive_image_classes of {self.name} requires image_classes")
+
+    @property
+    def answers(self) -> dict[str, tuple[str, ...]]:
+        """The classes of each kind of answer that the competition wants, by the name of the field."""
+        kinds = ("study_classes", "image_classes", "box_classes", "mask_classes")
+        return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind)}
+
+    @property
+    def is_notebook(self) -> bool:
+        """Whether a notebook submits, which Kaggle runs offline on the hidden test set; otherwise a file is uploaded."""
+        return self.time_limit_hours is not None
+
+    def score_files(self, truth: str | Path, submission: str | Path) -> dict[str, float]:
+        """Return the score of a submission file and its parts, by name; for the values see `metric`.
+
+        Raises a KitError if a file cannot be read, and SubmissionError or ScoringError if the submission has a fault.
+        """
+        known = self.read_truth(Path(truth))
+        return self.metric(known, self.read_submission(Path(submission), list(self.truth_ids(known))))
+
+    def validate_file(
+        self, submission: str | Path, sample: str | Path | None = None, truth: str | Path | None = None
+    ) -> list[Fault]:
+        """Return every fault of a submission file, whose ids must be those of the `sample` submission or of the `truth`.
+
+        Raises ValueError unless exactly one of `sample` and `truth` is given, and a KitError if it cannot be read.
+        """
+        if sample is not None and truth is None:
+            ids, source = self.read_sample(Path(sample)), "the sample submission"
+        elif truth is not None and sample is None:
+            ids, source = self.truth_ids(self.read_truth(Path(truth))), "the ground truth"
+        else:
+            raise ValueError("either `sample` or `truth` is required, but not both")
+        return self.find_faults(list(ids), Path(submission), source)
+
+    def write_baseline(self, sample: str | Path, path: str | Path) -> int:
+        """Write the trivial baseline for the ids of a sample submission, atomically; return the number of rows.
+
+        Raises SubmissionError if the sample cannot be read or has no rows.
+        """
+        rows = self.baseline_rows(list(self.read_sample(Path(sample))))
+        if not rows:
+            raise SubmissionError(f"{sample} has no rows; copy the competition's file again")
+        write_csv(path, pd.DataFrame(rows, columns=list(self.header)))
+        return len(rows)

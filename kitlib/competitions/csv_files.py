@@ -1,0 +1,115 @@
+"""Reads the CSV files of a competition: the ground truth, the sample submission, and a submission row by row."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NoReturn, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from kitlib.errors import ScoringError, SubmissionError, TableError
+from kitlib.scoring.validate import Fault, check_rows
+from kitlib.tables import read_text_table
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Rows(Generic[V]):
+    """The rows of a submission: their header, whose first column is the id, and the meaning of the other cells.
+
+    `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault.
+    """
+
+    header: tuple[str, ...]
+    parse: Callable[[str, list[str]], tuple[V, list[str]]]
+
+    def read_sample(self, path: Path) -> list[str]:
+        """Return the ids in a sample submission, each once. Raises SubmissionError if it cannot be read or has no ids."""
+        try:
+            ids = read_text_table(path, self.header[:1])[self.header[0]]
+        except TableError as error:
+            raise SubmissionError(str(error)) from error
+        if not len(ids) or (ids == "").any():
+            raise SubmissionError(
+                f"{path} must have an id in each row, and at least one row; copy the competition's file again"
+            )
+        return list(dict.fromkeys(ids))
+
+    def find_faults(self, ids: Sequence[str], path: Path, source: str) -> list[Fault]:
+        """Return every fault of a submission, which must have the `ids`; `source` says where they are from."""
+        return check_rows(path, self.header, ids, self.parse, source)[1]
+
+    def read(self, path: Path, ids: Sequence[str]) -> dict[str, V]:
+        """Return the value of each row of a submission by id, in the order of `ids`.
+
+        Raises SubmissionError if the file has a fault, or if its ids are not exactly `ids`, those of the ground truth.
+        """
+        values, faults = check_rows(path, self.header, ids, self.parse, "the ground truth")
+        if faults:
+            raise SubmissionError(
+                f"{path} has {len(faults)} faults; the first: {faults[0]}. `python -m kitlib validate` lists every fault"
+            )
+        return {name: values[name] for name in ids}
+
+
+def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Return the text table of the ground truth: the file `path`, or the first of `file_names` in the folder `path`.
+
+    Blanks around the names of columns are removed. Raises ScoringError if the file is missing, cannot be read, has no rows,
+    or lacks one of `columns`. `attrs["path"]` of the table is the path of the file.
+    """
+    if path.is_dir():
+        available = [path / name for name in file_names if (path / name).is_file()]
+        if not available:
+            raise ScoringError(
+                f"{path} has no {' or '.join(file_names)}; it has {sorted(file.name for file in path.iterdir())[:9]}"
+            )
+        path = available[0]
+    try:
+        table = read_text_table(path).rename(columns=str.strip)
+    except TableError as error:
+        raise ScoringError(str(error)) from error
+    missing = [name for name in columns if name not in table.columns]
+    if missing or table.empty:
+        problem = f"lacks the columns {', '.join(missing)}; it has {', '.join(table.columns)}" if missing else "has no rows"
+        raise ScoringError(f"{path} {problem}. Expected the competition's {' or '.join(file_names)}")
+    table.attrs["path"] = str(path)
+    empty = np.flatnonzero(table[columns[0]].str.strip() == "")
+    if len(empty):
+        refuse(table, int(empty[0]), f"{columns[0]} is empty")
+    return table
+
+
+def read_numbers(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
+    """Return the cells of some columns of a ground truth, as numbers (n, columns); NaN for an empty cell.
+
+    Raises ScoringError, with the line, for any other cell that is not a finite number.
+    """
+    cells = table[list(columns)]
+    numbers = cells.apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    wrong = np.argwhere(~np.isfinite(numbers) & (cells.to_numpy() != ""))
+    if len(wrong):
+        row, column = map(int, wrong[0])
+        refuse(table, row, f"{columns[column]} is {cells.iloc[row, column]!r}, but must be a number or empty")
+    return numbers
+
+
+def refuse(table: pd.DataFrame, row: int, problem: str) -> NoReturn:
+    """Raise ScoringError for a row, counted from 0, of a ground truth that `read_truth_table` has returned."""
+    raise ScoringError(f"{table.attrs['path']}, row {row + 2} ({table.iloc[row, 0]}): {problem}")
+
+
+def refuse_rows(table: pd.DataFrame, is_wrong: np.ndarray, problem: str) -> None:
+    """Raise ScoringError for the first of the rows in the boolean mask `is_wrong` (n,), if there is one."""
+    if is_wrong.any():
+        refuse(table, int(np.flatnonzero(is_wrong)[0]), problem)
+
+
+def join_rows(rows: dict[str, np.ndarray], columns: Sequence[str]) -> pd.DataFrame:
+    """Return one table of all images: image_id, and `columns`, from `rows`, which maps an image_id to (k, columns)."""
+    numbers = np.concatenate([np.empty((0, len(columns))), *rows.values()])
+    table = pd.DataFrame(numbers, columns=list(columns))
+    table.insert(0, "image_id", np.repeat(np.array(list(rows), dtype=object), [len(array) for array in rows.values()]))
+    return table

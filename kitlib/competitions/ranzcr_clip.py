@@ -1,0 +1,119 @@
+"""RANZCR CLiP, Catheter and Line Position Challenge (2021): the probabilities of eleven labels of an image.
+
+The metric is the mean over the labels of ROC AUC, in which equal values count half. Only the order of the values in a column
+matters, so that they need not be probabilities; ranks are valid, too.
+"""
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
+from kitlib.errors import ScoringError
+from kitlib.scoring.metrics import mean_auc
+from kitlib.scoring.placeholders import format_confidence
+
+logger = logging.getLogger(__name__)
+
+IMAGES = 30083  # in the training data
+# Label -> number of training images that have it, in the order of the columns. Several lines in an image can have different
+# labels, so that no group of labels excludes each other.
+POSITIVES = {
+    "ETT - Abnormal": 79,
+    "ETT - Borderline": 1138,
+    "ETT - Normal": 7240,
+    "NGT - Abnormal": 279,
+    "NGT - Borderline": 529,
+    "NGT - Incompletely Imaged": 2748,
+    "NGT - Normal": 4797,
+    "CVC - Abnormal": 3195,
+    "CVC - Borderline": 8460,
+    "CVC - Normal": 21324,
+    "Swan Ganz Catheter Present": 830,
+}
+LABELS = tuple(POSITIVES)
+ID = "StudyInstanceUID"  # of an image, in spite of its name
+
+
+def read_truth(path: Path) -> pd.DataFrame:
+    """Return the ground truth in train.csv: a table with image_id and LABELS, each 0 or 1.
+
+    Raises ScoringError if an image has several rows.
+    """
+    table = read_truth_table(path, ("train.csv",), (ID, *LABELS))
+    values = read_numbers(table, LABELS)
+    refuse_rows(table, ~((values == 0) | (values == 1)).all(axis=1), "every label must be 0 or 1")
+    refuse_rows(table, table[ID].duplicated().to_numpy(), "the image has several rows")
+    return join_rows(dict(zip(table[ID], values[:, None], strict=True)), LABELS)
+
+
+def _parse_row(image_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the values of the labels, (1, 11), and the faults of a row."""
+    values, faults = np.full((1, len(LABELS)), np.nan), []
+    for index, (label, cell) in enumerate(zip(LABELS, cells, strict=True)):
+        try:
+            # float() would accept 1_0 as ten.
+            value = float(cell.replace("_", "?"))
+        except ValueError:
+            faults.append(f"{label} is {cell!r}, but must be a number")
+            continue
+        if not math.isfinite(value):
+            faults.append(f"{label} is {cell}, but must be finite")
+        values[0, index] = value
+    return values, faults
+
+
+ROWS = Rows((ID, *LABELS), _parse_row)
+
+
+def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
+    """Return the values in a submission: a table with image_id and LABELS."""
+    return join_rows(ROWS.read(path, ids), LABELS)
+
+
+def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
+    """Return `score`, the mean ROC AUC, and the ROC AUC of each label by name, all 0..1.
+
+    Both tables have image_id and LABELS. A label that all images of the truth have, or none, has no ROC AUC: it gets NaN and
+    is not in the mean, with a warning. Raises ScoringError unless `submission` has every image of the truth.
+    """
+    values = submission.set_index("image_id")[list(LABELS)].reindex(truth["image_id"])
+    missing = values.index[values.isna().any(axis=1)]
+    if len(missing):
+        raise ScoringError(f"{len(missing)} images of the truth have no value in the submission, such as {missing[0]!r}")
+    scores = mean_auc(truth[list(LABELS)].to_numpy(), values.to_numpy(), LABELS)
+    undefined = [label for label in LABELS if math.isnan(scores[label])]
+    if undefined:
+        logger.warning(
+            "the ROC AUC of %s is undefined, because all images of the truth have the same value; the score is the mean "
+            "over the other labels",
+            ", ".join(undefined),
+        )
+    return scores
+
+
+def baseline_rows(ids: list[str]) -> list[list[str]]:
+    """Return the share of the training images with each label, for every image."""
+    shares = [format_confidence(count / IMAGES) for count in POSITIVES.values()]
+    return [[name, *shares] for name in ids]
+
+
+RANZCR_CLIP = Competition(
+    name="ranzcr-clip",
+    slug="ranzcr-clip-catheter-line-classification",
+    title="RANZCR CLiP - Catheter and Line Position Challenge",
+    header=ROWS.header,
+    read_truth=read_truth,
+    truth_ids=lambda truth: truth["image_id"],
+    read_sample=ROWS.read_sample,
+    read_submission=read_submission,
+    find_faults=ROWS.find_faults,
+    metric=metric,
+    baseline_rows=baseline_rows,
+    time_limit_hours=9.0,
+    image_classes=LABELS,
+)

@@ -1,0 +1,155 @@
+"""RSNA Pneumonia Detection Challenge (2018), stage 2: boxes of lung opacities.
+
+The metric is a mean over images and over eight IoU thresholds of TP / (TP + FP + FN): every box costs, whatever its
+confidence, which only orders the boxes. The rules leave open which of several free true boxes a box takes; here it takes the
+one with the largest IoU.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kitlib.competitions.contract import BoxTruth, Competition
+from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
+from kitlib.errors import ScoringError
+from kitlib.scoring.average_precision import iou
+from kitlib.tables import BOX
+
+OPACITY = "Lung Opacity"
+THRESHOLDS = tuple(k / 20 for k in range(8, 16))  # 0.40, 0.45 .. 0.75; the IoU of a hit is larger
+SIDE = 1024  # pixels a side of every image
+SIDES = ("x", "y", "width", "height")
+
+
+def read_truth(path: Path) -> BoxTruth:
+    """Return the ground truth in stage_2_train_labels.csv, which has one row for each box, or for an image without boxes.
+
+    Raises ScoringError unless Target is 1 in rows with a box, 0 in rows without, and the same in all rows of an image.
+    """
+    table = read_truth_table(path, ("stage_2_train_labels.csv",), ("patientId", *SIDES, "Target"))
+    sides = read_numbers(table, SIDES)
+    is_boxed = (table["Target"] == "1").to_numpy()
+    refuse_rows(table, ~is_boxed & (table["Target"] != "0").to_numpy(), "Target must be 0 or 1")
+    refuse_rows(table, ~is_boxed & ~np.isnan(sides).all(axis=1), "Target is 0, but there is a box")
+    refuse_rows(table, is_boxed & ~(sides[:, 2:] > 0).all(axis=1), "Target is 1, but there is no box with an area")
+    refuse_rows(table, is_boxed & np.isnan(sides).any(axis=1), "Target is 1, but the box is incomplete")
+    is_mixed = table.groupby("patientId")["Target"].transform("nunique") > 1
+    refuse_rows(table, is_mixed.to_numpy(), "the image has rows with Target 0 and rows with Target 1")
+    boxes = _as_corners(table.loc[is_boxed, "patientId"], sides[is_boxed])
+    boxes.insert(1, "finding", OPACITY)
+    return BoxTruth(tuple(table["patientId"].unique()), boxes)
+
+
+def _as_corners(image_ids: pd.Series, sides: np.ndarray) -> pd.DataFrame:
+    """Return a table with image_id and kitlib.tables.BOX from `sides` (n, 4): x, y, width and height."""
+    corners = np.hstack([sides[:, :2], sides[:, :2] + sides[:, 2:]])
+    table = pd.DataFrame(corners, columns=list(BOX))
+    table.insert(0, "image_id", image_ids.to_numpy())
+    return table
+
+
+def _parse_row(patient_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Return the groups of a prediction string, (n, 5): confidence, x, y, width and height; and its faults."""
+    words = cells[0].split()
+    if len(words) % 5:
+        hint = "; an image without a box has an empty string" if len(words) == 1 else ""
+        return np.empty((0, 5)), [f"{len(words)} words are not groups of five (confidence x y width height){hint}"]
+    groups, faults = np.empty((len(words) // 5, 5)), []
+    for index in range(len(groups)):
+        group = words[5 * index : 5 * index + 5]
+        try:
+            # float() would accept 1_0 as ten.
+            confidence, x, y, width, height = groups[index] = [float(word.replace("_", "?")) for word in group]
+        except ValueError:
+            faults.append(f"group {index + 1}: {' '.join(group)!r} is not five numbers")
+            continue
+        box = f"group {index + 1}: box {' '.join(group[1:])}"
+        if not 0 <= confidence <= 1:
+            faults.append(f"group {index + 1}: confidence {group[0]} is not in 0..1")
+        if not np.isfinite([x, y, width, height]).all():
+            faults.append(f"{box} is not finite")
+        elif width <= 0 or height <= 0:
+            faults.append(f"{box} has no area (x y width height)")
+        elif min(x, y) < 0 or max(x + width, y + height) > SIDE:
+            faults.append(f"{box} reaches beyond the image of {SIDE} x {SIDE} pixels (x y width height, not two corners)")
+    return groups, faults
+
+
+ROWS = Rows(("patientId", "PredictionString"), _parse_row)
+
+
+def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
+    """Return the detections in a submission: a table with image_id, finding, score, and kitlib.tables.BOX."""
+    rows = join_rows(ROWS.read(path, ids), ("score", *SIDES))
+    table = _as_corners(rows["image_id"], rows[list(SIDES)].to_numpy())
+    table.insert(1, "finding", OPACITY)
+    table.insert(2, "score", rows["score"])
+    return table
+
+
+def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
+    """Return `score`, the mean over images and thresholds, and the mean over images at each threshold, as `iou_0.40`; 0..1.
+
+    `detections` has image_id, score, and kitlib.tables.BOX. Images with neither a true nor a predicted box are left out; if
+    no image remains, all values are NaN. Raises ScoringError for a detection on an image that is not in the truth.
+    """
+    unknown = detections.loc[~detections["image_id"].isin(truth.image_ids), "image_id"]
+    if len(unknown):
+        raise ScoringError(f"{len(unknown)} boxes are on images that are not in the truth, such as {unknown.iloc[0]!r}")
+    # Ties are broken by coordinates, so that the result does not depend on the order of rows.
+    drawn = dict(_group(truth.boxes.sort_values(list(BOX))))
+    ranked = detections.sort_values(["score", *BOX], ascending=[False, True, True, True, True])
+    found, none = dict(_group(ranked)), np.empty((0, 4))
+    images = [name for name in truth.image_ids if name in drawn or name in found]
+    scores = [image_scores(drawn.get(name, none), found.get(name, none)) for name in images]
+    means = np.mean(scores, axis=0) if scores else np.full(len(THRESHOLDS), np.nan)
+    parts = {f"iou_{threshold:.2f}": float(value) for threshold, value in zip(THRESHOLDS, means, strict=True)}
+    return {"score": float(means.mean()), **parts}
+
+
+def _group(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each image_id with its boxes (n, 4), in the order of the table."""
+    boxes = table[list(BOX)].to_numpy(float)
+    for name, rows in table.groupby("image_id", sort=False).indices.items():
+        yield name, boxes[rows]
+
+
+def image_scores(true_boxes: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return TP / (TP + FP + FN) of an image at each of THRESHOLDS; (8,), 0..1.
+
+    `true_boxes` (m, 4) and `boxes` (n, 4), the most confident first, are xmin, ymin, xmax and ymax; m + n is at least 1.
+    """
+    overlap = iou(boxes[:, None], true_boxes[None])
+    hits = np.zeros(len(THRESHOLDS))
+    for index, threshold in enumerate(THRESHOLDS):
+        is_free = np.ones(len(true_boxes), dtype=bool)
+        for row in overlap[(overlap > threshold).any(axis=1)]:
+            candidates = np.where(is_free, row, 0.0)
+            best = candidates.argmax()
+            if candidates[best] > threshold:
+                is_free[best] = False
+                hits[index] += 1
+    return hits / (len(true_boxes) + len(boxes) - hits)
+
+
+def baseline_rows(ids: list[str]) -> list[list[str]]:
+    """Return a row without a box for every image: 77 % have none, and a wrong box on one of them adds a zero to the mean."""
+    return [[name, ""] for name in ids]
+
+
+RSNA_PNEUMONIA = Competition(
+    name="rsna-pneumonia",
+    slug="rsna-pneumonia-detection-challenge",
+    title="RSNA Pneumonia Detection Challenge",
+    header=ROWS.header,
+    read_truth=read_truth,
+    truth_ids=lambda truth: truth.image_ids,
+    read_sample=ROWS.read_sample,
+    read_submission=read_submission,
+    find_faults=ROWS.find_faults,
+    metric=metric,
+    baseline_rows=baseline_rows,
+    box_classes=(OPACITY,),
+)

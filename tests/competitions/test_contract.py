@@ -1,0 +1,121 @@
+"""What holds for every competition."""
+
+import dataclasses
+
+import pytest
+
+from kitlib.competitions.registry import COMPETITIONS, find_competition
+from kitlib.errors import KitError, ScoringError, SettingsError, SubmissionError
+
+NEW = [competition for name, competition in COMPETITIONS.items() if name != "siim-covid19"]
+every_competition = pytest.mark.parametrize("competition", COMPETITIONS.values(), ids=lambda competition: competition.name)
+every_new = pytest.mark.parametrize("competition", NEW, ids=lambda competition: competition.name)
+
+
+def sample_of(competition, folder, ids):
+    competition_rows = competition.baseline_rows(list(ids))
+    path = folder / "sample.csv"
+    path.write_text("\n".join([",".join(competition.header), *(",".join(row) for row in competition_rows)]) + "\n")
+    return path
+
+
+def test_names_and_limits():
+    assert list(COMPETITIONS) == ["siim-covid19", "vinbigdata", "rsna-pneumonia", "ranzcr-clip", "siim-acr"]
+    limits = {name: competition.time_limit_hours for name, competition in COMPETITIONS.items() if competition.is_notebook}
+    assert limits == {"siim-covid19": 9, "ranzcr-clip": 9}
+    answers = {name: {kind: len(classes) for kind, classes in c.answers.items()} for name, c in COMPETITIONS.items()}
+    assert answers == {
+        "siim-covid19": {"study_classes": 4, "image_classes": 1, "box_classes": 1},
+        "vinbigdata": {"image_classes": 1, "box_classes": 14},
+        "rsna-pneumonia": {"box_classes": 1},
+        "ranzcr-clip": {"image_classes": 11},
+        "siim-acr": {"mask_classes": 1},
+    }
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_names():
+    with pytest.raises(
+        SettingsError, match="unknown competition 'siim'; available: siim-covid19, vinbigdata, rsna-pneumonia"
+    ):
+        find_competition("siim")
+    assert find_competition("siim-acr").slug == "siim-acr-pneumothorax-segmentation"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": "SIIM ACR"}, "Competition.name is 'SIIM ACR'; expected a string of lower-case words"),
+        ({"metric": 0.5}, "Competition.metric is 0.5; expected a function"),
+        ({"time_limit_hours": 0}, "Competition.time_limit_hours is 0; expected a finite number above 0 or null"),
+        ({"mask_classes": ()}, "siim-acr wants no answers"),
+        ({"box_classes": ("a", "b", "a")}, "box_classes of siim-acr has a class twice: a, b, a"),
+        ({"exclusive_image_classes": True}, "exclusive_image_classes of siim-acr requires image_classes"),
+    ],
+)
+def test_an_invalid_competition_is_refused(change, problem):
+    with pytest.raises(SettingsError, match=problem):
+        dataclasses.replace(find_competition("siim-acr"), **change)
+
+
+@every_competition
+def test_the_baseline_is_valid_in_any_order(competition, tmp_path):
+    ids = ["a_study", "b_study", "b_image", "a_image"]
+    sample = sample_of(competition, tmp_path, ids)
+    assert competition.write_baseline(sample, tmp_path / "baseline.csv") == 4
+    assert (tmp_path / "baseline.csv").read_text() == sample.read_text()
+    sample_of(competition, tmp_path, ids[::-1])
+    assert competition.validate_file(tmp_path / "baseline.csv", sample) == []
+
+
+@every_competition
+def test_every_fault_of_ids_and_header_has_its_row(competition, tmp_path):
+    sample = sample_of(competition, tmp_path, ["a_image", "b_image", "c_image"])
+    header, first, second, _ = sample.read_text().splitlines()
+    path = tmp_path / "submission.csv"
+    path.write_text("\n".join([f"{header},", first, second, first, f"x{second}", "", "b_image"]) + "\n")
+    faults = [(fault.row, fault.id, fault.problem.split(":")[0]) for fault in competition.validate_file(path, sample)]
+    width = len(competition.header)
+    assert faults == [
+        (1, None, f"the header is '{header},', but must be '{header}'"),
+        (4, "a_image", "duplicate id"),
+        (5, "xb_image", "extra id"),
+        (7, "b_image", f"the row has 1 cells, but must have {width}"),
+        (7, "b_image", "duplicate id"),
+        (None, "c_image", "missing id"),
+    ]
+
+
+@every_competition
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00"])
+def test_a_submission_that_cannot_be_read_is_a_fault(competition, content, tmp_path):
+    sample, path = sample_of(competition, tmp_path, ["a_image"]), tmp_path / "submission.csv"
+    if content is not None:
+        path.write_bytes(content)
+    (fault,) = competition.validate_file(path, sample)
+    assert fault.row is None and str(path) in str(fault)
+
+
+@every_competition
+def test_a_bad_sample_or_truth_is_an_error_that_names_the_file(competition, tmp_path):
+    sample = sample_of(competition, tmp_path, ["a_image"])
+    (tmp_path / "other.csv").write_text("some,thing\n1,2\n")
+    for path in (tmp_path / "other.csv", tmp_path / "absent.csv"):
+        with pytest.raises(KitError, match=path.name):
+            competition.validate_file(sample, path)
+        with pytest.raises(KitError, match=path.name):
+            competition.score_files(path, sample)
+    with pytest.raises(ScoringError, match=str(tmp_path)):
+        competition.score_files(tmp_path, sample)
+    with pytest.raises(ValueError, match="either `sample` or `truth` is required"):
+        competition.validate_file(sample)
+
+
+@every_new
+def test_a_sample_without_rows_or_ids_is_an_error(competition, tmp_path):
+    path = sample_of(competition, tmp_path, [])
+    with pytest.raises(SubmissionError, match="at least one row"):
+        competition.write_baseline(path, tmp_path / "baseline.csv")
+    sample_of(competition, tmp_path, ["a", ""])
+    with pytest.raises(SubmissionError, match="an id in each row"):
+        competition.validate_file(path, path)
+    assert not (tmp_path / "baseline.csv").exists()

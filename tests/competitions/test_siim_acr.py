@@ -1,0 +1,169 @@
+"""The cases D1 to D10 and E1 to E3 were computed by hand and by an independent program, on an image of 4 x 4 pixels.
+
+A score depends only on the numbers of the pixels, so that it is the same on an image of 1,024 x 1,024 pixels.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from kitlib.competitions.siim_acr import NO_RUNS, SIIM_ACR, decode_mask, dice, encode_mask, metric, parse_runs, read_truth
+from kitlib.errors import MaskError, ScoringError
+from kitlib.scoring.metrics import overlap
+
+LAST = 1024 * 1024 - 1
+
+
+def write(path, rows, name="EncodedPixels"):
+    path.write_text(f"ImageId,{name}\n" + "".join(f"{image},{runs}\n" for image, runs in rows))
+    return path
+
+
+BY_HAND = {
+    "D1": ([("a", "-1")], [("a", "-1")], 1),
+    "D2": ([("a", "-1")], [("a", "0 1")], 0),
+    "D3": ([("a", "0 4")], [("a", "-1")], 0),
+    "D4": ([("a", "0 4")], [("a", "2 4")], 1 / 2),
+    "D5, rows are united": ([("a", "0 2"), ("a", "2 2")], [("a", "0 4")], 1),
+    "D6, rows overlap": ([("a", "0 3"), ("a", "1 3")], [("a", "0 4")], 1),
+    "D7": ([("a", "-1"), ("b", "-1"), ("c", "0 4")], [("a", "-1"), ("b", "0 1"), ("c", "0 2")], 5 / 9),
+    "D8": ([("a", "-1"), ("b", "-1"), ("c", "-1"), ("d", "0 4")], [(name, "-1") for name in "abcd"], 3 / 4),
+    "D9, gaps are relative": ([("a", "1 2 3 1")], [("a", "6 1")], 1 / 2),
+    "D10, blanks": ([("a", " -1"), ("b", " 1 2")], [("a", "-1"), ("b", "1 2")], 1),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND)
+def test_scores_computed_by_hand(tmp_path, case):
+    truth, rows, expected = BY_HAND[case]
+    write(tmp_path / "train-rle.csv", truth, " EncodedPixels")
+    for order in (rows, rows[::-1]):
+        scores = SIIM_ACR.score_files(tmp_path, write(tmp_path / "submission.csv", order))
+        assert scores["score"] == pytest.approx(expected)
+
+
+def test_parts_are_the_images_with_and_without_a_pneumothorax(tmp_path):
+    truth, rows, _ = BY_HAND["D7"]
+    scores = SIIM_ACR.score_files(write(tmp_path / "a.csv", truth), write(tmp_path / "submission.csv", rows))
+    assert scores == pytest.approx({"score": 5 / 9, "with_pneumothorax": 2 / 3, "without": 1 / 2})
+
+
+def test_the_table_of_stage_2_is_preferred(tmp_path):
+    write(tmp_path / "train-rle.csv", [("old", "-1")], " EncodedPixels")
+    write(tmp_path / "stage_2_train.csv", [("new", "-1")])
+    assert list(read_truth(tmp_path)) == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "text"),
+    [
+        ([(1, 0), (2, 0), (2, 1)], "1 2 3 1"),  # E1
+        ([(0, 0), (0, 1)], "0 1 3 1"),  # E2, a row
+        ([(0, 0), (1, 0)], "0 2"),  # E2, a column
+        ([(0, 0), (3, 3)], "0 1 14 1"),  # E3
+        ([(3, 3)], "15 1"),
+        ([], "-1"),
+    ],
+)
+def test_run_lengths_by_hand(pixels, text):
+    mask = np.zeros((4, 4), dtype=np.uint8)
+    for row, column in pixels:
+        mask[row, column] = 255
+    assert encode_mask(mask) == text
+    np.testing.assert_array_equal(decode_mask(text, 4, 4), mask > 0)
+
+
+shapes = st.tuples(st.integers(1, 7), st.integers(1, 7))
+masks = shapes.flatmap(lambda shape: arrays(bool, shape))
+
+
+@given(masks)
+def test_any_mask_survives_the_round_trip(mask):
+    text = encode_mask(mask)
+    np.testing.assert_array_equal(decode_mask(text, *mask.shape), mask)
+    assert encode_mask(decode_mask(text, *mask.shape)) == text
+
+
+def test_a_mask_of_full_size_survives_the_round_trip():
+    rng = np.random.default_rng(0)
+    mask = np.kron(rng.random((64, 64)) < 0.5, np.ones((16, 16), dtype=bool))
+    mask[-1, -1] = True
+    np.testing.assert_array_equal(decode_mask(encode_mask(mask)), mask)
+
+
+@given(st.lists(st.tuples(st.integers(0, 15), st.integers(1, 6)), max_size=4), masks)
+def test_dice_of_overlapping_runs_equals_set_arithmetic(true_runs, mask):
+    runs = parse_runs(encode_mask(mask))[0]
+    true_runs = np.array([(start, start + length) for start, length in true_runs], dtype=int).reshape(-1, 2)
+    first = {pixel for start, end in true_runs for pixel in range(start, end)}
+    second = {int(pixel) for pixel in np.flatnonzero(mask.ravel(order="F"))}
+    expected = Fraction(2 * len(first & second), len(first) + len(second)) if first or second else 1
+    assert dice(true_runs, runs) == pytest.approx(float(expected)) == dice(runs, true_runs)
+
+
+@given(shapes.flatmap(lambda shape: st.tuples(arrays(bool, shape), arrays(bool, shape))))
+def test_dice_equals_that_of_the_masks(pair):
+    first, second = pair
+    runs = [parse_runs(encode_mask(mask))[0] for mask in pair]
+    assert dice(*runs) == pytest.approx(overlap(first, second)[0])
+    better = parse_runs(encode_mask(second & first))[0]
+    assert dice(runs[0], better) >= dice(*runs) - 1e-12 or not first.any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "problems"),
+    [
+        ("", ["empty cell; an image without a pneumothorax has -1"]),
+        ("nan", ["'nan' is not a whole number of pixels"]),
+        ("0 1.5", ["'1.5' is not a whole number"]),
+        ("0 1_0", ["'1_0' is not a whole number"]),
+        ("0 12345678901", ["'12345678901' is not a whole number"]),
+        ("0 4 2", ["3 numbers are not pairs (gap run)"]),
+        ("-1 -1", ["run 1, -1 -1, begins before", "run 1, -1 -1, has no pixel"]),
+        ("5 3 -2 4", ["run 2, -2 4, begins before the previous run ends: runs overlap or are not sorted"]),
+        ("5 3 -8 2 -1 1", ["run 2 (and 1 more), -8 2, begins before the previous run ends"]),
+        ("5 0", ["run 1, 5 0, has no pixel"]),
+        (f"{LAST} 2", [f"run 1, {LAST} 2, reaches beyond the 1048576 pixels of the image"]),
+        ("0 10 600000 10 600000 10", ["run 3, 600000 10, reaches beyond the 1048576 pixels"]),
+        ("0 4,", ["the row has 3 cells, but must have 2"]),
+    ],
+)
+def test_every_fault_of_a_row_is_named(tmp_path, bad, problems):
+    sample = write(tmp_path / "sample.csv", [("a", "-1"), ("b", "-1"), ("c", "-1"), ("c", "-1")])
+    submission = write(tmp_path / "submission.csv", [("a", f"{LAST} 1"), ("b", bad), ("c", "0 5 0 3")])
+    faults = SIIM_ACR.validate_file(submission, sample)
+    assert [(fault.row, fault.id) for fault in faults] == [(3, "b")] * len(problems)
+    assert all(fault.problem.startswith(problem) for fault, problem in zip(faults, problems, strict=True))
+
+
+def test_bad_run_lengths_are_errors_elsewhere(tmp_path):
+    with pytest.raises(MaskError, match="beyond the 16 pixels"):
+        decode_mask("14 3", 4, 4)
+    path = write(tmp_path / "train-rle.csv", [("a", "-1"), ("b", " 5 3 -2 4")], " EncodedPixels")
+    with pytest.raises(ScoringError, match=r"train-rle.csv, row 3 \(b\): run 2, -2 4, begins before"):
+        read_truth(path)
+    with pytest.raises(ScoringError, match="1 ids are only in the truth or only in the submission, such as 'b'"):
+        metric({"a": NO_RUNS, "b": NO_RUNS}, {"a": NO_RUNS})
+
+
+@pytest.mark.real_data
+def test_real_run_lengths_and_the_share_of_empty_masks(real_data, tmp_path):
+    folder = real_data / "competitions"
+    table = pd.read_csv(folder / "siimacr_rle_positive_part.csv", skipinitialspace=True)
+    for text in table.iloc[:200, 1]:
+        assert encode_mask(decode_mask(text)) == text.strip()
+    # Runs go down the columns: from the start of one to that of the next there is about one column of 1,024 pixels.
+    steps = np.concatenate([np.diff(parse_runs(text)[0][:, 0]) for text in table.iloc[:, 1]])
+    assert np.mean(abs(steps - 1024) < 50) > 0.9
+    labels = pd.read_csv(folder / "siimacr_2nd_stage_folds.csv")
+    one_run = np.array([[0, 9]])
+    truth = {name: one_run[:label] for name, label in zip(labels["fname"], labels["exist_labels"], strict=True)}
+    assert metric(truth, dict.fromkeys(truth, NO_RUNS))["score"] == pytest.approx((12047 - 2669) / 12047)
+    for name, rows in (("siimacr_stage_2_sample_submission.csv", 3205), ("siimacr_new_sample_submission.csv", 1372)):
+        assert SIIM_ACR.write_baseline(folder / name, tmp_path / "baseline.csv") == rows
+        assert SIIM_ACR.validate_file(tmp_path / "baseline.csv", folder / name) == []
