@@ -42,7 +42,7 @@ class Rows(Generic[V]):
         return check_rows(path, self.header, ids, self.parse, source)[1]
 
     def read(self, path: Path, ids: Sequence[str]) -> dict[str, V]:
-        """Return the value of each row of a submission by id, in the order of `ids`.
+        """Return the value of each row of a submission, by id.
 
         Raises SubmissionError if the file has a fault, or if its ids are not exactly `ids`, those of the ground truth.
         """
@@ -51,7 +51,7 @@ class Rows(Generic[V]):
             raise SubmissionError(
                 f"{path} has {len(faults)} faults; the first: {faults[0]}. `python -m kitlib validate` lists every fault"
             )
-        return {name: values[name] for name in ids}
+        return values
 
 
 def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 The metric is a mean over images and over eight IoU thresholds of TP / (TP + FP + FN): every box costs, whatever its
 confidence, which only orders the boxes. The rules leave open which of several free true boxes a box takes; here it takes the
-one with the largest IoU.
+one with the largest IoU. Equal confidences, and equal IoUs, are ordered by coordinates.
 """
 
 from collections.abc import Iterator

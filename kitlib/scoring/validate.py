@@ -65,7 +65,7 @@ def check_rows(
 
     `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault. `ids` are the
     ids that the file must have, and `source` says in messages where they are from. Faults are ordered by row, missing ids
-    last. The values of invalid rows, and of all but the first row of an id, are left out.
+    last. The values are those of a submission only if there is no fault.
     """
     try:
         cells = read_cells(path)
@@ -92,8 +92,7 @@ def check_rows(
         elif len(row) >= len(header):
             value, wrong = parse(name, row[1 : len(header)])
             problems += wrong
-            if not problems:
-                values[name] = value
+            values[name] = value
         faults += [Fault(line, name, problem) for problem in problems]
     missing = (name for name in ids if name not in first_row)
     return values, faults + [Fault(None, name, f"missing id: it is in {source}") for name in missing]

@@ -139,17 +139,38 @@ def test_confidences_only_order_the_boxes():
     assert len(scores) == 1
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
-def test_equal_confidences_are_ordered_by_coordinates(order):
-    """Between IoUs of 0.47 and 0.67, `near` reaches only the first true box, and `between` both of them.
+FIRST, SECOND = ("a", (0, 0, 10, 10)), ("a", (3, 0, 13, 10))
 
-    Because `near` lies further left, it is matched first, and both are hits up to 0.65; above, only `near` is.
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize(
+    ("near_score", "between_score", "expected"),
+    [
+        (0.9, 0.5, (6 * 2 / 3 + 2 * 1 / 4) / 8),
+        (0.5, 0.5, (6 * 2 / 3 + 2 * 1 / 4) / 8),
+        (0.5, 0.9, (2 * 2 / 3 + 6 * 1 / 4) / 8),
+    ],
+)
+def test_boxes_are_matched_in_order_of_confidence_then_of_coordinates(order, near_score, between_score, expected):
+    """`near` has IoUs of 0.83 and 0.47 with the true boxes, `between` has 0.82 and 0.67, and both prefer the first.
+
+    If `near`, which lies further left, is matched first, both are hits up to 0.65; otherwise up to 0.45. Above, one is.
     """
-    truth = [("a", (0, 0, 10, 10)), ("a", (3, 0, 13, 10))]
-    near, between = ("a", 0.5, (0, 0, 10, 12)), ("a", 0.5, (1, 0, 11, 10))
-    found = [near, between, ("a", 0.4, (50, 50, 60, 60))]
-    expected = (6 * 2 / 3 + 2 * 1 / 4) / 8
-    assert fast_score(truth, [found[place] for place in order]) == pytest.approx(expected)
+    found = [("a", near_score, (0, 0, 10, 12)), ("a", between_score, (1, 0, 11, 10)), ("a", 0.4, (50, 50, 60, 60))]
+    assert fast_score([FIRST, SECOND], [found[place] for place in order]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_true_boxes_of_equal_iou_are_taken_in_order_of_coordinates(step):
+    """The first box has an IoU of 2/3 with both true boxes, and takes the one that alone could match the second box."""
+    truth = [("a", (0, 0, 10, 10)), ("a", (4, 0, 14, 10))][::step]
+    assert fast_score(truth, [("a", 0.9, (2, 0, 12, 10)), ("a", 0.5, (0, 0, 10, 12))]) == pytest.approx(1 / 3)
+
+
+def test_an_iou_of_exactly_the_threshold_is_no_hit_where_the_better_true_box_is_taken():
+    """The second box has an IoU of 9/10 with the true box that the first takes, and of 1/2 with the other."""
+    truth, found = [("a", (0, 0, 10, 9)), ("a", (0, 0, 10, 5))], [("a", 0.9, (0, 0, 10, 9)), ("a", 0.5, (0, 0, 10, 10))]
+    assert fast_score(truth, found) == pytest.approx((2 * 1 + 6 * 1 / 3) / 8)
 
 
 @pytest.mark.parametrize(
