@@ -64,8 +64,9 @@ def _own_gpu() -> torch.device:
 
 def visible_gpus() -> list[str]:
     """Return the values of CUDA_VISIBLE_DEVICES that each select one of this process's GPUs; [""] if there is none."""
-    every = ",".join(map(str, range(torch.cuda.device_count())))
-    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    count = torch.cuda.device_count()
+    every = ",".join(map(str, range(count)))
+    return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")[:count] or [""]
 
 
 def gpu_of(process: int) -> torch.device:

@@ -175,3 +175,13 @@ def test_derived_seeds_differ_and_fit_numpy(pairs):
     seeds = [device.derived_seed(*pair) for pair in pairs]
     assert len(set(seeds)) == len(pairs)
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_without_a_gpu_no_gpu_is_visible_whatever_the_variable_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert device.visible_gpus() == [""]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device.visible_gpus() == ["0", "1"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert device.visible_gpus() == ["0", "1"]

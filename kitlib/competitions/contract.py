@@ -64,7 +64,6 @@ class Competition(Settings):
     time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded
     study_classes: tuple[str, ...] = ()  # exclude each other
     image_classes: tuple[str, ...] = ()
-    exclusive_image_classes: bool = False  # whether an image has exactly one of the image classes
     box_classes: tuple[str, ...] = ()
     mask_classes: tuple[str, ...] = ()
 
@@ -78,8 +77,6 @@ class Competition(Settings):
         for kind, classes in answers.items():
             if len(set(classes)) < len(classes):
                 raise SettingsError(f"{kind} of {self.name} has a class twice: {', '.join(classes)}")
-        if self.exclusive_image_classes and not self.image_classes:
-            raise SettingsError(f"exclusive_image_classes of {self.name} requires image_classes")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:

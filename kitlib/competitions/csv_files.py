@@ -49,7 +49,8 @@ class Rows(Generic[V]):
         values, faults = check_rows(path, self.header, ids, self.parse, "the ground truth")
         if faults:
             raise SubmissionError(
-                f"{path} has {len(faults)} faults; the first: {faults[0]}. `python -m kitlib validate` lists every fault"
+                f"{path} has {'1 fault' if len(faults) == 1 else f'{len(faults)} faults'}; the first: {faults[0]}. "
+                "`python -m kitlib validate` lists every fault"
             )
         return values
 

@@ -51,6 +51,11 @@ class DecodedOnce:
         for index in self._readable_without(image_ids):
             yield self.outcomes[index].image_id
 
+    def restore(self, image_id: str) -> bool:
+        """Decode an image again if its copy is damaged or gone; return whether there is a readable copy now."""
+        index = next(index for index, outcome in enumerate(self.outcomes) if outcome.image_id == image_id)
+        return self._read(index) is not None
+
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
         """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
         sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}

@@ -48,6 +48,7 @@ class Model:
     turns: int = 0  # how often it has begun
     running: bool = False
     stopped: bool = False  # whether the model was stopped after its share of the time; it may continue later
+    dropped: bool = False  # whether its predictions are not used; a thread may still add some
 
     @property
     def folder(self) -> Path:
@@ -62,10 +63,12 @@ class Model:
     @property
     def may_be_fused(self) -> bool:
         """Whether its predictions are part of the submission: those of a first turn only once it has ended."""
-        return not self.running or self.turns > 1
+        return not self.dropped and (not self.running or self.turns > 1)
 
     def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
-        """Add a batch's predictions; `predictor` has counted since `before`."""
+        """Add a batch's predictions, unless the model was dropped; `predictor` has counted since `before`."""
+        if self.dropped:
+            return
         self.predicted = Predicted(
             predictor.model,
             predictor.fold,
@@ -76,8 +79,8 @@ class Model:
         )
 
     def drop(self) -> None:
-        """Discard all predictions of this model, and their counts."""
-        self.predicted, self.stopped = Predicted(), False
+        """Discard all predictions of this model, and their counts, for good."""
+        self.dropped, self.predicted, self.stopped = True, Predicted(), False
 
     def count_predicted(self) -> int:
         """Return the number of images with a prediction; a classifier's rows without any finite number do not count."""

@@ -1,5 +1,6 @@
 """Predicts in a process that has a GPU of its own, for a parent process that decodes the images and fuses predictions."""
 
+import contextlib
 import logging
 import os
 import queue
@@ -56,7 +57,7 @@ class PredictionProcess:
         """Return a predictor with the model in `bundle`, loaded in the process.
 
         Raises PredictionError if the model cannot be loaded, or if the process dies or gets stuck, and OutOfTime if the
-        deadline passes. After the latter three, the process has been killed.
+        deadline passes. After an error, the process has been killed.
         """
         if self._process is None:
             self._start()
@@ -93,6 +94,7 @@ class PredictionProcess:
             self.kill()
             raise
         if what == "failed":
+            self.kill()  # after an error of CUDA, every later model would fail in this process, too
             raise PredictionError(content)
         return what, content
 
@@ -121,12 +123,14 @@ class RemotePredictor:
         self.seen: list[str] = []
         self.lungs_missed = self.overflowed = 0
         self._last_sent, self._sending, self._ended = 0.0, threading.Lock(), False
+        self._failure: Exception | None = None  # in the thread that sends image ids
 
-    def predict(self, image_ids: Iterable[str]) -> Generator[pd.DataFrame, None, None]:
-        """Yield one table of predictions per batch of the decoded images `image_ids`, which a thread reads.
+    def predict(self, image_ids: Iterable[str], restore: Callable[[str], bool]) -> Generator[pd.DataFrame, None, None]:
+        """Yield one table of predictions per batch of the decoded images `image_ids`, which a thread iterates over.
 
-        Raises the errors of `PredictionProcess.load`. If the generator is closed before its end, it waits until the process
-        is ready for another model.
+        `restore` decodes an image whose copy cannot be read again, and returns whether it can be read now. Raises the errors
+        of `PredictionProcess.load`, and those of `image_ids`. If the generator is closed before its end, it waits until the
+        process is ready for another model.
         """
         threading.Thread(target=self._send_all, args=[image_ids], name="image ids", daemon=True).start()
         what = ""
@@ -135,7 +139,12 @@ class RemotePredictor:
                 what, content = self.process.receive(lambda: self._last_sent)
                 if what == "done":
                     self.process.lungs = content or self.process.lungs
+                    if self._failure is not None:
+                        raise self._failure
                     return
+                if what == "unreadable":
+                    self.process.send("restored", restore(content))
+                    continue
                 table, seen, self.lungs_missed, self.overflowed = content
                 self.seen += seen
                 yield table
@@ -153,9 +162,12 @@ class RemotePredictor:
             for image_id in image_ids:
                 if not self._send("image", image_id):
                     return
-            self._send("end")
         except PredictionError:
             return  # the next `receive` says why the process has ended
+        except Exception as error:  # raised by `predict` after the images that were sent
+            self._failure = error
+        with contextlib.suppress(PredictionError):
+            self._send("end")
 
     def _send(self, what: str, content: Any = None) -> bool:
         """Send a message unless the prediction has ended, so that no image id reaches the next model."""
@@ -170,15 +182,16 @@ class RemotePredictor:
         began = time.monotonic()
         try:
             self.process.send("stop")
-            while self.process.receive()[0] != "done":
+            while (message := self.process.receive())[0] != "done":
                 if time.monotonic() - began > STOPPING_S:
                     self.process.kill()
                     return
+            self.process.lungs = message[1] or self.process.lungs
         except (PredictionError, OutOfTime):
             return  # it has ended, or failed at one of these batches
 
 
-def serve(connection: Any, settings: ProcessSettings, gpu: str, parent: int) -> None:
+def serve(pipe: Any, settings: ProcessSettings, gpu: str, parent: int) -> None:
     """Predict in this process, which was started for it, until the parent process ends."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     die_with_parent(parent)
@@ -187,17 +200,18 @@ def serve(connection: Any, settings: ProcessSettings, gpu: str, parent: int) -> 
 
     from kitlib.inference.predict import load_predictor
 
+    connection = _Connection(pipe)
     torch.set_num_threads(settings.threads)
     lungs = None if settings.lungs is None else CachedLungs(*settings.lungs, settings.batch_size)
     loads: queue.SimpleQueue[tuple[Path, _Inbox]] = queue.SimpleQueue()
     threading.Thread(target=_receive_all, args=(connection, loads), daemon=True).start()
     connection.send(("started", None))
     while True:
-        bundle, inbox = loads.get()
+        (bundle, inbox), predictor = loads.get(), None  # frees the previous model's memory
         try:
             predictor, sent = load_predictor(bundle, batch_size=settings.batch_size, lungs=lungs), 0
             connection.send(("loaded", (predictor.model, predictor.fold)))
-            for table in predictor.predict(inbox.xrays(settings.cache)):
+            for table in predictor.predict(inbox.xrays(settings.cache, connection)):
                 counts = predictor.lungs_missed, predictor.overflowed
                 connection.send(("predicted", (table, predictor.seen[sent:], *counts)))
                 sent = len(predictor.seen)
@@ -209,26 +223,42 @@ def serve(connection: Any, settings: ProcessSettings, gpu: str, parent: int) -> 
             inbox.stop()
 
 
+class _Connection:
+    """The process's end of the connection; several threads may send."""
+
+    def __init__(self, connection: Any) -> None:
+        self.recv, self._connection, self._one_at_a_time = connection.recv, connection, threading.Lock()
+
+    def send(self, message: tuple[str, Any]) -> None:
+        with self._one_at_a_time:
+            self._connection.send(message)
+
+
 class _Inbox:
     """The ids of the images that one model has to predict, as they arrive."""
 
     def __init__(self) -> None:
         self.image_ids: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.restored: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.stopped = False
 
     def stop(self) -> None:
         self.stopped = True
         self.image_ids.put(None)
+        self.restored.put(False)
 
-    def xrays(self, cache: XrayCache) -> Iterator[CachedXray]:
+    def xrays(self, cache: XrayCache, connection: _Connection) -> Iterator[CachedXray]:
+        """Yield the decoded images; the parent decodes an image again if its copy cannot be read."""
         while (image_id := self.image_ids.get()) is not None and not self.stopped:
             try:
                 yield cache.read(image_id)
-            except (CacheError, KeyError, OSError) as error:  # costs this model one image
-                logger.warning("the decoded copy of %s cannot be read: %s", image_id, error)
+            except (CacheError, KeyError, OSError):
+                connection.send(("unreadable", image_id))
+                if self.restored.get():
+                    yield cache.read(image_id)
 
 
-def _receive_all(connection: Any, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]") -> None:
+def _receive_all(connection: _Connection, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]") -> None:
     """Put each model to load into `loads`, with an inbox that gets its images."""
     inbox = _Inbox()
     while True:
@@ -241,5 +271,7 @@ def _receive_all(connection: Any, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]
             loads.put((content, inbox))
         elif what == "stop":
             inbox.stop()
+        elif what == "restored":
+            inbox.restored.put(content)
         else:
             inbox.image_ids.put(content if what == "image" else None)

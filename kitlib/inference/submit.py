@@ -169,7 +169,7 @@ class SubmissionRun:
     def usage(self) -> list[dict[str, Any]]:
         """Return one dictionary per bundle in weights.json: its name `bundle`, and the numbers `predicted` and `readable`.
 
-        `predicted` is the number of test images that it has predicted, `readable` that of test files that could be read.
+        `predicted` is the number of test images that it has predicted, `readable` the number of readable test files.
         """
         predicted = {model.folder.name: model.count_predicted() for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
@@ -343,7 +343,7 @@ class SubmissionRun:
         predictor: RemotePredictor | Predictor
         if process is not None:
             predictor = process.load(model.folder)
-            stream = predictor.predict(xrays.ids_without(seen_before))
+            stream = predictor.predict(xrays.ids_without(seen_before), xrays.restore)
         else:
             if model.record.wants_masks and self.lungs is not None:
                 self.lungs.begin()

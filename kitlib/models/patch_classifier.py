@@ -9,9 +9,9 @@ from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.patches import SCORES, cut_patches
 from kitlib.recipes.fields import PatchRecipe
 
+CPU = torch.device("cpu")
 # Pixels per forward pass: 512 patches of 224 x 224 on a GPU (fewer if its memory is too small), or 8 on a CPU, so that they
 # fit into its cache.
-CPU = torch.device("cpu")
 CHUNKS = {"cuda": 512 * 224**2, "cpu": 8 * 224**2}
 
 

@@ -114,7 +114,7 @@ class _Page:
                     names,
                     value=names[0],
                     label="Models",
-                    info="A single detector is combined with the same study models. Other runs answer alone.",
+                    info="A single detector is combined with the same study models. Other runs predict on their own.",
                     elem_id="models",
                 )
                 with gr.Tabs():

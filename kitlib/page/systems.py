@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kitlib.errors import RunError
 from kitlib.fusion.model_fusion import FusionSettings
 from kitlib.inference.systems import System, build_system, find_segmenters, read_system
 from kitlib.leaderboard.listing import ListedRun
@@ -34,7 +35,12 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
     other_systems = [_with_probes(system, finished) for system in _read_runs(others, segmenters)]
     trained = [run.folder for run in finished if run.kind in TRAINED]
     if not fused and (trained or not other_systems):
-        fused = [build_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
+        try:
+            fused = [build_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
+        except RunError as error:
+            if not other_systems:
+                raise
+            logger.warning("%s", error)
     systems = []
     for system in fused:
         systems.append(system)
@@ -42,7 +48,9 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
             alone = [system.with_detector(name) for name in system.detectors]
             suffix = f", with {system.name}'s other models" if len(fused) > 1 else ""
             systems += [replace(variant, name=f"{variant.name}{suffix}") for variant in alone]
-    return [*systems, *other_systems]
+    names = {system.name for system in systems}
+    kinds = [replace(system, name=f"{system.name} (alone)") if system.name in names else system for system in other_systems]
+    return [*systems, *kinds]
 
 
 def _read_runs(runs: Sequence[ListedRun], segmenters: Mapping[str, Path]) -> list[System]:

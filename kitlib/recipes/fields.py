@@ -376,9 +376,9 @@ class DetectorRecipe(WithBackbone, WithOcclusions):
         changed = [name for name in unused if getattr(self, name) != default[name].default]
         if changed:
             listed = ", ".join(f"{name} (leave it at {default[name].default!r})" for name in changed)
-            users = [family for family, names in FAMILY_FIELDS.items() if not set(changed).isdisjoint(names)]
             raise SettingsError(
-                f"{self.backbone} is a {self.family}, which does not use {listed}; of {', '.join(users)} only"
+                f"{self.backbone} is a {self.family}, which does not use {listed}; it uses: "
+                f"{', '.join(FAMILY_FIELDS[self.family])}"
             )
         if self.box_loss not in ("", *BOX_LOSSES[self.family]):
             raise SettingsError(

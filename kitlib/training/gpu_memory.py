@@ -113,6 +113,7 @@ def explaining_memory(recipe: TrainingRecipe) -> Iterator[None]:
             changes = f'{{"batch_size": {size // 2}, "nominal_batch": {step}}}'
             advice = f"Set overrides {changes}, with which gradients are accumulated and a step still has {step} images"
         raise TrainingError(
-            f"out of memory with batch_size {size} and nominal_batch {recipe.nominal_batch} at image_size "
-            f"{recipe.image_size} ({str(error).splitlines()[0]}). {advice}. docs/training.md lists each recipe's memory"
+            f"{'out' if 'memory' in str(error) else 'probably out'} of memory with batch_size {size} and nominal_batch "
+            f"{recipe.nominal_batch} at image_size {recipe.image_size} ({str(error).splitlines()[0]}). {advice}. "
+            "docs/training.md lists each recipe's memory"
         ) from error

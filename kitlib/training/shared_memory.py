@@ -52,7 +52,7 @@ def workers_that_fit(workers: int, bytes_per_worker: int, free_bytes: Callable[[
         return workers
     fitting = int(free // bytes_per_worker)
     logger.warning(
-        "%s has %.1f MB free, but the batches of %d workers need %.1f MB; training continues, slower, as with workers: %d. "
+        "%s has %.1f MB free, but the batches of %d workers need %.1f MB; training continues more slowly with workers = %d. "
         "To use all workers, enlarge it (docker run --shm-size=%dm), or lower `workers`, `batch_size` or `image_size`",
         *(SHARED_MEMORY, free / 1e6, workers, needed / 1e6, fitting, 2 * needed // 2**20 + 1),
     )

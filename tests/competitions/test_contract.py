@@ -49,7 +49,6 @@ def test_an_unknown_name_is_an_error_that_lists_the_names():
         ({"time_limit_hours": 0}, "Competition.time_limit_hours is 0; expected a finite number above 0 or null"),
         ({"mask_classes": ()}, "siim-acr wants no answers"),
         ({"box_classes": ("a", "b", "a")}, "box_classes of siim-acr has a class twice: a, b, a"),
-        ({"exclusive_image_classes": True}, "exclusive_image_classes of siim-acr requires image_classes"),
     ],
 )
 def test_an_invalid_competition_is_refused(change, problem):

@@ -190,7 +190,7 @@ def test_an_iou_of_exactly_the_threshold_is_no_hit_where_the_better_true_box_is_
         ("0.5 0 0 inf 100", ["group 1: box 0 0 inf 100 is not finite"]),
         ("0.5 0 0 0 100", ["group 1: box 0 0 0 100 has no area"]),
         ("0.5 50 50 10 -10", ["group 1: box 50 50 10 -10 has no area"]),
-        ("0.5 -1 0 10 10", ["group 1: box -1 0 10 10 reaches beyond the image of 1024 x 1024 pixels"]),
+        ("0.5 -3 0 10 10", ["group 1: box -3 0 10 10 reaches beyond the image of 1024 x 1024 pixels"]),
         ("0.5 600 600 800 900", ["group 1: box 600 600 800 900 reaches beyond the image"]),
         ("2 0 0 0 9 0.5 0 0 9 9 0.5 1 1 -1 1", ["group 1: confidence 2", "group 1: box 0 0 0 9", "group 3: box 1 1 -1 1"]),
         (",", ["the row has 3 cells, but must have 2"]),

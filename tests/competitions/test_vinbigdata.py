@@ -175,7 +175,6 @@ GOOD = {"a": "3 0.5 10 10 20.5 20 14 0.3 0 0 1 1", "b": NO_FINDING}
         ("3 0.5 0 0 9 x", ["group 1: '0.5 0 0 9 x' is not five numbers"]),
         ("3 0.5 5 5 5 9", ["group 1: box 5 5 5 9 is inverted or has no area"]),
         ("3 0.5 9 5 5 9", ["group 1: box 9 5 5 9 is inverted or has no area"]),
-        ("3 0.5 0 0 9 9 3 0.5 -2 0 9 9", ["group 2: box -2 0 9 9 begins outside the image; cut it at 0"]),
         ("14 1 0 0 9 9", ["group 1: 14 must have the box 0 0 1 1"]),
         ("14 1 0 0 1 1,", ["the row has 3 cells, but must have 2"]),
         ("3 2 5 5 1 9 14 1 0 0 2 2", ["group 1: confidence 2", "group 1: box 5 5 1 9", "group 2: 14 must have"]),
@@ -187,7 +186,7 @@ def test_every_fault_of_a_row_is_named(tmp_path, bad, problems):
     faults = VINBIGDATA.validate_file(submission, sample)
     assert {(fault.row, fault.id) for fault in faults} == {(3, "b")} and len(faults) == len(problems)
     assert all(fault.problem.startswith(problem) for fault, problem in zip(faults, problems, strict=True))
-    with pytest.raises(SubmissionError, match=f"has {len(problems)} faults; the first: row 3, b: "):
+    with pytest.raises(SubmissionError, match=f"has {len(problems)} faults?; the first: row 3, b: "):
         VINBIGDATA.score_files(write_truth(truth, ["a 3 0 0 9 9", "b 14"]), submission)
 
 

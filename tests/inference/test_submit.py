@@ -23,12 +23,14 @@ from pydicom import dcmread
 from kitlib.bundle import STATED, save_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.deadline import Deadline
-from kitlib.errors import CacheError, SubmissionError, UnreadableXray
+from kitlib.errors import CacheError, PredictionError, SubmissionError, UnreadableXray
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.fusion.model_fusion import FusionSettings, write_settings
 from kitlib.inference import prediction_process
+from kitlib.inference.model_queue import Model
 from kitlib.inference.predict import VIEWS, study_and_image_scores
+from kitlib.inference.prediction_process import PredictionProcess
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.lungs.finders import Lungs
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
@@ -770,6 +772,28 @@ def test_two_processes_write_the_same_bytes_as_one(competition, weights, one_thr
     assert written[1] == written[2] and len(on_priors(path)) <= DAMAGED
 
 
+def damage_a_copy(pipe, settings, *arguments):
+    """Serve like a prediction process, after one of two processes has damaged the decoded copy of an image."""
+    read, damaged = settings.cache.read, []
+
+    def damage_first(image_id):
+        if not damaged:
+            damaged.append(image_id)
+            (settings.cache.folder / f"{image_id}.safetensors").write_bytes(b"damaged")
+        return read(image_id)
+
+    object.__setattr__(settings.cache, "read", damage_first)
+    prediction_process.serve(pipe, settings, *arguments)
+
+
+def test_a_damaged_copy_is_decoded_again_for_processes_too(competition, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction_process, "serve", damage_a_copy)
+    path, ledger = submit(competition, weights, tmp_path, replace(SETTINGS, processes=2))
+    files = ledger.set_index("stage").files
+    assert files["small-fold0"] == files["small-fold1"] == len(list(competition.glob("test/*/*/*.dcm"))) - DAMAGED
+    assert len(on_priors(path)) <= DAMAGED
+
+
 @pytest.mark.parametrize(("fault", "note"), [("dies", "ended with exit code 7"), ("hangs", "was stuck for 5 s")])
 def test_a_process_that_dies_or_hangs_costs_only_its_model(
     competition, weights, one_thread, tmp_path, monkeypatch, fault, note
@@ -797,3 +821,27 @@ def test_the_deadline_holds_over_processes_that_hang(competition, weights, tmp_p
     assert time.monotonic() - began < 25
     assert run.finish().set_index("stage").note["small-fold0"] == "time was up" and run.faults == []
     assert count_processes() == 0
+
+
+def test_after_a_failed_model_another_process_starts(competition, weights, tmp_path):
+    damaged = shutil.copytree(weights, tmp_path / "weights")
+    (damaged / "small-fold0" / "weights.safetensors").write_bytes(b"damaged")
+    settings = prediction_process.ProcessSettings(XrayCache(tmp_path, 64), batch_size=4, threads=1)
+    process = PredictionProcess(settings, "", Deadline(60))
+    with pytest.raises(PredictionError, match="BundleError"):
+        process.load(damaged / "small-fold0")
+    assert count_processes() == 0
+    assert process.load(damaged / "small-fold1").fold == 1 and count_processes() == 1
+    process.kill()
+    assert count_processes() == 0
+
+
+def test_a_dropped_model_gets_no_more_predictions():
+    record = SimpleNamespace(answers=frozenset({"boxes"}), folder=Path("detector"))
+    model, predictor = Model(record), SimpleNamespace(model="a", fold=0, seen=["x"], lungs_missed=0, overflowed=0)
+    before = model.predicted
+    model.add(pd.DataFrame({"image_id": ["x"]}), predictor, before)
+    assert model.predicted.seen == ("x",) and model.may_be_fused
+    model.drop()  # as fusion does in another thread
+    model.add(pd.DataFrame({"image_id": ["y"]}), predictor, before)
+    assert model.predicted.seen == () and not model.may_be_fused

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -180,3 +181,10 @@ def test_a_segmenter_shows_the_lungs_and_their_share(classifying, view):
     assert f"{mask.mean():.1%} of the image is lung" in classifying.bars(shown, image) and 0 < mask.mean() < 1
     assert drawn(classifying.draw(shown, image, 0.0, []), "lungs") == 1
     assert classifying.files(shown)[0] is None and ": 1 model answered" in classifying.summary(shown)
+
+
+def test_runs_without_bundles_do_not_hide_the_others(classifying, tmp_path):
+    runs = classifying.folder.parent / "runs"
+    shutil.copytree(runs / "first", tmp_path / "first")
+    train(tmp_path / "study", read_prepared(runs / "prepare"), study_scores=empty_table("study_scores"))
+    assert [system.name for system in find_systems(list_runs([tmp_path]))] == ["first"]

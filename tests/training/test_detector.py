@@ -361,14 +361,14 @@ def test_a_yolo_on_either_resumes_bit_for_bit(tmp_path, monkeypatch):
     [
         (YOLO, {"sharpen_p": 0.5, "ema_decay": 0.9}, r"a yolo, which does not use ema_decay \(.* 0\.0\), sharpen_p"),
         (YOLO, {"schedule": "plateau"}, r"yolov8n is a yolo, which does not use schedule \(leave it at 'cosine'\)"),
-        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\); of faster_rcnn, retinanet only"),
+        (YOLO, {"schedule_every": 0}, r"schedule_every \(leave it at 1\); it uses: box_gain, class_gain"),
         (YOLO, {"fpn_channels": 32}, r"fpn_channels \(leave it at 256\)"),
         (
             FASTER_RCNN,
             {"mosaic": 1.0, "zoom": 0.2},
             r"is a faster_rcnn, which does not use mosaic \(.* 0\.0\), zoom \(.* 0\.5\)",
         ),
-        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\); of yolo only"),
+        (FASTER_RCNN, {"width": 0.5}, r"width \(leave it at 1\.0\); it uses: fpn_channels"),
     ],
 )
 def test_a_setting_of_the_other_family_is_refused_when_the_recipe_is_made(recipe, changes, message):
