@@ -27,7 +27,7 @@ from kitlib.scoring.validate import validate
 
 logger = logging.getLogger(__name__)
 
-# Kaggle's status of a run that has ended without success.
+# Kaggle's status of a run that has ended without success, or of a submission that it could not score.
 FAILED = ("error", "cancel_acknowledged")
 SUBMISSION, SAMPLE = "submission.csv", "sample_submission.csv"
 LOG = "kaggle.log"
@@ -147,13 +147,22 @@ def wait_for_score(out: str | Path, fused_run: Path | None = None, wait_s: float
 
     The scores are also written into kaggle.json of `fused_run`, the run whose fusion the kernel uses, which the leaderboard
     shows beside the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was
-    submitted, if Kaggle could not score the file, or if it has not done so after `wait_s` seconds.
+    submitted, if Kaggle could not score the file, so that it can be submitted again, or if it has not done so after `wait_s`
+    seconds.
     """
     pushed = read_pushed(out)
     if not pushed.submission:
         raise KernelError(f"{pushed.name} was not submitted yet; submit it first, with --submit")
     if not pushed.scored:
         answer = _wait_for_answer(pushed, wait_s, poll_s)
+        if answer.status.name.lower() != COMPLETE:
+            write_pushed(out, dataclasses.replace(pushed, submission=0, description="", submitted=""))
+            reason = answer.error_description.strip() or "it gave no reason"
+            raise KernelError(
+                f"Kaggle could not score submission {pushed.submission} of {pushed.name}: {reason}; see "
+                f"https://www.kaggle.com/competitions/{pushed.competition}/submissions. Run --submit again, or push a "
+                "corrected build"
+            )
         public, private = (float(score) if score else None for score in (answer.public_score, answer.private_score))
         pushed = dataclasses.replace(pushed, public_score=public, private_score=private, scored=_now())
         write_pushed(out, pushed)
@@ -163,7 +172,7 @@ def wait_for_score(out: str | Path, fused_run: Path | None = None, wait_s: float
 
 
 def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
-    """Return Kaggle's record of the submission after it was scored."""
+    """Return Kaggle's record of the submission after Kaggle has scored it or has failed to."""
     client, report = KaggleClient(), _reporter(f"submission {pushed.submission}")
 
     def ask() -> Any:
@@ -177,12 +186,6 @@ def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
     if answer is None:
         raise KernelError(
             f"submission {pushed.submission} has no score after {wait_s:g} s; run the command again to go on waiting"
-        )
-    if answer.status.name.lower() != COMPLETE:
-        reason = answer.error_description.strip() or "it gave no reason"
-        raise KernelError(
-            f"Kaggle could not score submission {pushed.submission} of {pushed.name}: {reason}; see "
-            f"https://www.kaggle.com/competitions/{pushed.competition}/submissions. Correct the cause and push again"
         )
     return answer
 
@@ -220,10 +223,11 @@ def _reporter(name: str) -> Callable[[str], None]:
 
 
 def _find_submission(client: KaggleClient, pushed: Pushed) -> int:
-    """Return the number of the submission with the recorded description, 0 if there is none."""
+    """Return the number of the submission with the recorded description, 0 if there is none that Kaggle could score."""
     with client.calling(f"asking for the submissions to {pushed.competition}"):
         listed = client.api.competition_submissions(pushed.competition, page_size=SUBMISSIONS) or []
-    return next((entry.ref for entry in listed if entry and entry.description == pushed.description), 0)
+    found = (entry for entry in listed if entry and entry.description == pushed.description)
+    return next((entry.ref for entry in found if entry.status.name.lower() not in FAILED), 0)
 
 
 def _submit(client: KaggleClient, pushed: Pushed) -> int:

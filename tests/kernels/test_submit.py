@@ -198,10 +198,20 @@ def test_a_refused_submission_is_an_error(finished, run, answer, message):
     assert code == 2 and message in printed
 
 
-def test_a_file_that_kaggle_cannot_score_is_an_error(finished, run):
+def test_a_file_that_kaggle_could_not_score_can_be_submitted_again(finished, run, tmp_path):
     finished.answers["GetSubmission"] = (200, {"ref": 700, "status": "ERROR", "errorDescription": "Notebook Timeout"})
     code, printed = run("--push", "--submit")
     assert code == 2 and "Kaggle could not score submission 700 of somebody/small-test-kernel/3: Notebook Timeout" in printed
+    assert "Run --submit again, or push a corrected build" in printed
+    finished.submissions[0]["status"] = "ERROR"
+    # The next submission does not reach Kaggle; the one that failed has the same description, but is not taken for it.
+    finished.answers["CreateCodeSubmission"] = (503, {"code": 503, "message": "Service unavailable"})
+    assert run("--submit")[0] == 2
+    finished.answers.clear()
+    code, printed = run("--submit")
+    assert code == 0 and "public score: 0.612" in printed, printed
+    assert read_pushed(tmp_path / "out").submission == 701
+    assert len(finished.requests("SaveKernel")) == 1
 
 
 def test_a_score_that_is_not_published_is_none(finished, run, tmp_path):
