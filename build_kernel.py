@@ -94,7 +94,8 @@ def main(
             _run_rehearsal(spec, out, inputs, truth, time_limit, allow_placeholders, docker)
         if should_push:
             console.rule("push")
-            _print_pushed(read_pushed(out) if was_pushed else push(out), "pushed before" if was_pushed else "pushed")
+            pushed = read_pushed(out) if was_pushed else push(out, spec.fused_run())
+            _print_pushed(pushed, "pushed before" if was_pushed else "pushed")
         if follows:
             _follow(spec, out, should_submit, message, allow_placeholders)
         elif not should_push:
@@ -144,7 +145,7 @@ def _follow(spec: KernelSpec, out: Path, should_submit: bool, message: str, allo
     if should_submit:
         console.rule("submit")
         submit_version(out, message)
-        pushed = wait_for_score(out, spec.fused_run())
+        pushed = wait_for_score(out)
         for name, score in (("public", pushed.public_score), ("private", pushed.private_score)):
             console.print(f"{name} score: {'not published' if score is None else f'{score:g}'}")
 

@@ -99,15 +99,15 @@ def fetch_output(out: str | Path) -> Path:
 
 
 def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
-    """Check the downloaded submission.csv as Kaggle would, and that every model was used.
+    """Check the downloaded submission.csv as Kaggle would, and that every model of the pushed version was used.
 
     Raises KernelError for a faulty file, and for a model that has not predicted every readable file, unless
     `allow_placeholders`.
     """
-    out, folder = Path(out), Path(out) / OUTPUT
+    folder = Path(out) / OUTPUT
     faults = [str(fault) for fault in validate(folder / SAMPLE, folder / SUBMISSION)]
     if not allow_placeholders:
-        faults += find_unused_bundles(out / "weights" / "weights.json", folder / USAGE)
+        faults += find_unused_bundles(read_pushed(out).bundles, folder / USAGE)
     if faults:
         listing = "".join(f"\n  {fault}" for fault in faults[:20])
         raise KernelError(
@@ -142,13 +142,12 @@ def submit_version(out: str | Path, message: str = "") -> Pushed:
     return pushed
 
 
-def wait_for_score(out: str | Path, fused_run: Path | None = None, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
+def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
     """Wait until Kaggle has scored the submission; return its state, which has the scores.
 
-    The scores are also written into kaggle.json of `fused_run`, the run whose fusion the kernel uses, which the leaderboard
-    shows beside the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was
-    submitted, if Kaggle could not score the file, so that it can be submitted again, or if it has not done so after `wait_s`
-    seconds.
+    The scores are also written into kaggle.json of the run whose fusion was pushed, which the leaderboard shows beside the
+    out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was submitted, if Kaggle
+    could not score the file, which can then be submitted again, or if it has not done so after `wait_s` seconds.
     """
     pushed = read_pushed(out)
     if not pushed.submission:
@@ -166,8 +165,8 @@ def wait_for_score(out: str | Path, fused_run: Path | None = None, wait_s: float
         public, private = (float(score) if score else None for score in (answer.public_score, answer.private_score))
         pushed = dataclasses.replace(pushed, public_score=public, private_score=private, scored=_now())
         write_pushed(out, pushed)
-    if fused_run is not None:
-        _record_score(fused_run, pushed)
+    if pushed.fused_run:
+        _record_score(Path(pushed.fused_run), pushed)
     return pushed
 
 
@@ -259,7 +258,10 @@ def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
 
 
 def _record_score(run: Path, pushed: Pushed) -> None:
-    """Write the scores into the run's kaggle.json, unless the run was made again since the push."""
+    """Write the scores into the run's kaggle.json, unless the run was removed or made again since the push."""
+    if not (run / RECORD).is_file():
+        logger.warning("%s no longer has a run, so no run gets the score of %s", run, pushed.name)
+        return
     try:
         started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))
     except (OSError, ValueError, AttributeError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from kitlib.kernels import submit as steps
 from kitlib.kernels.pushed import read_pushed
 from kitlib.kernels.submit import check_output, fetch_output, submit_version, wait_for_run, wait_for_score
 from kitlib.runs.kaggle_scores import current_score
-from tests.small_kernels import make_notebook, make_submission, make_training, make_wheel
+from tests.small_kernels import make_notebook, make_run, make_submission, make_training, make_wheel
 
 KERNEL, COMPETITION = "somebody/small-test-kernel", "siim-covid19-detection"
 SUBMISSION = b"id,PredictionString\na_study,negative 1 0 0 1 1\nb_image,none 1 0 0 1 1\n"
@@ -44,9 +45,9 @@ def run(spec, tmp_path, monkeypatch):
     """A function that runs build_kernel.py with the given options and returns its exit code and output."""
     wheel = make_wheel(tmp_path / "wheels", "kit_extra", "1.2")
     monkeypatch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
-    monkeypatch.setattr(command_line, "push", lambda out: command_line_push(out, **FAST))
+    monkeypatch.setattr(command_line, "push", lambda out, run: command_line_push(out, run, **FAST))
     monkeypatch.setattr(command_line, "wait_for_run", lambda out: wait_for_run(out, **FAST))
-    monkeypatch.setattr(command_line, "wait_for_score", lambda out, run: wait_for_score(out, run, **FAST))
+    monkeypatch.setattr(command_line, "wait_for_score", lambda out: wait_for_score(out, **FAST))
     app = command_line.typer.Typer()
     app.command()(command_line.main)
 
@@ -141,6 +142,38 @@ def test_a_changed_build_is_pushed_again(finished, run, spec, tmp_path):
     assert json.loads((tmp_path / "out" / "pushed-3.json").read_text())["submission"] == 700
     scores = json.loads((tmp_path / "fuse" / "kaggle.json").read_text())["submissions"]
     assert [entry["version"] for entry in scores] == [3, 4]
+
+
+def test_a_failed_push_leaves_the_version_that_was_pushed_before(finished, run, tmp_path):
+    assert run("--push", "--wait")[0] == 0
+    make_submission(tmp_path / "spec", "print(2)", runs=[str(make_run(tmp_path / "other", "other", fold=1))])
+    finished.upload_status = 503
+    code, printed = run("--push", "--submit")
+    assert code == 2 and "Upload unsuccessful" in printed
+    # The models of version 3, not those that are built now, must have predicted every file.
+    code, printed = run("--submit")
+    assert code == 0 and "public score: 0.612" in printed, printed
+    assert [body["kernelVersion"] for body in finished.requests("CreateCodeSubmission")] == [3]
+
+
+def test_damaged_state_stops_a_push_before_anything_is_sent(finished, run, tmp_path):
+    assert run("--push")[0] == 0
+    (tmp_path / "out" / "pushed.json").write_text("{")
+    finished.asked.clear()
+    code, printed = run("--push")
+    assert code == 2 and "is damaged" in printed
+    assert finished.asked == []
+
+
+def test_the_score_belongs_to_the_run_that_was_pushed(finished, run, tmp_path, caplog):
+    assert run("--push")[0] == 0
+    shutil.copytree(tmp_path / "fuse", tmp_path / "fuse2")
+    make_submission(tmp_path / "spec", "print(1)", fusion=str(tmp_path / "fuse2" / "fusion.json"))
+    assert run("--submit")[0] == 0
+    assert (tmp_path / "fuse" / "kaggle.json").is_file() and not (tmp_path / "fuse2" / "kaggle.json").exists()
+    shutil.rmtree(tmp_path / "fuse")
+    assert run("--submit")[0] == 0
+    assert f"{tmp_path / 'fuse'} no longer has a run" in caplog.text
 
 
 LOG = json.dumps([{"stream_name": "stdout", "time": 0.1, "data": f"line {n}\n"} for n in range(40)])
