@@ -44,13 +44,21 @@ def list_bundles(weights: Path) -> tuple[str, ...]:
 
 
 def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
-    """Return a fault for each of the bundles `names` that has not predicted every readable file."""
+    """Return a fault for each of the bundles `names` that has not predicted every readable file.
+
+    A file `usage` that is missing or damaged is a fault too.
+    """
+    unknown = f"so it is unknown which of {', '.join(names)} were used"
     if not usage.is_file():
-        return (f"{usage.name} does not exist in {usage.parent}, so it is unknown which of {', '.join(names)} were used",)
-    used = {entry["bundle"]: entry for entry in json.loads(usage.read_text(encoding="utf-8"))}
-    counts = [(name, used.get(name, {"predicted": 0, "readable": 0})) for name in names]
+        return (f"{usage.name} does not exist in {usage.parent}, {unknown}",)
+    try:
+        entries = json.loads(usage.read_text(encoding="utf-8"))
+        used = {entry["bundle"]: (int(entry["predicted"]), int(entry["readable"])) for entry in entries}
+    except (ValueError, LookupError, TypeError) as error:
+        return (f"{usage} is damaged ({error!r}), {unknown}",)
+    counts = [(name, *used.get(name, (0, 0))) for name in names]
     return tuple(
-        f"{name} predicted {count['predicted']} of {count['readable']} readable files; the ledger says why"
-        for name, count in counts
-        if not 0 < count["predicted"] == count["readable"]
+        f"{name} predicted {predicted} of {readable} readable files; the ledger says why"
+        for name, predicted, readable in counts
+        if not 0 < predicted == readable
     )

@@ -7,6 +7,7 @@ goes on after an interruption; a step that is done returns at once.
 import dataclasses
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -162,7 +163,7 @@ def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL
                 f"https://www.kaggle.com/competitions/{pushed.competition}/submissions. Run --submit again, or push a "
                 "corrected build"
             )
-        public, private = (float(score) if score else None for score in (answer.public_score, answer.private_score))
+        public, private = (_parse_score(pushed, score) for score in (answer.public_score, answer.private_score))
         pushed = dataclasses.replace(pushed, public_score=public, private_score=private, scored=_now())
         write_pushed(out, pushed)
     if pushed.fused_run:
@@ -187,6 +188,20 @@ def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
             f"submission {pushed.submission} has no score after {wait_s:g} s; run the command again to go on waiting"
         )
     return answer
+
+
+def _parse_score(pushed: Pushed, text: str) -> float | None:
+    """Return the number in a score's text, None if the text is empty."""
+    try:
+        score = float(text) if text else None
+    except ValueError:
+        score = math.nan
+    if score is not None and not math.isfinite(score):
+        raise KernelError(
+            f"Kaggle's score of submission {pushed.submission} is {text!r}, expected a number; see "
+            f"https://www.kaggle.com/competitions/{pushed.competition}/submissions, and run the command again"
+        )
+    return score
 
 
 def _read_complete(out: str | Path) -> Pushed:

@@ -282,6 +282,12 @@ def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, whee
         ([{"bundle": "other-fold0", "predicted": 10, "readable": 10}], "effnet-fold0 predicted 0 of 0 readable files"),
         ([], "effnet-fold0 predicted 0 of 0 readable files"),
         (None, "it is unknown which of effnet-fold0 were used"),
+        (
+            [{"bundle": "effnet-fold0", "readable": 10}],
+            "usage.json is damaged (KeyError('predicted')), so it is unknown which",
+        ),
+        ([{"bundle": "effnet-fold0", "predicted": None, "readable": 10}], "usage.json is damaged (TypeError("),
+        ({"bundle": "effnet-fold0"}, "usage.json is damaged (TypeError("),
     ],
 )
 def test_a_valid_file_without_a_models_predictions_does_not_pass(tmp_path, competition, wheel, monkeypatch, usage, fault):

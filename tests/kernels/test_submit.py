@@ -197,9 +197,10 @@ def test_a_failed_run_shows_the_end_of_its_log_and_is_pushed_again(finished, run
         ({"output": {}}, "has written no submission.csv"),
         ({"submission.csv": SUBMISSION.replace(b"b_image", b"c_image")}, "is not submitted because of 2 faults"),
         ({"usage.json": b"[]"}, "effnet-fold0 predicted 0 of 0 readable files"),
+        ({"usage.json": b'[{"bundle": "eff'}, "usage.json is damaged (JSONDecodeError("),
         ({"competition_files": {}}, "downloading sample_submission.csv of siim-covid19-detection"),
     ],
-    ids=["no file", "faulty file", "unused model", "no sample"],
+    ids=["no file", "faulty file", "unused model", "truncated usage", "no sample"],
 )
 def test_a_faulty_result_is_not_submitted(finished, run, change, message):
     for name, value in change.items():
@@ -251,6 +252,16 @@ def test_a_score_that_is_not_published_is_none(finished, run, tmp_path):
     finished.answers["GetSubmission"] = (200, {"ref": 700, "status": "COMPLETE", "publicScore": "0.5"})
     assert "private score: not published" in run("--push", "--submit")[1]
     assert read_pushed(tmp_path / "out").private_score is None
+
+
+@pytest.mark.parametrize("score", ["0,612", "nan"])
+def test_a_score_that_is_no_number_is_an_error(finished, run, tmp_path, score):
+    finished.answers["GetSubmission"] = (200, {"ref": 700, "status": "COMPLETE", "publicScore": score})
+    code, printed = run("--push", "--submit")
+    assert code == 2 and f"KernelError: Kaggle's score of submission 700 is '{score}', expected a number" in printed
+    finished.answers.clear()
+    assert run("--submit")[0] == 0
+    assert read_pushed(tmp_path / "out").public_score == 0.612
 
 
 def test_waiting_survives_failures_of_the_network_but_not_for_ever(finished, run, tmp_path, monkeypatch):
