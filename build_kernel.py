@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,9 @@ def main(
     Exit codes: 0 everything succeeded; 1 the rehearsal failed; 2 an error, which is printed; 3 the rehearsal's session ended
     before its training did. A kernel that does not pass its rehearsal is not pushed.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    # A console without `file` would log into the redirected stdout, whose lines KaggleClient takes for Kaggle's complaints.
+    handler = RichHandler(console=Console(file=sys.stdout), show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.getLogger("papermill").setLevel(logging.WARNING)
     if should_rehearse and inputs is None:
         raise typer.BadParameter("--rehearse needs --inputs DIR, a folder with a subfolder for each of the kernel's inputs")

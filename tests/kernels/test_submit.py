@@ -1,6 +1,7 @@
 """From push to score, against a local fake of Kaggle's server, by Kaggle's own client."""
 
 import json
+import logging
 import re
 import shutil
 
@@ -89,6 +90,18 @@ def test_from_push_to_score(finished, run, tmp_path):
     assert (shown["kernel"], shown["version"], shown["public_score"]) == (KERNEL, 3, 0.612)
     # A run that was made again afterwards does not show it.
     assert current_score(kaggle_scores, {"started": "2999-01-01T00:00:00+00:00"}) == {}
+
+
+def test_what_is_logged_during_a_call_is_not_the_clients_complaint(finished, run, monkeypatch):
+    def warn(body):
+        logging.getLogger("urllib3.connectionpool").warning("Retrying after the connection was broken")
+        return finished._SaveKernel(body)
+
+    finished.answers["SaveKernel"] = warn
+    monkeypatch.setattr(logging.root, "handlers", [])  # so that the command adds its own
+    monkeypatch.setattr(logging.root, "level", logging.root.level)  # which the command changes
+    code, printed = run("--push")
+    assert code == 0 and "Retrying after the connection was broken" in printed, printed
 
 
 def test_a_command_that_is_repeated_neither_pushes_nor_submits_again(finished, run):
