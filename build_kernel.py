@@ -193,7 +193,8 @@ def _print_rehearsal(result: Rehearsal) -> None:
     if result.unfinished:
         table.add_row(result.result, "unfinished: the session ended before the training; its checkpoint is kept")
     elif result.result:
-        table.add_row(result.result, "valid" if not result.faults else f"{len(result.faults)} faults: {result.faults[0]}")
+        count = "1 fault" if len(result.faults) == 1 else f"{len(result.faults)} faults"
+        table.add_row(result.result, f"{count}: {result.faults[0]}" if result.faults else "valid")
     table.add_row("isolation", result.not_isolated or "private mounts, processes and network")
     for name, value in (result.scores or {}).items():
         table.add_row(name, f"{value:.4f}")

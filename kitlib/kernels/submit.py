@@ -111,8 +111,9 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
         faults += find_unused_bundles(read_pushed(out).bundles, folder / USAGE)
     if faults:
         listing = "".join(f"\n  {fault}" for fault in faults[:20])
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise KernelError(
-            f"{folder / SUBMISSION} is not submitted because of {len(faults)} faults; ledger.csv beside it says what the "
+            f"{folder / SUBMISSION} is not submitted because of {count}; ledger.csv beside it says what the "
             f"kernel did (--allow-placeholders accepts unused models):{listing}"
         )
     logger.info("%s is valid", folder / SUBMISSION)
