@@ -54,7 +54,7 @@ def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
     try:
         entries = json.loads(usage.read_text(encoding="utf-8"))
         used = {entry["bundle"]: (int(entry["predicted"]), int(entry["readable"])) for entry in entries}
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         return (f"{usage} is damaged ({error!r}), {unknown}",)
     counts = [(name, *used.get(name, (0, 0))) for name in names]
     return tuple(

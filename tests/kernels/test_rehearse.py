@@ -433,6 +433,14 @@ def test_the_command_line_tells_an_unfinished_training_from_a_failed_one(tmp_pat
     assert result.exit_code == 3, result.output  # and it was not pushed: that would have asked for a token
     assert "the session ended before the training" in " ".join(result.output.split())
 
+    def run(_command, _environment, working, *_):  # a training that leaves nothing
+        (working.parent / "rehearsal.ipynb").write_text('{"cells": []}')
+        return 0, 1.0
+
+    monkeypatch.setattr(rehearsals, "run_with_limit", run)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 1 and "1 fault: study/metrics.json does not exist" in " ".join(result.output.split())
+
 
 def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):
     """10_prepare, then 30_train_study on its output, with the packages of the image and the wheels that they need."""

@@ -211,10 +211,14 @@ def test_a_failed_run_shows_the_end_of_its_log_and_is_pushed_again(finished, run
         ({"submission.csv": SUBMISSION.replace(b"b_image", b"c_image")}, "is not submitted because of 2 faults"),
         ({"usage.json": b"[]"}, "effnet-fold0 predicted 0 of 0 readable files"),
         ({"usage.json": b'[{"bundle": "eff'}, "because of 1 fault; ledger.csv"),
+        (
+            {"usage.json": b'[{"bundle": "a", "predicted": Infinity, "readable": 1}]'},
+            "usage.json is damaged (OverflowError(",
+        ),
         ({"usage.json": b"{"}, "usage.json is damaged (JSONDecodeError("),
         ({"competition_files": {}}, "downloading sample_submission.csv of siim-covid19-detection"),
     ],
-    ids=["no file", "faulty file", "unused model", "one fault", "truncated usage", "no sample"],
+    ids=["no file", "faulty file", "unused model", "one fault", "infinite usage", "truncated usage", "no sample"],
 )
 def test_a_faulty_result_is_not_submitted(finished, run, change, message):
     for name, value in change.items():
