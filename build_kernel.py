@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -67,7 +68,9 @@ def main(
     Exit codes: 0 everything succeeded; 1 the rehearsal failed; 2 an error, which is printed; 3 the rehearsal's session ended
     before its training did. A kernel that does not pass its rehearsal is not pushed.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
+    # A console without `file` would log into the redirected stdout, whose lines KaggleClient takes for Kaggle's complaints.
+    handler = RichHandler(console=Console(file=sys.stdout), show_path=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.getLogger("papermill").setLevel(logging.WARNING)
     if should_rehearse and inputs is None:
         raise typer.BadParameter("--rehearse needs --inputs DIR, a folder with a subfolder for each of the kernel's inputs")
@@ -94,7 +97,8 @@ def main(
             _run_rehearsal(spec, out, inputs, truth, time_limit, allow_placeholders, docker)
         if should_push:
             console.rule("push")
-            _print_pushed(read_pushed(out) if was_pushed else push(out), "pushed before" if was_pushed else "pushed")
+            pushed = read_pushed(out) if was_pushed else push(out, spec.fused_run())
+            _print_pushed(pushed, "pushed before" if was_pushed else "pushed")
         if follows:
             _follow(spec, out, should_submit, message, allow_placeholders)
         elif not should_push:
@@ -144,7 +148,7 @@ def _follow(spec: KernelSpec, out: Path, should_submit: bool, message: str, allo
     if should_submit:
         console.rule("submit")
         submit_version(out, message)
-        pushed = wait_for_score(out, spec.fused_run())
+        pushed = wait_for_score(out)
         for name, score in (("public", pushed.public_score), ("private", pushed.private_score)):
             console.print(f"{name} score: {'not published' if score is None else f'{score:g}'}")
 
@@ -189,7 +193,8 @@ def _print_rehearsal(result: Rehearsal) -> None:
     if result.unfinished:
         table.add_row(result.result, "unfinished: the session ended before the training; its checkpoint is kept")
     elif result.result:
-        table.add_row(result.result, "valid" if not result.faults else f"{len(result.faults)} faults: {result.faults[0]}")
+        count = "1 fault" if len(result.faults) == 1 else f"{len(result.faults)} faults"
+        table.add_row(result.result, f"{count}: {result.faults[0]}" if result.faults else "valid")
     table.add_row("isolation", result.not_isolated or "private mounts, processes and network")
     for name, value in (result.scores or {}).items():
         table.add_row(name, f"{value:.4f}")

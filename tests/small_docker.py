@@ -6,7 +6,7 @@ from pathlib import Path
 from tests import PROJECT
 
 PROGRAM = f"""#!{sys.executable}
-import json, os, subprocess, sys, tempfile
+import csv, json, os, subprocess, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT)!r})
 from kitlib.kernels.kaggle_environment import create_environment, link_kaggle_packages
@@ -24,11 +24,13 @@ assert arguments[0] == "run"
 read_only, writable, variables, folder, at = {{}}, {{}}, {{}}, "/", 1
 while arguments[at].startswith("-"):
     option, _, value = arguments[at].partition("=")
-    if option in ("--volume", "--env"):
+    if option in ("--mount", "--env"):
         at, value = at + 1, arguments[at + 1]
-    if option == "--volume":
-        source, target, *mode = value.split(":")
-        (read_only if mode == ["ro"] else writable)[target] = source
+    if option == "--mount":
+        (fields,) = csv.reader([value])
+        mount = dict(field.partition("=")[::2] for field in fields)
+        assert mount["type"] == "bind" and os.path.exists(mount["source"])
+        (read_only if "readonly" in mount else writable)[mount["target"]] = mount["source"]
     elif option == "--env":
         name, equals, text = value.partition("=")
         variables[name] = text if equals else os.environ[name]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
@@ -96,7 +97,7 @@ def _read_frozen(path: Path) -> dict[str, str]:
                 Version(pinned[2])  # raises InvalidVersion
                 versions[pinned[1]] = pinned[2].partition("+")[0]
             elif installed:
-                versions[installed[1]] = parse_wheel_filename(installed[2])[1].public
+                versions[installed[1]] = parse_wheel_filename(unquote(installed[2]))[1].public
             else:
                 unknown.append(line.strip())
         except (InvalidVersion, InvalidWheelFilename):

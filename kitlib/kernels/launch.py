@@ -1,6 +1,8 @@
 """Command lines that run a built notebook in a rehearsal: in the stand-in for Kaggle's image, or with Docker."""
 
 import base64
+import csv
+import io
 import logging
 import os
 import shutil
@@ -69,14 +71,13 @@ def docker_command(notebook: BuiltNotebook, image: str, name: str, gpu: bool) ->
             f"Docker cannot use the image {image}: {reason}. Start Docker, and pull the image first (tens of GB): "
             f"docker pull {image}"
         )
-    mounts = {f"/kaggle/input/{slug}": (folder, ":ro") for slug, folder in notebook.inputs.items()}
     mounted, executed = REHEARSAL / notebook.path.name, REHEARSAL / "executed.ipynb"
-    mounts |= {str(mounted): (notebook.path, ":ro"), str(executed): (notebook.executed, "")}
-    mounts |= {str(WORKING): (notebook.working, "")}
+    read_only = {Path("/kaggle/input", slug): folder for slug, folder in notebook.inputs.items()} | {mounted: notebook.path}
     command = ["docker", "run", "--rm", "--init", "--pull=never", f"--name={name}", "--network=none"]
     command += [f"--shm-size={SHARED_MEMORY}", f"--workdir={WORKING}", *(["--gpus=all"] if gpu else [])]
-    for target, (source, mode) in mounts.items():
-        command += ["--volume", f"{source.resolve()}:{target}{mode}"]
+    for target, source in read_only.items():
+        command += _mount(source, target, "readonly")
+    command += [*_mount(notebook.executed, executed), *_mount(notebook.working, WORKING)]
     for variable, value in KAGGLE_VARIABLES.items():
         command += ["--env", f"{variable}={value}"]
     # KIT_STARTED is not passed, because the clock of Docker's virtual machine differs from this machine's.
@@ -97,8 +98,7 @@ def end_container(name: str, image: str, working: Path) -> None:
     subprocess.run(["docker", "rm", "--force", name], capture_output=True)
     if any(path.lstat().st_uid != os.getuid() for path in working.rglob("*")):
         owner = f"{os.getuid()}:{os.getgid()}"
-        volume = ["--volume", f"{working.resolve()}:{WORKING}"]
-        chown = ["docker", "run", "--rm", "--pull=never", "--network=none", *volume, image]
+        chown = ["docker", "run", "--rm", "--pull=never", "--network=none", *_mount(working, WORKING), image]
         subprocess.run([*chown, "chown", "--recursive", owner, str(WORKING)], capture_output=True)
 
 
@@ -111,6 +111,13 @@ def papermill_options(spec: KernelSpec) -> list[str]:
         return []
     parameters = yaml.safe_dump(spec.injected_parameters(rehearsed=True), sort_keys=False)
     return ["--parameters_base64", base64.b64encode(parameters.encode()).decode("ascii")]
+
+
+def _mount(source: Path, target: Path, *options: str) -> list[str]:
+    """Return Docker's option for mounting `source` at `target`. Its value is a CSV row; paths may have colons and commas."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow(["type=bind", f"source={source.resolve()}", f"target={target}", *options])
+    return ["--mount", row.getvalue()]
 
 
 def _papermill_command(python: str | Path, notebook: Path, executed: Path, working: Path, options: list[str]) -> list[str]:

@@ -11,7 +11,8 @@ import requests
 
 from kitlib.errors import KernelError
 from kitlib.kernels.client import KaggleClient, poll
-from kitlib.kernels.pushed import Pushed, begin_push, digest_build, write_pushed
+from kitlib.kernels.pushed import PUSHED, Pushed, digest_build, read_pushed, write_new_version
+from kitlib.kernels.result import list_bundles
 
 logger = logging.getLogger(__name__)
 
@@ -27,24 +28,25 @@ COMPLAINTS = {
 }
 
 
-def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed:
+def push(out: str | Path, fused_run: Path | None = None, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed:
     """Push `out`/wheels and `out`/weights, wait until both are ready, then push `out`/kernel, which starts the kernel.
 
     An existing dataset gets a new version; a wheels dataset is left as it is if its files have the same names and sizes.
     Each dataset's status is checked every `poll_s` seconds, for at most `wait_s` seconds. The result is also written to
-    `out`/pushed.json, where the later steps go on; that of an earlier push is kept as pushed-VERSION.json. Raises
-    KernelError if the kernel is not built, if signing in fails, if Kaggle refuses a dataset or the kernel, or if a dataset
-    is not ready in time.
+    `out`/pushed.json, where the later steps go on; that of an earlier push is kept as pushed-VERSION.json, and stays as it
+    is if this push fails. `fused_run` is the run whose fusion the kernel uses; it gets the score. Raises KernelError if the
+    kernel is not built, if signing in fails, if Kaggle refuses a dataset or the kernel, if a dataset is not ready in time,
+    or if pushed.json is damaged.
     """
     out = Path(out)
     metadata_path = out / "kernel" / "kernel-metadata.json"
     if not metadata_path.is_file():
         raise KernelError(f"{metadata_path} does not exist; build the kernel first")
     metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
+    previous = read_pushed(out) if (out / PUSHED).is_file() else None
     client = KaggleClient()
     client.check_owner("kernel", metadata["id"])
-    datasets, digest = {}, digest_build(out)
-    begin_push(out)
+    datasets, digest, bundles = {}, digest_build(out), list_bundles(out / "weights")
     for folder in (out / "wheels", out / "weights"):
         if folder.is_dir():
             name = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
@@ -54,12 +56,14 @@ def push(out: str | Path, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed
         kernel=metadata["id"],
         url=url,
         version=version,
+        bundles=bundles,
+        fused_run=str(fused_run.absolute()) if fused_run else "",
         datasets=datasets,
         competition=next(iter(metadata["competition_sources"]), ""),
         digest=digest,
         pushed=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_pushed(out, pushed)
+    write_new_version(out, pushed, previous)
     return pushed
 
 

@@ -23,6 +23,8 @@ class Pushed(Settings):
     kernel: str  # OWNER/SLUG
     url: str  # of the kernel's page, which shows its progress
     version: int
+    bundles: tuple[str, ...]  # folders of the bundles in the weights dataset; () for a kernel without weights
+    fused_run: str  # absolute path of the run whose fusion the kernel uses, or ""
     datasets: dict[str, str] = field(default_factory=dict)  # OWNER/SLUG -> "created", "new version" or "unchanged"
     competition: str = ""
     digest: str = ""  # SHA-256 digest of the pushed files
@@ -60,11 +62,12 @@ def write_pushed(out: str | Path, pushed: Pushed) -> None:
     write_json(Path(out) / PUSHED, dataclasses.asdict(pushed))
 
 
-def begin_push(out: Path) -> None:
-    """Make room for another version: rename pushed.json to pushed-VERSION.json, and remove the output of its run."""
-    if (out / PUSHED).is_file():
-        (out / PUSHED).replace(out / f"pushed-{read_pushed(out).version}.json")
+def write_new_version(out: Path, pushed: Pushed, previous: Pushed | None) -> None:
+    """Write pushed.json of a new version: keep that of `previous` as pushed-VERSION.json, and remove its run's output."""
     shutil.rmtree(out / OUTPUT, ignore_errors=True)
+    if previous is not None:
+        (out / PUSHED).replace(out / f"pushed-{previous.version}.json")
+    write_pushed(out, pushed)
 
 
 def is_pushed(out: str | Path) -> bool:

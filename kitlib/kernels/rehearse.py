@@ -26,7 +26,7 @@ from kitlib.kernels.launch import (
     papermill_options,
     stand_in_command,
 )
-from kitlib.kernels.result import USAGE, check_result, find_unused_bundles
+from kitlib.kernels.result import USAGE, check_result, find_unused_bundles, list_bundles
 from kitlib.kernels.sandbox import no_sandbox_reason
 from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import are_installable, local_wheels, parse_pins
@@ -142,7 +142,7 @@ def rehearse(
     result, unfinished, faults = check_result(spec, working, ids)
     scores = score_files(truth, working / result) if truth and not faults else None
     if spec.is_submission and not allow_placeholders:
-        faults += find_unused_bundles(out / "weights" / "weights.json", working / USAGE)
+        faults += find_unused_bundles(list_bundles(out / "weights"), working / USAGE)
     return Rehearsal(
         seconds=seconds,
         limit_s=time_limit_s,

@@ -1,6 +1,7 @@
 """Checks of what a kernel has written into its output folder, in a rehearsal or on Kaggle."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from kitlib.kernels.spec import KernelSpec
@@ -34,15 +35,30 @@ def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple
     return f"{run}/{result.name}", unfinished, (f"{run}/{result.name} does not exist in {working}",)
 
 
-def find_unused_bundles(manifest: Path, usage: Path) -> tuple[str, ...]:
-    """Return a fault for each bundle listed in `manifest` that has not predicted every readable file."""
-    names = [entry["folder"] for entry in json.loads(manifest.read_text(encoding="utf-8"))["bundles"]]
+def list_bundles(weights: Path) -> tuple[str, ...]:
+    """Return the names of the bundles in the built folder `weights`, () if the kernel has no weights."""
+    if not weights.is_dir():
+        return ()
+    manifest = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
+    return tuple(entry["folder"] for entry in manifest["bundles"])
+
+
+def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
+    """Return a fault for each of the bundles `names` that has not predicted every readable file.
+
+    A file `usage` that is missing or damaged is a fault too.
+    """
+    unknown = f"so it is unknown which of {', '.join(names)} were used"
     if not usage.is_file():
-        return (f"{usage.name} does not exist in {usage.parent}, so it is unknown which of {', '.join(names)} were used",)
-    used = {entry["bundle"]: entry for entry in json.loads(usage.read_text(encoding="utf-8"))}
-    counts = [(name, used.get(name, {"predicted": 0, "readable": 0})) for name in names]
+        return (f"{usage.name} does not exist in {usage.parent}, {unknown}",)
+    try:
+        entries = json.loads(usage.read_text(encoding="utf-8"))
+        used = {entry["bundle"]: (int(entry["predicted"]), int(entry["readable"])) for entry in entries}
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        return (f"{usage} is damaged ({error!r}), {unknown}",)
+    counts = [(name, *used.get(name, (0, 0))) for name in names]
     return tuple(
-        f"{name} predicted {count['predicted']} of {count['readable']} readable files; the ledger says why"
-        for name, count in counts
-        if not 0 < count["predicted"] == count["readable"]
+        f"{name} predicted {predicted} of {readable} readable files; the ledger says why"
+        for name, predicted, readable in counts
+        if not 0 < predicted == readable
     )

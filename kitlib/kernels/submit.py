@@ -7,6 +7,7 @@ goes on after an interruption; a step that is done returns at once.
 import dataclasses
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from kitlib.scoring.validate import validate
 
 logger = logging.getLogger(__name__)
 
-# Kaggle's status of a run that has ended without success.
+# Kaggle's status of a run that has ended without success, or of a submission that it could not score.
 FAILED = ("error", "cancel_acknowledged")
 SUBMISSION, SAMPLE = "submission.csv", "sample_submission.csv"
 LOG = "kaggle.log"
@@ -99,19 +100,20 @@ def fetch_output(out: str | Path) -> Path:
 
 
 def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
-    """Check the downloaded submission.csv as Kaggle would, and that every model was used.
+    """Check the downloaded submission.csv as Kaggle would, and that every model of the pushed version was used.
 
     Raises KernelError for a faulty file, and for a model that has not predicted every readable file, unless
     `allow_placeholders`.
     """
-    out, folder = Path(out), Path(out) / OUTPUT
+    folder = Path(out) / OUTPUT
     faults = [str(fault) for fault in validate(folder / SAMPLE, folder / SUBMISSION)]
     if not allow_placeholders:
-        faults += find_unused_bundles(out / "weights" / "weights.json", folder / USAGE)
+        faults += find_unused_bundles(read_pushed(out).bundles, folder / USAGE)
     if faults:
         listing = "".join(f"\n  {fault}" for fault in faults[:20])
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise KernelError(
-            f"{folder / SUBMISSION} is not submitted because of {len(faults)} faults; ledger.csv beside it says what the "
+            f"{folder / SUBMISSION} is not submitted because of {count}; ledger.csv beside it says what the "
             f"kernel did (--allow-placeholders accepts unused models):{listing}"
         )
     logger.info("%s is valid", folder / SUBMISSION)
@@ -142,28 +144,36 @@ def submit_version(out: str | Path, message: str = "") -> Pushed:
     return pushed
 
 
-def wait_for_score(out: str | Path, fused_run: Path | None = None, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
+def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
     """Wait until Kaggle has scored the submission; return its state, which has the scores.
 
-    The scores are also written into kaggle.json of `fused_run`, the run whose fusion the kernel uses, which the leaderboard
-    shows beside the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was
-    submitted, if Kaggle could not score the file, or if it has not done so after `wait_s` seconds.
+    The scores are also written into kaggle.json of the run whose fusion was pushed, which the leaderboard shows beside the
+    out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was submitted, if Kaggle
+    could not score the file, which can then be submitted again, or if it has not done so after `wait_s` seconds.
     """
     pushed = read_pushed(out)
     if not pushed.submission:
         raise KernelError(f"{pushed.name} was not submitted yet; submit it first, with --submit")
     if not pushed.scored:
         answer = _wait_for_answer(pushed, wait_s, poll_s)
-        public, private = (float(score) if score else None for score in (answer.public_score, answer.private_score))
+        if answer.status.name.lower() != COMPLETE:
+            write_pushed(out, dataclasses.replace(pushed, submission=0, description="", submitted=""))
+            reason = answer.error_description.strip() or "it gave no reason"
+            raise KernelError(
+                f"Kaggle could not score submission {pushed.submission} of {pushed.name}: {reason}; see "
+                f"https://www.kaggle.com/competitions/{pushed.competition}/submissions. Run --submit again, or push a "
+                "corrected build"
+            )
+        public, private = (_parse_score(pushed, score) for score in (answer.public_score, answer.private_score))
         pushed = dataclasses.replace(pushed, public_score=public, private_score=private, scored=_now())
         write_pushed(out, pushed)
-    if fused_run is not None:
-        _record_score(fused_run, pushed)
+    if pushed.fused_run:
+        _record_score(Path(pushed.fused_run), pushed)
     return pushed
 
 
 def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
-    """Return Kaggle's record of the submission after it was scored."""
+    """Return Kaggle's record of the submission after Kaggle has scored it or has failed to."""
     client, report = KaggleClient(), _reporter(f"submission {pushed.submission}")
 
     def ask() -> Any:
@@ -178,13 +188,21 @@ def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
         raise KernelError(
             f"submission {pushed.submission} has no score after {wait_s:g} s; run the command again to go on waiting"
         )
-    if answer.status.name.lower() != COMPLETE:
-        reason = answer.error_description.strip() or "it gave no reason"
-        raise KernelError(
-            f"Kaggle could not score submission {pushed.submission} of {pushed.name}: {reason}; see "
-            f"https://www.kaggle.com/competitions/{pushed.competition}/submissions. Correct the cause and push again"
-        )
     return answer
+
+
+def _parse_score(pushed: Pushed, text: str) -> float | None:
+    """Return the number in a score's text, None if the text is empty."""
+    try:
+        score = float(text) if text else None
+    except ValueError:
+        score = math.nan
+    if score is not None and not math.isfinite(score):
+        raise KernelError(
+            f"Kaggle's score of submission {pushed.submission} is {text!r}, expected a number; see "
+            f"https://www.kaggle.com/competitions/{pushed.competition}/submissions, and run the command again"
+        )
+    return score
 
 
 def _read_complete(out: str | Path) -> Pushed:
@@ -220,10 +238,11 @@ def _reporter(name: str) -> Callable[[str], None]:
 
 
 def _find_submission(client: KaggleClient, pushed: Pushed) -> int:
-    """Return the number of the submission with the recorded description, 0 if there is none."""
+    """Return the number of the submission with the recorded description, 0 if there is none that Kaggle could score."""
     with client.calling(f"asking for the submissions to {pushed.competition}"):
         listed = client.api.competition_submissions(pushed.competition, page_size=SUBMISSIONS) or []
-    return next((entry.ref for entry in listed if entry and entry.description == pushed.description), 0)
+    found = (entry for entry in listed if entry and entry.description == pushed.description)
+    return next((entry.ref for entry in found if entry.status.name.lower() not in FAILED), 0)
 
 
 def _submit(client: KaggleClient, pushed: Pushed) -> int:
@@ -255,7 +274,10 @@ def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
 
 
 def _record_score(run: Path, pushed: Pushed) -> None:
-    """Write the scores into the run's kaggle.json, unless the run was made again since the push."""
+    """Write the scores into the run's kaggle.json, unless the run was removed or made again since the push."""
+    if not (run / RECORD).is_file():
+        logger.warning("%s no longer has a run, so no run gets the score of %s", run, pushed.name)
+        return
     try:
         started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))
     except (OSError, ValueError, AttributeError) as error:

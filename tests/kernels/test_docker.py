@@ -34,15 +34,16 @@ seen |= {"limit": os.environ["KIT_TIME_LIMIT_S"], "own": sorted(set(os.environ) 
 @pytest.fixture
 def kernel(tmp_path):
     """A function that builds a kernel that makes a run; it returns the first three arguments of `rehearse`."""
-    (tmp_path / "inputs" / "earlier-kernel" / "prepare").mkdir(parents=True)
-    (tmp_path / "inputs" / "earlier-kernel" / "prepare" / "metrics.json").write_text("prepared")
+    inputs, out = tmp_path / "in: 1, 2", tmp_path / "out: 1, 2"  # Docker's options separate by colons or commas
+    (inputs / "earlier-kernel" / "prepare").mkdir(parents=True)
+    (inputs / "earlier-kernel" / "prepare" / "metrics.json").write_text("prepared")
     wheel = make_wheel(tmp_path / "wheels", "kit_extra", "1.2", modules={"kit_extra.py": "ANSWER = 42\n"})
 
     def build(**keys):
         keys = {"kernel_sources": ["earlier-kernel"], "accelerator": "none"} | keys
         spec = read_spec(make_training(tmp_path / "spec", TRAIN, **keys))
-        build_kernel(spec, tmp_path / "out", [wheel])
-        return spec, tmp_path / "out", tmp_path / "inputs"
+        build_kernel(spec, out, [wheel])
+        return spec, out, inputs
 
     return build
 

@@ -34,12 +34,19 @@ def test_the_present_list_changes_nothing_but_its_heading(tmp_path, image_list):
 
 def test_differences_are_returned_and_the_new_versions_written(tmp_path, image_list):
     wheel = "pandas @ file:///tmp/b/pandas-3.0.1-cp312-cp312-manylinux_2_24_x86_64.whl#sha256=ab"
-    changes = [("torch==2.10.0", "torch==2.11.0+cu128"), ("pandas==2.3.3", wheel), ("absl-py==1.4.0", "")]
+    quoted = "torchvision @ https://download.pytorch.org/whl/cu128/torchvision-0.26.0%2Bcu128-cp312-cp312-linux_x86_64.whl"
+    changes = [
+        ("torch==2.10.0", "torch==2.11.0+cu128"),
+        ("torchvision==0.25.0", quoted),
+        ("pandas==2.3.3", wheel),
+        ("absl-py==1.4.0", ""),
+    ]
     assert list(map(str, refresh_image(frozen(tmp_path, *changes, more="New_One==1\n"), image_list))) == [
         "removed absl-py 1.4.0",
         "added new-one 1",
         "changed pandas 2.3.3 -> 3.0.1",
         "changed torch 2.10.0 -> 2.11.0",
+        "changed torchvision 0.25.0 -> 0.26.0",
     ]
     pins = read_pins(image_list)
     assert [pins["torch"], pins["pandas"], pins["new-one"], "absl-py" in pins] == ["2.11.0", "3.0.1", "1", False]

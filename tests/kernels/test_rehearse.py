@@ -282,6 +282,12 @@ def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, whee
         ([{"bundle": "other-fold0", "predicted": 10, "readable": 10}], "effnet-fold0 predicted 0 of 0 readable files"),
         ([], "effnet-fold0 predicted 0 of 0 readable files"),
         (None, "it is unknown which of effnet-fold0 were used"),
+        (
+            [{"bundle": "effnet-fold0", "readable": 10}],
+            "usage.json is damaged (KeyError('predicted')), so it is unknown which",
+        ),
+        ([{"bundle": "effnet-fold0", "predicted": None, "readable": 10}], "usage.json is damaged (TypeError("),
+        ({"bundle": "effnet-fold0"}, "usage.json is damaged (TypeError("),
     ],
 )
 def test_a_valid_file_without_a_models_predictions_does_not_pass(tmp_path, competition, wheel, monkeypatch, usage, fault):
@@ -426,6 +432,14 @@ def test_the_command_line_tells_an_unfinished_training_from_a_failed_one(tmp_pat
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 3, result.output  # and it was not pushed: that would have asked for a token
     assert "the session ended before the training" in " ".join(result.output.split())
+
+    def run(_command, _environment, working, *_):  # a training that leaves nothing
+        (working.parent / "rehearsal.ipynb").write_text('{"cells": []}')
+        return 0, 1.0
+
+    monkeypatch.setattr(rehearsals, "run_with_limit", run)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 1 and "1 fault: study/metrics.json does not exist" in " ".join(result.output.split())
 
 
 def test_a_chain_of_shipped_kernels_is_rehearsed(tmp_path):

@@ -1,7 +1,9 @@
 """From push to score, against a local fake of Kaggle's server, by Kaggle's own client."""
 
 import json
+import logging
 import re
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +15,7 @@ from kitlib.kernels import submit as steps
 from kitlib.kernels.pushed import read_pushed
 from kitlib.kernels.submit import check_output, fetch_output, submit_version, wait_for_run, wait_for_score
 from kitlib.runs.kaggle_scores import current_score
-from tests.small_kernels import make_notebook, make_submission, make_training, make_wheel
+from tests.small_kernels import make_notebook, make_run, make_submission, make_training, make_wheel
 
 KERNEL, COMPETITION = "somebody/small-test-kernel", "siim-covid19-detection"
 SUBMISSION = b"id,PredictionString\na_study,negative 1 0 0 1 1\nb_image,none 1 0 0 1 1\n"
@@ -44,9 +46,9 @@ def run(spec, tmp_path, monkeypatch):
     """A function that runs build_kernel.py with the given options and returns its exit code and output."""
     wheel = make_wheel(tmp_path / "wheels", "kit_extra", "1.2")
     monkeypatch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
-    monkeypatch.setattr(command_line, "push", lambda out: command_line_push(out, **FAST))
+    monkeypatch.setattr(command_line, "push", lambda out, run: command_line_push(out, run, **FAST))
     monkeypatch.setattr(command_line, "wait_for_run", lambda out: wait_for_run(out, **FAST))
-    monkeypatch.setattr(command_line, "wait_for_score", lambda out, run: wait_for_score(out, run, **FAST))
+    monkeypatch.setattr(command_line, "wait_for_score", lambda out: wait_for_score(out, **FAST))
     app = command_line.typer.Typer()
     app.command()(command_line.main)
 
@@ -88,6 +90,18 @@ def test_from_push_to_score(finished, run, tmp_path):
     assert (shown["kernel"], shown["version"], shown["public_score"]) == (KERNEL, 3, 0.612)
     # A run that was made again afterwards does not show it.
     assert current_score(kaggle_scores, {"started": "2999-01-01T00:00:00+00:00"}) == {}
+
+
+def test_what_is_logged_during_a_call_is_not_the_clients_complaint(finished, run, monkeypatch):
+    def warn(body):
+        logging.getLogger("urllib3.connectionpool").warning("Retrying after the connection was broken")
+        return finished._SaveKernel(body)
+
+    finished.answers["SaveKernel"] = warn
+    monkeypatch.setattr(logging.root, "handlers", [])  # so that the command adds its own
+    monkeypatch.setattr(logging.root, "level", logging.root.level)  # which the command changes
+    code, printed = run("--push")
+    assert code == 0 and "Retrying after the connection was broken" in printed, printed
 
 
 def test_a_command_that_is_repeated_neither_pushes_nor_submits_again(finished, run):
@@ -143,6 +157,38 @@ def test_a_changed_build_is_pushed_again(finished, run, spec, tmp_path):
     assert [entry["version"] for entry in scores] == [3, 4]
 
 
+def test_a_failed_push_leaves_the_version_that_was_pushed_before(finished, run, tmp_path):
+    assert run("--push", "--wait")[0] == 0
+    make_submission(tmp_path / "spec", "print(2)", runs=[str(make_run(tmp_path / "other", "other", fold=1))])
+    finished.upload_status = 503
+    code, printed = run("--push", "--submit")
+    assert code == 2 and "Upload unsuccessful" in printed
+    # The models of version 3, not those that are built now, must have predicted every file.
+    code, printed = run("--submit")
+    assert code == 0 and "public score: 0.612" in printed, printed
+    assert [body["kernelVersion"] for body in finished.requests("CreateCodeSubmission")] == [3]
+
+
+def test_damaged_state_stops_a_push_before_anything_is_sent(finished, run, tmp_path):
+    assert run("--push")[0] == 0
+    (tmp_path / "out" / "pushed.json").write_text("{")
+    finished.asked.clear()
+    code, printed = run("--push")
+    assert code == 2 and "is damaged" in printed
+    assert finished.asked == []
+
+
+def test_the_score_belongs_to_the_run_that_was_pushed(finished, run, tmp_path, caplog):
+    assert run("--push")[0] == 0
+    shutil.copytree(tmp_path / "fuse", tmp_path / "fuse2")
+    make_submission(tmp_path / "spec", "print(1)", fusion=str(tmp_path / "fuse2" / "fusion.json"))
+    assert run("--submit")[0] == 0
+    assert (tmp_path / "fuse" / "kaggle.json").is_file() and not (tmp_path / "fuse2" / "kaggle.json").exists()
+    shutil.rmtree(tmp_path / "fuse")
+    assert run("--submit")[0] == 0
+    assert f"{tmp_path / 'fuse'} no longer has a run" in caplog.text
+
+
 LOG = json.dumps([{"stream_name": "stdout", "time": 0.1, "data": f"line {n}\n"} for n in range(40)])
 
 
@@ -164,9 +210,15 @@ def test_a_failed_run_shows_the_end_of_its_log_and_is_pushed_again(finished, run
         ({"output": {}}, "has written no submission.csv"),
         ({"submission.csv": SUBMISSION.replace(b"b_image", b"c_image")}, "is not submitted because of 2 faults"),
         ({"usage.json": b"[]"}, "effnet-fold0 predicted 0 of 0 readable files"),
+        ({"usage.json": b'[{"bundle": "eff'}, "because of 1 fault; ledger.csv"),
+        (
+            {"usage.json": b'[{"bundle": "a", "predicted": Infinity, "readable": 1}]'},
+            "usage.json is damaged (OverflowError(",
+        ),
+        ({"usage.json": b"{"}, "usage.json is damaged (JSONDecodeError("),
         ({"competition_files": {}}, "downloading sample_submission.csv of siim-covid19-detection"),
     ],
-    ids=["no file", "faulty file", "unused model", "no sample"],
+    ids=["no file", "faulty file", "unused model", "one fault", "infinite usage", "truncated usage", "no sample"],
 )
 def test_a_faulty_result_is_not_submitted(finished, run, change, message):
     for name, value in change.items():
@@ -198,16 +250,36 @@ def test_a_refused_submission_is_an_error(finished, run, answer, message):
     assert code == 2 and message in printed
 
 
-def test_a_file_that_kaggle_cannot_score_is_an_error(finished, run):
+def test_a_file_that_kaggle_could_not_score_can_be_submitted_again(finished, run, tmp_path):
     finished.answers["GetSubmission"] = (200, {"ref": 700, "status": "ERROR", "errorDescription": "Notebook Timeout"})
     code, printed = run("--push", "--submit")
     assert code == 2 and "Kaggle could not score submission 700 of somebody/small-test-kernel/3: Notebook Timeout" in printed
+    assert "Run --submit again, or push a corrected build" in printed
+    finished.submissions[0]["status"] = "ERROR"
+    # The next submission does not reach Kaggle; the one that failed has the same description, but is not taken for it.
+    finished.answers["CreateCodeSubmission"] = (503, {"code": 503, "message": "Service unavailable"})
+    assert run("--submit")[0] == 2
+    finished.answers.clear()
+    code, printed = run("--submit")
+    assert code == 0 and "public score: 0.612" in printed, printed
+    assert read_pushed(tmp_path / "out").submission == 701
+    assert len(finished.requests("SaveKernel")) == 1
 
 
 def test_a_score_that_is_not_published_is_none(finished, run, tmp_path):
     finished.answers["GetSubmission"] = (200, {"ref": 700, "status": "COMPLETE", "publicScore": "0.5"})
     assert "private score: not published" in run("--push", "--submit")[1]
     assert read_pushed(tmp_path / "out").private_score is None
+
+
+@pytest.mark.parametrize("score", ["0,612", "nan"])
+def test_a_score_that_is_no_number_is_an_error(finished, run, tmp_path, score):
+    finished.answers["GetSubmission"] = (200, {"ref": 700, "status": "COMPLETE", "publicScore": score})
+    code, printed = run("--push", "--submit")
+    assert code == 2 and f"KernelError: Kaggle's score of submission 700 is '{score}', expected a number" in printed
+    finished.answers.clear()
+    assert run("--submit")[0] == 0
+    assert read_pushed(tmp_path / "out").public_score == 0.612
 
 
 def test_waiting_survives_failures_of_the_network_but_not_for_ever(finished, run, tmp_path, monkeypatch):
