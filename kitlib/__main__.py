@@ -88,7 +88,8 @@ def validate(
     else:
         for fault in faults:
             typer.echo(str(fault))
-        typer.echo(f"{submission}: {f'{len(faults)} faults' if faults else 'valid'}")
+        verdict = "valid" if not faults else "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        typer.echo(f"{submission}: {verdict}")
     if faults:
         raise typer.Exit(1)
 
@@ -343,12 +344,12 @@ def publish(
 
 @app.command()
 def kaggle_image(
-    frozen: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Output of `pip freeze` in a Kaggle session.")],
+    frozen: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="List that pip printed in a Kaggle session.")],
 ) -> None:
     """Refresh kitlib/kernels/kaggle_image.txt, the packages of Kaggle's image, from FROZEN; print the differences.
 
-    Also prints what has to be changed in requirements.txt. To make FROZEN, run `!pip freeze > /kaggle/working/freeze.txt` in
-    a notebook on Kaggle and download its output.
+    Also prints what has to be changed in requirements.txt. To make FROZEN, run `!pip list --format=freeze >
+    /kaggle/working/freeze.txt` in a notebook on Kaggle and download its output.
     """
     from kitlib.errors import KernelError
     from kitlib.kernels.kaggle_image import IMAGE_LIST, list_changes, refresh_image

@@ -1,4 +1,4 @@
-"""Refreshes kaggle_image.txt, the packages of Kaggle's image, from the output of `pip freeze` in a Kaggle session."""
+"""Refreshes kaggle_image.txt, the packages of Kaggle's image, from a list that pip printed in a Kaggle session."""
 
 import datetime
 import re
@@ -36,7 +36,7 @@ class Difference:
 
 
 def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> list[Difference]:
-    """Replace `image_list` by the packages in `frozen`, a file with the output of `pip freeze`; return the differences.
+    """Replace `image_list` by the packages in `frozen`, a file that pip printed; return the differences.
 
     Local versions, such as +cu128, are left out. Raises KernelError for a line without a version, and for a list that lacks
     most of the packages of the present one and is therefore not from a Kaggle session.
@@ -48,10 +48,10 @@ def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> li
     if known * 2 < len(before):
         raise KernelError(
             f"{frozen} has {len(after)} packages, but only {known} of the {len(before)} in {image_list}, so it is not the "
-            "list of a Kaggle session; run `!pip freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle and give its "
-            "output"
+            "list of a Kaggle session; run `!pip list --format=freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle "
+            "and give its output"
         )
-    heading = f"# Packages of Kaggle's image: output of `pip freeze` in a session, read on {datetime.date.today()}.\n"
+    heading = f"# Packages of Kaggle's image: pip's list of a session, read on {datetime.date.today()}.\n"
     pins = (f"{name}{'>=' if canonicalize_name(name) in UNTIED else '=='}{pin}\n" for name, pin in versions.items())
     write_text(image_list, heading + "".join(sorted(pins, key=str.upper)))
     names = sorted(before.keys() | after.keys())
@@ -86,7 +86,7 @@ def list_changes(requirements: str | Path | None = None, image: Mapping[str, str
 
 
 def _read_frozen(path: Path) -> dict[str, str]:
-    """Return the versions of the packages in the output of `pip freeze`, without local versions, keyed by written name."""
+    """Return the versions of the packages in pip's list, without local versions, keyed by written name."""
     versions, unknown = {}, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip() or line.startswith("#"):
