@@ -132,7 +132,7 @@ WRONG = [
     (StudyRecipe, "lungs", "mask", "one of 'darkness', 'masks'"),
     (StudyRecipe, "erase_p", 1.5, "a finite number of at least 0 and at most 1"),
     (StudyRecipe, "ema_decay", 1.0, "a finite number of at least 0 and below 1"),
-    (DetectorRecipe, "family", "ssd", "one of 'faster_rcnn', 'yolo'"),
+    (DetectorRecipe, "family", "ssd", "one of 'faster_rcnn', 'retinanet', 'yolo'"),
     (DetectorRecipe, "negatives", -1.0, "a finite number of at least 0"),
     (PatchRecipe, "masked", False, "True"),
     (PatchRecipe, "multi_label", True, "False"),

@@ -133,9 +133,9 @@ def test_another_model_answers_otherwise_and_the_first_one_as_before(xrays, visi
 def test_lungs_and_heat_are_drawn_when_they_are_asked_for(xrays, visitor):
     visitor.open(xrays.study_id[0], xrays.path[0])
     expect(visitor.drawn("path.lungs, image.heat")).to_have_count(0)
-    visitor.page.get_by_label("lungs").check()
+    visitor.page.get_by_role("checkbox", name="lungs").check()
     expect(visitor.drawn("path.lungs")).to_have_count(1)
-    visitor.page.get_by_label("heat").check()
+    visitor.page.get_by_role("checkbox", name="heat").check()
     expect(visitor.drawn("image.heat")).to_have_count(1)
     with visitor.redrawn("heat"):
         visitor.pick("heat-class", "none")

@@ -322,12 +322,12 @@ def test_systems_follow_a_folder_that_was_moved_and_say_what_is_missing(runs, tm
     moved = tmp_path / "elsewhere"
     shutil.copytree(runs, moved)
     names = [system.name for system in find_systems(list_runs([moved]))]
-    assert names == ["fuse: study + yolo + faster_rcnn", "yolo", "faster_rcnn"]
+    assert names == ["fuse: study + yolo + faster_rcnn", "yolo", "faster_rcnn", "lungs"]
     assert all(str(model.folder).startswith(str(moved)) for model in find_systems(list_runs([moved]))[0].models)
     shutil.rmtree(moved / "fuse")
     plain = find_systems(list_runs([moved]))[0]
     assert plain.name == "all models, equal weights" and len(plain.models) == 6 and not plain.fusion.model_weights
-    for name in ("study", "yolo", "faster_rcnn"):
+    for name in ("study", "yolo", "faster_rcnn", "lungs"):
         shutil.rmtree(moved / name)
     with pytest.raises(RunError, match=re.escape("`make demo`")):
         find_systems(list_runs([moved]))
