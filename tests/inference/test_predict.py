@@ -389,7 +389,7 @@ def test_reading_runs_ahead_but_not_far_and_ends_with_the_caller():
 
 def test_an_unknown_family_is_refused(tmp_path):
     save_bundle(tmp_path, {"a": torch.zeros(1)}, RECORD | {"family": "mask_rcnn"})
-    with pytest.raises(BundleError, match="'mask_rcnn'; the families are: study, findings, patches, faster_rcnn, retinanet, yolo"):
+    with pytest.raises(BundleError, match="'mask_rcnn'; the families are: study, findings, patches, faster_rcnn, retinanet"):
         load_predictor(tmp_path, CPU)
 
 
