@@ -1,6 +1,7 @@
 """Detectors from torchvision with a feature pyramid on a timm backbone; their input, their losses and their predictions."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ class Pyramid(HalfPrecision, nn.Module):
         return list(maps.values())[: len(self.strides)]
 
 
-class PyramidDetector(nn.Module):
+class PyramidDetector(nn.Module, ABC):
     """A detector of torchvision with a Pyramid, for grey uint8 canvases of the recipe's size; it normalises them itself.
 
     Subclasses say how the detector is built from a pyramid and its anchors.
@@ -110,13 +111,13 @@ class PyramidDetector(nn.Module):
         self.model.transform = _NormaliseOnly(recipe.image_size, self.mean, self.std)
         self.starting_weights = _load_weights(self, recipe)
 
+    @abstractmethod
     def finest(self, recipe: DetectorRecipe) -> int:
         """Return the stride of the pyramid's first map, 4 or 8."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
         """Return torchvision's detector."""
-        raise NotImplementedError
 
     @property
     def overflows(self) -> int:

@@ -14,7 +14,7 @@ from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
 
 RECIPE = DetectorRecipe(
-    family="retinanet", backbone="test_resnet", image_size=64, fpn_channels=16, proposals=20, max_detections=7
+    family="retinanet", backbone="test_resnet", image_size=64, fpn_channels=16, proposals=200, max_detections=7
 )
 NOISE = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
