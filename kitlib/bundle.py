@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import kitlib
 from kitlib.atomic import replacing, write_json
+from kitlib.classes import ONE_FINDING
 from kitlib.device import RECORDED
 from kitlib.errors import BundleError
 from kitlib.tables import OPEN, SCHEMAS
@@ -149,6 +150,8 @@ def data_fingerprint(**tables: pd.DataFrame) -> str:
         columns = ["image_id", "study_id", "patient_id"] if name == "images" else sorted(SCHEMAS[name])
         if name in OPEN:
             columns = sorted(tables[name].columns)
+        if "finding" in columns and set(tables[name].get("finding", ())) <= {ONE_FINDING}:
+            columns.remove("finding")  # so that models trained before boxes had a finding still belong to their data
         rows = tables[name][columns].sort_values(columns).to_csv(index=False, float_format="%.6f", lineterminator="\n")
         digest.update(f"{name}\n{rows}".encode())
     return digest.hexdigest()

@@ -3,6 +3,8 @@
 STUDY_CLASSES = ("negative", "typical", "indeterminate", "atypical")
 IMAGE_CLASSES = ("none", "opacity")
 SCORED_CLASSES = STUDY_CLASSES + IMAGE_CLASSES
+# The finding of boxes whose data set has a single class of boxes, such as SIIM's and RSNA's opacities.
+ONE_FINDING = "opacity"
 
 # Column of train_study_level.csv -> class name in a submission.
 STUDY_LABEL_COLUMNS = {

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.atomic import replacing
-from kitlib.classes import STUDY_CLASSES
+from kitlib.classes import ONE_FINDING, STUDY_CLASSES
 from kitlib.errors import TableError
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
@@ -24,7 +24,8 @@ BOX = ("xmin", "ymin", "xmax", "ymax")
 MOST_OVERHANG = 0.1
 LEAST_SIDE = 1.0  # pixels of a box after the cut; a thinner one shows nothing
 
-# Column -> kind. "probability" is a float in 0..1, NaN if unknown; "pixel" is a finite float.
+# Column -> kind. "probability" is a float in 0..1, NaN if unknown; "pixel" is a finite float; "finding" is the class of a
+# box, which is ONE_FINDING in tables without this column.
 SCHEMAS: dict[str, dict[str, str]] = {
     # One row per image. `path` is the image file; rows and columns are its original size, 0 if not known yet.
     "images": {
@@ -40,7 +41,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
     # One row per study; every further column is a class of the data set: 0, 1, or NaN if unknown. Unlabelled images have
     # no class.
     "labels": {"id": "id"},
-    "boxes": {"image_id": "id", **dict.fromkeys(BOX, "pixel")},
+    "boxes": {"image_id": "id", "finding": "finding", **dict.fromkeys(BOX, "pixel")},
     # One row per image (id is an image_id).
     "folds": {"id": "id", "fold": "count"},
     "study_scores": {"study_id": "id", "model": "text", "fold": "integer", **dict.fromkeys(STUDY_CLASSES, "probability")},
@@ -54,6 +55,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         "image_id": "id",
         "model": "text",
         "fold": "integer",
+        "finding": "finding",
         "score": "probability",
         **dict.fromkeys(BOX, "pixel"),
     },
@@ -97,6 +99,8 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
         raise TableError(f"unknown table {name!r}; available: {', '.join(SCHEMAS)}")
     schema = SCHEMAS[name]
     place = f"table {name}" + (f" from {where}" if where else "")
+    if "finding" in schema and "finding" not in table.columns:
+        table = table.assign(finding=ONE_FINDING)
     missing = [column for column in schema if column not in table.columns]
     if missing:
         raise TableError(f"{place}: missing column(s) {', '.join(missing)}; has: {', '.join(map(str, table.columns))}")
@@ -223,6 +227,11 @@ def listed_name(cell: str) -> str:
     return unicodedata.normalize("NFC", cell.strip().replace("\\", "/").rpartition("/")[2])
 
 
+def findings_of(boxes: pd.DataFrame) -> tuple[str, ...]:
+    """Return the findings of a `boxes` or `detections` table in alphabetical order, each once."""
+    return tuple(sorted(set(boxes["finding"])))
+
+
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
     """Return a `labels` table with only the id and SIIM's four study classes. Raises TableError if a class is missing."""
     labels = check_table(labels, "labels", where)
@@ -271,9 +280,9 @@ def concatenate(tables: Iterable[pd.DataFrame], name: str) -> pd.DataFrame:
 
 
 def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
-    if kind in ("id", "text"):
+    if kind in ("id", "text", "finding"):
         text = column.astype(object).where(column.notna(), "").astype(str)
-        if kind == "id" and (text == "").any():
+        if kind != "text" and (text == "").any():
             raise TableError(f"{place}: empty in row {int(np.flatnonzero(text == '')[0])}")
         return text.astype(object)
     try:
