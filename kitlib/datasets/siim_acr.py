@@ -37,7 +37,7 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
         raise DatasetError(f"{path} has no column EncodedPixels; it has {', '.join(table)}: {HOW_TO_GET}")
     masks = pd.DataFrame({"image_id": table["ImageId"].str.strip(), "structure": PNEUMOTHORAX.lower(), "path": str(path)})
     masks["runs"] = table["EncodedPixels"].str.strip()
-    is_wrong = (masks["image_id"] == "") | [bool(parse_runs(text)[1]) for text in masks["runs"]]
+    is_wrong = (masks["image_id"] == "") | masks["runs"].map(lambda text: bool(parse_runs(text)[1]))
     excluded = set(masks["image_id"][is_wrong])
     problem = "have run lengths that are not a mask of 1,024 x 1,024 pixels; left out"
     source.faults.add_summary(path.name, excluded, problem, "other images")

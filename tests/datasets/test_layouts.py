@@ -19,7 +19,7 @@ from kitlib.errors import KitError
 from kitlib.phantoms.diagnoses import write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
-from kitlib.phantoms.rsna import write_rsna
+from kitlib.phantoms.challenges import write_challenge
 from kitlib.phantoms.siim import write_competition
 
 QUIET = {"workers": 1, "progress": False, "seed": 3}
@@ -29,7 +29,7 @@ WRITERS = {
         folder, folder / "truth", train_studies=12, test_studies=4, side=32, damaged_test_files=0, **QUIET
     ),
     "nih": lambda folder: write_nih(folder, images=24, side=64, **QUIET),
-    "rsna": lambda folder: write_rsna(folder, images=12, side=64, **QUIET),
+    "rsna": lambda folder: write_challenge(folder, "rsna-pneumonia", images=12, side=64, **QUIET),
     "jsrt": lambda folder: write_lungs(folder, "jsrt", images=2, side=64, **QUIET),
     "montgomery": lambda folder: write_lungs(folder, "montgomery", images=6, side=64, **QUIET),
     "shenzhen": lambda folder: write_lungs(folder, "shenzhen", images=6, side=64, **QUIET),

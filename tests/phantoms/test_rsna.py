@@ -8,7 +8,7 @@ import pytest
 
 from kitlib.classes import RSNA_CLASSES
 from kitlib.datasets.rsna import CLASSES, IMAGES, LABELS, read_rsna
-from kitlib.phantoms.rsna import write_rsna
+from kitlib.phantoms.challenges import write_challenge
 from kitlib.xrays.image_file import read_xray
 
 SMALL = {"images": 40, "side": 64, "seed": 3, "progress": False}
@@ -16,7 +16,7 @@ SMALL = {"images": 40, "side": 64, "seed": 3, "progress": False}
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return write_rsna(tmp_path_factory.mktemp("inputs"), **SMALL, workers=1)
+    return write_challenge(tmp_path_factory.mktemp("inputs"), "rsna-pneumonia", **SMALL, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def digest(folder):
 
 
 def test_the_same_parameters_give_the_same_bytes_and_are_left_alone(written, tmp_path):
-    again = write_rsna(tmp_path, **SMALL, workers=2)
+    again = write_challenge(tmp_path, "rsna-pneumonia", **SMALL, workers=2)
     assert digest(again) == digest(written)
     canary = again / "canary"
     canary.write_text("")
-    write_rsna(tmp_path, **SMALL)
+    write_challenge(tmp_path, "rsna-pneumonia", **SMALL)
     assert canary.exists()
-    write_rsna(tmp_path, **(SMALL | {"images": 3, "seed": 4}))
+    write_challenge(tmp_path, "rsna-pneumonia", **(SMALL | {"images": 3, "seed": 4}))
     assert not canary.exists() and len(list((again / IMAGES).iterdir())) == 3
 
 
@@ -72,7 +72,7 @@ def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(written, tmp_
     (tmp_path / written.name).mkdir()
     (tmp_path / written.name / LABELS).write_text("patientId,x,y,width,height,Target\n")
     with pytest.raises(FileExistsError, match="files that are not phantoms"):
-        write_rsna(tmp_path, **SMALL)
+        write_challenge(tmp_path, "rsna-pneumonia", **SMALL)
     for wrong in ({"images": 2}, {"side": 31}):
         with pytest.raises(ValueError, match="at least 3 images of 32 pixels"):
-            write_rsna(tmp_path / "other", **(SMALL | wrong))
+            write_challenge(tmp_path / "other", "rsna-pneumonia", **(SMALL | wrong))
