@@ -130,9 +130,7 @@ def phantom(
     images: Annotated[
         int | None, typer.Option(help="All but siim: number of images (default: 400; jsrt: 24, of 8 MB each).")
     ] = None,
-    test_images: Annotated[
-        int | None, typer.Option(help="Competitions only: number of test images (default: 100).")
-    ] = None,
+    test_images: Annotated[int | None, typer.Option(help="Competitions only: number of test images (default: 100).")] = None,
     side: Annotated[
         int | None, typer.Option(help="Side in pixels (default: 320; jsrt: always 2048, siim-acr: 1024).")
     ] = None,

@@ -43,10 +43,8 @@ def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -
     others = [Path(path).relative_to(folder).as_posix() for *_, path, image_id in candidates if paths[image_id] != path]
     faults.add_summary("the folder", others, "have the name of another file; left out", "other files")
     faults.add_summary("the folder", unlisted, "are test images that the sample submission does not list", "other files")
-    for image_id in ids:
-        if image_id not in paths:
-            faults.add("the sample submission", image_id, f"has no file below {folder.name}; it still gets a row")
-    image_ids = sorted(paths)
+    faults.add_summary("the sample submission", wanted - set(paths), "have no file, but still get a row", "other images")
+    image_ids = [image_id for image_id in ids if image_id in paths]
     images = pd.DataFrame({"image_id": image_ids, "study_id": image_ids, "patient_id": image_ids}, dtype=object)
     images = images.assign(path=[paths[image_id] for image_id in image_ids], rows=0, columns=0, source=name, view="")
     return check_table(images, "images", str(folder)), faults.table()

@@ -16,10 +16,10 @@ from kitlib.datasets.base import read_headers
 from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder
 from kitlib.datasets.registry import read_dataset
 from kitlib.errors import KitError
+from kitlib.phantoms.challenges import write_challenge
 from kitlib.phantoms.diagnoses import write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
-from kitlib.phantoms.challenges import write_challenge
 from kitlib.phantoms.siim import write_competition
 
 QUIET = {"workers": 1, "progress": False, "seed": 3}

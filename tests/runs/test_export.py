@@ -23,7 +23,9 @@ from kitlib.xrays.image_file import decode_image
 def prepared(tmp_path_factory):
     """The run folder and tables of notebook 10 for twelve phantoms, one of which no annotator looked at."""
     folder = tmp_path_factory.mktemp("run")
-    data = read_rsna(write_challenge(folder, "rsna-pneumonia", images=12, side=32, seed=0, workers=1, progress=False), progress=False)
+    data = read_rsna(
+        write_challenge(folder, "rsna-pneumonia", images=12, side=32, seed=0, workers=1, progress=False), progress=False
+    )
     normal = data.labels.id[data.labels["Normal"] == 1].iloc[0]
     images = data.images.assign(false_none=data.images.image_id == normal)
     tables = {"images": images, "labels": data.labels, "boxes": data.boxes}
