@@ -35,10 +35,13 @@ def read_train_images(
     def is_test(path: Path) -> bool:
         return not in_test_folders and any(map(OF_TEST.search, source.folders(path)))
 
+    def is_mask(path: Path) -> bool:
+        return any("mask" in name for name in source.folders(path)[-1:])
+
     listed, faults, suffixes = set(ids), source.faults, (*DICOM, *PICTURES)
     of_test = {listed_id(path.name) for path in source.find(suffixes, is_test)} & listed
     faults.add_summary("the folder", of_test, "lie in a folder of test images; left out", "other listed images")
-    files = source.find_images(suffixes, lambda path: not is_test(path) and "mask" not in path.parent.name.lower())
+    files = source.find_images(suffixes, lambda path: not is_test(path) and not is_mask(path))
     if listed.isdisjoint(files):
         first, wanted = next(iter(files.values()), "none"), next(iter(ids), "none")
         raise DatasetError(

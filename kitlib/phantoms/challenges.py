@@ -19,7 +19,7 @@ from kitlib.competitions.registry import find_competition
 from kitlib.datasets import ranzcr, rsna, siim_acr, vinbigdata
 from kitlib.phantoms.drawing import draw_masks, draw_pneumothorax, render
 from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
-from kitlib.phantoms.patients import Pneumothorax, Tube, draw_exposure, draw_finding, draw_patient
+from kitlib.phantoms.patients import Opacity, Pneumothorax, Tube, draw_exposure, draw_finding, draw_patient
 from kitlib.phantoms.plan import apportion, draw_patient_numbers
 from kitlib.xrays.run_lengths import EMPTY, encode_mask
 from kitlib.xrays.run_lengths import SIDE as RUN_LENGTHS_SIDE
@@ -177,7 +177,8 @@ JITTER, MISSED = 0.03, 0.3  # of a box's corners, as a share of its sides; share
 def _draw_vinbigdata(path: Path, image: Planned, side: int) -> list[tuple[str, np.ndarray]]:
     """Write the image; return its findings with their boxes: xmin, ymin, xmax, ymax in pixels."""
     rng = np.random.default_rng(image.seed)
-    patient, opacities, names = draw_patient(np.random.default_rng(image.patient_seed)), (), []
+    patient, names = draw_patient(np.random.default_rng(image.patient_seed)), []
+    opacities: tuple[Opacity, ...] = ()
     for shown in image.shows or ("",):  # the heart is the last group, because other findings limit its size
         patient, added = draw_finding(rng, DRAWN.get(shown, "No Finding"), patient)
         opacities += tuple(replace(opacity, boxed=True) for opacity in added)
