@@ -30,7 +30,7 @@ WRITERS = {
     ),
     "nih": lambda folder: write_nih(folder, images=24, side=64, **QUIET),
     "rsna": lambda folder: write_challenge(folder, "rsna-pneumonia", images=12, side=64, **QUIET),
-    "vinbigdata": lambda folder: write_challenge(folder, "vinbigdata", images=14, side=64, **QUIET),
+    "vinbigdata": lambda folder: write_challenge(folder, "vinbigdata", images=14, side=128, **QUIET),
     "ranzcr": lambda folder: write_challenge(folder, "ranzcr-clip", images=12, side=32, **QUIET),
     "siim_acr": lambda folder: write_challenge(folder, "siim-acr", images=6, **QUIET),
     "jsrt": lambda folder: write_lungs(folder, "jsrt", images=2, side=64, **QUIET),
