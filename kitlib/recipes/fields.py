@@ -33,7 +33,7 @@ Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "plateau", "step"]
 Placing = Literal["letterbox", "stretch", "centre_crop"]
 View = Literal["full", "flip", "lungs", "lungs_flip"]
-Structure = Literal["lungs", "heart", "left_lung", "right_lung"]
+Structure = Literal["lungs", "heart", "left_lung", "right_lung", "pneumothorax"]
 
 # The clean-up of masks in the UNet + HRNet paper, section 3.2; no other publication has one.
 PUBLISHED_CLEAN_UP: dict[str, Any] = {"dilations": 8, "closings": 2, "least_area": 50_000 / 512**2}

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kitlib.competitions.siim_acr import NO_RUNS, SIIM_ACR, decode_mask, dice, encode_mask, metric, parse_runs, read_truth
+from kitlib.competitions.siim_acr import SIIM_ACR, dice, metric, read_truth
 from kitlib.errors import MaskError, ScoringError
 from kitlib.scoring.metrics import overlap
+from kitlib.xrays.run_lengths import NO_RUNS, decode_mask, encode_mask, parse_runs
 
 LAST = 1024 * 1024 - 1
 
