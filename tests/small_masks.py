@@ -34,12 +34,16 @@ RECIPE = SegmenterRecipe(
 
 @dataclass
 class SmallMasks:
-    """`count` images, one per study and two per patient, in `folds` alternating folds; `sides`: one mask code per lung."""
+    """`count` images, one per study and two per patient, in `folds` alternating folds; `sides`: one mask code per lung.
+
+    If `sparse`, a quarter of the images has a pneumothorax and the masks show nothing else, so that the others are empty.
+    """
 
     folder: Path
     count: int = 16
     folds: int = 2
     sides: bool = False
+    sparse: bool = False
     pixels: dict[str, np.ndarray] = field(init=False)
     longest_side: int = max(ROWS, COLUMNS) // 2
 
@@ -65,6 +69,8 @@ class SmallMasks:
         self.masks, self.pixels, codes = MaskStore(self.folder), {}, {}
         for number, image_id in enumerate(self.image_ids):
             self.pixels[image_id], codes[image_id] = chest(number, self.sides)
+            if self.sparse:
+                self.pixels[image_id], codes[image_id] = with_pneumothorax(self.pixels[image_id], number)
         self.masks.add(codes)
 
     def read(self, image_id: str) -> CachedXray:
@@ -89,3 +95,11 @@ def chest(number: int, sides: bool = False) -> tuple[np.ndarray, np.ndarray]:
     lungs &= codes != MASK_CODES["heart"]
     pixels = np.where(lungs, 60, np.where(codes > 0, 230, 170)) + rng.integers(-15, 16, codes.shape)
     return pixels.clip(0, 255).astype(np.uint8), codes if sides else np.where(lungs, codes, 0).astype(np.uint8)
+
+
+def with_pneumothorax(pixels: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels and mask codes of a chest; a quarter of them has a black cap at the top of a lung."""
+    codes = np.zeros_like(pixels)
+    if number % 8 in (1, 3):
+        cv2.ellipse(codes, (14 if number % 16 < 8 else 36, 17), (6, 6), 0, 0, 360, MASK_CODES["pneumothorax"], -1)
+    return np.where(codes > 0, pixels // 8, pixels).astype(np.uint8), codes
