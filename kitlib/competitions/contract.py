@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import pandas as pd
 
 from kitlib.atomic import write_text
+from kitlib.competitions.csv_files import find_sample
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import SettingsError, SubmissionError
@@ -56,7 +57,8 @@ class Competition(Settings):
     submission for the given ids, and the ids of those that no model has predicted, which are the rows of the baseline.
     `read_test` lists the test images in a folder. `judge` returns the score of the settings like `metric` after `decide`,
     but faster: its boxes have a further column `match`, the row of the true box with the same finding that they overlap by
-    more than `hit_iou`, or -1. `helping_classes` are classes of images that `decide` uses but no row contains.
+    more than `hit_iou`, or -1, and its masks what `compare` adds to them. `helping_classes` are classes of images that
+    `decide` uses but no row contains.
 
     Raises SettingsError for an invalid field, a class that occurs twice, or a competition that wants no answers.
     """
@@ -73,12 +75,13 @@ class Competition(Settings):
     metric: Callable[[Any, Any], dict[str, float]]
     baseline_rows: Callable[[list[str]], list[list[str]]]
     dataset: str
-    settings: Callable[..., Any]
+    settings: Any  # a class derived from FusionSettings
     truth_of: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame, Any], Any]
     decide: Callable[[MergedPredictions, Any], Any]
     fill: Callable[[list[str], Any], tuple[list[list[str]], list[str]]]
     read_test: Callable[[Path], Any]
     judge: Callable[[Any, MergedPredictions, Any], float] | None = None
+    compare: Callable[[Any, pd.DataFrame], pd.DataFrame] | None = None
     hit_iou: Positive = 0.5
     helping_classes: tuple[str, ...] = ()
     time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded
@@ -118,9 +121,10 @@ class Competition(Settings):
     def write(self, path: str | Path, ids: Iterable[str], decided: Any) -> list[str]:
         """Write a submission with a row for each id, atomically; return the ids whose rows are the baseline's.
 
-        `decided` is what `decide` returns.
+        `decided` is what `decide` returns, or None: then all rows are the baseline's.
         """
-        rows, without = self.fill(list(ids), decided)
+        ids = list(ids)
+        rows, without = (self.baseline_rows(ids), ids) if decided is None else self.fill(ids, decided)
         write_text(path, "".join(f"{','.join(cells)}\n" for cells in [self.header, *rows]))
         return without
 
@@ -146,6 +150,25 @@ class Competition(Settings):
         else:
             raise ValueError("either `sample` or `truth` is required, but not both")
         return self.find_faults(list(ids), Path(submission), source)
+
+    def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
+        """Return what `decide` returns as tables, by name; for masks, the runs of each image."""
+        if isinstance(decided, pd.DataFrame):
+            return {"answers": decided}
+        if isinstance(decided, Mapping):
+            rows = [(name, int(start), int(end)) for name, runs in decided.items() for start, end in runs]
+            return {"answers": pd.DataFrame(rows, columns=["image_id", "start", "end"])}
+        return dict(vars(decided))
+
+    def write_first(self, folder: str | Path, path: str | Path) -> int:
+        """Write the trivial baseline for the sample submission in a folder of data; return the number of rows.
+
+        Nothing is written, and 0 returned, if the sample is missing or cannot be read.
+        """
+        try:
+            return self.write_baseline(find_sample(folder), path)
+        except SubmissionError:
+            return 0
 
     def write_baseline(self, sample: str | Path, path: str | Path) -> int:
         """Write the trivial baseline for the ids of a sample submission, atomically; return the number of rows.

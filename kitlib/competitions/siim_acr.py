@@ -22,7 +22,7 @@ import pandas as pd
 
 from kitlib.classes import MASK_CODES
 from kitlib.competitions.contract import Competition, fill_rows
-from kitlib.competitions.csv_files import Rows, read_truth_table, refuse
+from kitlib.competitions.csv_files import Rows, read_listed, read_truth_table, refuse
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import MaskError, ScoringError
@@ -189,7 +189,10 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
     if masks is None:
         raise MaskError("the prepared run has no masks, so there is no ground truth; prepare the competition's data again")
     ids = [image_id for image_id in images["image_id"] if image_id in masks]
-    return {image_id: runs_of(_on_grid(255 * np.uint8(masks.read(image_id) == CODE)) > 127) for image_id in ids}
+    return {
+        image_id: runs_of(_on_grid(np.where(masks.read(image_id) == CODE, 255, 0).astype(np.uint8)) > 127)
+        for image_id in ids
+    }
 
 
 def decide(merged: MergedPredictions, settings: SiimAcrSettings) -> dict[str, np.ndarray]:
@@ -273,5 +276,13 @@ SIIM_ACR = Competition(
     find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
-    mask_classes=("Pneumothorax",),
+    dataset="siim_acr",
+    settings=SiimAcrSettings,
+    truth_of=truth_of,
+    decide=decide,
+    fill=fill,
+    read_test=read_listed(ROWS),
+    judge=judge,
+    compare=compare,
+    mask_classes=(FINDING,),
 )

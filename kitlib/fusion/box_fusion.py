@@ -30,7 +30,7 @@ def merge_boxes(
     `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `scores`
     contains one array (k,) per list, 0..1. `weights` has one entry per list, and may have additional entries for lists
     without boxes. If there is only one weight, the list is returned unchanged. Boxes are merged if their IoU is above `iou`.
-    `method` and `confidence` are those of kitlib.competitions.fusion_settings; `confidence` applies only to wbf. `min_score` applies only to soft_nms,
+    `method` and `confidence` are those of FusionSettings; `confidence` applies only to wbf, `min_score` only to soft_nms,
     which drops boxes whose score has decayed below it. Raises ValueError for boxes or scores that ensemble-boxes would
     reorder or clamp, or that would make it exit.
     """

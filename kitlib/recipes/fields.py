@@ -26,6 +26,7 @@ from kitlib.settings import (
 
 # Networks with large strides need a canvas of at least 8 pixels a side.
 Side = Annotated[int, Range(at_least=8)]
+Zero = Annotated[float, Range(at_least=0, at_most=0)]  # of a field that a derived recipe does not use
 Degrees = Annotated[float, Range(at_least=0, at_most=180)]
 Factors = Annotated[tuple[Positive, Positive], Ordered()]
 # albumentations accepts no smaller exponent.
@@ -463,23 +464,23 @@ class SparseSegmenterRecipe(SegmenterRecipe):
 
     # albunet starts from weights of a resnet34, or of another run
     network: Literal["unet", "resunet", "fc_densenet103", "albunet"] = "albunet"
-    structures: tuple[SparseStructure] = ("pneumothorax",)
+    structures: tuple[SparseStructure] = ("pneumothorax",)  # type: ignore[assignment]  # instead of those of a chest
     placement: Literal["letterbox", "stretch"] = "letterbox"  # nothing is cropped, because a map shows the whole image
     views: Annotated[tuple[Literal["full", "flip"], ...], Distinct()] = ("full", "flip")  # whose probabilities are averaged
     # Share of images with the structure in the first and in the last epoch, between which it changes linearly. An epoch has
     # as many images as the lower share needs to show each image with the structure once. Empty: all images once.
     positives: tuple[Annotated[float, Range(above=0, at_most=1)], ...] = (0.8, 0.4)
-    loss: Literal["bce_dice_focal"] = "bce_dice_focal"
+    loss: Literal["bce_dice_focal"] = "bce_dice_focal"  # type: ignore[assignment]  # instead of those for lungs
     loss_weights: tuple[NotNegative, NotNegative, NotNegative] = (3.0, 1.0, 4.0)  # of binary cross entropy, Dice and focal
-    background_weight: Literal[1.0] = 1.0
+    background_weight: Annotated[float, Range(at_least=1, at_most=1)] = 1.0
     top: Probability = 0.75
     least_area: Share = 2000 / 1024**2  # of the image
     bottom: Probability = 0.3
-    least_island: Literal[0.0] = 0.0
+    least_island: Zero = 0.0
     dilations: Literal[0] = 0
     closings: Literal[0] = 0
-    least_width: Literal[0.0] = 0.0
-    margin: Literal[0.0] = 0.0
+    least_width: Zero = 0.0
+    margin: Zero = 0.0
     epochs: AtLeastOne = 50
     batch_size: AtLeastOne = 4
     learning_rate: Positive = 1e-4

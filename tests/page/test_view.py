@@ -74,12 +74,12 @@ def test_the_threshold_hides_boxes_below_it_and_only_chosen_layers_are_drawn(vie
     assert len(scores) > 3
     for threshold in (0.0, scores[1], scores[-1], 1.0):
         svg = viewer.draw(view, image, threshold, [BOXES, TRUTH])
-        assert drawn(svg, "predicted") == (scores >= threshold).sum()
+        assert drawn(svg, "opacity") == (scores >= threshold).sum()
         assert drawn(svg, "truth") == len(image.truth)
     bare = viewer.draw(view, image, 0.0, [])
-    assert [drawn(bare, name) for name in ("xray", "predicted", "truth", "mask", "heat")] == [1, 0, 0, 0, 0]
+    assert [drawn(bare, name) for name in ("xray", "opacity", "truth", "lungs", "heat")] == [1, 0, 0, 0, 0]
     full = viewer.draw(view, image, 0.0, [LUNGS, HEAT])
-    assert [drawn(full, name) for name in ("mask", "heat")] == [1, 1]
+    assert [drawn(full, name) for name in ("lungs", "heat")] == [1, 1]
     assert f"Grad-CAM of study, fold {view.study.fold} for {view.most_probable}" in full
 
 
@@ -172,14 +172,14 @@ def test_classifiers_show_their_classes_and_what_a_probe_reaches(classifying, vi
     rows, answer = classifying.files(shown)
     pd.testing.assert_series_equal(pd.read_csv(rows).set_index("image_id").loc[image.image_id], expected, check_names=False)
     of_image = json.loads(answer.read_text())["images"][0]
-    assert of_image["classes"] == pytest.approx(dict(expected)) and "boxes" not in of_image
+    assert of_image["classes"] == pytest.approx(dict(expected)) and "opacity" not in of_image
 
 
 def test_a_segmenter_shows_the_lungs_and_their_share(classifying, view):
     shown, image = classifying.switch(view, "lungs"), view.study.images[0]
     mask, _ = classifying.models.lungs(shown.system, view.study, image)
     assert f"{mask.mean():.1%} of the image is lung" in classifying.bars(shown, image) and 0 < mask.mean() < 1
-    assert drawn(classifying.draw(shown, image, 0.0, []), "mask") == 1
+    assert drawn(classifying.draw(shown, image, 0.0, []), "lungs") == 1
     assert classifying.files(shown)[0] is None and ": 1 model answered" in classifying.summary(shown)
 
 

@@ -14,7 +14,6 @@ import torch
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
-from kitlib.fusion.model_fusion import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
@@ -27,6 +26,7 @@ from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import WarmModels, choose_models
 from kitlib.scoring.submission_csv import PRIORS, as_tables, read_submission
 from kitlib.tables import BOX
+from tests.fused_tables import fuse
 from tests.small_page import COPY, page_runs
 
 
@@ -239,8 +239,8 @@ def test_downloaded_files_contain_the_predictions(fused, gallery, models, tmp_pa
     for image in told["images"]:
         assert nones.set_index("image_id").none[image["image_id"]] == pytest.approx(image["none"])
         rows = detections[detections.image_id == image["image_id"]].sort_values("score", ascending=False)
-        assert rows.score.tolist() == pytest.approx([box["score"] for box in image["boxes"]], abs=5e-5)
-        np.testing.assert_allclose(rows[list(BOX)], [[box[side] for side in BOX] for box in image["boxes"]], atol=0.05)
+        assert rows.score.tolist() == pytest.approx([box["score"] for box in image["opacity"]], abs=5e-5)
+        np.testing.assert_allclose(rows[list(BOX)], [[box[side] for side in BOX] for box in image["opacity"]], atol=0.05)
     assert "Not for diagnosis" in told["note"] and len(told["models"]) == 3
 
 
@@ -254,7 +254,7 @@ def test_values_without_a_model_are_class_frequencies_in_csv_and_null_in_json(fu
     classifier = replace(fused, name="classifier", models=tuple(m for m in fused.models if "boxes" not in m.answers))
     write_answer(tmp_path / "answer.json", models.answer(classifier, study), study, classifier)
     told = json.loads((tmp_path / "answer.json").read_text())
-    assert told["study"] is not None and all(image["boxes"] is None for image in told["images"])
+    assert told["study"] is not None and all(image["opacity"] is None for image in told["images"])
     typical = read_submission(rows).studies.set_index("label").score["typical"]
     assert typical == pytest.approx(PRIORS["typical"], abs=1e-6)
 
