@@ -65,7 +65,7 @@ class MaskDataset(Examples):
         """
         if not self.positives:
             return super().sampler(seed)
-        name = self.recipe.structures[0]
+        (name,) = self.recipe.structures
         has = np.array([(self.masks.read(image_id) == MASK_CODES[name]).any() for image_id in self.image_ids])
         if has.all() or not has.any():
             raise MaskError(

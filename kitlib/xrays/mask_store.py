@@ -78,6 +78,10 @@ class MaskStore:
                 f"{part}: the mask for image {image_id!r} is damaged; delete {part.parent} and create the masks again"
             ) from error
 
+    def shows(self, image_id: str) -> bool:
+        """Return whether the mask of an image shows any structure. Raises the errors of `read`."""
+        return bool(self.read(image_id).any())
+
     def add(self, masks: Mapping[str, np.ndarray]) -> None:
         """Write the masks in `masks` (image_id -> label image) to one new file.
 
