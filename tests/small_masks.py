@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from kitlib.classes import MASK_CODES
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.tables import empty_table
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import MaskStore
@@ -29,6 +29,23 @@ RECIPE = SegmenterRecipe(
     salt_pepper_p=0.0,
     blur_p=0.0,
     noise_p=0.0,
+)
+# Learns the black caps of `with_pneumothorax` in seconds.
+SPARSE = SparseSegmenterRecipe(
+    network="resunet",
+    width=0.0625,
+    image_size=32,
+    epochs=10,
+    patience=100,
+    positives=(0.4, 0.2),
+    learning_rate=0.01,
+    schedule="cosine",
+    rotate_degrees=5.0,
+    shift=0.0,
+    scale_x=(1.0, 1.0),
+    scale_y=(1.0, 1.0),
+    brightness_contrast=0.0,
+    top=0.5,
 )
 
 

@@ -145,7 +145,7 @@ class SegmenterStrategy(Strategy):
 
     Writes the predicted masks for the validation fold to `masks/`, their scores to the `mask_scores` table and, for a
     structure that most images do not have, the probabilities to the `mask_maps` table. The constructor raises MaskError if
-    no image has a mask, or if the masks follow several conventions.
+    no image has a mask, if no mask shows the recipe's structures, or if the masks follow several conventions.
     """
 
     uses = ("masks",)
@@ -160,6 +160,14 @@ class SegmenterStrategy(Strategy):
             )
         self.masks = self.task.masks
         self.images, self.folds = with_masks(self.images, self.folds, self.masks)
+        codes = [
+            code for name in self.recipe.structures for code in (LUNG_CODES if name == "lungs" else (MASK_CODES[name],))
+        ]
+        if not any(np.isin(self.masks.read(image_id), codes).any() for image_id in self.images.image_id):
+            raise MaskError(
+                f"no mask in {self.masks.folder} shows {' or '.join(self.recipe.structures)}; choose a recipe for what the "
+                "masks show, or prepare other data"
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe
             f"the mask of {xray.image_id} has {codes.shape} pixels, but its image has {xray.pixels.shape}; prepare the data "
             "again"
         )
-    if (codes == MASK_CODES["lungs"]).any() and "lungs" not in recipe.structures:
+    if (codes == MASK_CODES["lungs"]).any() and {"left_lung", "right_lung"} & set(recipe.structures):
         raise MaskError(
             f"the mask of {xray.image_id} does not distinguish left and right lung, but the structures "
             f'{", ".join(recipe.structures)} do; set overrides {{"structures": ["lungs"]}}'
