@@ -9,6 +9,7 @@ from typing import Any
 
 from kitlib.bundle import RECORD as BUNDLE_RECORD
 from kitlib.bundle import read_record
+from kitlib.classes import ONE_FINDING
 from kitlib.errors import BundleError, RunError
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.fusion.model_fusion import FusionSettings, read_settings
@@ -58,6 +59,16 @@ class System:
     def detectors(self) -> tuple[str, ...]:
         """Names of the system's detectors."""
         return tuple(dict.fromkeys(model.model for model in self.models if "boxes" in model.answers))
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Findings of the boxes that the system's detectors predict, in alphabetical order."""
+        return tuple(sorted({name for model in self.models if "boxes" in model.answers for name in model.classes}))
+
+    @property
+    def fills_siim(self) -> bool:
+        """Whether the predictions fill rows of SIIM's submission: the detectors, if any, predict only its finding."""
+        return set(self.findings) <= {ONE_FINDING} and not {"classes", "lungs"} & self.answers
 
     def with_detector(self, name: str) -> "System":
         """Return a system with `name` as its only detector, together with all models that are not detectors."""

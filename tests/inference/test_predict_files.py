@@ -87,7 +87,7 @@ def test_predictions_equal_those_of_a_submission(folder, competition, predicted,
     for image_id, cell in zip(predicted.image_id, predicted.boxes, strict=True):
         found = pd.DataFrame(json.loads(cell)).sort_values("score", ascending=False, kind="stable")
         submitted = boxes[boxes.image_id == image_id].sort_values("score", ascending=False, kind="stable")
-        assert set(found.label) == {"opacity"} and len(found) == len(submitted) > 1
+        assert set(found.finding) == {"opacity"} and len(found) == len(submitted) > 1
         np.testing.assert_allclose(found.score, submitted.score, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found[list(BOX)], submitted[list(BOX)], atol=0.1101)
 
@@ -170,7 +170,7 @@ def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
         (mask > 0).mean(), abs=0.01
     )
     (frame,) = json.loads(table.boxes[0])
-    assert frame["label"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
+    assert frame["finding"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
     assert cv2.imread(str(tmp_path / "drawn" / "lungs.png")).shape[2] == 3
 
 
