@@ -136,20 +136,20 @@ def predict_parts(
 def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs are either those of the four study classes, `none` and boxes that the system's models predict; or the classes
-    of its classifiers; or, for a lung segmenter, lungs, lung_area and boxes. Raises RunError if a class has the same name as
+    The outputs are those of the four study classes, `none`, the classes of classifiers, and boxes that the system's models
+    predict; or, for a lung segmenter, lungs, lung_area and boxes. Raises RunError if a class has the same name as
     another column.
     """
     answers = system.answers
     if "lungs" in answers:
         outputs = [VERDICT, AREA, BOXES]
-    elif "classes" in answers:
-        outputs = list(system.models[0].classes)
-        if taken := sorted({*KEYS, BOXES, WARNING, ERROR} & set(outputs)):
-            raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
     else:
+        outputs, classes = list(STUDY_CLASSES) if "study" in answers else [], system.classes
         # Fusion computes `none` from boxes or classes if no model predicts it.
-        outputs = [*(STUDY_CLASSES if "study" in answers else ()), "none", *([BOXES] if "boxes" in answers else [])]
+        outputs += ["none"] if answers - {"classes"} else []
+        if taken := sorted({*KEYS, *outputs, BOXES, WARNING, ERROR} & set(classes)):
+            raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
+        outputs += [*classes, *([BOXES] if "boxes" in answers else [])]
     return [*KEYS, *outputs, WARNING, ERROR]
 
 
@@ -167,9 +167,9 @@ class _Predicting:
         images = part.readable
         answer = self.models.answer(self.system, self.system.models, part.read, images)
         self._log(answer.remarks)
+        classes = pd.DataFrame() if answer.classes is None else answer.classes.set_index("image_id")
         if answer.fused is None:
-            assert answer.classes is not None, "segmenters are predicted by _Segmenting"
-            return answer.classes.set_index("image_id"), (*self.system.notes, *answer.faults)
+            return classes, (*self.system.notes, *answer.faults)
         studies = answer.fused.studies.set_index("study_id")
         studies = studies.loc[~studies["prior"], list(STUDY_CLASSES)]
         nones = answer.fused.nones.set_index("image_id")
@@ -178,7 +178,7 @@ class _Predicting:
         boxes = _boxes_as_json(answer.fused.detections)
         seen = nones.index[nones["seen"]]
         table[BOXES] = pd.Series({name: boxes.get(name, "[]") for name in seen}, dtype=object).reindex(table.index)
-        return table, (*self.system.notes, *answer.faults)
+        return table.join(classes), (*self.system.notes, *answer.faults)
 
     def _log(self, remarks: tuple[str, ...]) -> None:
         for remark in remarks:

@@ -32,7 +32,7 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System)
     predict other findings; or predictions.csv with the class probabilities of each image. Rows of a submission that no model
     has predicted get the placeholder prediction (the class frequencies).
     """
-    if answer.classes is not None:
+    if answer.classes is not None and answer.fused is None:
         names = answer.classes["image_id"].map({image.key: image.image_id for image in study.images})
         write_csv(folder / "predictions.csv", answer.classes.assign(image_id=names))
         return folder / "predictions.csv"
@@ -55,8 +55,8 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
     Values that no model has predicted are null. A segmenter's answer has no values, and only SIIM's systems have classes of
     the study.
     """
-    of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, _classes(answer.classes))
-    of_study = of_study if system.fills_siim else {}
+    of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, {})
+    of_study, classes = of_study if system.fills_siim else {}, _classes(answer.classes)
     write_json(
         path,
         {
@@ -69,6 +69,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
                     "rows": image.rows,
                     "columns": image.columns,
                     **of_image.get(image.key, {}),
+                    **classes.get(image.key, {}),
                     "remarks": list(image.remarks),
                 }
                 for image in study.images

@@ -49,9 +49,9 @@ class View:
     def classes(self, image: OpenedImage) -> dict[str, float]:
         """Return the probability of each class, of the study or, if the models classify images, of an image; {} if none."""
         answer = self.answer
-        if answer.fused is not None:
+        if answer.fused is not None and self.system.fills_siim:
             study = answer.fused.studies.iloc[0]
-            return {name: float(study[name]) for name in STUDY_CLASSES} if self.system.fills_siim else {}
+            return {name: float(study[name]) for name in STUDY_CLASSES}
         if answer.classes is None:
             return {}
         rows = answer.classes[answer.classes["image_id"] == image.key].drop(columns="image_id")
@@ -189,7 +189,7 @@ class Viewer:
         if fused is None:
             return draw_bars(classes, true_classes=annotated) if classes else "<p>No model has predicted this image.</p>"
         none = fused.nones.set_index("image_id").loc[image.key]
-        is_prior = bool(classes) and bool(fused.studies["prior"].iloc[0])
+        is_prior = view.system.fills_siim and bool(fused.studies["prior"].iloc[0])
         return draw_bars(classes, None if none["prior"] else float(none["none"]), is_prior, annotated)
 
     def details(self, view: View, image: OpenedImage) -> str:
