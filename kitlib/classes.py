@@ -52,7 +52,9 @@ CHEXPERT_OBSERVATIONS = (
 )
 
 # Pixel values of a label image; 0 is background. Left and right are the patient's. "lungs" is both lungs as one structure.
-MASK_CODES = {"lungs": 1, "heart": 2, "left_lung": 3, "right_lung": 4}
+MASK_CODES = {"lungs": 1, "heart": 2, "left_lung": 3, "right_lung": 4, "pneumothorax": 5}
+# Structures that most images do not have; their masks may be empty.
+SPARSE_STRUCTURES = ("pneumothorax",)
 LUNG_CODES = tuple(code for name, code in MASK_CODES.items() if "lung" in name)
 # Mask data sets define "lung" differently: without the part behind the heart (JSRT, Montgomery, Shenzhen), or with it
 # (Darwin).

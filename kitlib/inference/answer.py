@@ -20,7 +20,7 @@ from kitlib.fusion.model_fusion import ModelPredictions, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import needs_masks
 from kitlib.models.classifier import OUTPUTS
-from kitlib.models.families import BOXES, CLASSES, LUNGS, STUDIES, recorded_family
+from kitlib.models.families import BOXES, CLASSES, LUNGS, MASKS, STUDIES, recorded_family
 from kitlib.settings import from_dict
 from kitlib.tables import concatenate
 
@@ -84,7 +84,8 @@ def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
         STUDIES: {*competition.study_classes, *competition.image_classes},
         CLASSES: {*competition.image_classes, *competition.helping_classes},
         BOXES: set(competition.box_classes),
-        LUNGS: set(competition.mask_classes),
+        LUNGS: set(),
+        MASKS: set(competition.mask_classes),
     }[answers]
     if (answers == STUDIES and not competition.study_classes) or not classes & wanted:
         named = ", ".join(map(str, record["classes"][:3]))

@@ -13,7 +13,7 @@ from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensembl
 from kitlib.fusion.model_fusion import fuse_scores
 from kitlib.inference.answer import AnsweringModel, fused_answer
 from kitlib.inference.cached_lungs import CachedLungs
-from kitlib.inference.predict import Predictor, load_predictor
+from kitlib.inference.predict import AnyPredictor, load_predictor
 from kitlib.inference.systems import System
 from kitlib.xrays.cache import CachedXray
 
@@ -64,7 +64,7 @@ class LoadedModels:
     """Predicts with systems of models; loads each model at its first use and keeps it. Not safe for several threads."""
 
     def __init__(self) -> None:
-        self._predictors: dict[tuple[Path, CachedLungs | None], Predictor] = {}
+        self._predictors: dict[tuple[Path, CachedLungs | None], AnyPredictor] = {}
         self._lungs: dict[tuple[Path | None, int], CachedLungs] = {}
         self._ensembles: dict[Path, Ensemble] = {}
 
@@ -117,7 +117,7 @@ class LoadedModels:
             asked.add_fault(f"The lung segmenter {segmenter.fault}.")
         return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults))
 
-    def predictor(self, system: System, model: AnsweringModel) -> Predictor:
+    def predictor(self, system: System, model: AnsweringModel) -> AnyPredictor:
         """Return a Predictor for `model`; the first call loads the model. Raises BundleError if its bundle is damaged."""
         lungs = self.segmenter(system) if model.wants_masks else None
         if (model.folder, lungs) not in self._predictors:

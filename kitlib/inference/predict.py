@@ -14,11 +14,12 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, finite_or_float32, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
+from kitlib.inference.segment_lungs import MaskPredictor
 from kitlib.letterbox import PLACEMENTS, Placement, clip_boxes, flip_boxes
 from kitlib.lungs.canvas import read_canvas
 from kitlib.lungs.crop import choose_finder, crop, find_lungs, needs_lungs, needs_masks
 from kitlib.lungs.finders import LungFinder, Lungs
-from kitlib.models.families import BOXES, LUNGS, STUDIES, load_network, recorded_family
+from kitlib.models.families import BOXES, LUNGS, MASKS, STUDIES, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.patches import image_seed, join_centres, patch_canvas
 from kitlib.recipes.fields import VIEWS
@@ -235,22 +236,29 @@ class Predictor:
         return merged * side, score
 
 
+AnyPredictor = Predictor | MaskPredictor
+
+
 def load_predictor(
     bundle_folder: str | Path,
     device: torch.device | None = None,
     batch_size: int | None = None,
     views: Sequence[str] | None = None,
     lungs: LungFinder | None = None,
-) -> Predictor:
-    """Return a Predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
+) -> AnyPredictor:
+    """Return a predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
 
-    Raises BundleError if the bundle is damaged or contains a segmenter.
+    For a segmenter of a structure that most images do not have it is a MaskPredictor, whose recipe decides on its views.
+    Raises BundleError if the bundle is damaged or contains a lung segmenter.
     """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()
-    if recorded_family(record, bundle_folder).answers == LUNGS:
+    answers = recorded_family(record, bundle_folder).answers
+    if answers == MASKS:
+        return MaskPredictor(record, load_network(record, state_dict, device), device, batch_size)
+    if answers == LUNGS:
         raise BundleError(
-            f"{bundle_folder} contains a segmenter; load it with kitlib.inference.segment_lungs.load_segmenter instead"
+            f"{bundle_folder} contains a lung segmenter; load it with kitlib.inference.segment_lungs.load_segmenter instead"
         )
     return Predictor(record, load_network(record, state_dict, device), device, batch_size, views, lungs)
 

@@ -38,6 +38,10 @@ class Examples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def sampler(self, seed: int) -> "EpochSampler":
+        """Return the sampler of training, which yields the keys of each epoch's examples."""
+        return EpochSampler(len(self), seed)
+
 
 class XrayDataset(Examples):
     """Data set of X-rays with their targets: one example per row of `images`, in the same order.
@@ -257,9 +261,9 @@ def batches(
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
         # An incomplete last batch is dropped, because batch norm fails on a single image.
-        sampling: dict[str, Any] = {
-            "batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)
-        }
+        sampler = dataset.sampler(seed)
+        batch_sampler = data_parallel.SharedBatches(sampler, min(batch_size, len(sampler)))
+        sampling: dict[str, Any] = {"batch_sampler": batch_sampler}
     else:
         sampling = {"sampler": range(rank, len(dataset), processes), "batch_size": max(1, batch_size // processes)}
     return DataLoader(
