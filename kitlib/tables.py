@@ -231,9 +231,13 @@ def listed_name(cell: str) -> str:
     return unicodedata.normalize("NFC", cell.strip().replace("\\", "/").rpartition("/")[2])
 
 
-def findings_of(boxes: pd.DataFrame) -> tuple[str, ...]:
-    """Return the findings of a `boxes` or `detections` table in alphabetical order, each once."""
-    return tuple(sorted(set(boxes["finding"])))
+def findings_of(*tables: pd.DataFrame | None) -> tuple[str, ...]:
+    """Return the findings of `boxes` and `detections` tables in alphabetical order, each once.
+
+    Boxes in a table without the column `finding` have ONE_FINDING; a table that is None has no boxes.
+    """
+    named = [table["finding"] if "finding" in table else [ONE_FINDING] * len(table) for table in tables if table is not None]
+    return tuple(sorted({str(name) for names in named for name in pd.unique(pd.Series(names, dtype=object))}))
 
 
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
