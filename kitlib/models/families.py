@@ -31,10 +31,11 @@ class Family:
     """A model family: its recipe, its network and what it predicts.
 
     `answers` is what the family predicts: STUDIES (the four study classes and `none`), CLASSES (the classes of its training
-    labels), BOXES, or LUNGS (masks of lungs). `network` is a function that builds the network, with random or starting
-    weights, from a recipe and the class names. `sees_patches` is True if the network's input is patches of an image.
-    `one_process` is True if several processes cannot train one model together. `no_submission` is empty if the family
-    predicts rows of a submission; otherwise it is the end of an error message that says what to submit instead.
+    labels), BOXES (of the findings of its training boxes), or LUNGS (masks of lungs). `network` is a function that builds
+    the network, with random or starting weights, from a recipe and the class names. `sees_patches` is True if the network's
+    input is patches of an image. `one_process` is True if several processes cannot train one model together.
+    `no_submission` is empty if the family predicts rows of a submission; otherwise it is the end of an error message that
+    says what to submit instead.
     """
 
     name: str
@@ -67,19 +68,19 @@ def _patches(recipe: PatchRecipe, classes: Sequence[str]) -> Any:
 def _faster_rcnn(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.faster_rcnn import FasterRCNNDetector
 
-    return FasterRCNNDetector(recipe)
+    return FasterRCNNDetector(recipe, classes)
 
 
 def _retinanet(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.retinanet import RetinaNetDetector
 
-    return RetinaNetDetector(recipe)
+    return RetinaNetDetector(recipe, classes)
 
 
 def _yolo(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.yolo import YoloDetector
 
-    return YoloDetector(recipe)
+    return YoloDetector(recipe, classes)
 
 
 def _segmenter(recipe: SegmenterRecipe, classes: Sequence[str]) -> Any:
