@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import typer
 
-from kitlib.fusion.box_fusion import METHODS
-from kitlib.fusion.model_fusion import FusionSettings, fuse_boxes
+from kitlib.competitions.fusion_settings import METHODS, FusionSettings
+from kitlib.fusion.model_fusion import BoxLists, fuse_boxes
 from kitlib.tables import BOX
 
 PUBLIC_TEST = 1263  # images
@@ -38,9 +38,9 @@ def main(images: int = 200, models: int = 3, boxes: int = 100) -> None:
     image_table, detections = case(images, models, boxes)
     for method in METHODS:
         settings = FusionSettings(box_method=method)
-        fuse_boxes(detections, image_table, settings)  # compiles
+        fuse_boxes(BoxLists.of(detections, image_table), settings)  # compiles
         start = time.perf_counter()
-        fused = fuse_boxes(detections, image_table, settings)
+        fused = fuse_boxes(BoxLists.of(detections, image_table), settings)
         seconds = time.perf_counter() - start
         whole = seconds * PUBLIC_TEST / images
         print(f"{method:<9}{seconds:6.1f} s, {PUBLIC_TEST} images {whole:6.1f} s; {len(detections)} boxes to {len(fused)}")

@@ -96,22 +96,28 @@ def tables(images: int, detectors: int, boxes: int = 50, lists: int = 1) -> dict
 
 def fusing(detectors: int, boxes: int = 50, lists: int = 1) -> Callable[[int, Path], Callable[[], float]]:
     def prepare(images: int, folder: Path) -> Callable[[], float]:
-        from kitlib.fusion.model_fusion import FusionSettings, fuse_boxes
+        from kitlib.competitions.fusion_settings import FusionSettings
+        from kitlib.fusion.model_fusion import BoxLists, fuse_boxes
 
         made = tables(images, detectors, boxes, lists)
-        return lambda: fuse_boxes(made["detections"], made["images"], FusionSettings(), made["coverage"])["score"].sum()
+        given = made["detections"], made["images"], made["coverage"]
+        return lambda: fuse_boxes(BoxLists.of(*given), FusionSettings())["score"].sum()
 
     return prepare
 
 
 def tuning(detectors: int, crossed: bool = False) -> Callable[[int, Path], Callable[[], float]]:
     def prepare(images: int, folder: Path) -> Callable[[], float]:
+        from kitlib.competitions.siim_covid19 import SIIM_COVID19
+        from kitlib.fusion.model_fusion import ModelPredictions
         from kitlib.fusion.tuning import Judge, cross_fit, tune
 
         made = tables(images, detectors)
+        predicted = {name: made.pop(name) for name in ("study_scores", "image_scores", "detections", "coverage")}
+        predictions = ModelPredictions.of(**predicted)
         if crossed:
-            return lambda: cross_fit(Judge(**made))["cross_fitted"].mean()
-        return lambda: tune(Judge(**made))[1]["score"].iloc[-1]
+            return lambda: cross_fit(Judge(SIIM_COVID19, predictions, made))["cross_fitted"].mean()
+        return lambda: tune(Judge(SIIM_COVID19, predictions, made))[1]["score"].iloc[-1]
 
     return prepare
 
@@ -174,9 +180,10 @@ def first_fusion(images: int, folder: Path) -> Callable[[], float]:
     made["detections"].to_parquet(folder / "detections.parquet")
     made["images"].to_parquet(folder / "images.parquet")
     program = (
-        "import sys, pandas as pd; from kitlib.fusion.model_fusion import FusionSettings, fuse_boxes; "
-        "fuse_boxes(*(pd.read_parquet(sys.argv[1] + '/' + name + '.parquet') for name in ('detections', 'images')),"
-        " FusionSettings())"
+        "import sys, pandas as pd; from kitlib.competitions.fusion_settings import FusionSettings; "
+        "from kitlib.fusion.model_fusion import BoxLists, fuse_boxes; "
+        "fuse_boxes(BoxLists.of(*(pd.read_parquet(sys.argv[1] + '/' + name + '.parquet')"
+        " for name in ('detections', 'images'))), FusionSettings())"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "compiled")}
 

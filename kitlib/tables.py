@@ -67,6 +67,8 @@ SCHEMAS: dict[str, dict[str, str]] = {
         **{"image_id": "id", "model": "text", "fold": "integer", "structure": "text"},
         **{"dice": "probability", "jaccard": "probability"},
     },
+    # The probability of a structure in each pixel of an image: an 8-bit PNG of its 0..1 as 0..255, of any size.
+    "mask_maps": {"image_id": "id", "model": "text", "fold": "integer", "finding": "finding", "map": "bytes"},
     # One row per image that a detector has predicted, even if it predicted no box.
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
@@ -85,6 +87,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "nested_scores": ("image_id", "model", "outer", "fold"),
     "coverage": ("image_id", "model", "fold"),
     "mask_scores": ("image_id", "model", "fold", "structure"),
+    "mask_maps": ("image_id", "model", "fold", "finding"),
     "lungs": ("image_id",),
 }
 
@@ -285,6 +288,11 @@ def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
         if kind != "text" and (text == "").any():
             raise TableError(f"{place}: empty in row {int(np.flatnonzero(text == '')[0])}")
         return text.astype(object)
+    if kind == "bytes":
+        wrong = [row for row, value in enumerate(column) if not isinstance(value, bytes)]
+        if wrong:
+            raise TableError(f"{place}: row {wrong[0]} is not bytes")
+        return column.astype(object)
     try:
         number = pd.to_numeric(column).astype("float64")
     except (TypeError, ValueError) as error:

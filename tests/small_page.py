@@ -13,10 +13,11 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint, save_bundle
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.siim import read_train
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
-from kitlib.fusion.model_fusion import FusionSettings, write_settings
+from kitlib.fusion.model_fusion import write_settings
 from kitlib.models.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
@@ -71,7 +72,7 @@ def page_runs(folder: Path, detectors: tuple[str, ...] = ("yolo", "faster_rcnn")
     write_json(runs / "lungs" / "metrics.json", {"model": "bright"})
 
     fused = [str(runs / name) for name in ("study", *detectors)]  # as notebooks record them
-    write_settings(FusionSettings(none_no_box=0.5, box_confidence="box_and_model_avg"), runs / "fuse" / "fusion.json")
+    write_settings(SiimFusion(none_no_box=0.5, box_confidence="box_and_model_avg"), runs / "fuse" / "fusion.json")
     write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": str(runs / "prepare"), "runs": fused}})
     write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
     return runs

@@ -24,10 +24,11 @@ import typer
 from part import figures
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.siim import read_train
 from kitlib.device import PRECISION, pick_device, precision
-from kitlib.fusion.model_fusion import FusionSettings, write_settings
+from kitlib.fusion.model_fusion import write_settings
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.phantoms.siim import write_competition
 from kitlib.recipes.named import RECIPES
@@ -81,7 +82,7 @@ def train_all(competition: Path, folder: Path, small: bool) -> Path:
         shutil.copytree(run / "bundle", weights / run.name)
         bundles.append({"folder": run.name, "model": model, "fold": fold})
     (weights / "weights.json").write_text(json.dumps({"bundles": bundles}), encoding="utf-8")
-    write_settings(FusionSettings(), weights / "fusion.json")
+    write_settings(SiimFusion(), weights / "fusion.json")
     return weights
 
 

@@ -1,18 +1,21 @@
-"""`Competition`: what the kit needs to know of a competition to score and validate its submissions.
+"""`Competition`: all that the kit needs to know of a competition, from the reader of its data to its score.
 
 A competition asks for up to four kinds of answers: classes of studies, classes of images, boxes of one or many classes, and
 masks. Ground truth and submissions are values whose type only the competition's own file knows; boxes are in pixels of the
 original image, as in kitlib.tables.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 
-from kitlib.atomic import write_csv
+from kitlib.atomic import write_text
+from kitlib.competitions.csv_files import find_sample
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import SettingsError, SubmissionError
 from kitlib.scoring.validate import Fault
 from kitlib.settings import Positive, Settings
@@ -47,6 +50,16 @@ class Competition(Settings):
     where a part is undefined. `baseline_rows` returns a row of cells for each id, which follow from no image but from the
     frequencies in the training data. Functions that read the ground truth or a sample raise a KitError for a bad file.
 
+    From models to a submission: `dataset` is the reader of the training data (kitlib.datasets.registry). `truth_of` returns
+    the ground truth of images, from the tables images, labels and boxes of a prepared run and its masks (or None).
+    `settings` is a class whose fields say how merged predictions become answers, and `decide` does it: it returns a
+    submission, as `read_submission` does, for the images that any model has predicted. `fill` returns the rows of the
+    submission for the given ids, and the ids of those that no model has predicted, which are the rows of the baseline.
+    `read_test` lists the test images in a folder. `judge` returns the score of the settings like `metric` after `decide`,
+    but faster: its boxes have a further column `match`, the row of the true box with the same finding that they overlap by
+    more than `hit_iou`, or -1, and its masks what `compare` adds to them. `helping_classes` are classes of images that
+    `decide` uses but no row contains.
+
     Raises SettingsError for an invalid field, a class that occurs twice, or a competition that wants no answers.
     """
 
@@ -61,6 +74,16 @@ class Competition(Settings):
     find_faults: Callable[[list[str], Path, str], list[Fault]]
     metric: Callable[[Any, Any], dict[str, float]]
     baseline_rows: Callable[[list[str]], list[list[str]]]
+    dataset: str
+    settings: Any  # a class derived from FusionSettings
+    truth_of: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame, Any], Any]
+    decide: Callable[[MergedPredictions, Any], Any]
+    fill: Callable[[list[str], Any], tuple[list[list[str]], list[str]]]
+    read_test: Callable[[Path], Any]
+    judge: Callable[[Any, MergedPredictions, Any], float] | None = None
+    compare: Callable[[Any, pd.DataFrame], pd.DataFrame] | None = None
+    hit_iou: Positive = 0.5
+    helping_classes: tuple[str, ...] = ()
     time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded
     study_classes: tuple[str, ...] = ()  # exclude each other
     image_classes: tuple[str, ...] = ()
@@ -89,6 +112,22 @@ class Competition(Settings):
         """Whether a notebook submits, which Kaggle runs offline on the hidden test set; otherwise a file is uploaded."""
         return self.time_limit_hours is not None
 
+    def judged(self, truth: Any, merged: MergedPredictions, settings: FusionSettings) -> float:
+        """Return the score of merged predictions with these settings against the ground truth of the same images."""
+        if self.judge is not None:
+            return self.judge(truth, merged, settings)
+        return self.metric(truth, self.decide(merged, settings))["score"]
+
+    def write(self, path: str | Path, ids: Iterable[str], decided: Any) -> list[str]:
+        """Write a submission with a row for each id, atomically; return the ids whose rows are the baseline's.
+
+        `decided` is what `decide` returns, or None: then all rows are the baseline's.
+        """
+        ids = list(ids)
+        rows, without = (self.baseline_rows(ids), ids) if decided is None else self.fill(ids, decided)
+        write_text(path, "".join(f"{','.join(cells)}\n" for cells in [self.header, *rows]))
+        return without
+
     def score_files(self, truth: str | Path, submission: str | Path) -> dict[str, float]:
         """Return the score of a submission file and its parts, by name; for the values see `metric`.
 
@@ -112,6 +151,25 @@ class Competition(Settings):
             raise ValueError("either `sample` or `truth` is required, but not both")
         return self.find_faults(list(ids), Path(submission), source)
 
+    def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
+        """Return what `decide` returns as tables, by name; for masks, the runs of each image."""
+        if isinstance(decided, pd.DataFrame):
+            return {"answers": decided}
+        if isinstance(decided, Mapping):
+            rows = [(name, int(start), int(end)) for name, runs in decided.items() for start, end in runs]
+            return {"answers": pd.DataFrame(rows, columns=["image_id", "start", "end"])}
+        return dict(vars(decided))
+
+    def write_first(self, folder: str | Path, path: str | Path) -> int:
+        """Write the trivial baseline for the sample submission in a folder of data; return the number of rows.
+
+        Nothing is written, and 0 returned, if the sample is missing or cannot be read.
+        """
+        try:
+            return self.write_baseline(find_sample(folder), path)
+        except SubmissionError:
+            return 0
+
     def write_baseline(self, sample: str | Path, path: str | Path) -> int:
         """Write the trivial baseline for the ids of a sample submission, atomically; return the number of rows.
 
@@ -120,5 +178,14 @@ class Competition(Settings):
         rows = self.baseline_rows(list(self.read_sample(Path(sample))))
         if not rows:
             raise SubmissionError(f"{sample} has no rows; copy the competition's file again")
-        write_csv(path, pd.DataFrame(rows, columns=list(self.header)))
+        write_text(path, "".join(f"{','.join(cells)}\n" for cells in [self.header, *rows]))
         return len(rows)
+
+
+def fill_rows(baseline: list[list[str]], answers: Mapping[str, list[str]]) -> tuple[list[list[str]], list[str]]:
+    """Return rows of cells, and the ids of those that are the baseline's because `answers` lacks them.
+
+    `baseline` has the rows of all ids; `answers` maps an id to the cells after it.
+    """
+    rows = [[name, *answers[name]] if name in answers else [name, *cells] for name, *cells in baseline]
+    return rows, [name for name, *_ in baseline if name not in answers]

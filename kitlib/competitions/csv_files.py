@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import pandas as pd
 
+from kitlib.datasets.test_images import read_test_images
 from kitlib.errors import ScoringError, SubmissionError, TableError
 from kitlib.scoring.validate import Fault, check_rows
 from kitlib.tables import read_text_table
@@ -53,6 +54,39 @@ class Rows(Generic[V]):
                 "`python -m kitlib validate` lists every fault"
             )
         return values
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A test set: its `images`, a table of this name; `faults`, see kitlib.datasets.base; and the ids of a submission."""
+
+    __test__ = False  # pytest would collect the class
+
+    images: pd.DataFrame
+    faults: pd.DataFrame
+    submission_ids: tuple[str, ...]
+
+
+def find_sample(folder: str | Path) -> Path:
+    """Return the path of the sample submission in a folder or below it. Raises SubmissionError if there is none."""
+    samples = sorted(Path(folder).rglob("*sample_submission*.csv"), key=lambda path: (len(path.parts), path))
+    if not samples:
+        raise SubmissionError(f"{folder} has no sample submission, whose rows a submission must have; attach it")
+    return samples[0]
+
+
+def read_listed(rows: Rows[Any]) -> Callable[[Path], TestSet]:
+    """Return a function that lists a folder's test images: those whose ids are in its sample submission.
+
+    The function raises SubmissionError if no file is named like a sample submission, or if it has no ids.
+    """
+
+    def read_test(folder: Path) -> TestSet:
+        ids = rows.read_sample(find_sample(folder))
+        images, faults = read_test_images(folder, ids)
+        return TestSet(images, faults, tuple(ids))
+
+    return read_test
 
 
 def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:

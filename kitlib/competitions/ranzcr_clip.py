@@ -7,12 +7,15 @@ matters, so that they need not be probabilities; ranks are valid, too.
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kitlib.competitions.contract import Competition
-from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.contract import Competition, fill_rows
+from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import ScoringError
 from kitlib.scoring.metrics import mean_auc
 from kitlib.scoring.placeholders import format_confidence
@@ -102,6 +105,24 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
     return [[name, *shares] for name in ids]
 
 
+def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> pd.DataFrame:
+    """Return the ground truth of prepared images: a table with image_id and LABELS. Images without labels are left out."""
+    known = images[["image_id", "study_id"]].merge(labels, left_on="study_id", right_on="id")
+    return known[["image_id", *LABELS]].dropna().reset_index(drop=True)
+
+
+def decide(merged: MergedPredictions, settings: FusionSettings) -> pd.DataFrame:
+    """Return the probabilities of the images that any model has predicted: a table with image_id and LABELS."""
+    return merged.scores.reindex(columns=["image_id", *LABELS]).dropna()
+
+
+def fill(ids: list[str], scores: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
+    """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
+    values = scores[list(LABELS)].to_numpy().tolist()
+    cells = {name: list(map(format_confidence, row)) for name, row in zip(scores["image_id"], values, strict=True)}
+    return fill_rows(baseline_rows(ids), cells)
+
+
 RANZCR_CLIP = Competition(
     name="ranzcr-clip",
     slug="ranzcr-clip-catheter-line-classification",
@@ -114,6 +135,12 @@ RANZCR_CLIP = Competition(
     find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
+    dataset="ranzcr",
+    settings=FusionSettings,
+    truth_of=truth_of,
+    decide=decide,
+    fill=fill,
+    read_test=read_listed(ROWS),
     time_limit_hours=9.0,
     image_classes=LABELS,
 )

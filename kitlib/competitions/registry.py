@@ -1,4 +1,4 @@
-"""The competitions that the kit can score and validate, by name.
+"""The competitions that the kit knows, by name.
 
 A sixth is added as a file that makes a Competition, and a line here.
 """
@@ -17,7 +17,22 @@ COMPETITIONS = {
 
 
 def find_competition(name: str) -> Competition:
-    """Return the competition of this name. Raises SettingsError, which lists the names, if there is none."""
-    if name not in COMPETITIONS:
-        raise SettingsError(f"unknown competition {name!r}; available: {', '.join(COMPETITIONS)}")
-    return COMPETITIONS[name]
+    """Return the competition of this name or Kaggle slug. Raises SettingsError, which lists the names, if there is none."""
+    for competition in COMPETITIONS.values():
+        if name in (competition.name, competition.slug):
+            return competition
+    raise SettingsError(f"unknown competition {name!r}; available: {', '.join(COMPETITIONS)}")
+
+
+def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
+    """Return a competition, and the name or path of the input with its data, from two parameters of a notebook.
+
+    `data` is the name or slug of a competition, whose data are the input of its slug, or another input or path. `rules` is
+    the name of the competition; if it is empty, `data` says it, and other inputs are data of siim-covid19. Raises
+    SettingsError for an unknown name in `rules`, and if `data` is another competition.
+    """
+    known = [each for each in COMPETITIONS.values() if data in (each.name, each.slug)]
+    if rules and known and find_competition(rules) is not known[0]:
+        raise SettingsError(f"rules is {rules}, but the data are those of {known[0].name}; leave rules empty")
+    competition = find_competition(rules) if rules else known[0] if known else SIIM_COVID19
+    return competition, known[0].slug if known else data

@@ -6,18 +6,24 @@ one with the largest IoU. Equal confidences, and equal IoUs, are ordered by coor
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from kitlib.competitions.contract import BoxTruth, Competition
-from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
+from kitlib.classes import ONE_FINDING, RSNA_CLASSES
+from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
+from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import iou
+from kitlib.scoring.placeholders import format_confidence
+from kitlib.settings import NotNegative, Probability, Range
 from kitlib.tables import BOX
 
-OPACITY = "Lung Opacity"
 THRESHOLDS = tuple(k / 20 for k in range(8, 16))  # 0.40, 0.45 .. 0.75; the IoU of a hit is larger
 SIDE = 1024  # pixels a side of every image
 SIDES = ("x", "y", "width", "height")
@@ -38,7 +44,7 @@ def read_truth(path: Path) -> BoxTruth:
     is_mixed = table.groupby("patientId")["Target"].transform("nunique") > 1
     refuse_rows(table, is_mixed.to_numpy(), "the image has rows with Target 0 and rows with Target 1")
     boxes = _as_corners(table.loc[is_boxed, "patientId"], sides[is_boxed])
-    boxes.insert(1, "finding", OPACITY)
+    boxes.insert(1, "finding", ONE_FINDING)
     return BoxTruth(tuple(table["patientId"].unique()), boxes)
 
 
@@ -84,7 +90,7 @@ def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
     """Return the detections in a submission: a table with image_id, finding, score, and kitlib.tables.BOX."""
     rows = join_rows(ROWS.read(path, ids), ("score", *SIDES))
     table = _as_corners(rows["image_id"], rows[list(SIDES)].to_numpy())
-    table.insert(1, "finding", OPACITY)
+    table.insert(1, "finding", ONE_FINDING)
     table.insert(2, "score", rows["score"])
     return table
 
@@ -139,6 +145,54 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
     return [[name, ""] for name in ids]
 
 
+@dataclass(frozen=True)
+class RsnaPneumoniaFusion(FusionSettings):
+    """Fusion settings of RSNA Pneumonia: which boxes are answered, because every box costs, and how large they are."""
+
+    GRIDS: ClassVar = {
+        "gate_power": (("gate_power",), (0.0, 0.25, 0.5, 1.0)),
+        "least_score": (("least_score",), tuple(k / 20 for k in range(1, 19))),
+        "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
+    }
+
+    gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
+    least_score: Probability = 0.3  # boxes with a lower score are not answered
+    # Factor of the sides of each box. The test set's boxes are tighter than those of the training set: winners used 0.875
+    box_size: Annotated[float, Range(above=0, at_most=2)] = 1.0
+
+
+def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
+    """Return the ground truth of prepared images."""
+    drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]]
+    return BoxTruth(tuple(images["image_id"]), drawn.reset_index(drop=True))
+
+
+def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataFrame:
+    """Return the boxes to answer: a table with image_id, finding, score, and kitlib.tables.BOX.
+
+    `attrs["answered"]` of the table lists the images that a detector has predicted: the others keep the baseline's row.
+    """
+    gate = np.nan_to_num(merged.probability(RSNA_CLASSES[-1]), nan=1.0)[merged.boxes["row"].to_numpy()]
+    boxes = merged.detections().assign(score=merged.boxes["score"].to_numpy() * gate**settings.gate_power)
+    boxes = boxes[boxes["score"] >= settings.least_score].reset_index(drop=True)
+    corners = boxes[list(BOX)].to_numpy()
+    middle = (corners[:, :2] + corners[:, 2:]) / 2
+    half = settings.box_size * (corners[:, 2:] - corners[:, :2]) / 2
+    boxes[list(BOX)] = np.hstack([middle - half, middle + half]).clip(0, SIDE)
+    boxes.attrs["answered"] = merged.images["image_id"][merged.seen].tolist()
+    return boxes
+
+
+def fill(ids: list[str], boxes: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
+    """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
+    groups: dict[str, list[str]] = {name: [] for name in boxes.attrs["answered"]}
+    ranked = boxes.sort_values("score", ascending=False, kind="stable")
+    values = ranked[["score", *BOX]].to_numpy(float).tolist()
+    for name, (score, xmin, ymin, xmax, ymax) in zip(ranked["image_id"], values, strict=True):
+        groups[name].append(f"{format_confidence(score)} {xmin:.1f} {ymin:.1f} {xmax - xmin:.1f} {ymax - ymin:.1f}")
+    return fill_rows(baseline_rows(ids), {name: [" ".join(parts)] for name, parts in groups.items()})
+
+
 RSNA_PNEUMONIA = Competition(
     name="rsna-pneumonia",
     slug="rsna-pneumonia-detection-challenge",
@@ -151,5 +205,12 @@ RSNA_PNEUMONIA = Competition(
     find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
-    box_classes=(OPACITY,),
+    dataset="rsna",
+    settings=RsnaPneumoniaFusion,
+    truth_of=truth_of,
+    decide=decide,
+    fill=fill,
+    read_test=read_listed(ROWS),
+    helping_classes=RSNA_CLASSES[-1:],
+    box_classes=(ONE_FINDING,),
 )

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from kitlib.competitions.contract import Competition
-from kitlib.competitions.csv_files import Rows, read_truth_table, refuse
+from kitlib.competitions.csv_files import Rows, read_listed, read_truth_table, refuse
+from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.errors import MaskError, ScoringError
 
 SIDE = 1024  # pixels a side of every image
@@ -142,5 +143,11 @@ SIIM_ACR = Competition(
     find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
+    dataset="siim_acr",
+    settings=FusionSettings,
+    truth_of=lambda images, labels, boxes, masks: {},
+    decide=lambda merged, settings: {},
+    fill=lambda ids, decided: ([], ids),
+    read_test=read_listed(ROWS),
     mask_classes=("Pneumothorax",),
 )

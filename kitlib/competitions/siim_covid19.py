@@ -1,18 +1,140 @@
 """SIIM-FISABIO-RSNA COVID-19 Detection (2021): four classes of studies, images without an opacity, and boxes of opacities.
 
-Its metric, rows and validator are in kitlib.scoring, which the rest of the kit uses directly; this file only names them.
+Its metric, rows and validator are in kitlib.scoring; this file decides from merged predictions what to answer. All published
+formulas are implemented; `SiimFusion` chooses among them.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.contract import Competition
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.merged import MergedPredictions, weighted_mean
 from kitlib.datasets.sample_submission import HEADER, read_sample
-from kitlib.errors import ScoringError
+from kitlib.datasets.siim import read_test
+from kitlib.errors import ScoringError, SettingsError
 from kitlib.scoring import score
-from kitlib.scoring.placeholders import placeholder
-from kitlib.scoring.submission_csv import Submission, read_submission, submission_ids
+from kitlib.scoring.placeholders import PRIORS, placeholder
+from kitlib.scoring.submission_csv import Submission, fill_rows, read_submission, submission_ids
 from kitlib.scoring.validate import validate_rows
+from kitlib.settings import NotNegative, Probability
+
+NONE_PARTS = ("none_classifier", "none_negative", "none_no_box", "none_product")
+# Weights of NONE_PARTS: each part alone, published mixtures (3rd place 0.7 and 0.3, 11th 0.5 and 0.5) and similar mixtures.
+NONE_MIXTURES = (
+    (1.0, 0.0, 0.0, 0.0),
+    (0.0, 1.0, 0.0, 0.0),
+    (0.0, 0.0, 1.0, 0.0),
+    (0.0, 0.0, 0.0, 1.0),
+    (0.5, 0.5, 0.0, 0.0),
+    (0.7, 0.0, 0.3, 0.0),
+    (0.5, 0.0, 0.5, 0.0),
+    (0.3, 0.0, 0.7, 0.0),
+    (0.0, 0.5, 0.5, 0.0),
+    (0.0, 0.5, 0.0, 0.5),
+    (0.7, 0.0, 0.0, 0.3),
+    (0.5, 0.0, 0.0, 0.5),
+    (0.4, 0.3, 0.3, 0.0),
+    (0.25, 0.25, 0.25, 0.25),
+)
+
+
+@dataclass(frozen=True)
+class SiimFusion(FusionSettings):
+    """Fusion settings of SIIM-COVID: the formula for `none`, and what follows from it. By default nothing is rescored."""
+
+    GRIDS: ClassVar = {
+        "none: " + ", ".join(part.removeprefix("none_") for part in NONE_PARTS): (NONE_PARTS, NONE_MIXTURES),
+        "opacity_power": (("opacity_power",), (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)),
+        "negative_share": (("negative_share",), (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
+    }
+
+    # An image's `none` is the weighted mean of the available ones of four parts; these are the parts' weights:
+    none_classifier: NotNegative = 1.0  # `none` as the classifier predicts it
+    none_negative: NotNegative = 0.0  # `negative` of the image's study
+    none_no_box: NotNegative = 0.0  # 1 - the highest box score
+    none_product: NotNegative = 0.0  # product of 1 - score over the boxes
+    opacity_power: NotNegative = 0.0  # box score = score * (1 - none)^opacity_power; 3rd place 0.4, 11th 0.16/0.84
+    negative_share: Probability = 1.0  # negative = share * negative + (1 - share) * mean none of the study; 11th place 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any(getattr(self, name) for name in NONE_PARTS):
+            raise SettingsError(f"SiimFusion needs a weight above 0 among {', '.join(NONE_PARTS)}")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Fused predictions for every study and image of a table of images.
+
+    `studies` has the columns study_id, the four classes and prior; `nones` has image_id, none, prior and seen; `detections`
+    has image_id, finding, score, xmin, ymin, xmax and ymax in original pixels. `prior` is true in rows that no model has
+    predicted; they get a placeholder prediction (the class frequencies). `seen` is true for images that a detector with a
+    nonzero weight has predicted. If `negative_share` is below 1, the four classes need not sum to 1.
+    """
+
+    studies: pd.DataFrame
+    nones: pd.DataFrame
+    detections: pd.DataFrame
+
+
+def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
+    """Compute `none` of each image, and adjust box scores and `negative` with it.
+
+    Studies and images that no model has predicted get the class frequencies PRIORS.
+    """
+    studies, nones, score = combine(merged, settings)
+    return Fused(studies, nones, merged.detections().assign(score=score))
+
+
+def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
+    """Return the tables `studies` and `nones` of Fused, and the new scores (boxes,) of the merged boxes.
+
+    `none` is the weighted mean of NONE_PARTS; if all available parts of an image have weight 0, it is the first available
+    part.
+    """
+    images, box_image, score = merged.images, merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
+    study_ids = pd.Index(images["study_id"].unique())
+    studies = merged.studies.set_index("study_id").reindex(study_ids)[list(STUDY_CLASSES)]
+    study_of_image = study_ids.get_indexer(images["study_id"])
+    no_box_product = np.ones(len(images))
+    np.multiply.at(no_box_product, box_image, 1 - score)
+    parts = np.stack(
+        [
+            merged.probability("none"),
+            studies["negative"].to_numpy()[study_of_image],
+            merged.no_box(),
+            np.where(merged.seen, no_box_product, np.nan),
+        ]
+    )
+    none = weighted_mean(parts, np.array([getattr(settings, name) for name in NONE_PARTS]))
+    study_none = pd.Series(none).groupby(study_of_image).mean().reindex(range(len(study_ids))).to_numpy()
+    studies = studies.fillna(PRIORS)
+    share = np.where(np.isnan(study_none), 1.0, settings.negative_share)
+    has_no_score = ~study_ids.isin(merged.studies["study_id"])
+    studies["negative"] = share * studies["negative"] + (1 - share) * np.nan_to_num(study_none)
+    image_ids = pd.Index(images["image_id"])
+    nones = pd.DataFrame({"image_id": image_ids, "none": none, "prior": np.isnan(none), "seen": merged.seen})
+    nones = nones.fillna({"none": PRIORS["none"]})
+    rescored = score * (1 - nones["none"].to_numpy()[box_image]) ** settings.opacity_power
+    return studies.assign(prior=has_no_score).rename_axis("study_id").reset_index(), nones, rescored
+
+
+def judge(truth: score.Truth, merged: MergedPredictions, settings: SiimFusion) -> float:
+    """Return the score (0..1) of merged predictions whose boxes have been matched; see Competition."""
+    studies, nones, box_score = combine(merged, settings)
+    image = pd.Index(truth.image_ids).get_indexer(merged.images["image_id"])[merged.boxes["row"].to_numpy()]
+    return score.score_matched(truth, studies, nones, image, box_score, merged.boxes["match"].to_numpy())["score"]
+
+
+def fill(ids: list[str], fused: Fused) -> tuple[list[list[str]], list[str]]:
+    """Return the submission's rows for `ids`, and the ids of those that are placeholder predictions."""
+    return fill_rows(ids, fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior], fused.detections)
 
 
 def read_truth(path: Path) -> score.Truth:
@@ -42,6 +164,13 @@ SIIM_COVID19 = Competition(
     find_faults=validate_rows,
     metric=score.score,
     baseline_rows=lambda ids: [[name, placeholder(name)] for name in ids],
+    dataset="siim",
+    settings=SiimFusion,
+    truth_of=lambda images, labels, boxes, masks: score.truth_of(images, labels, boxes),
+    decide=decide,
+    fill=fill,
+    read_test=lambda folder: read_test(folder, headers=False),
+    judge=judge,
     time_limit_hours=9.0,
     study_classes=STUDY_CLASSES,
     image_classes=("none",),

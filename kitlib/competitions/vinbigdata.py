@@ -7,18 +7,23 @@ ground truth is left out of the mean.
 """
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from kitlib.competitions.contract import BoxTruth, Competition
-from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
-from kitlib.errors import ScoringError
+from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
+from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.merged import MergedPredictions, weighted_mean
+from kitlib.errors import ScoringError, SettingsError
 from kitlib.scoring.average_precision import average_precision, first_hits, match_boxes
 from kitlib.scoring.placeholders import format_confidence
-from kitlib.scoring.submission_csv import ONE_PIXEL
+from kitlib.scoring.submission_csv import ONE_PIXEL, box_groups
 from kitlib.scoring.validate import READ_AS_NAN, check_groups
+from kitlib.settings import NotNegative, Probability
 from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
@@ -97,18 +102,25 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
     or of an image that is not in the truth.
     """
     key, true_key = (_keys(truth.image_ids, table) for table in (detections, truth.boxes))
-    score = detections["score"].to_numpy(float)
     match = match_boxes(key, detections[list(BOX)], true_key, truth.boxes[list(BOX)], OVERLAP)
-    hit, code = first_hits(score, match), key % len(CLASSES)
-    positives = np.bincount(true_key % len(CLASSES), minlength=len(CLASSES))
-    parts = {
-        name: average_precision(score[code == index], hit[code == index], positives[index])
-        for index, name in enumerate(CLASSES)
-    }
+    parts = _precisions(detections["score"].to_numpy(float), match, key % len(CLASSES), true_key % len(CLASSES))
     absent = [name for name, value in parts.items() if np.isnan(value)]
     if absent:
         logger.warning("the truth has no %s; the score is the mean over the other classes", ", ".join(absent))
     return {"score": float(np.nanmean(list(parts.values()))) if len(truth.boxes) else float("nan"), **parts}
+
+
+def _precisions(score: np.ndarray, match: np.ndarray, code: np.ndarray, true_code: np.ndarray) -> dict[str, float]:
+    """Return the average precision of each class; NaN for classes without a true box.
+
+    `score`, `match` (see `match_boxes`) and `code` (n,) are of n detections, `true_code` is of the true boxes. A code is a
+    position in CLASSES.
+    """
+    hit, positives = first_hits(score, match), np.bincount(true_code, minlength=len(CLASSES))
+    return {
+        name: average_precision(score[code == index], hit[code == index], positives[index])
+        for index, name in enumerate(CLASSES)
+    }
 
 
 def _keys(image_ids: tuple[str, ...], table: pd.DataFrame) -> np.ndarray:
@@ -132,6 +144,92 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
     return [[name, f"{BOXLESS[0]} {format_confidence(NO_FINDING_SHARE)} 0 0 1 1"] for name in ids]
 
 
+@dataclass(frozen=True)
+class VinBigDataFusion(FusionSettings):
+    """Fusion settings of VinBigData: the probability of `No finding`, and what it does to the boxes of an image.
+
+    Boxes are merged at an IoU above 0.4, which unites what several readers or models draw of one diffuse finding.
+    """
+
+    GRIDS: ClassVar = {
+        "no finding: classifier, no box": (
+            ("classifier_weight", "no_box_weight"),
+            ((1.0, 0.0), (0.0, 1.0), (0.7, 0.3), (0.5, 0.5), (0.3, 0.7)),
+        ),
+        "box_power": (("box_power",), (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)),
+        "least_abnormal": (("least_abnormal",), (0.0, 0.02, 0.05, 0.08, 0.15, 0.3)),
+    }
+
+    box_iou: Probability = 0.4
+    # `No finding` is the weighted mean of the available ones of two parts; these are the parts' weights:
+    classifier_weight: NotNegative = 1.0  # its probability as a classifier of images predicts it
+    no_box_weight: NotNegative = 0.0  # 1 - the highest box score, the rule of the 37th place
+    box_power: NotNegative = 0.0  # box score = score * (1 - no finding)^box_power
+    # Boxes of images in which 1 - no finding is lower are dropped; published with a two-class classifier: 0.08
+    least_abnormal: Probability = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.classifier_weight + self.no_box_weight:
+            raise SettingsError("VinBigDataFusion needs a classifier_weight or no_box_weight above 0")
+
+
+def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
+    """Return the ground truth of prepared images: their boxes, and `No finding` for images without a box."""
+    drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]]
+    healthy = images.loc[~images["image_id"].isin(drawn["image_id"]), ["image_id"]]
+    healthy = healthy.assign(finding=NO_FINDING, **dict(zip(BOX, ONE_PIXEL, strict=True)))
+    return BoxTruth(tuple(images["image_id"]), pd.concat([drawn, healthy], ignore_index=True))
+
+
+def _weigh(merged: MergedPredictions, settings: VinBigDataFusion) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability of `No finding` (n,), NaN where unknown, and the new scores (boxes,), 0 for dropped boxes."""
+    parts = np.stack([merged.probability(NO_FINDING), merged.no_box()])
+    no_finding = weighted_mean(parts, np.array([settings.classifier_weight, settings.no_box_weight]))
+    abnormal = (1 - no_finding)[merged.boxes["row"].to_numpy()]
+    score = merged.boxes["score"].to_numpy() * abnormal**settings.box_power
+    return no_finding, np.where(abnormal < settings.least_abnormal, 0.0, score)
+
+
+def decide(merged: MergedPredictions, settings: VinBigDataFusion) -> pd.DataFrame:
+    """Return the detections of the images that any model has predicted: image_id, finding, score, and kitlib.tables.BOX.
+
+    Each image has a row of `No finding` with its probability, beside its boxes: a further row never lowers the metric.
+    """
+    no_finding, score = _weigh(merged, settings)
+    boxes = merged.detections().assign(score=score)
+    healthy = merged.images[["image_id"]].assign(finding=NO_FINDING, score=no_finding)
+    healthy = healthy.assign(**dict(zip(BOX, ONE_PIXEL, strict=True)))[~np.isnan(no_finding)]
+    columns = ["image_id", "finding", "score", *BOX]
+    return pd.concat([boxes.loc[score > 0, columns].astype({"finding": object}), healthy[columns]], ignore_index=True)
+
+
+def judge(truth: BoxTruth, merged: MergedPredictions, settings: VinBigDataFusion) -> float:
+    """Return the score (0..1) of merged predictions whose boxes have been matched; see Competition."""
+    no_finding, score = _weigh(merged, settings)
+    is_known = ~np.isnan(no_finding)
+    is_healthy = merged.images["image_id"].isin(truth.boxes.loc[truth.boxes["finding"] == NO_FINDING, "image_id"]).to_numpy()
+    code, true_code = (
+        pd.Categorical(table["finding"], categories=CLASSES).codes.astype(int) for table in (merged.boxes, truth.boxes)
+    )
+    # An image has at most one true `No finding`; its number is one that no matched box has.
+    match = np.where(score > 0, merged.boxes["match"].to_numpy(), -1)
+    alone = np.where(is_healthy, match.max(initial=-1) + 1 + np.arange(len(is_healthy)), -1)
+    parts = _precisions(
+        np.concatenate([score, no_finding[is_known]]),
+        np.concatenate([match, alone[is_known]]),
+        np.concatenate([code, np.full(is_known.sum(), len(FINDINGS))]),
+        true_code,
+    )
+    return float(np.nanmean(list(parts.values())))
+
+
+def fill(ids: list[str], detections: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
+    """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
+    boxes = detections.assign(label=detections["finding"].map(dict(zip(CLASSES, LABELS, strict=True))))
+    return fill_rows(baseline_rows(ids), {name: [" ".join(groups)] for name, groups in box_groups(boxes).items()})
+
+
 VINBIGDATA = Competition(
     name="vinbigdata",
     slug="vinbigdata-chest-xray-abnormalities-detection",
@@ -144,6 +242,14 @@ VINBIGDATA = Competition(
     find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
+    dataset="vinbigdata",
+    settings=VinBigDataFusion,
+    truth_of=truth_of,
+    decide=decide,
+    fill=fill,
+    read_test=read_listed(ROWS),
+    judge=judge,
+    hit_iou=OVERLAP,
     image_classes=(NO_FINDING,),
     box_classes=FINDINGS,
 )

@@ -5,8 +5,6 @@ by maximum likelihood to smoothed targets. Calibration makes the scores of diffe
 preserves the ranking of each detector's boxes.
 """
 
-from typing import Literal, get_args
-
 import numpy as np
 from ensemble_boxes import non_maximum_weighted
 from ensemble_boxes.ensemble_boxes_nms import cpu_soft_nms_float, nms_float_fast
@@ -14,8 +12,6 @@ from scipy.special import expit, logit
 
 from kitlib.fusion.weighted_boxes import ImageLists, merge_weighted
 
-Method = Literal["wbf", "nms", "soft_nms", "nmw"]
-METHODS = get_args(Method)
 # Scores are clipped to NEAREST..1 - NEAREST, about float32's resolution, so that their logit stays finite.
 NEAREST = 1e-7
 
@@ -34,7 +30,7 @@ def merge_boxes(
     `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `scores`
     contains one array (k,) per list, 0..1. `weights` has one entry per list, and may have additional entries for lists
     without boxes. If there is only one weight, the list is returned unchanged. Boxes are merged if their IoU is above `iou`.
-    `method` is one of METHODS. `confidence`, one of CONFIDENCES, applies only to wbf. `min_score` applies only to soft_nms,
+    `method` and `confidence` are those of FusionSettings; `confidence` applies only to wbf, `min_score` only to soft_nms,
     which drops boxes whose score has decayed below it. Raises ValueError for boxes or scores that ensemble-boxes would
     reorder or clamp, or that would make it exit.
     """

@@ -1,17 +1,21 @@
-"""Tunes FusionSettings on out-of-fold predictions for the competition score, one setting after another."""
+"""Tunes a competition's fusion settings on out-of-fold predictions for its score, one setting after another."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import FusionError
 from kitlib.fusion.box_fusion import fit_calibration
-from kitlib.fusion.model_fusion import NONE_PARTS, BoxLists, FusionSettings, combine, fuse_lists, fuse_scores, seen_images
-from kitlib.scoring.score import Truth, match_in_images, score_matched, truth_of
+from kitlib.fusion.mask_maps import fuse_maps
+from kitlib.fusion.model_fusion import BoxLists, ModelPredictions, fuse_boxes, fuse_scores, seen_images
+from kitlib.scoring.average_precision import match_boxes
+from kitlib.tables import BOX, check_table
 
 logger = logging.getLogger(__name__)
 
@@ -20,34 +24,15 @@ MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
 BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
 BOX_IOUS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # published: 0.55 to 0.625
 BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
-# Weights of NONE_PARTS: each part alone, published mixtures (3rd place 0.7 and 0.3, 11th 0.5 and 0.5) and similar mixtures.
-NONE_MIXTURES = (
-    (1.0, 0.0, 0.0, 0.0),
-    (0.0, 1.0, 0.0, 0.0),
-    (0.0, 0.0, 1.0, 0.0),
-    (0.0, 0.0, 0.0, 1.0),
-    (0.5, 0.5, 0.0, 0.0),
-    (0.7, 0.0, 0.3, 0.0),
-    (0.5, 0.0, 0.5, 0.0),
-    (0.3, 0.0, 0.7, 0.0),
-    (0.0, 0.5, 0.5, 0.0),
-    (0.0, 0.5, 0.0, 0.5),
-    (0.7, 0.0, 0.0, 0.3),
-    (0.5, 0.0, 0.0, 0.5),
-    (0.4, 0.3, 0.3, 0.0),
-    (0.25, 0.25, 0.25, 0.25),
-)
-OPACITY_POWERS = (0.0, 0.1, 0.16 / 0.84, 0.3, 0.4, 0.6, 0.8, 1.0)
-NEGATIVE_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 KEPT_FUSIONS = 3  # each tuning step needs the fusion of the current settings again; other fusions are rarely needed twice
 
-Change = Callable[[FusionSettings, Any], FusionSettings]
+Change = Callable[[Any, Any], Any]
 Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that sets a value in the settings, values to try
 
 
-def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]:
-    """Find good FusionSettings; return them and a table of steps with the columns step, setting (chosen value), score, gain.
+def tune(judge: "Judge", rounds: int = 2) -> tuple[Any, pd.DataFrame]:
+    """Find good settings; return them and a table of steps with the columns step, setting (chosen value), score, gain.
 
     The first row is the default. Each step tries a grid of values for one setting and keeps the best value if it raises the
     score by at least LEAST_GAIN; the calibration of box scores is fitted to the same images and kept on the same condition.
@@ -55,13 +40,13 @@ def tune(judge: "Judge", rounds: int = 2) -> tuple[FusionSettings, pd.DataFrame]
     in the first round. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the
     score. The final score is optimistic, because the settings were chosen on the same predictions; see `cross_fit`.
     """
-    return _hill_climb(judge, judge.truth, rounds)
+    return _hill_climb(judge, judge.everything, rounds)
 
 
-def judge_fixed(judge: "Judge", settings: FusionSettings) -> pd.DataFrame:
+def judge_fixed(judge: "Judge", settings: Any) -> pd.DataFrame:
     """Return a table with one row, the score of `settings` without tuning; the columns are those of the table of `tune`."""
     return pd.DataFrame(
-        [("fixed", "as given", judge.score(settings, judge.truth), 0.0)], columns=["step", "setting", "score", "gain"]
+        [("fixed", "as given", judge.score(settings, judge.everything), 0.0)], columns=["step", "setting", "score", "gain"]
     )
 
 
@@ -75,24 +60,25 @@ def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
-        is_in_fold = judge.images["fold"] == fold
-        settings, _ = _hill_climb(judge, judge.truth_of(~is_in_fold), rounds)
-        truth = judge.truth_of(is_in_fold)
-        rows.append((fold, int(is_in_fold.sum()), judge.score(FusionSettings(), truth), judge.score(settings, truth)))
+        is_in_fold = (judge.images["fold"] == fold).to_numpy()
+        settings, _ = _hill_climb(judge, judge.part(~is_in_fold), rounds)
+        part = judge.part(is_in_fold)
+        default = judge.score(judge.competition.settings(), part)
+        rows.append((fold, int(is_in_fold.sum()), default, judge.score(settings, part)))
     return pd.DataFrame(rows, columns=["fold", "images", "default", "cross_fitted"])
 
 
-def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettings, pd.DataFrame]:
-    settings = FusionSettings()
-    best = judge.score(settings, truth)
-    calibration = judge.calibration(truth)
+def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.DataFrame]:
+    settings = judge.competition.settings()
+    best = judge.score(settings, part)
+    calibration = judge.calibration(part)
     rows = [("0 default", "", best, 0.0)]
     for number in range(rounds):
         before = best
         boxes_first = _box_grids(judge.detectors, calibration) if number == 0 else []
-        for name, change, values in boxes_first + _score_grids(judge.classifiers):
+        for name, change, values in boxes_first + _score_grids(judge.classifiers, judge.competition):
             candidates = {value: change(settings, value) for value in values}
-            tried = {value: judge.score(new, truth) for value, new in candidates.items() if new != settings}
+            tried = {value: judge.score(new, part) for value, new in candidates.items() if new != settings}
             value = max(tried, key=tried.__getitem__)
             gain = tried[value] - best
             if gain < LEAST_GAIN:
@@ -106,68 +92,75 @@ def _hill_climb(judge: "Judge", truth: Truth, rounds: int) -> tuple[FusionSettin
     return settings, pd.DataFrame(rows, columns=["step", "setting", "score", "gain"])
 
 
-class Judge:
-    """Computes the competition score of FusionSettings; caches the fused boxes of the latest KEPT_FUSIONS box settings.
+@dataclass(frozen=True)
+class Part:
+    """Some of a Judge's images: `chosen`, a boolean mask (n,) of its images or None for all, and their ground truth."""
 
-    The score is computed on the images in `folds` that every classifier and every detector has predicted, without images
-    marked `false_none`. Raises FusionError for predictions that are not out-of-fold, for detections in images that
-    `coverage` lacks, and if no image remains.
+    chosen: np.ndarray | None
+    truth: Any
+
+
+class Judge:
+    """Computes a competition's score of its settings; caches the fused boxes of the latest KEPT_FUSIONS box settings.
+
+    `tables` are those of a prepared run (images, labels, boxes, folds), `masks` its masks or None. The score is computed on
+    the images in folds that every model has predicted, without images marked `false_none`. Raises FusionError for
+    predictions that are not out-of-fold, for detections in images that the coverage lacks, for a model that predicts
+    nothing that the competition wants, and if no image remains.
     """
 
     def __init__(
-        self,
-        study_scores: pd.DataFrame,
-        image_scores: pd.DataFrame,
-        detections: pd.DataFrame,
-        coverage: pd.DataFrame,
-        images: pd.DataFrame,
-        labels: pd.DataFrame,
-        boxes: pd.DataFrame,
-        folds: pd.DataFrame,
+        self, competition: Competition, predictions: ModelPredictions, tables: Mapping[str, pd.DataFrame], masks: Any = None
     ) -> None:
-        self.images = images = _scored_images(study_scores, image_scores, detections, coverage, images, folds)
-        self.study_scores = study_scores[study_scores["study_id"].isin(images["study_id"])]
-        self.image_scores = image_scores[image_scores["image_id"].isin(images["image_id"])]
-        self.labels, self.boxes = labels, boxes
-        self.truth = truth_of(images, labels, boxes)
-        detections = detections[detections["image_id"].isin(images["image_id"])]
+        self.competition = competition
+        _check_wanted(predictions, competition)
+        self.images = images = _scored_images(predictions, tables["images"], tables["folds"])
+        image_ids = images["image_id"]
+        self.labels, self.masks = tables["labels"], masks
+        boxes = check_table(tables["boxes"], "boxes")
+        self.boxes = boxes[boxes["image_id"].isin(image_ids)]
+        self.study_scores = predictions.study_scores[predictions.study_scores["study_id"].isin(images["study_id"])]
+        self.image_scores, detections, self.mask_maps = (
+            table[table["image_id"].isin(image_ids)]
+            for table in (predictions.image_scores, predictions.detections, predictions.mask_maps)
+        )
         # Every detector has predicted every remaining image, so this mask does not depend on the weights.
-        self.seen = seen_images(detections, images, FusionSettings(), coverage)
-        self.lists = BoxLists.of(detections, images, coverage)
-        self.merged: dict[tuple[Any, ...], MergedBoxes] = {}  # the latest one last
+        self.seen = seen_images(detections, images, competition.settings(), predictions.coverage)
+        self.lists = BoxLists.of(detections, images, predictions.coverage)
+        self.merged: dict[tuple[Any, ...], pd.DataFrame] = {}  # the latest one last
         self.raw_hits: np.ndarray | None = None  # mask of the boxes in `lists` that match a ground-truth box
-        self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, pd.DataFrame]] = {}
-        self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"]})
-        self.detectors = sorted(set(coverage["model"]))
+        self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, ...]] = {}
+        self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"], *self.mask_maps["model"]})
+        self.detectors = sorted(set(() if predictions.coverage is None else predictions.coverage["model"]))
+        self.everything = Part(None, self._truth_of(images))
 
-    def truth_of(self, chosen: pd.Series) -> Truth:
-        """Return the ground truth for the rows of `images` that the boolean mask `chosen` selects."""
-        return truth_of(self.images[chosen], self.labels, self.boxes)
+    def part(self, chosen: np.ndarray) -> Part:
+        """Return the part of the images that the boolean mask `chosen` selects."""
+        return Part(chosen, self._truth_of(self.images[chosen]))
 
-    def score(self, settings: FusionSettings, truth: Truth) -> float:
-        """Return the competition score of `settings` on the images of `truth`, a subset of `images`."""
-        studies, nones, boxes = self.fuse(settings)
-        image = pd.Index(truth.image_ids).get_indexer(self.images["image_id"])[boxes.image]
-        return score_matched(truth, studies, nones, image, boxes.score, boxes.match)["score"]
+    def score(self, settings: Any, part: Part) -> float:
+        """Return the competition's score of `settings` on a part of the images."""
+        merged = self.merge(settings)
+        return self.competition.judged(part.truth, merged if part.chosen is None else merged.part(part.chosen), settings)
 
-    def fuse(self, settings: FusionSettings) -> tuple[pd.DataFrame, pd.DataFrame, "MergedBoxes"]:
-        """Return the fused predictions for all images: the tables `studies` and `nones` of `Fused`, and the boxes."""
-        boxes = self._boxes(settings)
-        probabilities = self._probabilities(settings)
-        studies, nones, score = combine(*probabilities, boxes.image, boxes.score, self.seen, self.images, settings)
-        return studies, nones, replace(boxes, score=score)
+    def merge(self, settings: Any) -> MergedPredictions:
+        """Return the merged predictions for all images, with the column `match` of Competition.judge in the boxes."""
+        studies, scores, masks = self._averages(settings)
+        return MergedPredictions(self.images, studies, scores, self._boxes(settings), self.seen, masks)
 
-    def calibration(self, truth: Truth) -> dict[str, tuple[float, float]]:
-        """Fit each detector's calibration on the images of `truth`; return slope and offset, keyed by detector.
+    def calibration(self, part: Part) -> dict[str, tuple[float, float]]:
+        """Fit each detector's calibration on a part of the images; return slope and offset, keyed by detector.
 
         Detectors that cannot be calibrated are omitted.
         """
         lists = self.lists
+        row = lists.group // len(lists.findings)
         if self.raw_hits is None:
-            self.raw_hits = match_in_images(self.truth, lists.image, lists.corners * lists.sides[lists.image]) >= 0
+            finding = np.array(lists.findings, dtype=object)[lists.group % len(lists.findings)]
+            self.raw_hits = self._match(row, finding, lists.corners * lists.sides[lists.group]) >= 0
         calibration = {}
-        chosen = self.images["image_id"].isin(truth.image_ids).to_numpy()[lists.image]
-        chosen &= lists.score >= FusionSettings().box_min_score  # lower scores are never fused
+        chosen = np.ones(len(row), bool) if part.chosen is None else part.chosen[row]
+        chosen &= lists.score >= self.competition.settings().box_min_score  # lower scores are never fused
         for number, model in enumerate(lists.models):
             of_model = chosen & (lists.model == number)
             coefficients = fit_calibration(lists.score[of_model], self.raw_hits[of_model])
@@ -175,14 +168,29 @@ class Judge:
                 calibration[model] = coefficients
         return calibration
 
-    def _probabilities(self, settings: FusionSettings) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _truth_of(self, images: pd.DataFrame) -> Any:
+        return self.competition.truth_of(images, self.labels, self.boxes, self.masks)
+
+    def _match(self, row: np.ndarray, finding: Any, corners: np.ndarray) -> np.ndarray:
+        """Return the row in `boxes` (n,) of the true box with the same image and finding that each box matches, or -1."""
+        findings = pd.Index(pd.unique(self.boxes["finding"]))
+        true_row = pd.Index(self.images["image_id"]).get_indexer(self.boxes["image_id"])
+        key = row * len(findings) + findings.get_indexer(finding)
+        true_key = true_row * len(findings) + findings.get_indexer(self.boxes["finding"])
+        match = match_boxes(key, corners, true_key, self.boxes[list(BOX)], self.competition.hit_iou)
+        return np.where(findings.get_indexer(finding) >= 0, match, -1)
+
+    def _averages(self, settings: Any) -> tuple[pd.DataFrame, ...]:
         key = tuple(settings.weight(model) for model in self.classifiers)
         if key not in self.averaged:
-            studies = fuse_scores(self.study_scores, "study_scores", settings)
-            self.averaged[key] = studies, fuse_scores(self.image_scores, "image_scores", settings)
+            studies = fuse_scores(self.study_scores, "study_id", settings)
+            masks = fuse_maps(self.mask_maps, settings.weight)
+            if self.competition.compare is not None:
+                masks = self.competition.compare(self.everything.truth, masks)
+            self.averaged[key] = studies, fuse_scores(self.image_scores, "image_id", settings), masks
         return self.averaged[key]
 
-    def _boxes(self, settings: FusionSettings) -> "MergedBoxes":
+    def _boxes(self, settings: Any) -> pd.DataFrame:
         weights = [settings.weight(model) for model in self.detectors]
         shares = tuple(weight / max(weights) for weight in weights)
         key: tuple[Any, ...] = shares, tuple(settings.calibration.items()), settings.box_min_score, settings.final_nms_iou
@@ -190,27 +198,15 @@ class Judge:
             confidence = settings.box_confidence if settings.box_method == "wbf" else ""
             key += settings.box_method, settings.box_iou, settings.box_limit, confidence
         if key not in self.merged:
-            corners, score, image = fuse_lists(self.lists, settings)
-            match = match_in_images(self.truth, image, corners)
-            order = np.argsort(-score, kind="stable")  # sorting again is then fast, unless boxes are rescored
-            self.merged[key] = MergedBoxes(image[order].astype(np.int32), score[order], match[order].astype(np.int32))
+            boxes = fuse_boxes(self.lists, settings)
+            match = self._match(boxes["row"].to_numpy(), boxes["finding"], boxes[list(BOX)].to_numpy())
+            boxes["match"] = match.astype(np.int32)
+            order = np.argsort(-boxes["score"].to_numpy(), kind="stable")  # sorting again is then fast, unless rescored
+            self.merged[key] = boxes.iloc[order].reset_index(drop=True).astype(dict.fromkeys(BOX, np.float32))
             if len(self.merged) > KEPT_FUSIONS:
                 del self.merged[next(iter(self.merged))]
         self.merged[key] = self.merged.pop(key)
         return self.merged[key]
-
-
-@dataclass(frozen=True)
-class MergedBoxes:
-    """The image, score and match of k merged boxes, on which the competition score depends.
-
-    `image` is the row of each box's image in the table of images, `match` the row of the ground-truth box that it matches,
-    or -1.
-    """
-
-    image: np.ndarray
-    score: np.ndarray
-    match: np.ndarray
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
@@ -231,31 +227,29 @@ def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]
     return first + weights + ways
 
 
-def _score_grids(classifiers: list[str]) -> list[Grid]:
+def _score_grids(classifiers: list[str], competition: Competition) -> list[Grid]:
     weights: list[Grid] = [(f"weight of {model}", _weigh(model, classifiers), MODEL_WEIGHTS) for model in classifiers]
-    return [
-        *(weights if len(weights) > 1 else []),
-        ("none: " + ", ".join(part.removeprefix("none_") for part in NONE_PARTS), _mix_none, NONE_MIXTURES),
-        ("opacity_power", _field("opacity_power"), OPACITY_POWERS),
-        ("negative_share", _field("negative_share"), NEGATIVE_SHARES),
-    ]
+    grids = [(name, _fields(names), values) for name, (names, values) in competition.settings.GRIDS.items()]
+    return (weights if len(weights) > 1 else []) + grids
 
 
 def _field(name: str) -> Change:
     return lambda settings, value: replace(settings, **{name: value})
 
 
+def _fields(names: tuple[str, ...]) -> Change:
+    def change(settings: Any, values: Any) -> Any:
+        return replace(settings, **dict(zip(names, values if len(names) > 1 else [values], strict=True)))
+
+    return change
+
+
 def _calibrate(calibration: dict[str, tuple[float, float]]) -> Change:
     return lambda settings, _: replace(settings, calibration=calibration)
 
 
-def _mix_none(settings: FusionSettings, weights: tuple[float, ...]) -> FusionSettings:
-    parts: dict[str, Any] = dict(zip(NONE_PARTS, weights, strict=True))
-    return replace(settings, **parts)
-
-
 def _weigh(model: str, models: list[str]) -> Change:
-    def change(settings: FusionSettings, weight: float) -> FusionSettings:
+    def change(settings: Any, weight: float) -> Any:
         changed = replace(settings, model_weights={**settings.model_weights, model: weight})
         # At least one model must keep a nonzero weight; the current weight is not worth trying again.
         alone = not any(changed.weight(other) for other in models)
@@ -264,16 +258,29 @@ def _weigh(model: str, models: list[str]) -> Change:
     return change
 
 
-def _scored_images(
-    study_scores: pd.DataFrame,
-    image_scores: pd.DataFrame,
-    detections: pd.DataFrame,
-    coverage: pd.DataFrame,
-    images: pd.DataFrame,
-    folds: pd.DataFrame,
-) -> pd.DataFrame:
+def _check_wanted(predictions: ModelPredictions, competition: Competition) -> None:
+    """Raise FusionError for a model whose predictions the competition does not want."""
+    wanted = {*competition.image_classes, *competition.helping_classes}
+    for table, classes, kind in (
+        (predictions.study_scores, set(competition.study_classes), "studies"),
+        (predictions.image_scores, wanted, "images"),
+        (predictions.detections, set(competition.box_classes), "boxes"),
+        (predictions.mask_maps, set(competition.mask_classes), "masks"),
+    ):
+        for model, rows in table.groupby("model"):
+            predicted = set(rows["finding"]) if "finding" in rows else set(rows.columns[rows.notna().any()])
+            if len(rows) and not predicted & classes:
+                raise FusionError(
+                    f"{competition.name} wants no {kind} of the classes that {model} predicts; it wants of {kind}: "
+                    f"{', '.join(sorted(classes)) or 'nothing'}. Leave its run out, or name the right competition"
+                )
+
+
+def _scored_images(predictions: ModelPredictions, images: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `images` that every model has predicted, with a column fold. Raises FusionError as Judge does."""
     runs = ["image_id", "model", "fold"]
+    detections = predictions.detections
+    coverage = detections[runs].iloc[:0] if predictions.coverage is None else predictions.coverage
     uncovered = detections[~pd.MultiIndex.from_frame(detections[runs]).isin(pd.MultiIndex.from_frame(coverage[runs]))]
     if len(uncovered):
         row = uncovered.iloc[0]
@@ -285,10 +292,11 @@ def _scored_images(
     if "false_none" in images:
         images = images[~images["false_none"].astype(bool)]
     is_scored = pd.Series(True, images.index)
-    for key, table in (("study_id", study_scores), ("image_id", image_scores), ("image_id", coverage)):
+    by_image = [("image_id", table) for table in (predictions.image_scores, coverage, predictions.mask_maps)]
+    for key, table in (("study_id", predictions.study_scores), *by_image):
         image_folds = images[[key, "fold"]].drop_duplicates()
-        predictions = table[[key, "model", "fold"]].merge(image_folds, on=key, suffixes=("", "_own"))
-        wrong = predictions[predictions["fold"] != predictions["fold_own"]]
+        scores = table[[key, "model", "fold"]].merge(image_folds, on=key, suffixes=("", "_own"))
+        wrong = scores[scores["fold"] != scores["fold_own"]]
         if len(wrong):
             row = wrong.iloc[0]
             raise FusionError(

@@ -9,7 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numba
 import numpy as np
@@ -17,10 +17,10 @@ from ensemble_boxes import weighted_boxes_fusion
 from numba import njit
 from numba.core.errors import NumbaError
 
+from kitlib.competitions.fusion_settings import CONFIDENCES
+
 logger = logging.getLogger(__name__)
 
-Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
-CONFIDENCES = get_args(Confidence)
 # Compiling takes 3 s, unless another process has stored the compiled code, so it starts only after this process has merged
 # more than this number of boxes in total, which takes ensemble-boxes about 1 s.
 FEW_BOXES = 40_000

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import read_record
+from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.siim_covid19 import SIIM_COVID19
 from kitlib.errors import BundleError
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble
-from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
+from kitlib.fusion.model_fusion import ModelPredictions, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import needs_masks
 from kitlib.models.classifier import OUTPUTS
-from kitlib.models.families import STUDIES, recorded_family
+from kitlib.models.families import BOXES, CLASSES, LUNGS, STUDIES, recorded_family
 from kitlib.settings import from_dict
 from kitlib.tables import concatenate
 
@@ -56,7 +60,7 @@ class Stacked:
     note: str
 
 
-def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringModel:
+def read_answering_model(folder: Path, record_sha256: str = "", competition: Competition = SIIM_COVID19) -> AnsweringModel:
     """Return the AnsweringModel that the record of the bundle `folder` describes, for a model that can fill a submission.
 
     Raises BundleError if the record cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
@@ -65,10 +69,28 @@ def read_answering_model(folder: Path, record_sha256: str = "") -> AnsweringMode
     record = read_record(folder)
     if record_sha256 not in ("", record["record_sha256"]):
         raise BundleError(f"{folder} is not the bundle that weights.json lists; build the kernel's weights again")
-    if no_submission := recorded_family(record).no_submission:
-        classes = ", ".join(map(str, record["classes"][:3]))
-        raise ValueError(f"{record['model']} {no_submission} (its classes: {classes}, ...)")
+    if problem := unwanted(record, competition):
+        raise ValueError(f"{record['model']} {problem}")
     return _describe_model(folder, record)
+
+
+def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
+    """Return why a model's predictions are no part of a submission to `competition`, "" if they are.
+
+    `record` is that of the model's bundle. The text continues a sentence that begins with the model.
+    """
+    answers, classes = recorded_family(record).answers, set(record["classes"])
+    wanted = {
+        STUDIES: {*competition.study_classes, *competition.image_classes},
+        CLASSES: {*competition.image_classes, *competition.helping_classes},
+        BOXES: set(competition.box_classes),
+        LUNGS: set(competition.mask_classes),
+    }[answers]
+    if (answers == STUDIES and not competition.study_classes) or not classes & wanted:
+        named = ", ".join(map(str, record["classes"][:3]))
+        advice = "give its run in the kernel's key `lungs`" if answers == LUNGS else "leave it out, or start another from it"
+        return f"predicts {answers} ({named}, ...), of which a submission to {competition.name} contains none; {advice}"
+    return ""
 
 
 def read_any_model(folder: Path) -> AnsweringModel:
@@ -104,20 +126,32 @@ def fused_answer(
     images: pd.DataFrame,
     fusion: FusionSettings,
     ensemble: Ensemble | None = None,
-) -> tuple[Fused, Stacked | None]:
-    """Fuse the predictions of all models; return the fused predictions and a report on the ensemble.
+    competition: Competition = SIIM_COVID19,
+    mask_maps: Sequence[pd.DataFrame] = (),
+) -> tuple[Any, Stacked | None]:
+    """Fuse the predictions of all models; return what the competition decides from them, and a report on the ensemble.
 
-    `probabilities` are the tables that the Predictors of classifiers yield, `detections` those of detectors. `coverage`
-    tables (image_id, model, fold) list the images that each detector has predicted. `images` has image_id, study_id, rows
-    and columns. The ensemble's prediction replaces those of its learners; for studies that lack a learner, it is the plain
-    mean of the other learners. If the ensemble fails, its learners are fused without it. The report notes both cases; it is
-    None if there is no ensemble or no prediction by a study model.
+    `probabilities` are the tables that the Predictors of classifiers yield, `detections` those of detectors, `mask_maps`
+    those of segmenters. `coverage` tables (image_id, model, fold) list the images that each detector has predicted. `images`
+    has image_id, study_id, rows and columns. For the first result see Competition.decide; for SIIM it is Fused.
+
+    The ensemble's prediction replaces those of its learners; for studies that lack a learner, it is the plain mean of the
+    other learners. If the ensemble fails, its learners are fused without it. The report notes both cases; it is None if
+    there is no ensemble or no prediction by a study model.
     """
-    study_scores, image_scores = study_and_image_scores(probabilities, images)
+    of_studies = [table for table in probabilities if set(STUDY_CLASSES) <= set(table.columns)]
+    of_images = [table for table in probabilities if not set(STUDY_CLASSES) <= set(table.columns)]
+    study_scores, image_scores = study_and_image_scores(of_studies, images)
     study_scores, stacked = _apply_ensemble(study_scores, ensemble)
     coverage = list(coverage)
-    joined_coverage = pd.concat(coverage) if coverage else None
-    return fuse(study_scores, image_scores, concatenate(detections, "detections"), images, fusion, joined_coverage), stacked
+    predictions = ModelPredictions.of(
+        study_scores=study_scores,
+        image_scores=concatenate([image_scores, *of_images], "class_scores") if of_images else image_scores,
+        detections=concatenate(detections, "detections"),
+        mask_maps=concatenate(mask_maps, "mask_maps"),
+        coverage=pd.concat(coverage) if coverage else None,
+    )
+    return fuse(predictions, images, fusion, competition), stacked
 
 
 def _apply_ensemble(study_scores: pd.DataFrame, ensemble: Ensemble | None) -> tuple[pd.DataFrame, Stacked | None]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from kitlib.competitions.siim_covid19 import Fused
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensemble
-from kitlib.fusion.model_fusion import Fused
 from kitlib.inference.answer import AnsweringModel, fused_answer
 from kitlib.inference.cached_lungs import CachedLungs
 from kitlib.inference.predict import Predictor, load_predictor

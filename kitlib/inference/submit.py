@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kitlib.datasets.siim import read_test, studies_from_headers
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.siim_covid19 import SIIM_COVID19
+from kitlib.datasets.siim import studies_from_headers
 from kitlib.deadline import Deadline, OutOfTime, session_limit, session_start
 from kitlib.errors import SubmissionError
 from kitlib.inference.install_wheels import install_wheels
 from kitlib.inference.ledger import Ledger, describe_failure
 from kitlib.inference.model_queue import Model, ModelQueue, Turn
 from kitlib.paths import find_input, is_saved_version, on_kaggle
-from kitlib.scoring.submission_csv import write_submission
-from kitlib.scoring.validate import Fault, validate_rows
+from kitlib.scoring.validate import Fault
 
 if TYPE_CHECKING:
+    from kitlib.competitions.fusion_settings import FusionSettings
     from kitlib.fusion.ensemble_bundle import Ensemble
-    from kitlib.fusion.model_fusion import FusionSettings
     from kitlib.inference.answer import Stacked
     from kitlib.inference.cached_lungs import CachedLungs, LungsReport
     from kitlib.inference.decoded_once import DecodedOnce
@@ -70,14 +71,20 @@ class SubmissionRun:
     one row per stage: its number of files, its seconds, and a note on what was dropped and why.
     """
 
-    def __init__(self, competition: str | Path, output: str | Path, settings: SubmitSettings) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        output: str | Path,
+        settings: SubmitSettings,
+        competition: Competition = SIIM_COVID19,
+    ) -> None:
         """Write the placeholder predictions to `output`.
 
-        `competition` is the folder that contains `test/` and `sample_submission.csv`. The submission gets the rows of the
-        sample or, if the sample is missing or cannot be read, one row per study and image in `test/`.
+        `folder` has the competition's test images and its sample submission, whose rows the submission gets. If SIIM's
+        sample is missing or cannot be read, the submission has one row per study and image in `test/`.
         """
         began = time.monotonic()
-        self.settings, self.output = settings, Path(output)
+        self.settings, self.output, self.competition = settings, Path(output), competition
         limit, start = session_limit(settings.time_limit_s), session_start()
         starting = 0.0 if start is None else began - start
         ending = min(starting, ENDING_S)
@@ -95,9 +102,10 @@ class SubmissionRun:
         self.lungs_reports: list[LungsReport] = []  # of these processes
         self.ensemble: Ensemble | None = None
         self.stacked: Stacked | None = None  # result of the ensemble in the latest fusion
-        test = read_test(competition, headers=False)
-        self.images, self.study_ids, self.ids = test.images, test.study_ids, test.submission_ids
-        write_submission(self.output, self.ids)
+        test = competition.read_test(Path(folder))
+        self.images, self.ids = test.images, test.submission_ids
+        self.study_ids = test.study_ids if competition.study_classes else ()
+        competition.write(self.output, self.ids, None)
         self._note("priors", len(self.ids), began, f"time limit {limit:.0f} s, planned {planned:.0f} s")
         if 0 < settings.quick_save < len(self.images) and is_saved_version():
             note = f"QUICK SAVE: only {settings.quick_save} of {len(self.images)} files are predicted; the scored rerun"
@@ -176,7 +184,8 @@ class SubmissionRun:
 
     def finish(self) -> pd.DataFrame:
         """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
-        began, self.faults = time.monotonic(), validate_rows(self.ids, self.output)
+        began = time.monotonic()
+        self.faults = self.competition.find_faults(list(self.ids), self.output, "the sample submission")
         note = "valid"
         if self.faults:
             note = f"Kaggle would reject the file: {len(self.faults)} faults; the first is: {self.faults[0]}"
@@ -203,7 +212,7 @@ class SubmissionRun:
     def _find_studies(self) -> None:
         """Find the studies of images whose paths do not contain them, in their headers."""
         began, count = time.monotonic(), int((self.images.study_id == self.images.image_id).sum())
-        if not count:
+        if not count or not self.competition.study_classes:
             return
         try:
             self.images = studies_from_headers(self.images, self.study_ids)
@@ -213,7 +222,7 @@ class SubmissionRun:
             self._note("studies", 0, began, describe_failure(error))
 
     def _read_weights(self, weights: Path) -> "FusionSettings":
-        from kitlib.fusion.model_fusion import FusionSettings, read_settings
+        from kitlib.fusion.model_fusion import read_settings
         from kitlib.inference.answer import read_answering_model
 
         contents = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
@@ -222,7 +231,8 @@ class SubmissionRun:
             try:
                 name = entry["folder"]
                 self.listed.append(str(name))
-                self.models.append(Model(read_answering_model(weights / name, entry.get("record_sha256", ""))))
+                digest = entry.get("record_sha256", "")
+                self.models.append(Model(read_answering_model(weights / name, digest, self.competition)))
             except Exception as error:  # the other bundles may be valid
                 self._note(str(name), 0, began, describe_failure(error))
         if not self.models:
@@ -243,10 +253,10 @@ class SubmissionRun:
             self._note("ensemble", 0, began, f"{describe_failure(error)}; the study models are fused without it")
         try:
             tuned = weights / "fusion.json"
-            return read_settings(tuned) if tuned.is_file() else FusionSettings()
+            return read_settings(tuned, self.competition) if tuned.is_file() else self.competition.settings()
         except Exception as error:  # untuned settings are better than no fusion
             self._note("fusion.json", 0, began, f"{describe_failure(error)}; the models are fused with the default settings")
-            return FusionSettings()
+            return self.competition.settings()
 
     def _predict_all(self, xrays: "DecodedOnce", fusion: "FusionSettings") -> None:
         processes = self._prediction_processes(xrays)
@@ -376,8 +386,10 @@ class SubmissionRun:
         try:
             with self.last_deadline.enforced():
                 ready = [model for model in self.models if model.may_be_fused]
-                classifiers = [model.predicted for model in ready if "boxes" not in model.answers]
-                detectors = [model.predicted for model in ready if "boxes" in model.answers]
+                detectors, segmenters = (
+                    [model.predicted for model in ready if answer in model.answers] for answer in ("boxes", "masks")
+                )
+                classifiers = [model.predicted for model in ready if not {"boxes", "masks"} & model.answers]
                 images = xrays.sized(self.images)  # after the predictions, which are of images that have been decoded
                 fused, self.stacked = fused_answer(
                     [chunk for predicted in classifiers for chunk in predicted.chunks],
@@ -386,9 +398,10 @@ class SubmissionRun:
                     images,
                     fusion,
                     self.ensemble,
+                    self.competition,
+                    [chunk for predicted in segmenters for chunk in predicted.chunks],
                 )
-                studies, nones = fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior]
-                on_priors = write_submission(self.output, self.ids, studies, nones, fused.detections)
+                on_priors = self.competition.write(self.output, self.ids, fused)
                 note = f"{len(on_priors)} rows keep placeholder predictions"
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, note)
         except (OutOfTime, OSError, MemoryError) as error:  # no model's fault; the previous file remains

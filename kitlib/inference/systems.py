@@ -9,9 +9,10 @@ from typing import Any
 
 from kitlib.bundle import RECORD as BUNDLE_RECORD
 from kitlib.bundle import read_record
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.errors import BundleError, RunError
 from kitlib.fusion.ensemble_bundle import read_ensemble
-from kitlib.fusion.model_fusion import FusionSettings, read_settings
+from kitlib.fusion.model_fusion import read_settings
 from kitlib.inference.answer import AnsweringModel, read_answering_model, read_any_model
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.paths import find_run
@@ -39,7 +40,7 @@ class System:
 
     name: str
     models: tuple[AnsweringModel, ...]
-    fusion: FusionSettings = field(default_factory=FusionSettings)
+    fusion: SiimFusion = field(default_factory=SiimFusion)
     ensemble: Path | None = None  # bundle that stacks the study models or classifiers
     lungs: Path | None = None  # bundle of a segmenter, for models that use lung masks and for the page's layer "lungs"
     notes: tuple[str, ...] = ()  # sentences to show with the predictions, such as which bundles are not used, and why
@@ -117,13 +118,13 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
         folders = _named_runs(run, parameters)
         build = build_system if read_ensemble(run / "ensemble").key == "study_id" else _build_classifiers
         name = f"{run.name}: {' + '.join(folder.name for folder in folders)}"
-        return build(name, folders, FusionSettings(), run / "ensemble", segmenters)
+        return build(name, folders, SiimFusion(), run / "ensemble", segmenters)
     build = _build_classifiers if kind == "findings" else build_system
-    return build(run.name, [run], FusionSettings(), None, segmenters)
+    return build(run.name, [run], SiimFusion(), None, segmenters)
 
 
 def build_system(
-    name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: Mapping[str, Path]
+    name: str, folders: Sequence[Path], fusion: SiimFusion, ensemble: Path | None, segmenters: Mapping[str, Path]
 ) -> System:
     """Return a system called `name` of all study models and detectors in the run folders `folders`.
 
@@ -170,7 +171,7 @@ def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def _build_classifiers(
-    name: str, folders: Sequence[Path], fusion: FusionSettings, ensemble: Path | None, segmenters: Mapping[str, Path]
+    name: str, folders: Sequence[Path], fusion: SiimFusion, ensemble: Path | None, segmenters: Mapping[str, Path]
 ) -> System:
     """Return a system of all classifiers in the run folders `folders`, with all of their folds, including nested folds.
 

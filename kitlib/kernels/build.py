@@ -26,15 +26,18 @@ from kitlib.fusion.ensemble_bundle import RECORD as ENSEMBLE_RECORD
 from kitlib.fusion.ensemble_bundle import WEIGHTS as ENSEMBLE_WEIGHTS
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.fusion.model_fusion import read_settings
+from kitlib.inference.answer import unwanted
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.pack_library import pack_library
 from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import needs_masks
 from kitlib.lungs.finders import segmenter_digest
-from kitlib.models.families import LUNGS, STUDIES, recorded_family
+from kitlib.models.families import BOXES, CLASSES, LUNGS, STUDIES, recorded_family
 from kitlib.paths import project_root
 
+# What weights.json calls a model, by what its family predicts.
+KINDS = {STUDIES: "study", BOXES: "detector", CLASSES: "classifier", LUNGS: "segmenter"}
 # Kaggle refuses a larger notebook.
 NOTEBOOK_BYTES = 1_000_000
 # Kaggle refuses a larger dataset.
@@ -175,15 +178,15 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
             raise KernelError(f"runs: {bundle} is a second {name}; list only one run for each model and fold")
         record = copy_bundle(bundle, folder / name)
         family = recorded_family(record, bundle)
-        if family.no_submission:
-            raise KernelError(f"runs: {bundle} {family.no_submission}")
+        if problem := unwanted(record, spec.rules):
+            raise KernelError(f"runs: {bundle} {problem}")
         if needs_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
                 f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` is "
                 f"{'another segmenter or clean-up' if segmenter else 'empty'}; set it to the run of notebook 14 that was "
                 "the model's lungs_run"
             )
-        kind = "study" if family.answers == STUDIES else "detector"
+        kind = KINDS[family.answers]
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
             study_models.add(record["model"])
         recorded = ("family", "model", "fold", "precision", "weights_sha256", "record_sha256")
@@ -193,7 +196,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if not fusion.is_file():
             raise KernelError(f"fusion: {fusion} does not exist; run notebook 60 first, or remove the key")
         try:
-            read_settings(fusion)
+            read_settings(fusion, spec.rules)
         except SettingsError as error:
             raise KernelError(f"fusion: {error}") from error
         shutil.copyfile(fusion, folder / "fusion.json")

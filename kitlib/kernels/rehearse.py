@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kitlib.datasets.siim import read_test
-from kitlib.errors import DatasetError, KernelError
+from kitlib.competitions.contract import Competition
+from kitlib.errors import DatasetError, KernelError, SubmissionError
 from kitlib.kernels.kaggle_environment import link_kaggle_packages
 from kitlib.kernels.launch import (
     IMAGES,
@@ -32,7 +32,6 @@ from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import are_installable, local_wheels, parse_pins
 from kitlib.notebook import first_problem
 from kitlib.processes import kill_family
-from kitlib.scoring.score import score_files
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +98,9 @@ def rehearse(
     `inputs` is a folder with one subfolder per input, named by the input's slug. Only the inputs in the kernel's metadata
     are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, a key of LAYOUTS, decides where they
     are mounted. The kernel is killed after `time_limit_s` seconds. `on_line` is called with each line that the kernel
-    prints. `truth`, only for a submission, is a folder with train_study_level.csv and train_image_level.csv, against which
-    the submission is scored. It is a fault if a bundle in `out`/weights has not predicted every readable file, because a
-    valid file of placeholder predictions would pass otherwise; `allow_placeholders` turns this check off. The submission
-    notebook writes usage.json for the check.
+    prints. `truth`, only for a submission, is the ground truth (see Competition) against which it is scored. It is a fault
+    if a bundle in `out`/weights has not predicted every readable file, because a valid file of placeholder predictions would
+    pass otherwise; `allow_placeholders` turns this check off. The submission notebook writes usage.json for the check.
 
     The kernel runs in a sandbox with those installed packages that Kaggle's image has too or, if `docker`, in a container of
     the kernel's `docker_image`, else of Kaggle's public image, which must have been pulled. Replaces `out`/working,
@@ -115,7 +113,7 @@ def rehearse(
     folders = _find_inputs(metadata, built_datasets, inputs, LAYOUTS[layout])
     if truth and not spec.is_submission:
         raise KernelError(f"{spec.slug} makes no submission to score with the ground truth; leave the ground truth out")
-    ids = _find_submission_ids(inputs / spec.competition) if spec.is_submission else ()
+    ids = _find_submission_ids(spec.rules, inputs / spec.competition) if spec.is_submission else ()
     packages = None if docker else link_kaggle_packages()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"
     shutil.rmtree(working, ignore_errors=True)
@@ -140,7 +138,7 @@ def rehearse(
                 end_container(name, image, working)
     problem = _find_problem(exit_code, time_limit_s if seconds > time_limit_s else None, executed)
     result, unfinished, faults = check_result(spec, working, ids)
-    scores = score_files(truth, working / result) if truth and not faults else None
+    scores = spec.rules.score_files(truth, working / result) if truth and not faults else None
     if spec.is_submission and not allow_placeholders:
         faults += find_unused_bundles(list_bundles(out / "weights"), working / USAGE)
     return Rehearsal(
@@ -227,11 +225,11 @@ def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
     return replacement_folder
 
 
-def _find_submission_ids(competition: Path) -> tuple[str, ...]:
-    """Return the ids that a submission must have, read from the folder `competition`. Raises KernelError if it has none."""
+def _find_submission_ids(competition: Competition, folder: Path) -> tuple[str, ...]:
+    """Return the ids that a submission must have, read from a folder of data. Raises KernelError if it has none."""
     try:
-        return read_test(competition, headers=False).submission_ids
-    except DatasetError as error:
+        return tuple(competition.read_test(folder).submission_ids)
+    except (DatasetError, SubmissionError) as error:
         raise KernelError(f"the rows of a submission are unknown: {error}") from error
 
 

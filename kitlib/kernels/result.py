@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kitlib.kernels.spec import KernelSpec
-from kitlib.scoring.validate import validate_rows
 
 USAGE = "usage.json"  # in the kernel's output: how many files each bundle has predicted, see SubmissionRun.usage
 
@@ -19,7 +18,7 @@ def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple
     if spec.is_submission:
         result = working / "submission.csv"
         faults = (
-            tuple(map(str, validate_rows(ids, result)))
+            tuple(map(str, spec.rules.find_faults(list(ids), result, "the sample submission")))
             if result.is_file()
             else (f"{result.name} does not exist in {working}",)
         )

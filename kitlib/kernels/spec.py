@@ -9,6 +9,8 @@ from typing import Any
 
 from slugify import slugify
 
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.registry import choose_competition
 from kitlib.errors import KernelError, NotebookError, SettingsError
 from kitlib.kernels.accelerators import NONE, find_fault
 from kitlib.parameters import check_parameters, read_parameters
@@ -43,7 +45,7 @@ class KernelSpec(Settings):
     title: str = ""  # Kaggle derives the slug from the title; the result must be `slug`
     slug: str = ""
     owner: str = ""  # Kaggle user name
-    competition: str = "siim-covid19-detection"  # the competition whose data are attached; empty: no competition
+    competition: str = "siim-covid19-detection"  # slug of the competition whose data are attached; empty: no competition
     dataset_sources: tuple[str, ...] = ()  # datasets to attach
     model_sources: tuple[str, ...] = ()  # Kaggle Models to attach, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION
     kernel_sources: tuple[str, ...] = ()  # kernels whose output (their runs) to attach
@@ -69,6 +71,11 @@ class KernelSpec(Settings):
     def wheels_slug(self) -> str:
         """Slug of the wheels dataset."""
         return self.wheels or f"{self.slug}-wheels"
+
+    @property
+    def rules(self) -> Competition:
+        """The competition whose rows the kernel writes: that of the parameter `rules`, or else of its data."""
+        return choose_competition(self.competition, self.parameters.get("rules", ""))[0]
 
     @property
     def time_limit_s(self) -> float:

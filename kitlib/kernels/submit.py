@@ -18,13 +18,13 @@ from typing import Any
 import requests
 
 from kitlib.atomic import write_text
+from kitlib.competitions.registry import choose_competition
 from kitlib.errors import KaggleUnreachable, KernelError
 from kitlib.kernels.client import KaggleClient, poll
 from kitlib.kernels.pushed import COMPLETE, OUTPUT, Pushed, read_pushed, write_pushed
 from kitlib.kernels.result import USAGE, find_unused_bundles
 from kitlib.runs.kaggle_scores import add_score
 from kitlib.runs.record import RECORD
-from kitlib.scoring.validate import validate
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,11 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
     `allow_placeholders`.
     """
     folder = Path(out) / OUTPUT
-    faults = [str(fault) for fault in validate(folder / SAMPLE, folder / SUBMISSION)]
+    pushed = read_pushed(out)
+    competition, _ = choose_competition(pushed.competition)
+    faults = [str(fault) for fault in competition.validate_file(folder / SUBMISSION, sample=folder / SAMPLE)]
     if not allow_placeholders:
-        faults += find_unused_bundles(read_pushed(out).bundles, folder / USAGE)
+        faults += find_unused_bundles(pushed.bundles, folder / USAGE)
     if faults:
         listing = "".join(f"\n  {fault}" for fault in faults[:20])
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"

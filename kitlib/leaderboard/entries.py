@@ -8,15 +8,16 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
+from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.errors import LeaderboardError
-from kitlib.fusion.model_fusion import FusionSettings, fuse_scores
+from kitlib.fusion.model_fusion import fuse_scores
 from kitlib.leaderboard.listing import SHORT, ListedRun, list_run
 from kitlib.leaderboard.prepared import PreparedRuns
 from kitlib.reports.classification_report import by_model, judged
 from kitlib.reports.findings_report import mean_over_folds
 from kitlib.runs.finished_run import check_out_of_fold, judged_images, read_fused, read_out_of_fold
 from kitlib.runs.run_kinds import named_folder
-from kitlib.tables import concatenate, read_table
+from kitlib.tables import concatenate, empty_table, read_table
 
 
 @dataclass(frozen=True)
@@ -213,13 +214,14 @@ def _read_predictions(
     check_out_of_fold(
         predicted.study_scores[predicted.study_scores["study_id"].isin(fold_of_study.index)], "study_id", fold_of_study
     )
-    for table in (predicted.image_scores, predicted.detections, predicted.coverage):
+    coverage = empty_table("coverage") if predicted.coverage is None else predicted.coverage
+    for table in (predicted.image_scores, predicted.detections, coverage):
         check_out_of_fold(table, "image_id", fold_of)
-    if len(predicted.coverage):
-        covered = images["image_id"].isin(predicted.coverage["image_id"])
+    if len(coverage):
+        covered = images["image_id"].isin(coverage["image_id"])
         return Predictions(images[covered], detections=predicted.detections)
-    studies = fuse_scores(predicted.study_scores, "study_scores", FusionSettings())
-    nones = fuse_scores(predicted.image_scores, "image_scores", FusionSettings())
+    studies = fuse_scores(predicted.study_scores, "study_id", FusionSettings())
+    nones = fuse_scores(predicted.image_scores, "image_id", FusionSettings())
     for table, key in ((studies, "study_id"), (nones, "image_id")):
         if len(table):
             images = images[images[key].isin(table[key])]

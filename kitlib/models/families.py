@@ -31,11 +31,9 @@ class Family:
     """A model family: its recipe, its network and what it predicts.
 
     `answers` is what the family predicts: STUDIES (the four study classes and `none`), CLASSES (the classes of its training
-    labels), BOXES (of the findings of its training boxes), or LUNGS (masks of lungs). `network` is a function that builds
-    the network, with random or starting weights, from a recipe and the class names. `sees_patches` is True if the network's
-    input is patches of an image. `one_process` is True if several processes cannot train one model together.
-    `no_submission` is empty if the family predicts rows of a submission; otherwise it is the end of an error message that
-    says what to submit instead.
+    labels), BOXES, or LUNGS (masks of lungs). `network` is a function that builds the network, with random or starting
+    weights, from a recipe and the class names. `sees_patches` is True if the network's input is patches of an image.
+    `one_process` is True if several processes cannot train one model together.
     """
 
     name: str
@@ -44,7 +42,6 @@ class Family:
     network: Callable[[Any, Sequence[str]], Any]
     sees_patches: bool = False
     one_process: bool = False
-    no_submission: str = ""
 
 
 def _study(recipe: StudyRecipe, classes: Sequence[str]) -> Any:
@@ -89,19 +86,16 @@ def _segmenter(recipe: SegmenterRecipe, classes: Sequence[str]) -> Any:
     return Segmenter(recipe)
 
 
-_FINDINGS = "predicts findings, which a submission does not contain; submit a study model or detector that starts from it"
-_LUNGS = "predicts lung masks, which a submission does not contain; give its run in the kernel's key `lungs`"
-
 FAMILIES: Mapping[str, Family] = {
     family.name: family
     for family in (
         Family("study", StudyRecipe, STUDIES, _study),
-        Family("findings", FindingsRecipe, CLASSES, _findings, no_submission=_FINDINGS),
-        Family("patches", PatchRecipe, CLASSES, _patches, sees_patches=True, no_submission=_FINDINGS),
+        Family("findings", FindingsRecipe, CLASSES, _findings),
+        Family("patches", PatchRecipe, CLASSES, _patches, sees_patches=True),
         Family("faster_rcnn", DetectorRecipe, BOXES, _faster_rcnn),
         Family("retinanet", DetectorRecipe, BOXES, _retinanet),
         Family("yolo", DetectorRecipe, BOXES, _yolo, one_process=True),
-        Family("segmenter", SegmenterRecipe, LUNGS, _segmenter, no_submission=_LUNGS),
+        Family("segmenter", SegmenterRecipe, LUNGS, _segmenter),
     )
 }
 

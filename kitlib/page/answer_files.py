@@ -8,7 +8,7 @@ import pandas as pd
 from kitlib.atomic import write_csv, write_json
 from kitlib.bundle import versions
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.model_fusion import Fused
+from kitlib.competitions.siim_covid19 import Fused
 from kitlib.inference.loaded_models import Answer
 from kitlib.inference.systems import System
 from kitlib.page.opened_study import OpenedStudy

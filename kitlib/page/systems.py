@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.errors import RunError
-from kitlib.fusion.model_fusion import FusionSettings
 from kitlib.inference.systems import System, build_system, find_segmenters, read_system
 from kitlib.leaderboard.listing import ListedRun
 
@@ -36,7 +36,7 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
     trained = [run.folder for run in finished if run.kind in TRAINED]
     if not fused and (trained or not other_systems):
         try:
-            fused = [build_system("all models, equal weights", trained, FusionSettings(), None, segmenters)]
+            fused = [build_system("all models, equal weights", trained, SiimFusion(), None, segmenters)]
         except RunError as error:
             if not other_systems:
                 raise

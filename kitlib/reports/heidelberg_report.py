@@ -12,8 +12,8 @@ import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import Fused
 from kitlib.errors import RunError
-from kitlib.fusion.model_fusion import Fused
 from kitlib.reports.findings_report import Answers
 from kitlib.reports.published_tables import find_published
 from kitlib.scoring.average_precision import precision_recall

@@ -9,18 +9,20 @@ from typing import Any
 import pandas as pd
 
 from kitlib.bundle import RECORD, data_fingerprint
+from kitlib.competitions.siim_covid19 import Fused, SiimFusion
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import read_ensemble
-from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
+from kitlib.fusion.model_fusion import ModelPredictions, fuse
 from kitlib.fusion.stacking import LearnerScores, gather
 from kitlib.fusion.test_split import TestSplitScores, gather_test_split
 from kitlib.paths import find_run
 from kitlib.tables import concatenate, read_table
 from kitlib.xrays.cache import DecodedXrays, XrayCache
+from kitlib.xrays.mask_store import MaskStore
 
 PREPARED_TABLES = ("images", "labels", "boxes", "folds")
 STACKED_TABLES = ("nested_scores", "class_scores", "study_scores")  # most complete first; the first that a run has is read
-PREDICTED_TABLES = ("study_scores", "image_scores", "detections", "coverage")
+PREDICTED_TABLES = ("study_scores", "image_scores", "class_scores", "detections", "coverage", "mask_maps")
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,6 @@ class ExtraImages:
         }
 
 
-@dataclass(frozen=True)
-class OutOfFold:
-    """Out-of-fold predictions, gathered from several runs: each model predicts the images in its held-out fold.
-
-    Tables may be empty. `coverage` has the columns image_id, model and fold, and one row for each image and each detector
-    that has looked at it, so that images without a predicted box are listed too.
-    """
-
-    study_scores: pd.DataFrame
-    image_scores: pd.DataFrame
-    detections: pd.DataFrame
-    coverage: pd.DataFrame
-
-
 def read_metrics(run: str | Path) -> dict[str, Any]:
     """Return the content of a run's metrics.json, which its notebook writes last. Raises RunError if the file is missing."""
     path = Path(run) / "metrics.json"
@@ -86,8 +74,15 @@ def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
     return {name: read_table(name, Path(run) / "tables" / f"{name}.parquet") for name in PREPARED_TABLES}
 
 
-def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
-    """Return the out-of-fold predictions of trained runs, gathered; a model's folds may come from several runs.
+def read_masks(run: str | Path) -> MaskStore | None:
+    """Return the ground-truth masks of a prepared run, None if it has none."""
+    return MaskStore(folder) if (folder := Path(run) / "masks").is_dir() else None
+
+
+def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
+    """Return the out-of-fold predictions of trained runs, gathered: each model predicts the images in its held-out fold.
+
+    A model's folds may come from several runs. The scores of image classifiers are among `image_scores`.
 
     Raises RunError if a run has no predictions, or detections without coverage, or if two runs have the same fold of the
     same model.
@@ -111,7 +106,11 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> OutOfFold:
             run_of[model, fold] = run
         for name, table in tables.items():
             parts[name].append(table)
-    return OutOfFold(**{name: concatenate(tables, name) for name, tables in parts.items()})
+    classes = parts.pop("class_scores")
+    gathered = {name: concatenate(tables, name) for name, tables in parts.items()}
+    if classes:
+        gathered["image_scores"] = concatenate([gathered["image_scores"], *classes], "class_scores")
+    return ModelPredictions.of(**gathered)
 
 
 def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
@@ -258,10 +257,7 @@ def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -
     cases as `read_out_of_fold`.
     """
     predictions = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
-    detections, coverage = (
-        table[table["image_id"].isin(images["image_id"])] for table in (predictions.detections, predictions.coverage)
-    )
-    return fuse(predictions.study_scores, predictions.image_scores, detections, images, FusionSettings(), coverage)
+    return fuse(predictions.only(images["image_id"]), images, SiimFusion())
 
 
 def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, Fused]:

@@ -147,25 +147,39 @@ def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.Da
 
 
 def write_submission(
-    path: str | Path,
+    path: str | Path, ids: Iterable[str], *tables: pd.DataFrame | None, **named: pd.DataFrame | None
+) -> tuple[str, ...]:
+    """Write a submission with one row per id, atomically; return the ids whose rows are placeholder predictions.
+
+    `tables` and `named` are tables of `fill_rows`, which also says what is raised.
+    """
+    rows, placeholder_ids = fill_rows(ids, *tables, **named)
+    if placeholder_ids:
+        logger.info("%s: %d of %d rows are placeholder predictions", path, len(placeholder_ids), len(rows))
+    write_text(path, "".join(f"{','.join(cells)}\n" for cells in [HEADER, *rows]))
+    return tuple(placeholder_ids)
+
+
+def fill_rows(
     ids: Iterable[str],
     study_probabilities: pd.DataFrame | None = None,
     none_probabilities: pd.DataFrame | None = None,
     detections: pd.DataFrame | None = None,
-) -> tuple[str, ...]:
-    """Write a submission with one row per id, in the given order; return the ids whose rows are placeholder predictions.
+) -> tuple[list[list[str]], list[str]]:
+    """Return the rows (id and prediction string) of a submission in the order of `ids`, and the ids of placeholder rows.
 
     `ids` are those of sample_submission.csv. `study_probabilities` has the columns study_id and the four classes,
     `none_probabilities` image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. A row
     whose probabilities are missing or NaN gets the class frequencies PRIORS instead. Predictions for other ids are ignored,
-    because Kaggle rejects additional rows. The file is replaced atomically. Raises ValueError for duplicate ids, for
-    probabilities or scores outside 0..1, and for boxes that are not finite.
+    because Kaggle rejects additional rows. Raises ValueError for duplicate ids, for probabilities or scores outside 0..1,
+    and for boxes that are not finite.
     """
     ids = list(ids)
     studies = _probabilities(study_probabilities, "study_id", STUDY_CLASSES)
     nones = _probabilities(none_probabilities, "image_id", ("none",))
-    boxes = _box_strings(detections)
-    lines, placeholder_ids, known_count = [",".join(HEADER)], [], 0
+    boxes = {} if detections is None else box_groups(detections.assign(label="opacity"))
+    rows: list[list[str]] = []
+    placeholder_ids, known_count = [], 0
     for submission_id in ids:
         name, level = split_id(submission_id)
         probabilities = (studies if level == "study" else nones).get(name)
@@ -175,19 +189,13 @@ def write_submission(
             placeholder_ids.append(submission_id)
             probabilities = np.array([PRIORS[label] for label in classes])
         groups = boxes.get(name, []) if level == "image" else []
-        lines.append(f"{submission_id},{' '.join([*groups, *one_pixel_groups(classes, probabilities)])}")
+        rows.append([submission_id, " ".join([*groups, *one_pixel_groups(classes, probabilities)])])
     if len(set(ids)) < len(ids):
-        raise ValueError(f"the ids for {path} must be unique, but {len(ids) - len(set(ids))} are duplicates")
+        raise ValueError(f"the ids of a submission must be unique, but {len(ids) - len(set(ids))} are duplicates")
     if known_count < len(studies) + len(nones):
-        logger.warning(
-            "%s: %d ids that are not in the sample are ignored",
-            path,
-            len(studies) + len(nones) - known_count,
-        )
-    if placeholder_ids:
-        logger.info("%s: %d of %d rows are placeholder predictions", path, len(placeholder_ids), len(ids))
-    write_text(path, "\n".join(lines) + "\n")
-    return tuple(placeholder_ids)
+        unknown = len(studies) + len(nones) - known_count
+        logger.warning("%d ids that are not in the sample are ignored", unknown)
+    return rows, placeholder_ids
 
 
 def write_all_negative(path: str | Path, ids: Iterable[str]) -> None:
@@ -210,23 +218,22 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
     return dict(zip(table[key], values, strict=True))
 
 
-def _box_strings(detections: pd.DataFrame | None) -> dict[str, list[str]]:
-    """Return each image's `opacity` groups for its prediction string, highest score first, keyed by image_id.
+def box_groups(detections: pd.DataFrame) -> dict[str, list[str]]:
+    """Return each image's groups of label, confidence and box for its prediction string, highest score first, by image_id.
 
-    Raises ValueError for scores outside 0..1 and boxes that are not finite.
+    `detections` has image_id, label, score, xmin, ymin, xmax and ymax. Raises ValueError for scores outside 0..1 and boxes
+    that are not finite.
     """
-    if detections is None or detections.empty:
-        return {}
     values = detections[["score", *BOX]].to_numpy(dtype=float)
     if not np.isfinite(values).all() or (values[:, 0] < 0).any() or (values[:, 0] > 1).any():
         raise ValueError("detections must have scores in 0..1 and finite boxes")
     # Boxes are rounded to a tenth of a pixel. Boxes without area after that are left out, because Kaggle would reject them.
     rounded = values[:, 1:].round(1)
     has_area = (rounded[:, 0] < rounded[:, 2]) & (rounded[:, 1] < rounded[:, 3])
-    ids, values = detections["image_id"].to_numpy(dtype=object)[has_area], values[has_area]
-    order = np.argsort(-values[:, 0], kind="stable")
-    strings: dict[str, list[str]] = {}
-    for name, (score, xmin, ymin, xmax, ymax) in zip(ids[order], values[order].tolist(), strict=True):
-        corners = f"{xmin:.1f} {ymin:.1f} {xmax:.1f} {ymax:.1f}"
-        strings.setdefault(name, []).append(f"opacity {format_confidence(score)} {corners}")
-    return strings
+    order = np.flatnonzero(has_area)[np.argsort(-values[has_area, 0], kind="stable")]
+    ids, labels = (detections[name].to_numpy(dtype=object)[order] for name in ("image_id", "label"))
+    groups: dict[str, list[str]] = {}
+    for name, label, (score, *corners) in zip(ids, labels, values[order].tolist(), strict=True):
+        box = "0 0 1 1" if corners == list(ONE_PIXEL) else " ".join(f"{corner:.1f}" for corner in corners)
+        groups.setdefault(name, []).append(f"{label} {format_confidence(score)} {box}")
+    return groups

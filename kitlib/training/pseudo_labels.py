@@ -13,8 +13,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
-from kitlib.fusion.model_fusion import FusionSettings, fuse
+from kitlib.fusion.model_fusion import ModelPredictions, fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.lungs.finders import StoredLungs
@@ -166,7 +167,7 @@ def pseudo_labels(
     predicted: Predictions,
     images: pd.DataFrame,
     seen: pd.DataFrame,
-    settings: FusionSettings,
+    settings: SiimFusion,
     low: float = 0.1,
     kept: float = 0.3,
     high: float = 0.5,
@@ -187,7 +188,8 @@ def pseudo_labels(
         _drop_seen(table, seen, images) for table in (predicted.probabilities, predicted.detections, predicted.coverage)
     )
     study_scores, image_scores = study_and_image_scores([probabilities], images)
-    fused = fuse(study_scores, image_scores, detections, images, settings, coverage)
+    tables = {"study_scores": study_scores, "image_scores": image_scores, "detections": detections, "coverage": coverage}
+    fused = fuse(ModelPredictions.of(**tables), images, settings)
     nones = fused.nones.set_index("image_id")
     is_predicted = ~images["image_id"].map(nones["prior"])
     is_seen = images["image_id"].isin(seen["image_id"])

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from kitlib.fusion.box_fusion import METHODS, calibrate_scores, fit_calibration, merge_boxes, suppress_overlaps
-from kitlib.fusion.weighted_boxes import CONFIDENCES
+from kitlib.competitions.fusion_settings import CONFIDENCES, METHODS
+from kitlib.fusion.box_fusion import calibrate_scores, fit_calibration, merge_boxes, suppress_overlaps
 
 # Two lists: a box that both have (IoU 0.9), one that only the first has, and one that only the second has.
 LISTS = (

@@ -9,23 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.fusion_settings import CONFIDENCES, METHODS
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.errors import SettingsError
-from kitlib.fusion.box_fusion import METHODS, merge_boxes
-from kitlib.fusion.model_fusion import (
-    FusionSettings,
-    fuse,
-    fuse_boxes,
-    fuse_scores,
-    read_settings,
-    seen_images,
-    write_settings,
-)
-from kitlib.fusion.weighted_boxes import CONFIDENCES
+from kitlib.fusion.box_fusion import merge_boxes
+from kitlib.fusion.model_fusion import fuse_scores, read_settings, seen_images, write_settings
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import from_dict
 from kitlib.tables import BOX
+from tests.fused_tables import fuse, fuse_boxes
 
-PLAIN = FusionSettings()
+PLAIN = SiimFusion()
 IMAGES = pd.DataFrame({"image_id": ["a", "b", "c"], "study_id": ["s", "s", "t"], "rows": 1000, "columns": 2000})
 
 
@@ -47,24 +41,25 @@ FAR = (1500.0, 100.0, 1900.0, 900.0)
 
 def test_models_have_equal_weight_whatever_their_number_of_folds():
     scores = image_scores(("a", "m", 0, 0.2), ("a", "m", 1, 0.4), ("a", "n", 0, 0.9), ("b", "n", 0, 0.5))
-    assert fuse_scores(scores, "image_scores", PLAIN).set_index("image_id")["none"].to_dict() == pytest.approx(
+    assert fuse_scores(scores, "image_id", PLAIN).set_index("image_id")["none"].to_dict() == pytest.approx(
         {"a": (0.3 + 0.9) / 2, "b": 0.5}
     )
-    heavy = FusionSettings(model_weights={"m": 3.0})
-    assert fuse_scores(scores, "image_scores", heavy)["none"].tolist() == pytest.approx([(3 * 0.3 + 0.9) / 4, 0.5])
-    without = FusionSettings(model_weights={"n": 0.0})
-    assert fuse_scores(scores, "image_scores", without).to_numpy().tolist() == [["a", pytest.approx(0.3)]]
+    heavy = SiimFusion(model_weights={"m": 3.0})
+    assert fuse_scores(scores, "image_id", heavy)["none"].tolist() == pytest.approx([(3 * 0.3 + 0.9) / 4, 0.5])
+    without = SiimFusion(model_weights={"n": 0.0})
+    assert fuse_scores(scores, "image_id", without).to_numpy().tolist() == [["a", pytest.approx(0.3)]]
 
 
 def test_a_nan_score_is_ignored():
     scores = study_scores(("s", "m", 0, 0.1, 0.2, 0.3, 0.4), ("s", "n", 0, float("nan"), 0.2, 0.3, 0.4))
-    assert fuse_scores(scores, "study_scores", PLAIN).to_numpy().tolist() == [["s", 0.1, 0.2, 0.3, 0.4]]
+    assert fuse_scores(scores, "study_id", PLAIN).to_numpy().tolist() == [["s", 0.1, 0.2, 0.3, 0.4]]
 
 
 def test_a_single_list_is_unchanged():
     table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.4, 110.0, 100.0, 500.0, 900.0))
     fused = fuse_boxes(table, IMAGES, PLAIN)
-    pd.testing.assert_frame_equal(fused, table[["image_id", "score", *BOX]])
+    pd.testing.assert_frame_equal(fused.drop(columns="finding"), table[["image_id", "score", *BOX]])
+    assert fused["finding"].tolist() == ["opacity", "opacity"]
 
 
 def test_two_models_that_agree_average_and_one_alone_is_halved():
@@ -201,12 +196,12 @@ SCORES = (
     ],
 )
 def test_published_formulas_for_none(weights, expected):
-    fused = fuse(*SCORES, IMAGES, FusionSettings(**weights))
+    fused = fuse(*SCORES, IMAGES, SiimFusion(**weights))
     assert fused.nones["none"].tolist() == pytest.approx(expected)
 
 
 def test_published_rescoring():
-    fused = fuse(*SCORES, IMAGES, FusionSettings(opacity_power=0.4, negative_share=0.7))
+    fused = fuse(*SCORES, IMAGES, SiimFusion(opacity_power=0.4, negative_share=0.7))
     # 3rd place: box * (1 - none)^0.4. 11th place: negative = 0.7 negative + 0.3 none, of the study: mean of 0.6 and 0.2.
     assert sorted(fused.detections["score"]) == pytest.approx(sorted([0.4 * 0.4**0.4, 0.5 * 0.4**0.4, 0.9 * 0.9**0.4]))
     assert fused.studies.set_index("study_id")["negative"].to_dict() == pytest.approx({"s": 0.7 * 0.5 + 0.3 * 0.4, "t": 0.1})
@@ -218,7 +213,7 @@ def test_missing_parts():
     assert nothing.studies["prior"].all() and nothing.nones["prior"].all() and nothing.detections.empty
     assert nothing.studies[list(STUDY_CLASSES)].iloc[0].to_dict() == pytest.approx({c: PRIORS[c] for c in STUDY_CLASSES})
     assert nothing.nones["none"].tolist() == [PRIORS["none"]] * 3
-    no_detector = fuse(*SCORES[:2], None, IMAGES, FusionSettings(none_classifier=0.7, none_no_box=0.3))
+    no_detector = fuse(*SCORES[:2], None, IMAGES, SiimFusion(none_classifier=0.7, none_no_box=0.3))
     assert no_detector.nones["none"].tolist() == pytest.approx([0.6, 0.2, 0.1])
     no_classifier = fuse(None, None, SCORES[2], IMAGES, PLAIN)
     assert no_classifier.nones["none"].tolist() == pytest.approx([0.5, 1.0, 0.1])
@@ -235,13 +230,13 @@ def test_every_study_and_image_gets_its_row_once():
 
 def test_the_most_confident_boxes_of_each_list_are_merged():
     rows = [("a", model, 0, p, x, 0.0, x + 50, 50.0) for model in "mn" for p, x in ((0.2, 0.0), (0.9, 500.0), (0.5, 900.0))]
-    fused = fuse_boxes(detections(*rows), IMAGES, FusionSettings(box_limit=2))
+    fused = fuse_boxes(detections(*rows), IMAGES, SiimFusion(box_limit=2))
     assert sorted(fused["xmin"]) == pytest.approx([500, 900], abs=1e-3)
 
 
 def test_nothing_is_suppressed_where_nothing_was_detected():
-    fused = fuse_boxes(detections(("a", "m", 0, 0.0005, *ONE)), IMAGES, FusionSettings(final_nms_iou=0.1))
-    assert fused.empty and fused.columns.tolist() == ["image_id", "score", *BOX]
+    fused = fuse_boxes(detections(("a", "m", 0, 0.0005, *ONE)), IMAGES, SiimFusion(final_nms_iou=0.1))
+    assert fused.empty and fused.columns.tolist() == ["image_id", "finding", "score", *BOX]
 
 
 def test_fused_boxes_do_not_depend_on_the_order_of_rows():
@@ -264,7 +259,7 @@ def test_a_detector_without_any_box_still_halves_the_scores_of_the_others():
     coverage = pd.DataFrame([("a", "m", 0), ("a", "n", 0)], columns=["image_id", "model", "fold"])
     table = detections(("a", "m", 0, 0.6, *ONE))
     assert fuse_boxes(table, IMAGES, PLAIN, coverage)["score"].tolist() == pytest.approx([0.3])
-    without = FusionSettings(model_weights={"n": 0.0})
+    without = SiimFusion(model_weights={"n": 0.0})
     assert fuse_boxes(table, IMAGES, without, coverage)["score"].tolist() == [0.6]
 
 
@@ -273,7 +268,7 @@ def test_only_images_that_a_detector_with_a_nonzero_weight_predicted_are_seen():
     coverage = pd.DataFrame([("a", "m", 0), ("b", "m", 0), ("c", "n", 0)], columns=["image_id", "model", "fold"])
     assert seen_images(table, IMAGES, PLAIN).tolist() == [True, True, True]
     assert seen_images(table, IMAGES, PLAIN, coverage).tolist() == [True, True, True]
-    assert seen_images(table, IMAGES, FusionSettings(model_weights={"n": 0.0}), coverage).tolist() == [True, True, False]
+    assert seen_images(table, IMAGES, SiimFusion(model_weights={"n": 0.0}), coverage).tolist() == [True, True, False]
     assert seen_images(None, IMAGES, PLAIN, coverage.iloc[:0]).tolist() == [False, False, False]
     # An image that no detector has predicted gets the placeholder prediction, not a `none` from missing boxes.
     fused = fuse(None, None, table, IMAGES, PLAIN, coverage[coverage["model"] == "m"])
@@ -284,7 +279,7 @@ def test_only_images_that_a_detector_with_a_nonzero_weight_predicted_are_seen():
 
 def test_calibrated_scores_are_fused_on_one_scale():
     # logit(0.9) = log 9: the slope 0.5 turns it into odds of 3, the offset log(2) into 6; logit(0.5) = 0 gives odds of 2.
-    line = FusionSettings(calibration={"m": (0.5, math.log(2))})
+    line = SiimFusion(calibration={"m": (0.5, math.log(2))})
     table = detections(("a", "m", 0, 0.9, *ONE), ("a", "m", 0, 0.5, *FAR), ("b", "m", 0, 0.0005, *ONE))
     alone = fuse_boxes(table, IMAGES, line)
     assert alone["image_id"].tolist() == ["a", "a"]  # box_min_score applies to the uncalibrated score
@@ -294,11 +289,11 @@ def test_calibrated_scores_are_fused_on_one_scale():
 
 
 def test_settings_survive_json(tmp_path):
-    chosen = FusionSettings(model_weights={"m": 2.0, "n": 0.5}, box_method="nmw", none_no_box=0.3)
+    chosen = SiimFusion(model_weights={"m": 2.0, "n": 0.5}, box_method="nmw", none_no_box=0.3)
     chosen = replace(chosen, calibration={"m": (0.7, -1.5)})
     write_settings(chosen, tmp_path / "fusion.json")
     assert read_settings(tmp_path / "fusion.json") == chosen
-    assert from_dict(FusionSettings, json.loads(json.dumps(asdict(PLAIN)))) == PLAIN
+    assert from_dict(SiimFusion, json.loads(json.dumps(asdict(PLAIN)))) == PLAIN
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b'{"colour": 1}', b"[" * 100_000])
@@ -328,7 +323,7 @@ def test_a_file_without_settings_is_refused(tmp_path, content):
 )
 def test_invalid_settings_are_refused(wrong):
     with pytest.raises(SettingsError):
-        from_dict(FusionSettings, wrong)
+        from_dict(SiimFusion, wrong)
     if "iou" not in wrong:
         with pytest.raises(SettingsError):
             replace(PLAIN, **wrong)

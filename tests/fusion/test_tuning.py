@@ -5,11 +5,12 @@ import pandas as pd
 import pytest
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import SiimFusion, combine
 from kitlib.errors import FusionError
-from kitlib.fusion.model_fusion import FusionSettings, fuse
 from kitlib.fusion.tuning import LEAST_GAIN, Judge, cross_fit, tune
 from kitlib.scoring.score import Truth, score_tables
 from kitlib.tables import BOX, empty_table
+from tests.fused_tables import fuse, siim_judge
 
 N = 36
 
@@ -59,7 +60,7 @@ def oof():
 
 @pytest.fixture(scope="module")
 def tuned(oof):
-    return tune(Judge(**oof))
+    return tune(siim_judge(**oof))
 
 
 def score_of(oof, settings):
@@ -71,7 +72,7 @@ def score_of(oof, settings):
 
 def test_every_change_gains_and_the_settings_reach_the_reported_score(oof, tuned):
     settings, steps = tuned
-    assert steps.iloc[0].tolist() == ["0 default", "", score_of(oof, FusionSettings()), 0]
+    assert steps.iloc[0].tolist() == ["0 default", "", score_of(oof, SiimFusion()), 0]
     assert ((steps["gain"] == 0) | (steps["gain"] >= LEAST_GAIN)).all() and steps["step"].is_unique
     assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
     assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
@@ -118,7 +119,7 @@ def few_ways(monkeypatch):
 
 
 def test_calibration_gains_if_detectors_score_on_different_scales(two_scales, few_ways):
-    settings, steps = tune(Judge(**two_scales), rounds=1)
+    settings, steps = tune(siim_judge(**two_scales), rounds=1)
     step = steps.set_index("step").loc["1 calibration"]
     assert step["setting"] == "fitted" and step["gain"] > 0.005
     # p^12 spreads over more of the logit scale, so the quiet detector needs the smaller slope and the larger offset.
@@ -129,9 +130,9 @@ def test_calibration_gains_if_detectors_score_on_different_scales(two_scales, fe
 def test_the_calibration_for_a_fold_is_fitted_to_the_other_folds(two_scales, few_ways, monkeypatch):
     fitted = []
     monkeypatch.setattr("kitlib.fusion.tuning.fit_calibration", lambda score, hit: fitted.append((len(score), hit.sum())))
-    assert (cross_fit(Judge(**two_scales), rounds=1)["cross_fitted"] > 0).all()
+    assert (cross_fit(siim_judge(**two_scales), rounds=1)["cross_fitted"] > 0).all()
     detections, fold_of = two_scales["detections"], two_scales["folds"].set_index("id")["fold"]
-    detections = detections[detections["score"] >= FusionSettings().box_min_score]
+    detections = detections[detections["score"] >= SiimFusion().box_min_score]
     assert [count for count, _ in fitted] == [
         int(((detections["model"] == model) & (detections["image_id"].map(fold_of) != fold)).sum())
         for fold in (0, 1)
@@ -139,7 +140,7 @@ def test_the_calibration_for_a_fold_is_fitted_to_the_other_folds(two_scales, few
     ]
 
 
-# Every field of FusionSettings, with a value that changes the fused tables of `oof`.
+# Every field of SiimFusion, with a value that changes the fused tables of `oof`.
 OTHER_VALUES = {
     "model_weights": ({"good": 0.5}, {"blind": 0.0}),
     "calibration": ({"blind": (2.0, -1.0)}, {"blind": (2.0, 1.0)}),
@@ -158,15 +159,15 @@ OTHER_VALUES = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(FusionSettings)])
+@pytest.mark.parametrize("field", [field.name for field in fields(SiimFusion)])
 def test_a_judge_that_has_fused_other_settings_gives_what_a_new_one_gives(oof, field):
-    start = FusionSettings(none_negative=1.0)
-    judge = Judge(**oof)
+    start = SiimFusion(none_negative=1.0)
+    judge = siim_judge(**oof)
     before = fused_arrays(judge, start)
     for value in OTHER_VALUES[field]:
         settings = replace(start, **{field: value})
         fused = fused_arrays(judge, settings)
-        for one, other in zip(fused, fused_arrays(Judge(**oof), settings), strict=True):
+        for one, other in zip(fused, fused_arrays(siim_judge(**oof), settings), strict=True):
             np.testing.assert_array_equal(one, other)
         assert any(not np.array_equal(one, other) for one, other in zip(fused, before, strict=True))
     for one, other in zip(fused_arrays(judge, start), before, strict=True):
@@ -174,8 +175,9 @@ def test_a_judge_that_has_fused_other_settings_gives_what_a_new_one_gives(oof, f
 
 
 def fused_arrays(judge, settings):
-    studies, nones, boxes = judge.fuse(settings)
-    return *(table.to_numpy() for table in (studies, nones)), boxes.image, boxes.score, boxes.match
+    merged = judge.merge(settings)
+    studies, nones, score = combine(merged, settings)
+    return *(table.to_numpy() for table in (studies, nones)), merged.boxes["row"], score, merged.boxes["match"]
 
 
 def test_several_detectors_may_be_dropped_but_not_the_last(oof, monkeypatch):
@@ -184,107 +186,107 @@ def test_several_detectors_may_be_dropped_but_not_the_last(oof, monkeypatch):
     # Confident boxes that match nothing.
     blind[0] = blind[0].assign(**dict(zip(BOX, (0.0, 0.0, 5.0, 5.0), strict=True)), score=0.95)
     three = {name: pd.concat([oof[name], more]) for name, more in zip(("detections", "coverage"), blind, strict=True)}
-    settings, _ = tune(Judge(**{**oof, **three}), rounds=1)
+    settings, _ = tune(siim_judge(**{**oof, **three}), rounds=1)
     assert settings.weight("blind") == settings.weight("blind too") == 0 < settings.weight("good")
     only_blind = {name: table[table["model"] != "good"] for name, table in three.items()}
-    settings, steps = tune(Judge(**{**oof, **only_blind}), rounds=1)
+    settings, steps = tune(siim_judge(**{**oof, **only_blind}), rounds=1)
     assert settings.weight("blind") + settings.weight("blind too") > 0 and np.isfinite(steps["score"]).all()
 
 
 def test_tuned_settings_do_not_depend_on_the_order_of_rows(oof, tuned):
     shuffled = {name: table.sample(frac=1, random_state=3) for name, table in oof.items()}
-    assert tune(Judge(**shuffled))[0] == tuned[0]
+    assert tune(siim_judge(**shuffled))[0] == tuned[0]
 
 
 def test_predictions_of_two_folds_for_one_image_are_refused(oof):
     predicted_twice = pd.concat([oof["image_scores"], oof["image_scores"].iloc[[4]].assign(fold=2)])
     with pytest.raises(FusionError, match="image_id i04 belongs to fold 1, but was predicted by c of fold 2"):
-        tune(Judge(**{**oof, "image_scores": predicted_twice}))
+        tune(siim_judge(**{**oof, "image_scores": predicted_twice}))
 
 
 def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
     trained_on = {name: oof[name].assign(fold=lambda t: (t["fold"] + 1) % 3) for name in ("detections", "coverage")}
     with pytest.raises(FusionError, match="which was trained on it"):
-        tune(Judge(**{**oof, **trained_on}))
+        tune(siim_judge(**{**oof, **trained_on}))
     with pytest.raises(
         FusionError, match=r"144 detections .* `coverage` table lacks; the first is in i00, predicted by good of fold 1"
     ):
-        tune(Judge(**{**oof, "detections": trained_on["detections"]}))
+        tune(siim_judge(**{**oof, "detections": trained_on["detections"]}))
 
 
 def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
     silent = {**oof, "detections": oof["detections"][oof["detections"]["image_id"] != "i00"]}
-    _, steps = tune(Judge(**silent), rounds=0)
-    assert steps["score"].iloc[0] == pytest.approx(score_of(silent, FusionSettings()))
+    _, steps = tune(siim_judge(**silent), rounds=0)
+    assert steps["score"].iloc[0] == pytest.approx(score_of(silent, SiimFusion()))
     uncovered = {**silent, "coverage": oof["coverage"][oof["coverage"]["image_id"] != "i00"]}
     remaining = {name: table[~table.iloc[:, 0].isin(["i00", "s00"])] for name, table in oof.items()}
-    _, steps = tune(Judge(**uncovered), rounds=0)
-    assert steps["score"].iloc[0] == pytest.approx(score_of(remaining, FusionSettings()))
+    _, steps = tune(siim_judge(**uncovered), rounds=0)
+    assert steps["score"].iloc[0] == pytest.approx(score_of(remaining, SiimFusion()))
 
 
 def test_cross_fit_scores_each_fold_with_settings_tuned_on_the_others(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
-    by_fold = cross_fit(Judge(**oof), rounds=1)
+    by_fold = cross_fit(siim_judge(**oof), rounds=1)
     # The expected values: tune on two folds, fuse and score the third.
     for row in by_fold.itertuples():
         ids = set(oof["folds"].loc[oof["folds"]["fold"] == row.fold, "id"])
         ids |= {name.replace("i", "s") for name in ids}
         others = {name: table[~table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
         held_out = {name: table[table.iloc[:, 0].isin(ids)] for name, table in oof.items()}
-        assert row.cross_fitted == pytest.approx(score_of(held_out, tune(Judge(**others), rounds=1)[0]))
-        assert row.default == pytest.approx(score_of(held_out, FusionSettings())) and row.images == 12
+        assert row.cross_fitted == pytest.approx(score_of(held_out, tune(siim_judge(**others), rounds=1)[0]))
+        assert row.default == pytest.approx(score_of(held_out, SiimFusion())) and row.images == 12
     assert by_fold["fold"].tolist() == [0, 1, 2]
 
 
 def test_cross_fit_needs_two_folds(oof):
     one = {**oof, "folds": oof["folds"][oof["folds"]["fold"] == 0]}
-    assert cross_fit(Judge(**one)).empty
+    assert cross_fit(siim_judge(**one)).empty
 
 
 def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.LEAST_GAIN", 0.5)
-    settings, steps = tune(Judge(**oof), rounds=1)
-    assert settings == FusionSettings() and (steps["gain"] == 0).all()
+    settings, steps = tune(siim_judge(**oof), rounds=1)
+    assert settings == SiimFusion() and (steps["gain"] == 0).all()
 
 
 def test_images_that_no_annotator_looked_at_are_not_scored(oof):
     marked = oof["images"].assign(false_none=[n >= 18 for n in range(N)])
     half = {name: table[table.iloc[:, 0].str[1:].astype(int) < 18] for name, table in oof.items()}
-    settings, steps = tune(Judge(**{**oof, "images": marked}), rounds=1)
-    expected, expected_steps = tune(Judge(**half), rounds=1)
+    settings, steps = tune(siim_judge(**{**oof, "images": marked}), rounds=1)
+    expected, expected_steps = tune(siim_judge(**half), rounds=1)
     assert settings == expected
     pd.testing.assert_frame_equal(steps, expected_steps)
 
 
 def test_only_images_that_every_model_predicted_are_scored(oof):
     one_fold = {**oof, "image_scores": oof["image_scores"][oof["image_scores"]["fold"] == 0]}
-    _, steps = tune(Judge(**one_fold), rounds=0)
+    _, steps = tune(siim_judge(**one_fold), rounds=0)
     ids = set(one_fold["image_scores"]["image_id"])
     studies = {name.replace("i", "s") for name in ids}
     small = {name: table[table.iloc[:, 0].isin(ids | studies)] for name, table in oof.items()}
-    assert steps["score"].iloc[0] == pytest.approx(tune(Judge(**small), rounds=0)[1]["score"].iloc[0])
+    assert steps["score"].iloc[0] == pytest.approx(tune(siim_judge(**small), rounds=0)[1]["score"].iloc[0])
     with pytest.raises(FusionError, match="no image was predicted by every model"):
-        tune(Judge(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")}))
+        tune(siim_judge(**{**oof, "image_scores": oof["image_scores"].assign(image_id=lambda t: t["image_id"] + "x")}))
 
 
 def test_without_a_detector_or_without_a_classifier(oof):
     no_boxes = {name: oof[name].iloc[:0] for name in ("detections", "coverage")}
-    settings, _ = tune(Judge(**{**oof, **no_boxes}), rounds=1)
+    settings, _ = tune(siim_judge(**{**oof, **no_boxes}), rounds=1)
     assert settings.opacity_power == 0
     nothing = {name: oof[name].iloc[:0] for name in ("study_scores", "image_scores")}
-    _, steps = tune(Judge(**{**oof, **nothing}), rounds=1)
+    _, steps = tune(siim_judge(**{**oof, **nothing}), rounds=1)
     assert steps["score"].iloc[-1] >= steps["score"].iloc[0] > 0
 
 
 def test_the_values_that_are_tried(oof, monkeypatch):
     """Each value of a grid is reached if it alone is better: the values of docs, papers and the published systems."""
     tried = []
-    judge = Judge(**oof)
+    judge = siim_judge(**oof)
     monkeypatch.setattr(Judge, "score", lambda self, settings, truth: tried.append(settings) or 0.5)
     monkeypatch.setattr(Judge, "calibration", lambda self, truth: {})
     settings, _ = tune(judge, rounds=1)
-    assert settings == FusionSettings()  # no gain
+    assert settings == SiimFusion()  # no gain
 
     def values(name):
         return {getattr(each, name) for each in tried}
@@ -310,4 +312,4 @@ def test_the_values_that_are_tried(oof, monkeypatch):
 def test_a_gain_is_kept_from_a_ten_thousandth_on(oof, monkeypatch):
     for gain, kept in ((2e-4, True), (5e-5, False)):
         monkeypatch.setattr(Judge, "score", lambda self, settings, truth, gain=gain: 0.5 + gain * (settings.box_iou == 0.7))
-        assert (tune(Judge(**oof), rounds=1)[0].box_iou == 0.7) == kept
+        assert (tune(siim_judge(**oof), rounds=1)[0].box_iou == 0.7) == kept

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from ensemble_boxes import weighted_boxes_fusion
 
+from kitlib.competitions.fusion_settings import CONFIDENCES
 from kitlib.fusion import weighted_boxes
-from kitlib.fusion.weighted_boxes import CONFIDENCES, ImageLists, merge_weighted
+from kitlib.fusion.weighted_boxes import ImageLists, merge_weighted
 
 
 def random_lists(rng, images, lists, boxes):

@@ -22,11 +22,12 @@ from pydicom import dcmread
 
 from kitlib.bundle import STATED, save_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.deadline import Deadline
 from kitlib.errors import CacheError, PredictionError, SubmissionError, UnreadableXray
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
-from kitlib.fusion.model_fusion import FusionSettings, write_settings
+from kitlib.fusion.model_fusion import write_settings
 from kitlib.inference import prediction_process
 from kitlib.inference.model_queue import Model
 from kitlib.inference.predict import VIEWS, study_and_image_scores
@@ -84,7 +85,7 @@ def weights(tmp_path_factory) -> Path:
         save_bundle(folder / f"small-fold{fold}", model.state_dict(), record)
         bundles.append({"folder": f"small-fold{fold}", "kind": "study", "model": "small", "fold": fold})
     (folder / "weights.json").write_text(json.dumps({"bundles": bundles}))
-    write_settings(FusionSettings(), folder / "fusion.json")
+    write_settings(SiimFusion(), folder / "fusion.json")
     return folder
 
 

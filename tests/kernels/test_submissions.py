@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kitlib.fusion.model_fusion import FusionSettings, read_settings, write_settings
+from kitlib.competitions.siim_covid19 import SiimFusion
+from kitlib.fusion.model_fusion import read_settings, write_settings
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.spec import read_spec
 from kitlib.paths import project_root
@@ -50,7 +51,7 @@ def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
         make_run(tmp_path / run, model=names[run][0], fold=names[run][1])
     if spec.lungs:
         make_run(tmp_path / spec.lungs, family="segmenter")
-    write_settings(FusionSettings(box_iou=0.55), tmp_path / spec.fusion)
+    write_settings(SiimFusion(box_iou=0.55), tmp_path / spec.fusion)
     parts = build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2", [])])
     bundles = json.loads((parts["weights"] / "weights.json").read_text())["bundles"]
     assert len(bundles) == len(spec.runs)

@@ -14,7 +14,6 @@ import torch
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
-from kitlib.fusion.model_fusion import fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
@@ -27,6 +26,7 @@ from kitlib.page.uploads import open_uploads
 from kitlib.page.warm_models import WarmModels, choose_models
 from kitlib.scoring.submission_csv import PRIORS, as_tables, read_submission
 from kitlib.tables import BOX
+from tests.fused_tables import fuse
 from tests.small_page import COPY, page_runs
 
 

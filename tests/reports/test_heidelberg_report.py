@@ -6,8 +6,8 @@ import pytest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import Fused, SiimFusion
 from kitlib.errors import RunError
-from kitlib.fusion.model_fusion import Fused, FusionSettings, fuse
 from kitlib.reports.heidelberg_report import (
     COLUMNS,
     best_confidence,
@@ -19,6 +19,7 @@ from kitlib.reports.heidelberg_report import (
 from kitlib.reports.published_tables import find_published
 from kitlib.scoring.score import score_tables, truth_of
 from kitlib.tables import BOX
+from tests.fused_tables import fuse
 
 ONE, FAR = (100.0, 100.0, 500.0, 500.0), (600.0, 600.0, 900.0, 900.0)
 
@@ -127,8 +128,8 @@ def test_runs_are_evaluated_on_the_rows_that_they_predict(small):
     coverage = pd.DataFrame({"image_id": ["a", "c"], "model": "d", "fold": 0})
     box = pd.DataFrame([("a", "d", 0, 0.5, *ONE)], columns=["image_id", "model", "fold", "score", *BOX])
     runs = {
-        "study": fuse(studies, None, None, images, FusionSettings(), coverage.iloc[:0]),
-        "detector": fuse(None, None, box, images, FusionSettings(), coverage),
+        "study": fuse(studies, None, None, images, SiimFusion(), coverage.iloc[:0]),
+        "detector": fuse(None, None, box, images, SiimFusion(), coverage),
     }
     table = heidelberg_table(runs, images, labels, boxes, folds)
     assert table.loc["study", ["images", "studies"]].tolist() == [0, 2] and np.isnan(table.loc["study", "ap"])

@@ -9,9 +9,9 @@ from pydicom.uid import ExplicitVRLittleEndian
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.siim_covid19 import Fused
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
-from kitlib.fusion.model_fusion import Fused
 from kitlib.recipes.fields import StudyRecipe
 from kitlib.runs.finished_run import (
     judged_images,

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 
 from kitlib.bundle import save_bundle
 from kitlib.classes import STUDY_CLASSES
-from kitlib.fusion.model_fusion import FusionSettings, fuse
+from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
 from kitlib.settings import override
 from kitlib.tables import BOX, empty_table
 from kitlib.training.pseudo_labels import Predictions, duplicate_groups, predict_unseen, pseudo_labels, seen_by
+from tests.fused_tables import fuse
 from tests.small_lungs import stored_lungs
 from tests.small_xrays import RECIPE, SmallXrays
 
 MODELS = pd.DataFrame([("c", 0), ("c", 1), ("d", 0)], columns=["model", "fold"])
-PLAIN = FusionSettings()
+PLAIN = SiimFusion()
 
 
 def images_of(*rows):
@@ -171,7 +172,7 @@ def test_what_a_model_has_seen_never_touches_its_label(rows):
 
 
 def test_fusion_settings_shape_the_labels_and_the_classes_add_to_one():
-    mixed = FusionSettings(none_classifier=1.0, none_no_box=1.0, negative_share=0.5)
+    mixed = SiimFusion(none_classifier=1.0, none_no_box=1.0, negative_share=0.5)
     predicted = predictions([("a", "d", 0, 0.8, *ONE)])
     found = pseudo_labels(predicted, IMAGES, empty_table("coverage"), mixed)
     study_scores, image_scores = study_and_image_scores([predicted.probabilities], IMAGES)

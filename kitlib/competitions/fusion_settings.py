@@ -1,0 +1,42 @@
+"""`FusionSettings`: how the predictions of many models become one, for any competition.
+
+A competition derives a class from it whose further fields say how it turns these predictions into its answers, and which of
+their values are tried in tuning.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Settings
+
+Method = Literal["wbf", "nms", "soft_nms", "nmw"]
+METHODS = get_args(Method)
+Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
+CONFIDENCES = get_args(Confidence)
+
+
+@dataclass(frozen=True)
+class FusionSettings(Settings):
+    """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no calibration.
+
+    GRIDS maps the name of a tuning step to the names of the fields that it sets together, and the values that it tries.
+    """
+
+    GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}
+
+    model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; default 1, and 0 excludes a model
+    # detector -> slope and offset of its calibration (kitlib.fusion.box_fusion); other detectors' scores stay unchanged
+    calibration: dict[str, tuple[Positive, float]] = field(default_factory=dict)
+    box_method: Method = "wbf"  # applies to images with two or more lists of boxes
+    box_iou: Probability = 0.6  # IoU above which boxes are merged (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
+    # boxes with a lower score are dropped before fusion; the limit is low because unlikely boxes still add average precision
+    box_min_score: Probability = 0.001
+    box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with its square
+    box_confidence: Confidence = "avg"  # applies only to wbf
+    # IoU above which the less confident of two fused boxes is dropped; 1: no box is dropped. Heidelberg's code: 0.1
+    final_nms_iou: Probability = 1.0
+
+    def weight(self, model: str) -> float:
+        """Return the weight of `model`, 1 if `model_weights` does not contain it."""
+        return float(self.model_weights.get(model, 1.0))
