@@ -251,7 +251,7 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
 
 def test_a_backbone_in_a_submission_is_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / "nih", family="findings"))]
-    with pytest.raises(KernelError, match="nih/bundle predicts classes .a, ...., of which a submission to siim-covid19 contains none"):
+    with pytest.raises(KernelError, match=r"nih/bundle predicts classes .* of which a submission to siim-covid19"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
