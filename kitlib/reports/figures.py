@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
@@ -30,6 +31,8 @@ SHOWN_SCORE = 0.2
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
 # Colours of findings may be as bright as bones and paper, so their lines have dark edges.
 EDGED = [withStroke(linewidth=2.3, foreground="black")]
+
+LONGEST_WORD = 36  # characters of a title that fit above an X-ray; RANZCR's ids have more
 
 
 def save_figure(figure: Figure, path: str | Path) -> Image:
@@ -86,9 +89,10 @@ def _style(colour: str, colours: Mapping[str, str]) -> str:
 
 
 def show_xray(axis: Axes, xray: CachedXray, title: str) -> None:
-    """Draw the X-ray in grey with a title above it."""
+    """Draw the X-ray in grey with a title above it, of whose long words only the ends are shown."""
     axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
-    axis.set_title(title, fontsize=8)
+    shown = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: "…" + word[0][1 - LONGEST_WORD :], title)
+    axis.set_title(shown, fontsize=8)
 
 
 def example_images(
