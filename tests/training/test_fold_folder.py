@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
+from kitlib.tables import check_table
 from kitlib.training.fold_folder import FitResult, draw_curves, mean_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
@@ -116,7 +117,7 @@ def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
 
 def joined(small, extra):
     train, validation = split(small.images, small.fold_table, 0, seed=0)
-    return with_extra(train, small.labels, small.boxes, small, extra, validation)
+    return with_extra(train, small.labels, check_table(small.boxes, "boxes"), small, extra, validation)
 
 
 def test_extra_images_are_trained_on_and_read_from_their_own_cache():
