@@ -117,7 +117,8 @@ def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
 
 def joined(small, extra):
     train, validation = split(small.images, small.fold_table, 0, seed=0)
-    return with_extra(train, small.labels, check_table(small.boxes, "boxes"), small, extra, validation)
+    small.boxes = check_table(small.boxes, "boxes")  # as in a task
+    return with_extra(train, small.labels, small.boxes, small, extra, validation)
 
 
 def test_extra_images_are_trained_on_and_read_from_their_own_cache():
