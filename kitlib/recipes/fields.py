@@ -343,7 +343,7 @@ class PatchRecipe(FindingsRecipe):
 
 @dataclass(frozen=True)
 class DetectorRecipe(WithBackbone, WithOcclusions):
-    """Recipe of an opacity detector, which is a Faster R-CNN, a RetinaNet or a YOLO.
+    """Recipe of a detector of findings, which is a Faster R-CNN, a RetinaNet or a YOLO.
 
     The defaults are those of the Faster R-CNN in the Heidelberg report, section 3.1.
     """

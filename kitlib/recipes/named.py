@@ -114,6 +114,46 @@ RECIPES: dict[str, TrainingRecipe] = {
         views=("full", "flip"),
         rotate_degrees=10.0,
     ),
+    # VinBigData, 2nd place (ZFTurbo/2nd-place-solution-for-VinBigData-Chest-X-ray-Abnormalities-Detection on GitHub), both
+    # on boxes that weighted box fusion merged from the readers'. Of part_zfturbo, net_v09_yolo5: YOLOv5x at 640 pixels, 80
+    # epochs, ultralytics' defaults, boxes suppressed at an IoU of 0.25, the image and its mirror image. Its lowest score of
+    # 0.01 is not used, because the metric never punishes an unlikely box.
+    "lean_vinbigdata_yolo": dataclasses.replace(
+        _HEIDELBERG_YOLO,
+        backbone="yolov5xu",
+        image_size=640,
+        epochs=80,
+        vertical_flip=0.0,
+        mosaic=1.0,
+        mixup=0.0,
+        box_loss="",
+        nms_iou=0.25,
+        views=("full", "flip"),
+    ),
+    # Of part_ivan, its Cascade R-CNN with a recursive pyramid: backbone, canvas, epochs, images without a finding, schedule,
+    # augmentation (without scaling and shear, which the kit's detectors lack) and thresholds; one stage of boxes instead of
+    # three. The optimiser is that of mmdetection's schedule for 16 images per step.
+    "lean_vinbigdata_faster_rcnn": DetectorRecipe(
+        backbone="resnet50",
+        channels=3,
+        image_size=1024,
+        epochs=30,
+        batch_size=8,
+        nominal_batch=16,
+        learning_rate=0.02,
+        weight_decay=1e-4,
+        warmup_epochs=1.0,
+        negatives=3.0,  # 10,606 images without and 4,394 with a box: all
+        views=("full", "flip"),
+        horizontal_flip=0.5,
+        rotate_degrees=20.0,
+        shift=0.1,
+        turn_p=0.9,
+        brightness_contrast=0.25,
+        brightness_contrast_p=0.9,
+        blur_p=0.2,
+        **_ALL_EPOCHS,
+    ),
     # Methods common to the strongest solutions: auxiliary segmentation, moving averages, lung crops.
     "strong_study": StudyRecipe(
         backbone="tf_efficientnetv2_m",

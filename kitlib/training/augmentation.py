@@ -48,9 +48,8 @@ class Augmentation:
         self.geometry.set_random_seed(seed)
         self.pixels.set_random_seed(derived_seed(seed, 1))
         moved = self.geometry(image=pixels, bboxes=boxes)
-        return self.pixels(image=moved["image"])["image"], np.asarray(moved["bboxes"], dtype=float).reshape(
-            -1, boxes.shape[1]
-        )
+        boxes = np.asarray(moved["bboxes"], dtype=float).reshape(-1, boxes.shape[1])
+        return self.pixels(image=moved["image"])["image"], boxes
 
 
 class MaskAugmentation:

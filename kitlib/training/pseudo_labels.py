@@ -48,8 +48,9 @@ class PseudoLabels:
 
     `images` is an `images` table with two additional columns: `none`, the probability of "no opacity" as a soft target, and
     `unsure`, True if a detector should not be trained on the image. `labels` has one row per study that a classifier has
-    predicted, with probabilities of the four study classes, which sum to 1. `boxes` is a `boxes` table with an additional
-    column `score`. `left_out` lists the images without a pseudo-label in the columns image_id and reason.
+    predicted, with probabilities of the four study classes, which sum to 1. `boxes` is a `boxes` table, with the detectors'
+    findings and an additional column `score`. `left_out` lists the images without a pseudo-label in the columns image_id and
+    reason.
     """
 
     images: pd.DataFrame

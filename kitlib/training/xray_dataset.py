@@ -84,7 +84,6 @@ class XrayDataset(Examples):
         self.image_ids, self.example_bytes = images.image_id.tolist(), recipe.image_size**2
         self.make_placement = PLACEMENTS[recipe.placement]
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
-        self.classes = tuple(classes)
         # The class is a fifth column, so that whatever moves or removes a box keeps its class.
         boxes = boxes.assign(code=pd.Index(classes).get_indexer(boxes["finding"]) if classes else 0)
         rows_of = {image_id: rows[[*BOX, "code"]].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}

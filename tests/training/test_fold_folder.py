@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
+from kitlib.tables import check_table
 from kitlib.training.fold_folder import FitResult, draw_curves, mean_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
@@ -116,6 +117,7 @@ def renamed(small, columns=("image_id", "study_id", "patient_id"), prefix="x"):
 
 def joined(small, extra):
     train, validation = split(small.images, small.fold_table, 0, seed=0)
+    small.boxes = check_table(small.boxes, "boxes")  # as in a task
     return with_extra(train, small.labels, small.boxes, small, extra, validation)
 
 

@@ -34,7 +34,8 @@ def documented():
 
 
 # The others would fit with twice their batch; benchmarks/memory.py computes them, too.
-LARGE = ("heidelberg_faster_rcnn", "lean_study", "lean_faster_rcnn", "strong_study", "strong_faster_rcnn", "strong_yolo")
+LARGE = ("heidelberg_faster_rcnn", "lean_study", "lean_faster_rcnn", "lean_vinbigdata_yolo", "lean_vinbigdata_faster_rcnn")
+LARGE += ("strong_study", "strong_faster_rcnn", "strong_yolo")
 
 
 def test_every_published_recipe_fits_a_t4(documented):

@@ -1,5 +1,6 @@
 """Pseudo-labels: which models may predict an image, fused labels and boxes, and images that are left out."""
 
+import dataclasses
 from dataclasses import asdict
 
 import numpy as np
@@ -136,6 +137,12 @@ def test_confident_boxes_are_kept_and_unsure_images_marked():
     boxes = [("a", "d", 0, 0.8, *ONE), ("a", "d", 0, 0.35, *FAR), ("a", "d", 0, 0.2, 0.0, 0.0, 50.0, 50.0)]
     boxes += [("b", "d", 0, 0.45, *ONE), ("c", "d", 0, 0.05, *ONE)]
     found = pseudo_labels(predictions(boxes), IMAGES, empty_table("coverage"), PLAIN, low=0.1, kept=0.3, high=0.5)
+    # Boxes of other findings are not merged with them, and keep their finding.
+    found_boxes = [(*box[:-4], *ONE, name) for box in boxes[:1] for name in ("Effusion", "Mass")]
+    columns = ["image_id", "model", "fold", "score", *BOX, "finding"]
+    several = dataclasses.replace(predictions(boxes), detections=pd.DataFrame(found_boxes, columns=columns))
+    labelled = pseudo_labels(several, IMAGES, empty_table("coverage"), PLAIN).boxes
+    assert labelled[["image_id", "finding", "score"]].to_numpy().tolist() == [["a", "Effusion", 0.8], ["a", "Mass", 0.8]]
     # The best box of b scores between low and high; the best of c scores below low; d has none.
     assert found.images["unsure"].tolist() == [False, True, False, False]
     assert found.boxes[["image_id", "score"]].to_numpy().tolist() == [["a", 0.8], ["a", 0.35], ["b", 0.45]]
