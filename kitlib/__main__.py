@@ -117,8 +117,11 @@ class Layout(StrEnum):
 def phantom(
     folder: Annotated[Path, typer.Option(help="The data set is written into a new folder below this one.")],
     layout: Annotated[Layout, typer.Option(help="The data set whose files are imitated.")] = Layout.SIIM,
+    competition: Annotated[
+        str, typer.Option(help="Instead of --layout: a competition, such as vinbigdata, with training and test images.")
+    ] = "",
     truth: Annotated[
-        Path | None, typer.Option(help="siim only, required: the folder for the labels of the test set.")
+        Path | None, typer.Option(help="siim and competitions only, required: the folder for the labels of the test set.")
     ] = None,
     train_studies: Annotated[
         int | None, typer.Option(help="siim only: number of studies to train on (default: 240).")
@@ -127,34 +130,47 @@ def phantom(
     images: Annotated[
         int | None, typer.Option(help="All but siim: number of images (default: 400; jsrt: 24, of 8 MB each).")
     ] = None,
-    side: Annotated[int | None, typer.Option(help="Side of the images in pixels (default: 320; jsrt: always 2048).")] = None,
+    test_images: Annotated[int | None, typer.Option(help="Competitions only: number of test images (default: 100).")] = None,
+    side: Annotated[
+        int | None, typer.Option(help="Side in pixels (default: 320; jsrt: always 2048, siim-acr: 1024).")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Write a data set of phantoms, that is, simulated X-rays, and print its folder.
 
-    The folder's name is siim-covid19-detection for siim, nih-chest-xrays for nih, rsna-pneumonia-detection-challenge for
-    rsna, and the layout's own name for the data sets of lung masks and of diagnoses.
+    The folder's name is that of the competition on Kaggle, nih-chest-xrays for nih, and the layout's own name for the data
+    sets of lung masks and of diagnoses.
     """
-    options = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies, "images": images, "side": side}
-    sizes: dict[str, Any] = {"images": 24 if layout is Layout.JSRT else 400}
-    if layout is Layout.SIIM:
+    if competition and layout is not Layout.SIIM:
+        raise typer.BadParameter("give either --competition or --layout")
+    chosen = competition or str(layout)
+    has_studies = chosen in ("siim", "siim-covid19")
+    options: dict[str, Any] = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies}
+    options |= {"images": images, "test_images": test_images, "side": side}
+    sizes: dict[str, Any] = {"images": 24 if chosen == "jsrt" else 400}
+    if has_studies:
         sizes = {"train_studies": 240, "test_studies": 80}
-    if layout is not Layout.JSRT:
+    elif competition:
+        sizes["test_images"] = 100
+    if chosen not in ("jsrt", "siim-acr"):
         sizes["side"] = 320
+    has_test = has_studies or bool(competition)
     for name in [name for name, value in options.items() if value is not None]:
-        if name not in sizes and (name != "truth" or layout is not Layout.SIIM):
-            raise typer.BadParameter(f"--{name.replace('_', '-')} cannot be used with --layout {layout}")
+        if name not in sizes and (name != "truth" or not has_test):
+            raise typer.BadParameter(f"--{name.replace('_', '-')} cannot be used for {chosen}")
         sizes[name] = options[name]
-    if layout is Layout.SIIM and truth is None:
-        raise typer.BadParameter("--layout siim requires --truth, a folder for the labels of the test set")
+    if has_test and truth is None:
+        raise typer.BadParameter(f"{chosen} requires --truth, a folder for the labels of the test set")
     write: Callable[..., Path]
     try:
-        if layout is Layout.SIIM:
+        if has_studies:
             from kitlib.phantoms.siim import write_competition as write
+        elif competition or layout is Layout.RSNA:
+            from kitlib.phantoms.challenges import write_challenge
+
+            write = partial(write_challenge, name=competition or "rsna-pneumonia")
         elif layout is Layout.NIH:
             from kitlib.phantoms.nih import write_nih as write
-        elif layout is Layout.RSNA:
-            from kitlib.phantoms.rsna import write_rsna as write
         elif layout in (Layout.JSRT, Layout.MONTGOMERY, Layout.SHENZHEN, Layout.DARWIN):
             from kitlib.phantoms.lungs import write_lungs
 

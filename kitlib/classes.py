@@ -53,15 +53,53 @@ CHEXPERT_OBSERVATIONS = (
 
 # Pixel values of a label image; 0 is background. Left and right are the patient's. "lungs" is both lungs as one structure.
 MASK_CODES = {"lungs": 1, "heart": 2, "left_lung": 3, "right_lung": 4, "pneumothorax": 5}
-# Structures that most images do not have; their masks may be empty.
-SPARSE_STRUCTURES = ("pneumothorax",)
 LUNG_CODES = tuple(code for name, code in MASK_CODES.items() if "lung" in name)
+# Structures that most images do not have, so that an empty mask is valid.
+SPARSE_STRUCTURES = ("pneumothorax",)
 # Mask data sets define "lung" differently: without the part behind the heart (JSRT, Montgomery, Shenzhen), or with it
 # (Darwin).
 MASK_CONVENTIONS = ("lung_fields", "with_heart")
 
 # RSNA Pneumonia Detection Challenge, stage_2_detailed_class_info.csv.
 RSNA_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
+
+# VinBigData Chest X-ray Abnormalities Detection: the findings in the order of class_id, which is followed by NO_FINDING.
+VINBIGDATA_FINDINGS = (
+    "Aortic enlargement",
+    "Atelectasis",
+    "Calcification",
+    "Cardiomegaly",
+    "Consolidation",
+    "ILD",
+    "Infiltration",
+    "Lung Opacity",
+    "Nodule/Mass",
+    "Other lesion",
+    "Pleural effusion",
+    "Pleural thickening",
+    "Pneumothorax",
+    "Pulmonary fibrosis",
+)
+NO_FINDING = "No finding"
+
+# RANZCR CLiP: the labels in the order of the columns. Several lines in an image can have different labels, so that no group
+# of labels excludes each other.
+RANZCR_LABELS = (
+    "ETT - Abnormal",
+    "ETT - Borderline",
+    "ETT - Normal",
+    "NGT - Abnormal",
+    "NGT - Borderline",
+    "NGT - Incompletely Imaged",
+    "NGT - Normal",
+    "CVC - Abnormal",
+    "CVC - Borderline",
+    "CVC - Normal",
+    "Swan Ganz Catheter Present",
+)
+
+# SIIM-ACR Pneumothorax Segmentation: the only class.
+PNEUMOTHORAX = "Pneumothorax"
 
 # Diagnoses that a reader may assign to an image. "pneumonia" is a pneumonia of another or an unknown kind; "other" is any
 # other diagnosis.

@@ -131,6 +131,12 @@ def test_phantoms_of_every_layout_can_be_read(tmp_path):
         assert result.exit_code == 0, result.stderr
         data = read_dataset(layout, result.stdout.strip().splitlines()[-1], progress=False)
         assert len(data.images) >= size[1] and len(data.boxes)
+    for name, dataset in {"ranzcr-clip": "ranzcr", "siim-acr": "siim_acr"}.items():
+        size = ("--images", 5, "--test-images", 5) + (("--side", 32) if dataset == "ranzcr" else ())
+        result = run("phantom", "--folder", tmp_path, "--competition", name, "--truth", tmp_path / name, *size)
+        assert result.exit_code == 0, result.stderr
+        assert len(read_dataset(dataset, result.stdout.strip().splitlines()[-1], progress=False).images) == 5
+        assert len(list((tmp_path / name).iterdir())) == 1
     for layout, size in {"jsrt": (), "montgomery": ("--side", 32), "shenzhen": ("--side", 32), "darwin": ()}.items():
         result = run("phantom", "--folder", tmp_path, "--layout", layout, "--images", 4, *size)
         assert result.exit_code == 0, result.stderr
@@ -144,6 +150,9 @@ def test_phantoms_refuse_invalid_options(tmp_path):
     for words in (("--layout", "padchest"), ("--layout", "nih", "--truth", "x"), ("--images", 4, "--truth", "x"), ()):
         assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
     assert run("phantom", "--folder", tmp_path, "--layout", "jsrt", "--side", 512).exit_code == 2
+    both = ("--layout", "rsna", "--competition", "rsna-pneumonia", "--truth", "x")
+    for words in (("--competition", "vinbigdata"), ("--competition", "siim-acr", "--truth", "x", "--side", 320), both):
+        assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
     few = run("phantom", "--folder", tmp_path, "--layout", "rsna", "--images", 0)
     assert few.exit_code == 1 and "at least 3 images" in few.stderr
     assert not list(tmp_path.iterdir())

@@ -12,34 +12,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kitlib.classes import RANZCR_LABELS
 from kitlib.competitions.contract import Competition, fill_rows
 from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
+from kitlib.datasets.ranzcr import ID, PUBLISHED
 from kitlib.errors import ScoringError
 from kitlib.scoring.metrics import mean_auc
 from kitlib.scoring.placeholders import format_confidence
 
 logger = logging.getLogger(__name__)
 
-IMAGES = 30083  # in the training data
-# Label -> number of training images that have it, in the order of the columns. Several lines in an image can have different
-# labels, so that no group of labels excludes each other.
-POSITIVES = {
-    "ETT - Abnormal": 79,
-    "ETT - Borderline": 1138,
-    "ETT - Normal": 7240,
-    "NGT - Abnormal": 279,
-    "NGT - Borderline": 529,
-    "NGT - Incompletely Imaged": 2748,
-    "NGT - Normal": 4797,
-    "CVC - Abnormal": 3195,
-    "CVC - Borderline": 8460,
-    "CVC - Normal": 21324,
-    "Swan Ganz Catheter Present": 830,
-}
-LABELS = tuple(POSITIVES)
-ID = "StudyInstanceUID"  # of an image, in spite of its name
+LABELS = RANZCR_LABELS
 
 
 def read_truth(path: Path) -> pd.DataFrame:
@@ -101,7 +86,7 @@ def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
     """Return the share of the training images with each label, for every image."""
-    shares = [format_confidence(count / IMAGES) for count in POSITIVES.values()]
+    shares = [format_confidence(PUBLISHED[label] / PUBLISHED["images"]) for label in LABELS]
     return [[name, *shares] for name in ids]
 
 

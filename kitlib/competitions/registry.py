@@ -36,3 +36,18 @@ def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
         raise SettingsError(f"rules is {rules}, but the data are those of {known[0].name}; leave rules empty")
     competition = find_competition(rules) if rules else known[0] if known else SIIM_COVID19
     return competition, known[0].slug if known else data
+
+
+def find_data(dataset: str, folder: str = "") -> tuple[str, str]:
+    """Return the reader of a data set, a key of kitlib.datasets.registry.READERS, and the input folder of its files.
+
+    `dataset` is a reader, or the name or slug of a competition. An empty `folder` is the slug of that competition, or of the
+    one whose training data the reader reads; a competition's name is its slug. Raises SettingsError if `folder` is empty and
+    there is no such competition.
+    """
+    folder = COMPETITIONS[folder].slug if folder in COMPETITIONS else folder
+    known = next((each for each in COMPETITIONS.values() if dataset in (each.name, each.slug, each.dataset)), None)
+    if known is None and not folder:
+        names = ", ".join(COMPETITIONS)
+        raise SettingsError(f"{dataset!r} is no competition, so its folder must be given; the competitions are {names}")
+    return (known.dataset, folder or known.slug) if known else (dataset, folder)

@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
+from kitlib.classes import NO_FINDING, VINBIGDATA_FINDINGS
 from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
 from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions, weighted_mean
+from kitlib.datasets.vinbigdata import CORNERS, PUBLISHED
 from kitlib.errors import ScoringError, SettingsError
 from kitlib.scoring.average_precision import average_precision, first_hits, match_boxes
 from kitlib.scoring.placeholders import format_confidence
@@ -28,30 +30,12 @@ from kitlib.tables import BOX
 
 logger = logging.getLogger(__name__)
 
-# In the order of class_id.
-FINDINGS = (
-    "Aortic enlargement",
-    "Atelectasis",
-    "Calcification",
-    "Cardiomegaly",
-    "Consolidation",
-    "ILD",
-    "Infiltration",
-    "Lung Opacity",
-    "Nodule/Mass",
-    "Other lesion",
-    "Pleural effusion",
-    "Pleural thickening",
-    "Pneumothorax",
-    "Pulmonary fibrosis",
-)
-NO_FINDING = "No finding"
+FINDINGS = VINBIGDATA_FINDINGS
 CLASSES = (*FINDINGS, NO_FINDING)
 LABELS = tuple(map(str, range(len(CLASSES))))  # of a prediction string
 BOXLESS = LABELS[-1:]  # "14"
 OVERLAP = 0.4  # the IoU of a hit is larger than this
-NO_FINDING_SHARE = 10606 / 15000  # of the training images
-CORNERS = ("x_min", "y_min", "x_max", "y_max")
+NO_FINDING_SHARE = PUBLISHED[NO_FINDING] / PUBLISHED["images"]
 
 
 def read_truth(path: Path) -> BoxTruth:

@@ -9,7 +9,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from kitlib.classes import MASK_CONVENTIONS
-from kitlib.datasets.data_folder import DataFolder
+from kitlib.datasets.data_folder import PICTURES, DataFolder, read_csv
 from kitlib.errors import DatasetError, UnreadableXray
 from kitlib.tables import BOX, check_table, cut_boxes, empty_table
 
@@ -27,8 +27,9 @@ class Dataset:
 
     `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
     official list) and `convention` (of MASK_CONVENTIONS, "" for images of a pooled set without masks). `masks` is None for
-    data sets without masks, otherwise it has the columns image_id, structure (a key of MASK_CODES) and path; several files
-    for the same image and structure are combined.
+    data sets without masks, otherwise it has the columns image_id, structure (a key of MASK_CODES) and path, of a mask file
+    or, if there is a column `runs` with run lengths (see kitlib.xrays.run_lengths), of their table; several rows for the
+    same image and structure are combined.
 
     `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says how the fault
     was handled. `published` maps names of counts, such as "patients", to the values that the data set's authors published
@@ -172,6 +173,31 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
     x, y, width, height = (pd.to_numeric(cells[name], errors="coerce") for name in cells)
     boxes = pd.DataFrame({"image_id": image_ids, "xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height})
     return boxes, np.isfinite(boxes[list(BOX)]).all(axis=1) & (width > 0) & (height > 0)
+
+
+def original_sizes(images: pd.DataFrame, source: DataFolder, *tables: str) -> pd.DataFrame:
+    """Return a table with the columns image_id, rows and columns: the size of each image's original, which boxes refer to.
+
+    A DICOM file is an original. For PNG and JPEG files, which are copies of any size, the sizes are in a table that has one
+    of the names `tables` and the columns image_id, dim0 (rows) and dim1 (columns). Copies that have no valid row in it are
+    a fault of `source`, and have no row in the result. Raises DatasetError if there are copies but no table.
+    """
+    is_copy = images["path"].str.lower().str.endswith(PICTURES)
+    originals = images.loc[~is_copy, ["image_id", "rows", "columns"]]
+    if not is_copy.any():
+        return originals
+    how_to_get = (
+        "the boxes are in pixels of the original images, whose sizes this table states for resized copies (columns "
+        "image_id, dim0 and dim1). Attach a copy that has it, or the table beside"
+    )
+    path = source.need_table(*tables, how_to_get=how_to_get)
+    table = read_csv(path, ("image_id", "dim0", "dim1"), how_to_get)
+    sizes = table[["dim0", "dim1"]].apply(pd.to_numeric, errors="coerce")
+    sizes = pd.DataFrame({"image_id": table["image_id"].str.strip(), "rows": sizes["dim0"], "columns": sizes["dim1"]})
+    sizes = sizes[(sizes[["rows", "columns"]] >= 1).all(axis=1)].drop_duplicates("image_id")
+    without = set(images["image_id"][is_copy]) - set(sizes["image_id"])
+    source.faults.add_summary(path.name, without, "have no valid size; left out", "other images")
+    return pd.concat([originals, sizes[sizes["image_id"].isin(images["image_id"][is_copy])]])
 
 
 def scale_boxes(

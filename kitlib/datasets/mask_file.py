@@ -9,19 +9,20 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.classes import LUNG_CODES, MASK_CODES, SPARSE_STRUCTURES
 from kitlib.datasets.darwin_json import read_darwin_json
 from kitlib.datasets.faults import Faults
 from kitlib.errors import MaskError, UnreadableXray
 from kitlib.xrays.cache import XrayCache, usable_cores
 from kitlib.xrays.image_file import open_image
 from kitlib.xrays.mask_store import MaskStore
+from kitlib.xrays.run_lengths import decode_mask
 
 # If all values of a file are below this, they are codes (such as 1 for the right and 2 for the left lung), not grey levels.
 CODES_BELOW = 16
 ASPECT_TOLERANCE = 0.01
 # Later structures overwrite earlier ones: a pixel where a lung and the heart overlap is lung.
-DRAWN_IN_ORDER = ("heart", "lungs", "left_lung", "right_lung")
+DRAWN_IN_ORDER = ("heart", "lungs", "left_lung", "right_lung", "pneumothorax")
 # A connected part that covers less than LEAST_PART of the lung mask is not a lung. If there is only one large part and its
 # width is less than LONE_LUNG of its height, only one lung is drawn.
 LEAST_PART, LONE_LUNG = 0.05, 0.65
@@ -64,16 +65,17 @@ def fill_masks(
     Decoded copies come from `cache`, which must contain all `images`. An image gets no mask if one of its mask files is
     missing, is damaged, or has another aspect ratio than the image (by more than 1 %), or if no pixel is lung: an incomplete
     mask would teach that the missing part is background. A mask with only one lung or with an empty structure is stored, but
-    is also a fault. Masks are resized to the decoded copy by area averaging; a pixel is inside if at least half of it is.
-    Where structures overlap, the later one in DRAWN_IN_ORDER wins. Masks that are already in the store are not changed.
-    Raises ValueError if a structure is unknown.
+    is also a fault; masks of SPARSE_STRUCTURES alone may be empty. Masks are resized to the decoded copy by area averaging;
+    a pixel is inside if at least half of it is. Where structures overlap, the later one in DRAWN_IN_ORDER wins. Masks that
+    are already in the store are not changed. Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
         raise ValueError(f"unknown structure {unknown[0]!r} in the masks; valid: {', '.join(DRAWN_IN_ORDER)}")
     pending = masks[masks.image_id.isin(images.image_id) & ~masks.image_id.isin(store.ids)]
+    runs = pending["runs"] if "runs" in pending else pd.Series("", pending.index)
     drawings = [
-        (image_id, list(zip(rows.structure, rows.path, strict=True)))
+        (image_id, list(zip(rows.structure, rows.path, runs[rows.index], strict=True)))
         for image_id, rows in pending.groupby("image_id", sort=False)
     ]
     faults, bar = Faults(), tqdm(total=len(drawings), desc="masks", unit="image", disable=not progress)
@@ -90,17 +92,18 @@ def fill_masks(
 
 
 def _label_image(
-    image_id: str, files: Sequence[tuple[str, str]], cache: XrayCache
+    image_id: str, files: Sequence[tuple[str, str, str]], cache: XrayCache
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
     """Return the mask of an image as a label image (None if it gets no mask), and a list of its faults (file, problem).
 
-    The label image is uint8, of the same shape as the decoded copy; `files` has (structure, path) for each mask file.
+    The label image is uint8, of the same shape as the decoded copy; `files` has (structure, path, runs) for each mask; its
+    run lengths `runs` are "" if it is the file `path`.
     """
     xray, problems = cache.read(image_id), []
     masks_of: dict[str, list[np.ndarray]] = {}
-    for structure, path in files:
+    for structure, path, runs in files:
         try:
-            mask = read_mask(path)
+            mask = decode_mask(runs) if runs else read_mask(path)
         except MaskError as error:
             problems.append((_short_name(path), f"{error}; the image gets no mask"))
             continue
@@ -116,6 +119,8 @@ def _label_image(
         for inside in masks_of.get(structure, ()):
             codes[inside] = MASK_CODES[structure]
     first_file = _short_name(files[0][1])
+    if set(masks_of) <= set(SPARSE_STRUCTURES):
+        return codes, []
     lungs = np.isin(codes, LUNG_CODES)
     if not lungs.any():
         return None, [(first_file, "no pixel is lung; the image gets no mask")]

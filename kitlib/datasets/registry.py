@@ -18,11 +18,14 @@ from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.jsrt import read_jsrt
 from kitlib.datasets.kermany import read_kermany
 from kitlib.datasets.nih import read_nih
+from kitlib.datasets.ranzcr import read_ranzcr
 from kitlib.datasets.ricord import read_ricord
 from kitlib.datasets.rsna import read_rsna
 from kitlib.datasets.siim import read_train
+from kitlib.datasets.siim_acr import read_siim_acr
 from kitlib.datasets.table_reader import read_own
 from kitlib.datasets.tb_lungs import read_montgomery, read_shenzhen
+from kitlib.datasets.vinbigdata import read_vinbigdata
 from kitlib.errors import SettingsError
 from kitlib.tables import class_columns
 
@@ -31,6 +34,9 @@ READERS: dict[str, Callable[..., Dataset]] = {
     "siim": read_train,
     "nih": read_nih,
     "rsna": read_rsna,
+    "vinbigdata": read_vinbigdata,
+    "ranzcr": read_ranzcr,
+    "siim_acr": read_siim_acr,
     "jsrt": read_jsrt,
     "montgomery": read_montgomery,
     "shenzhen": read_shenzhen,

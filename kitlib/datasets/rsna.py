@@ -1,15 +1,15 @@
 """Reads the training set (stage 2) of the RSNA Pneumonia Detection Challenge: X-rays, classes, and boxes of opacities."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from kitlib.classes import RSNA_CLASSES
-from kitlib.datasets.base import Dataset, add_headers, cut_at_edges, make_boxes, one_hot, scale_boxes
-from kitlib.datasets.data_folder import DICOM, PICTURES, DataFolder, listed_id, or_renamed, read_csv
+from kitlib.datasets.base import Dataset, cut_at_edges, make_boxes, one_hot, scale_boxes
+from kitlib.datasets.data_folder import DataFolder, listed_id, or_renamed, read_csv
+from kitlib.datasets.train_images import read_train_images
 from kitlib.errors import DatasetError
 
 # The second file name in each line is used by copies on Kaggle. stage2_train_metadata.csv has both labels and classes.
@@ -19,7 +19,6 @@ LABEL_TABLES, CLASS_TABLES = (
     (*or_renamed(CLASSES), "stage2_train_metadata*.csv"),
 )
 IMAGES = "stage_2_train_images"  # folder in the challenge's files; copies use other names
-OF_TEST = re.compile(r"(^|[ _-])test([ _-]|$)")  # a folder of test images, which have no labels
 SIDE = 1024  # pixels a side of every published image; boxes are in these pixels, even in resized copies
 # RSNA's list of its images and the NIH images that they come from; published separately from the challenge's files.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
@@ -49,33 +48,11 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
     of it.
     """
     source = DataFolder.of(folder)
-    folder, faults = source.folder, source.faults
     labels, boxes = read_label_tables(source)
-    test_files = source.find((*DICOM, *PICTURES), lambda path: any(map(OF_TEST.search, source.folders(path))))
-    listed = {listed_id(path.name) for path in test_files} & set(labels.id)
-    faults.add_summary("the folder", listed, "lie in a folder of test images; left out", "other listed images")
-    files = source.find_images((*DICOM, *PICTURES), lambda path: not any(map(OF_TEST.search, source.folders(path))))
-    if not labels.id.isin(list(files)).any():
-        first, wanted = next(iter(files.values()), "none"), next(iter(labels.id), "none")
-        raise DatasetError(
-            f"{folder} holds {len(files)} images in {IMAGES} or other folders without test in their names, the first is "
-            f"{first}; none of them is one of the {len(labels)} images in {LABELS}, such as {wanted}: {HOW_TO_GET}"
-        )
-    faults.add_summary(LABELS, set(labels.id) - set(files), "have no file; left out", "other images")
-    problem = f"have no usable row in {LABELS}; left out"
-    faults.add_summary("the folder", set(files) - set(labels.id), problem, "other files")
-    image_ids = sorted(set(files) & set(labels.id))
     patients = read_nih_patients(source)
-    rows = pd.DataFrame(
-        {
-            "image_id": image_ids,
-            "patient_id": [patients.get(image_id, image_id) for image_id in image_ids],
-            "path": [str(files[image_id]) for image_id in image_ids],
-            "source": "rsna",
-            "view": "",
-        }
+    images = read_train_images(
+        source, labels["id"], LABELS, name="rsna", how_to_get=HOW_TO_GET, patients=patients, progress=progress
     )
-    images = add_headers(rows, source, progress)
     boxes = boxes[boxes.image_id.isin(images.image_id)]
     originals = images[["image_id"]].assign(rows=SIDE, columns=SIDE)
     images, boxes = cut_at_edges(images, scale_boxes(boxes, images, originals, source, LABELS), source, LABELS)

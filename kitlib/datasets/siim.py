@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
-from kitlib.datasets.base import Dataset, cut_at_edges, read_headers, scale_boxes
+from kitlib.datasets.base import Dataset, cut_at_edges, original_sizes, read_headers, scale_boxes
 from kitlib.datasets.data_folder import PICTURES, DataFolder, read_csv
 from kitlib.datasets.faults import Faults
 from kitlib.datasets.sample_submission import read_sample
@@ -24,8 +24,7 @@ from kitlib.datasets.walk import walk
 from kitlib.errors import DatasetError, SubmissionError
 from kitlib.tables import BOX, check_table
 
-# Table of original sizes in resized copies, with the columns image_id, dim0 (rows) and dim1 (columns).
-SIZES = "meta.csv"
+SIZES = "meta.csv"  # of resized copies, see `original_sizes`
 STUDY_TABLE, IMAGE_TABLE, SAMPLE = "train_study_level.csv", "train_image_level.csv", "sample_submission.csv"
 # For the training set; counted in the competition's tables and DICOM headers.
 PUBLISHED = {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
@@ -86,7 +85,9 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
     boxes = boxes[boxes.image_id.isin(images.image_id)]
     is_copy = images.path.str.lower().str.endswith(PICTURES)
-    originals = pd.concat([images.loc[~is_copy, ["image_id", "rows", "columns"]], _original_sizes(images[is_copy], source)])
+    problem = "are copies without a header; their study is used as their patient"
+    faults.add_summary("train", images.image_id[is_copy], problem, "other images")
+    originals = original_sizes(images, source, SIZES)
     images = images[images.image_id.isin(originals.image_id)]
     boxes = scale_boxes(boxes[boxes.image_id.isin(images.image_id)], images, originals, source, IMAGE_TABLE)
     images, boxes = cut_at_edges(images, boxes, source, IMAGE_TABLE, "_image")
@@ -123,28 +124,6 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
             "files there, see inputs/README.md"
         )
     return files
-
-
-def _original_sizes(copies: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
-    """Return a table with the columns image_id, rows and columns: the original sizes of the images `copies`, from SIZES.
-
-    Copies that have no row in SIZES, or an invalid one, are a fault. Raises DatasetError if there are copies but no table.
-    """
-    if copies.empty:
-        return pd.DataFrame({"image_id": [], "rows": [], "columns": []})
-    how_to_get = (
-        "the boxes are in pixels of the original images, whose sizes this table states for resized copies (columns "
-        "image_id, dim0 and dim1). Attach a copy that has it, or the table beside"
-    )
-    table = read_csv(source.need_table(SIZES, how_to_get=how_to_get), ("image_id", "dim0", "dim1"), how_to_get)
-    sizes = table[["dim0", "dim1"]].apply(pd.to_numeric, errors="coerce")
-    sizes = pd.DataFrame({"image_id": table.image_id.str.strip(), "rows": sizes.dim0, "columns": sizes.dim1})
-    sizes = sizes[(sizes[["rows", "columns"]] >= 1).all(axis=1)].drop_duplicates("image_id")
-    without = set(copies.image_id) - set(sizes.image_id)
-    source.faults.add_summary(SIZES, without, "have no valid size; left out", "other images")
-    problem = "are copies without a header; their study is used as their patient"
-    source.faults.add_summary("train", copies.image_id, problem, "other images")
-    return sizes[sizes.image_id.isin(copies.image_id)]
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:

@@ -1,28 +1,50 @@
-"""Lists the images of a competition's test set."""
+"""Finds the test images of a competition by the ids of its sample submission, in any folders, without opening a file."""
 
 from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
 
-from kitlib.datasets.data_folder import IMAGES, DataFolder
+from kitlib.datasets.data_folder import DICOM, IMAGES, without_suffix
+from kitlib.datasets.faults import Faults
+from kitlib.datasets.train_images import OF_TEST
+from kitlib.datasets.walk import walk
+from kitlib.errors import DatasetError
+from kitlib.tables import check_table
 
 
-def read_test_images(folder: str | Path, ids: Collection[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return an `images` table of the image files below `folder` whose names without suffix are in `ids`; and faults.
+def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return an `images` table of the files below `folder` that are called after `ids`, and a table like Dataset.faults.
 
-    Headers are not read: rows and columns are 0, and each image is its own study and patient. Files in folders with "test"
-    in their name are preferred to others. An id without a file is a fault; for the columns of the second table see
-    kitlib.datasets.base.Dataset.
+    The suffix is that of an image, or missing. Of several files with one name, those in a folder with "test" in its name are
+    preferred, then DICOM files, then the first path in alphabetical order. No file is opened: sizes are 0, and each image is
+    its own study and patient. `name` is the table's `source`. An id without a file is a fault, because it still needs a row
+    in the submission; so are files that are not used although they lie in a folder of test images. Raises DatasetError if
+    `folder` does not exist.
     """
-    source = DataFolder(folder)
-    files = source.find_images(IMAGES, lambda path: any("test" in name for name in source.folders(path)))
-    missing = [name for name in ids if name not in files]
-    if missing:
-        files |= {name: path for name, path in source.find_images(IMAGES).items() if name not in files}
-        missing = [name for name in missing if name not in files]
-    source.faults.add_summary("sample submission", missing, "have no image file", "other ids")
-    listed = [name for name in ids if name in files]
-    images = pd.DataFrame({"image_id": listed, "study_id": listed, "patient_id": listed})
-    images = images.assign(path=[str(files[name]) for name in listed], rows=0, columns=0, source="test", view="")
-    return images, source.faults.table()
+    folder, wanted, faults = Path(folder), set(ids), Faults()
+    if not folder.is_dir():
+        raise DatasetError(
+            f"{folder} is not a folder; give the folder that holds the competition's files, see inputs/README.md"
+        )
+    candidates: list[tuple[bool, bool, str, str]] = []
+    unlisted: list[str] = []
+    for place, names in walk(folder, lambda path, reason: faults.add("the folder", path, f"{reason}; left out")):
+        is_test = any(map(OF_TEST.search, place.relative_to(folder).as_posix().lower().split("/")))
+        for file in names:
+            image_id, suffix = without_suffix(file), Path(file).suffix.lower()
+            if image_id in wanted:
+                candidates.append((not is_test, suffix not in DICOM, str(place / file), image_id))
+            elif is_test and suffix in IMAGES:
+                unlisted.append((place / file).relative_to(folder).as_posix())
+    paths: dict[str, str] = {}
+    for _, _, path, image_id in sorted(candidates):
+        paths.setdefault(image_id, path)
+    others = [Path(path).relative_to(folder).as_posix() for *_, path, image_id in candidates if paths[image_id] != path]
+    faults.add_summary("the folder", others, "have the name of another file; left out", "other files")
+    faults.add_summary("the folder", unlisted, "are test images that the sample submission does not list", "other files")
+    faults.add_summary("the sample submission", wanted - set(paths), "have no file, but still get a row", "other images")
+    image_ids = [image_id for image_id in ids if image_id in paths]
+    images = pd.DataFrame({"image_id": image_ids, "study_id": image_ids, "patient_id": image_ids}, dtype=object)
+    images = images.assign(path=[paths[image_id] for image_id in image_ids], rows=0, columns=0, source=name, view="")
+    return check_table(images, "images", str(folder)), faults.table()

@@ -198,29 +198,29 @@ class Predictor:
             self._merge_views(lists, placement)
             for *lists, placement in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
         ]
-        table = pd.DataFrame(np.concatenate([boxes for boxes, _ in merged]), columns=list(BOX))
-        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in merged]))
-        table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in merged]))
+        rows = np.concatenate(merged)
+        table = pd.DataFrame(rows[:, :4], columns=list(BOX))
+        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), list(map(len, merged))))
+        findings = np.array(self.classes, dtype=object)[rows[:, 5].astype(int)]
+        table = table.assign(model=self.model, fold=self.fold, finding=findings, score=rows[:, 4])
         return check_table(table, "detections")
 
-    def _to_original(
-        self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Convert an image's boxes from a canvas; return boxes (m, 4) in original pixels, and their scores (m,).
+    def _to_original(self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool) -> np.ndarray:
+        """Convert an image's boxes (k, 6) from canvas to original pixels; return a float array (m, 6).
 
-        Boxes are clipped to the image. The columns of `boxes_on_canvas` (k, 5) are xmin, ymin, xmax, ymax and score. Boxes
-        with less than a pixel inside the image are dropped.
+        The columns of both are xmin, ymin, xmax, ymax, score and class. Boxes are clipped to the image; boxes with less than
+        a pixel inside the image are dropped.
         """
         boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
-        return boxes[inside], boxes_on_canvas[inside, 4].astype(float).clip(0, 1)
+        rows = np.hstack([boxes, boxes_on_canvas[:, 4:]])[inside]
+        rows[:, 4] = rows[:, 4].clip(0, 1)
+        return rows
 
-    def _merge_views(
-        self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Fuse an image's boxes from all views; return boxes (k, 4) in original pixels and scores (k,).
+    def _merge_views(self, lists: list[np.ndarray], placement: Placement) -> np.ndarray:
+        """Fuse an image's boxes from all views, class by class; return an array (k, 6).
 
-        `lists` contains the boxes (m, 4) in original pixels and the scores (m,) of each view.
+        `lists` contains an array (m, 6) for each view; the columns are those of `_to_original`.
         """
         if len(lists) == 1:
             return lists[0]
@@ -228,12 +228,13 @@ class Predictor:
         from kitlib.fusion.box_fusion import merge_boxes
 
         side = np.array([placement.columns, placement.rows] * 2, dtype=float)
-        boxes, scores = [], []
-        for box, score in lists:
-            boxes.append(box[score > 0] / side)
-            scores.append(score[score > 0])
-        merged, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
-        return merged * side, score
+        merged = [np.empty((0, 6))]
+        for code in np.unique(np.concatenate(lists)[:, 5]):
+            of_class = [rows[(rows[:, 5] == code) & (rows[:, 4] > 0)] for rows in lists]
+            boxes, scores = [rows[:, :4] / side for rows in of_class], [rows[:, 4] for rows in of_class]
+            box, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
+            merged.append(np.column_stack([box * side, score, np.full(len(score), code)]))
+        return np.concatenate(merged)
 
 
 AnyPredictor = Predictor | MaskPredictor

@@ -66,19 +66,19 @@ def _patches(recipe: PatchRecipe, classes: Sequence[str]) -> Any:
 def _faster_rcnn(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.faster_rcnn import FasterRCNNDetector
 
-    return FasterRCNNDetector(recipe)
+    return FasterRCNNDetector(recipe, classes)
 
 
 def _retinanet(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.retinanet import RetinaNetDetector
 
-    return RetinaNetDetector(recipe)
+    return RetinaNetDetector(recipe, classes)
 
 
 def _yolo(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.yolo import YoloDetector
 
-    return YoloDetector(recipe)
+    return YoloDetector(recipe, classes)
 
 
 def _segmenter(recipe: SegmenterRecipe, classes: Sequence[str]) -> Any:

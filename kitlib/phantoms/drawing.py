@@ -8,7 +8,7 @@ is lung without air.
 import cv2
 import numpy as np
 
-from kitlib.phantoms.patients import LUNG_ASPECT, Exposure, Opacity, Patient
+from kitlib.phantoms.patients import LUNG_ASPECT, Exposure, Opacity, Patient, Pneumothorax, Tube
 
 WORK_SIDE = 512  # pixels of the longer side at which anatomy is drawn
 LUNG_SHARE = 0.74  # share of the image that the lungs fill, the median of SIIM's training set
@@ -20,11 +20,19 @@ CHEST_WALL = [(0.30, -1.0), (0.50, -0.97), (0.72, -0.72), (0.88, -0.35), (0.96, 
 MEDIASTINUM_TOP = [(0.17, -0.45), (0.2, -0.85)]
 
 
-def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+def render(
+    patient: Patient,
+    exposure: Exposure,
+    opacities: tuple[Opacity, ...] = (),
+    *,
+    pneumothoraces: tuple[Pneumothorax, ...] = (),
+    tubes: tuple[Tube, ...] = (),
+) -> tuple[np.ndarray, np.ndarray]:
     """Return two arrays: the radiograph, and the boxes of its opacities.
 
     The radiograph is float32 (rows, columns), from 0 (black) to 1 (white). The boxes are (n, 4), one row per opacity with
-    `boxed`, in order: xmin, ymin, xmax, ymax in the radiograph's pixels. The same arguments give the same pixels.
+    `boxed`, in order: xmin, ymin, xmax, ymax in the radiograph's pixels. The same arguments give the same pixels. For the
+    mask of a pneumothorax see `draw_pneumothorax`.
     """
     view = _View(patient, exposure)
     rng = np.random.default_rng([patient.seed, 1])
@@ -34,6 +42,12 @@ def render(patient: Patient, exposure: Exposure, opacities: tuple[Opacity, ...] 
     boxes = [_replace_air(air, lungs > 127, opacity, view) for opacity in opacities]
     grey = _soft_tissue(patient, view) + _bones(view, rng) * np.float32(patient.bone)
     vessels = _vessels(view, rng)
+    for pneumothorax in pneumothoraces:
+        grey += _free_air(air, vessels, lungs, patient, pneumothorax, view)
+    for tube in tubes:
+        canvas = view.canvas()
+        view.lines(canvas, _smooth(tube.points)[None], tube.width, 1.0)
+        grey += view.blur(canvas, 0.006) * np.float32(tube.density / 255)
     texture = cv2.resize(rng.standard_normal((48, 48), dtype=np.float32), air.shape[::-1], interpolation=cv2.INTER_CUBIC)
     grey -= air * (np.float32(0.42) - vessels * np.float32(0.6) - texture * np.float32(0.012))
     boxed = [box for box, opacity in zip(boxes, opacities, strict=True) if opacity.boxed]
@@ -46,18 +60,20 @@ def draw_masks(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
     Left and right are the patient's. The lungs include opacities. The heart is the region between the lungs from the hila to
     the diaphragm, without the lungs, because nothing else in the image shows where the heart ends.
     """
-    view = _View(patient, exposure)
     right, left = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))
     outlines = {"left_lung": left, "right_lung": right, "heart": _heart_outline(patient)}
-    masks = {}
-    for name, outline in outlines.items():
-        # cv2 counts pixel centres from 0: scale about the pixels' corners, not their centres.
-        points = (view.pixels(outline) + 0.5) * view.enlargement[:2] - 0.5
-        canvas = np.zeros((exposure.rows, exposure.columns), np.uint8)
-        cv2.fillPoly(canvas, [np.round(points * 2**SHIFT).astype(np.int32)], 255, cv2.LINE_AA, SHIFT)
-        masks[name] = canvas > 127
+    masks = {name: _fill(outline, patient, exposure) for name, outline in outlines.items()}
     masks["heart"] &= ~(masks["left_lung"] | masks["right_lung"])
     return masks
+
+
+def draw_pneumothorax(patient: Patient, exposure: Exposure, pneumothorax: Pneumothorax) -> np.ndarray:
+    """Return the mask, bool (rows, columns), of a pneumothorax in the image that `render` draws."""
+    chest, lung = _pleura(patient, pneumothorax)
+    gap = _fill(chest, patient, exposure) & ~_fill(lung, patient, exposure)
+    # Without splinters of a few pixels, where the two outlines cross.
+    _, parts, sizes, _ = cv2.connectedComponentsWithStats(gap.astype(np.uint8))
+    return gap & (parts == 1 + sizes[1:, cv2.CC_STAT_AREA].argmax())
 
 
 class _View:
@@ -162,6 +178,40 @@ def _heart_outline(patient: Patient) -> np.ndarray:
     right, left = np.array(_right_heart(patient)) * (-1, 1), np.array(_left_heart(patient)[3::-1])
     base = np.array([(0.5 * patient.heart, 0.82 + patient.diaphragm), (-0.24, 0.8 + patient.diaphragm)])
     return _rounded(np.concatenate([right, left, base]) * (1.07, 1))
+
+
+def _fill(outline: np.ndarray, patient: Patient, exposure: Exposure) -> np.ndarray:
+    """Return the mask, bool (rows, columns), of a closed outline (points, 2) in thorax units."""
+    view = _View(patient, exposure)
+    # cv2 counts pixel centres from 0: scale about the pixels' corners, not their centres.
+    points = (view.pixels(outline) + 0.5) * view.enlargement[:2] - 0.5
+    canvas = np.zeros((exposure.rows, exposure.columns), np.uint8)
+    cv2.fillPoly(canvas, [np.round(points * 2**SHIFT).astype(np.int32)], 255, cv2.LINE_AA, SHIFT)
+    return canvas > 127
+
+
+def _pleura(patient: Patient, pneumothorax: Pneumothorax) -> tuple[np.ndarray, np.ndarray]:
+    """Return the outlines of the space that a lung leaves and of the lung, each an array (points, 2) in thorax units."""
+    chest = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))[max(0, pneumothorax.side)]
+    return chest, chest + pneumothorax.collapse * ((0.2 * pneumothorax.side, 0.95) - chest)
+
+
+def _free_air(
+    air: np.ndarray, vessels: np.ndarray, lungs: np.ndarray, patient: Patient, pneumothorax: Pneumothorax, view: _View
+) -> np.ndarray:
+    """Draw a pneumothorax: change `air` and `vessels` in place, and return the grey that the edge of the lung adds.
+
+    Nothing but air is in the space between chest wall and lung: it is darker than lung and has no vessels.
+    """
+    canvas, edge = view.canvas(), view.canvas()
+    chest, lung = _pleura(patient, pneumothorax)
+    view.fill(canvas, chest[None])
+    view.fill(canvas, lung[None], 0.0)
+    view.lines(edge, lung[None], 0.015, 1.0)
+    gap = canvas * np.float32(1 / 255)
+    air *= 1 + np.float32(0.45) * gap
+    vessels *= 1 - gap
+    return view.blur(edge, 0.006) * (lungs > 127) * np.float32(0.12 / 255)
 
 
 def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _View) -> np.ndarray:
@@ -302,6 +352,15 @@ def _ellipse(u: float, v: float, radius_u: float, radius_v: float) -> np.ndarray
     """Return the outline of an ellipse with the centre (u, v) as an array (1, 24, 2)."""
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     return np.stack([u + radius_u * np.cos(angle), v + radius_v * np.sin(angle)], axis=-1)[None]
+
+
+def _smooth(points: np.ndarray) -> np.ndarray:
+    """Return a curve (n, 2) from the first to the last of `points`, with the corners between cut thrice (Chaikin 1974)."""
+    for _ in range(3):
+        start, end = points[:-1], points[1:]
+        cut = np.stack([0.75 * start + 0.25 * end, 0.25 * start + 0.75 * end], axis=1).reshape(-1, 2)
+        points = np.concatenate([points[:1], cut, points[-1:]])
+    return points
 
 
 def _rounded(points: list[tuple[float, float]] | np.ndarray) -> np.ndarray:

@@ -28,6 +28,23 @@ class Opacity:
 
 
 @dataclass(frozen=True)
+class Pneumothorax:
+    """Air between the chest wall and a lung, which has shrunk by the share `collapse`, 0..1, towards its lower inner end."""
+
+    side: int  # -1 for the patient's right lung, 1 for the left one
+    collapse: float
+
+
+@dataclass(frozen=True)
+class Tube:
+    """A catheter, tube or line along a smooth curve through `points`, an array (n, 2) of (u, v)."""
+
+    points: np.ndarray
+    width: float  # thorax units
+    density: float  # grey that it adds, 0..1
+
+
+@dataclass(frozen=True)
 class Patient:
     """The anatomy of one patient, which is the same in all of the patient's images."""
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kitlib.competitions.registry import choose_competition, find_data
 from kitlib.errors import BundleError, InputNotFound, PlanError
 from kitlib.parameters import read_parameters
 from kitlib.paths import find_input, find_run, find_starting_weights, project_root
@@ -46,9 +47,11 @@ def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
     if not run.notebook:
         return
     values = read_parameters(run.notebook) | run.parameters
-    # Notebooks 80 and 50 read the competition only with a ground truth, or without images of another run.
-    if "competition" in values and values.get("truth", "read") and not values.get("source_run"):
-        yield "competition", values["competition"]
+    # Notebooks 80 and 50 read the competition only with a ground truth, or without images of another run; 60 only its rules.
+    reads = values.get("truth", "read") and not values.get("source_run") and run.notebook.stem != "60_fuse"
+    if "competition" in values and reads:
+        named = values["competition"]
+        yield "competition", find_data(values["dataset"], named)[1] if "dataset" in values else choose_competition(named)[1]
     yield from (("competition", folder) for folder in (*values.get("pool", {}).values(), *values.get("beside", [])))
     if weights := values["overrides"].get("starting_weights") if "recipe" in values else "":
         yield "starting_weights", weights

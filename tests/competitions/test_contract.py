@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from kitlib.competitions.registry import COMPETITIONS, find_competition
+from kitlib.competitions.registry import COMPETITIONS, find_competition, find_data
+from kitlib.datasets.registry import READERS
 from kitlib.errors import KitError, ScoringError, SettingsError, SubmissionError
 
 NEW = [competition for name, competition in COMPETITIONS.items() if name != "siim-covid19"]
@@ -118,3 +119,24 @@ def test_a_sample_without_rows_or_ids_is_an_error(competition, tmp_path):
     with pytest.raises(SubmissionError, match="an id in each row"):
         competition.validate_file(path, path)
     assert not (tmp_path / "baseline.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "expected"),
+    [
+        ("siim-acr", "", ("siim_acr", "siim-acr-pneumothorax-segmentation")),
+        ("ranzcr-clip-catheter-line-classification", "", ("ranzcr", "ranzcr-clip-catheter-line-classification")),
+        ("rsna", "", ("rsna", "rsna-pneumonia-detection-challenge")),
+        ("siim-covid19", "mine", ("siim", "mine")),
+        ("vinbigdata", "vinbigdata", ("vinbigdata", "vinbigdata-chest-xray-abnormalities-detection")),
+        ("nih", "nih-chest-xrays", ("nih", "nih-chest-xrays")),
+    ],
+)
+def test_a_data_set_is_named_by_its_reader_or_competition(dataset, folder, expected):
+    assert find_data(dataset, folder) == expected
+
+
+def test_every_competitions_data_set_has_a_reader_and_others_need_a_folder():
+    assert {competition.dataset for competition in COMPETITIONS.values()} <= set(READERS)
+    with pytest.raises(SettingsError, match="'nih' is no competition, so its folder must be given"):
+        find_data("nih")

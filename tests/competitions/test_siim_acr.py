@@ -16,27 +16,21 @@ from hypothesis.extra.numpy import arrays
 
 from kitlib.classes import MASK_CODES
 from kitlib.competitions.siim_acr import (
-    NO_RUNS,
     SIIM_ACR,
     SiimAcrSettings,
     compare,
     decide,
-    decode_mask,
     dice,
-    draw_runs,
-    encode_mask,
-    encode_runs,
     fill,
     judge,
     metric,
-    parse_runs,
     read_truth,
-    runs_of,
     truth_of,
 )
 from kitlib.errors import MaskError, ScoringError
 from kitlib.scoring.metrics import overlap
 from kitlib.xrays.mask_store import MaskStore, encode_grey
+from kitlib.xrays.run_lengths import NO_RUNS, decode_mask, draw_runs, encode_mask, encode_runs, parse_runs, runs_of
 
 LAST = 1024 * 1024 - 1
 

@@ -16,10 +16,10 @@ from kitlib.datasets.base import read_headers
 from kitlib.datasets.data_folder import DICOM, IMAGES, PICTURES, DataFolder
 from kitlib.datasets.registry import read_dataset
 from kitlib.errors import KitError
+from kitlib.phantoms.challenges import write_challenge
 from kitlib.phantoms.diagnoses import write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.nih import write_nih
-from kitlib.phantoms.rsna import write_rsna
 from kitlib.phantoms.siim import write_competition
 
 QUIET = {"workers": 1, "progress": False, "seed": 3}
@@ -29,7 +29,10 @@ WRITERS = {
         folder, folder / "truth", train_studies=12, test_studies=4, side=32, damaged_test_files=0, **QUIET
     ),
     "nih": lambda folder: write_nih(folder, images=24, side=64, **QUIET),
-    "rsna": lambda folder: write_rsna(folder, images=12, side=64, **QUIET),
+    "rsna": lambda folder: write_challenge(folder, "rsna-pneumonia", images=12, side=64, **QUIET),
+    "vinbigdata": lambda folder: write_challenge(folder, "vinbigdata", images=14, side=128, **QUIET),
+    "ranzcr": lambda folder: write_challenge(folder, "ranzcr-clip", images=12, side=32, **QUIET),
+    "siim_acr": lambda folder: write_challenge(folder, "siim-acr", images=6, **QUIET),
     "jsrt": lambda folder: write_lungs(folder, "jsrt", images=2, side=64, **QUIET),
     "montgomery": lambda folder: write_lungs(folder, "montgomery", images=6, side=64, **QUIET),
     "shenzhen": lambda folder: write_lungs(folder, "shenzhen", images=6, side=64, **QUIET),
@@ -120,13 +123,13 @@ def test_a_copy_in_another_layout_is_the_same_data_set(sets, tmp_path, name, lay
             found.drop(columns="path", errors="ignore"), wanted.drop(columns="path", errors="ignore")
         )
     if expected.masks is not None:
-        keys = ["image_id", "structure"]
+        keys = [name for name in expected.masks if name != "path"]
         assert data.masks[keys].to_numpy().tolist() == expected.masks[keys].to_numpy().tolist()
     # A copy of the whole is told in a few lines, not in a line for each file.
     assert len(expected.faults) <= len(data.faults) <= len(expected.faults) + 4
 
 
-@pytest.mark.parametrize("name", ["nih", "rsna", "siim"])
+@pytest.mark.parametrize("name", ["nih", "rsna", "siim", "vinbigdata"])
 def test_boxes_follow_resized_images(sets, tmp_path, name):
     """The tables of the published sets are in pixels of the original images, whatever the size of the copies."""
     folder, expected = sets[name]

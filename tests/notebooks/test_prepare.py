@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 
+from kitlib.competitions.registry import find_competition
 from kitlib.notebook import run_notebook
 from kitlib.paths import project_root
+from kitlib.phantoms.challenges import write_challenge
 from kitlib.phantoms.diagnoses import plan_diagnoses, write_diagnoses
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.runs.finished_run import read_metrics, read_prepared
@@ -70,3 +72,24 @@ def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path,
     # What the scheme has no class for, and what could not be read.
     faults = pd.read_csv(run / "faults.csv")
     assert faults.problem.str.contains("no class in").sum() == 2 and faults.file.str.startswith("kermany: ").sum() == 1
+
+
+def test_competitions_by_name_readers_boxes_are_merged_and_run_lengths_become_masks(tmp_path, quick_kernels):
+    """The data sets are named by their competitions."""
+    parts = {"seed": 4, "workers": 1, "progress": False}
+    write_challenge(tmp_path / "inputs", "vinbigdata", images=24, side=64, **parts)
+    write_challenge(tmp_path / "inputs", "siim-acr", images=8, **parts)
+    for name in ("vinbigdata", "siim-acr"):
+        parameters = {"dataset": name, "competition": str(tmp_path / "inputs" / find_competition(name).slug)}
+        parameters |= {"run_folder": str(tmp_path / name), "longest_side": 64, "n_folds": 2, "workers": 1}
+        run_notebook(NOTEBOOK, tmp_path / "10.ipynb", parameters, tmp_path / name / "metrics.json")
+    tables, merging = read_prepared(tmp_path / "vinbigdata"), pd.read_csv(tmp_path / "vinbigdata" / "merging.csv")
+    # The three readers' boxes differ by a few per cent, and each finding keeps one.
+    assert merging.merged.sum() == len(tables["boxes"]) < merging.drawn.sum() / 2
+    assert tables["boxes"].readers.max() == 3 and (merging.readers > 2).all()
+    tables, masks = read_prepared(tmp_path / "siim-acr"), MaskStore(tmp_path / "siim-acr" / "masks")
+    positive = {image_id for image_id in masks.ids if masks.read(image_id).any()}
+    assert (
+        len(masks) == 8 and positive == set(tables["labels"].id[tables["labels"].Pneumothorax == 1]) and len(positive) == 2
+    )
+    assert read_metrics(tmp_path / "siim-acr")["dataset"] == "siim_acr"

@@ -13,7 +13,7 @@ from kitlib.atomic import write_json
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.rsna import read_rsna
 from kitlib.errors import DatasetError
-from kitlib.phantoms.rsna import write_rsna
+from kitlib.phantoms.challenges import write_challenge
 from kitlib.runs.export import export_run, import_tables
 from kitlib.tables import read_table, write_table
 from kitlib.xrays.image_file import decode_image
@@ -23,7 +23,9 @@ from kitlib.xrays.image_file import decode_image
 def prepared(tmp_path_factory):
     """The run folder and tables of notebook 10 for twelve phantoms, one of which no annotator looked at."""
     folder = tmp_path_factory.mktemp("run")
-    data = read_rsna(write_rsna(folder, images=12, side=32, seed=0, workers=1, progress=False), progress=False)
+    data = read_rsna(
+        write_challenge(folder, "rsna-pneumonia", images=12, side=32, seed=0, workers=1, progress=False), progress=False
+    )
     normal = data.labels.id[data.labels["Normal"] == 1].iloc[0]
     images = data.images.assign(false_none=data.images.image_id == normal)
     tables = {"images": images, "labels": data.labels, "boxes": data.boxes}

@@ -287,9 +287,8 @@ def on(codes, recipe, size=64, placement="letterbox"):
 
 def test_lungs_are_either_side_or_both_as_one():
     codes = np.zeros((60, 40), np.uint8)
-    chest = [MASK_CODES[name] for name in ("lungs", "heart", "left_lung", "right_lung")]
-    for code, columns in zip(chest, (slice(0, 8), slice(8, 16), slice(16, 24), slice(24, 32)), strict=True):
-        codes[10:50, columns] = code
+    for index, code in enumerate(MASK_CODES.values()):
+        codes[10:50, 8 * index : 8 * index + 8] = code
     truth = on(codes, STILL, 60)
     assert np.array_equal(truth[:, 10:50], np.isin(codes, LUNG_CODES))
 

@@ -1,0 +1,73 @@
+"""Reads the training set of SIIM-ACR Pneumothorax Segmentation: X-rays, and the masks of their pneumothoraces."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.classes import PNEUMOTHORAX
+from kitlib.datasets.base import Dataset
+from kitlib.datasets.data_folder import DataFolder, listed_id, read_csv
+from kitlib.datasets.train_images import read_train_images
+from kitlib.errors import DatasetError
+from kitlib.xrays.run_lengths import EMPTY, parse_runs
+
+# Of stage 2, and of stage 1, whose names and values have blanks around them.
+LABEL_TABLES = ("stage_2_train.csv", "train-rle.csv")
+# The NIH images that the images come from; published by a participant, with the columns Kaggle_ID and NIH_ID.
+MAPPINGS = ("siimacr_to_nih.csv", "nih_id.csv")
+HOW_TO_GET = "`kaggle competitions download -c siim-acr-pneumothorax-segmentation`, see inputs/README.md"
+# Counted in stage_2_train.csv.
+PUBLISHED = {"images": 12047, "patients": 6171, "masks": 12047, PNEUMOTHORAX: 2669}
+
+
+def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
+    """Read the training images below `folder` (DICOM, or PNG or JPEG in copies) and their masks, as run lengths.
+
+    The images may be in any folder: those that stage 1 tested on are training images of stage 2. image_id and study_id are
+    the column ImageId. Every image has a mask of the structure "pneumothorax", which is empty if its label is 0; a row of
+    `masks` is a lesion. With one of MAPPINGS, `patient_id` is NIH's patient, written as in kitlib.datasets.nih; otherwise it
+    is the image, with a fault. Left out, with a fault: rows without a file, files without a row, images with an unreadable
+    header or with run lengths that are not a mask of 1,024 x 1,024 pixels. Raises DatasetError if the table is missing or
+    lacks a column, or if no file is an image of it.
+    """
+    source = DataFolder.of(folder)
+    path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
+    table = read_csv(path, ("ImageId",), HOW_TO_GET).rename(columns=str.strip)
+    if "EncodedPixels" not in table:
+        raise DatasetError(f"{path} has no column EncodedPixels; it has {', '.join(table)}: {HOW_TO_GET}")
+    masks = pd.DataFrame({"image_id": table["ImageId"].str.strip(), "structure": PNEUMOTHORAX.lower(), "path": str(path)})
+    masks["runs"] = table["EncodedPixels"].str.strip()
+    is_wrong = (masks["image_id"] == "") | masks["runs"].map(lambda text: bool(parse_runs(text)[1]))
+    excluded = set(masks["image_id"][is_wrong])
+    problem = "have run lengths that are not a mask of 1,024 x 1,024 pixels; left out"
+    source.faults.add_summary(path.name, excluded, problem, "other images")
+    masks = masks[~masks["image_id"].isin(excluded)]
+    ids = sorted(set(masks["image_id"]))
+    images = read_train_images(
+        source,
+        ids,
+        path.name,
+        name="siim_acr",
+        how_to_get=HOW_TO_GET,
+        patients=_read_patients(source, ids),
+        in_test_folders=True,
+        progress=progress,
+    )
+    masks = masks[masks["image_id"].isin(images["image_id"])].sort_values("image_id", kind="stable", ignore_index=True)
+    positive = set(masks["image_id"][masks["runs"] != EMPTY])
+    labels = pd.DataFrame({"id": images["image_id"], PNEUMOTHORAX: images["image_id"].isin(positive).astype(float)})
+    return Dataset.from_tables(source, images, labels, PUBLISHED, masks=masks)
+
+
+def _read_patients(source: DataFolder, ids: list[str]) -> dict[str, str]:
+    """Return image_id -> NIH's patient from one of MAPPINGS; a missing file, or image, is a fault."""
+    path = source.find_table(*MAPPINGS)
+    if path is None:
+        source.faults.add(MAPPINGS[0], "", "the file is missing; images of one NIH patient may fall into several folds")
+        return {}
+    table = read_csv(path, ("Kaggle_ID", "NIH_ID"))
+    nih_patients = "nih-" + table["NIH_ID"].map(listed_id).str.partition("_")[0]
+    patients = dict(zip(table["Kaggle_ID"], nih_patients, strict=True))
+    problem = "have no row; their patients may be in several folds"
+    source.faults.add_summary(path.name, set(ids) - set(patients), problem, "other images")
+    return patients

@@ -1,0 +1,64 @@
+"""Finds the training images that a competition's table lists, in any folders, and reads their headers."""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from kitlib.datasets.base import add_headers
+from kitlib.datasets.data_folder import DICOM, PICTURES, DataFolder, listed_id
+from kitlib.errors import DatasetError
+
+OF_TEST = re.compile(r"(^|[ _-])test([ _-]|$)")  # a folder of test images
+
+
+def read_train_images(
+    source: DataFolder,
+    ids: Collection[str],
+    table: str,
+    *,
+    name: str,
+    how_to_get: str,
+    patients: Mapping[str, str] | None = None,
+    in_test_folders: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Return an `images` table of the files called after `ids`, the images in `table`; each image is its own study.
+
+    The files are DICOM, PNG or JPEG; `name` is the table's `source`. `patients` maps an image_id to its patient; an image
+    that it lacks is its own patient. Files in folders of test images are used only if `in_test_folders` is True, and files
+    in folders of masks never. Added to the faults of `source`: images without a file, files without a row, and images with
+    an unreadable header. Raises DatasetError, whose message ends with `how_to_get`, if no file is one of the images.
+    """
+
+    def is_test(path: Path) -> bool:
+        return not in_test_folders and any(map(OF_TEST.search, source.folders(path)))
+
+    def is_mask(path: Path) -> bool:
+        return any("mask" in name for name in source.folders(path)[-1:])
+
+    listed, faults, suffixes = set(ids), source.faults, (*DICOM, *PICTURES)
+    of_test = {listed_id(path.name) for path in source.find(suffixes, is_test)} & listed
+    faults.add_summary("the folder", of_test, "lie in a folder of test images; left out", "other listed images")
+    files = source.find_images(suffixes, lambda path: not is_test(path) and not is_mask(path))
+    if listed.isdisjoint(files):
+        first, wanted = next(iter(files.values()), "none"), next(iter(ids), "none")
+        raise DatasetError(
+            f"{source.folder} holds {len(files)} images in folders without test in their names, the first is {first}; none "
+            f"of them is one of the {len(listed)} images in {table}, such as {wanted}: {how_to_get}"
+        )
+    faults.add_summary(table, listed - set(files), "have no file; left out", "other images")
+    problem = f"have no usable row in {table}; left out"
+    faults.add_summary("the folder", set(files) - listed, problem, "other files")
+    image_ids = sorted(listed & set(files))
+    rows = pd.DataFrame(
+        {
+            "image_id": image_ids,
+            "patient_id": [(patients or {}).get(image_id, image_id) for image_id in image_ids],
+            "path": [str(files[image_id]) for image_id in image_ids],
+            "source": name,
+            "view": "",
+        }
+    )
+    return add_headers(rows, source, progress)

@@ -1,0 +1,382 @@
+"""Write phantoms in the layouts of VinBigData, RSNA Pneumonia, RANZCR CLiP and SIIM-ACR, with a test set and its truth."""
+
+import hashlib
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
+
+from kitlib.atomic import replacing, write_csv, write_json
+from kitlib.classes import NO_FINDING, PNEUMOTHORAX, RANZCR_LABELS, RSNA_CLASSES, VINBIGDATA_FINDINGS
+from kitlib.competitions.registry import find_competition
+from kitlib.datasets import ranzcr, rsna, siim_acr, vinbigdata
+from kitlib.phantoms.drawing import draw_masks, draw_pneumothorax, render
+from kitlib.phantoms.folder import LEAST_SIDE, write_phantoms
+from kitlib.phantoms.patients import Opacity, Pneumothorax, Tube, draw_exposure, draw_finding, draw_patient
+from kitlib.phantoms.plan import apportion, draw_patient_numbers
+from kitlib.xrays.run_lengths import EMPTY, encode_mask
+from kitlib.xrays.run_lengths import SIDE as RUN_LENGTHS_SIDE
+from kitlib.xrays.writing import write_xray
+
+DEFAULT_SIDE = 320
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One planned image. `shows` has what it shows of each group of the layout, without "" for nothing."""
+
+    split: str  # "train" or "test"
+    image_id: str
+    patient: str  # the patient's number of eight digits, counted over both splits
+    patient_seed: int
+    seed: int
+    shows: tuple[str, ...]
+
+
+Written = list[tuple[Planned, Any]]  # the images of a split, and what `draw` has returned for each
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What distinguishes a competition's phantoms from those of another.
+
+    `groups` are independent of each other; each maps what an image can show of it to the share of the images. `make_id`
+    gets the split and 64 random hexadecimal digits. `draw` gets a path, an image and its side, writes the file and returns
+    what its rows need. `tables` returns the files of labels, the one that the competition scores first.
+    """
+
+    groups: tuple[dict[str, float], ...]
+    make_id: Callable[[str, str], str]
+    make_path: Callable[[Planned], str]
+    draw: Callable[[Path, Planned, int], Any]
+    tables: Callable[[Written], dict[str, Any]]
+    label_table: str
+    sample: str = "sample_submission.csv"
+    side: int | None = None  # of all images, pixels; None: free
+
+
+def write_challenge(
+    folder: str | Path,
+    name: str,
+    *,
+    images: int,
+    seed: int,
+    side: int | None = None,
+    test_images: int = 0,
+    truth: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write `images` training images and `test_images` to FOLDER/SLUG, with the tables, and return that folder.
+
+    `name` is a competition of LAYOUTS. With a test set, the folder also has the sample submission, and the test set's labels
+    are written to the folder `truth`, in the format of the training labels. No patient is in both sets.
+
+    vinbigdata: `train/*.dicom` with five of the 14 findings; three readers draw boxes that differ a little, and one misses
+    some; in the truth there is one opinion. rsna-pneumonia: `stage_2_train_images/*.dcm` with the published shares of the
+    classes, and the mapping to NIH's images. ranzcr-clip: `train/*.jpg` with tubes and lines; what a label says of a line is
+    where its tip lies. siim-acr: DICOM files with a pneumothorax in a quarter of the images, always of 1,024 pixels a side,
+    because the run lengths are of these pixels.
+
+    `side` is the longer side in pixels (default: DEFAULT_SIDE); in RSNA's images both sides. For the other parameters and
+    errors see `write_phantoms`. Raises ValueError for an unknown name, another side than a layout's, or test images without
+    `truth`.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown competition {name!r}; valid: {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[name]
+    if layout.side and side not in (None, layout.side):
+        raise ValueError(f"side is {side}, but the images of {name} always have {layout.side} pixels a side; leave it out")
+    if test_images and truth is None:
+        raise ValueError("test images require `truth`, a folder for their labels")
+    side = layout.side or side or DEFAULT_SIDE
+    other_files = [Path(truth) / layout.label_table] if truth and test_images else []
+    return write_phantoms(
+        Path(folder) / find_competition(name).slug,
+        (layout.label_table, layout.sample),
+        {"images": images, "test_images": test_images, "side": side, "seed": seed},
+        partial(_plan, name, {"train": images, "test": test_images}, seed),
+        partial(_write_image, name=name, side=side),
+        partial(_write_tables, name, other_files),
+        least=(max(map(len, layout.groups)), LEAST_SIDE),
+        code=("kitlib.xrays.writing", __name__),
+        other_files=other_files,
+        workers=workers,
+        progress=progress,
+    )
+
+
+def _plan(name: str, counts: dict[str, int], seed: int) -> list[Planned]:
+    """Return the planned images of both splits, each ordered by image_id."""
+    layout, planned, patients = LAYOUTS[name], [], 20001  # larger than in phantoms of NIH's layout, which are other patients
+    for number, (split, count) in enumerate(counts.items()):
+        rng = np.random.default_rng([seed, 50, list(LAYOUTS).index(name), number])
+        shown = [rng.permutation(apportion(count, group)) for group in layout.groups] if count else []
+        numbers = draw_patient_numbers(count, rng)
+        for index, patient in enumerate(numbers):
+            digits = hashlib.sha256(f"{name} {seed} {split} {index}".encode()).hexdigest()
+            planned.append(
+                Planned(
+                    split=split,
+                    image_id=layout.make_id(split, digits),
+                    patient=f"{patients + patient:08d}",
+                    patient_seed=int(np.random.default_rng([seed, 51, number, patient]).integers(2**31)),
+                    seed=int(rng.integers(2**31)),
+                    shows=tuple(str(group[index]) for group in shown if group[index]),
+                )
+            )
+        patients += max(numbers, default=0) + 1
+    return sorted(planned, key=lambda image: (image.split != "train", image.image_id))
+
+
+def _write_image(root: Path, image: Planned, name: str, side: int) -> Any:
+    layout = LAYOUTS[name]
+    return layout.draw(root / layout.make_path(image), image, side)
+
+
+def _write_tables(name: str, truth: list[Path], root: Path, planned: list[Planned], written: list[Any]) -> None:
+    layout, competition = LAYOUTS[name], find_competition(name)
+    pairs = list(zip(planned, written, strict=True))
+    for file, table in layout.tables([pair for pair in pairs if pair[0].split == "train"]).items():
+        (write_csv if isinstance(table, pd.DataFrame) else write_json)(root / file, table)
+    test = [pair for pair in pairs if pair[0].split == "test"]
+    for path in truth:
+        write_csv(path, layout.tables(test)[layout.label_table])
+        rows = competition.baseline_rows([image.image_id for image, _ in test])
+        write_csv(root / layout.sample, pd.DataFrame(rows, columns=list(competition.header)))
+
+
+def _write_dicom(path: Path, image: Planned, stored: np.ndarray, **options: Any) -> None:
+    ids = {"study_id": f"1.2.276.0.{image.seed}.1", "series_id": f"1.2.276.0.{image.seed}.2"}
+    write_xray(path, stored, image_id=f"1.2.276.0.{image.seed}.3", **(ids | options))
+
+
+def _as_bytes(grey: np.ndarray) -> np.ndarray:
+    return np.rint(grey * np.float32(255)).astype(np.uint8)
+
+
+# VinBigData's findings that are drawn -> the finding of `draw_finding` that shows them.
+DRAWN = {
+    "Infiltration": "Infiltration",
+    "Consolidation": "Consolidation",
+    "Nodule/Mass": "Nodule",
+    "Pleural effusion": "Effusion",
+    "Cardiomegaly": "Cardiomegaly",
+}
+READERS = ("R8", "R9", "R10")
+JITTER, MISSED = 0.03, 0.3  # of a box's corners, as a share of its sides; share of the boxes that the last reader misses
+
+
+def _draw_vinbigdata(path: Path, image: Planned, side: int) -> list[tuple[str, np.ndarray]]:
+    """Write the image; return its findings with their boxes: xmin, ymin, xmax, ymax in pixels."""
+    rng = np.random.default_rng(image.seed)
+    patient, names = draw_patient(np.random.default_rng(image.patient_seed)), []
+    opacities: tuple[Opacity, ...] = ()
+    for shown in image.shows or ("",):  # the heart is the last group, because other findings limit its size
+        patient, added = draw_finding(rng, DRAWN.get(shown, "No Finding"), patient)
+        opacities += tuple(replace(opacity, boxed=True) for opacity in added)
+        names += [shown] * len(added)
+    exposure = draw_exposure(rng, side)
+    grey, boxes = render(patient, exposure, opacities)
+    found = list(zip(names, boxes, strict=True))
+    if "Cardiomegaly" in image.shows:
+        down, across = (np.flatnonzero(draw_masks(patient, exposure)["heart"].any(axis=axis)) for axis in (1, 0))
+        found.append(("Cardiomegaly", np.array([across[0], down[0], across[-1] + 1, down[-1] + 1], dtype=float)))
+    stored = np.rint(grey * np.float32(4095)).astype(np.uint16)
+    inverted = rng.random() < 0.2
+    _write_dicom(
+        path,
+        image,
+        4095 - stored if inverted else stored,
+        transfer_syntax=ExplicitVRLittleEndian,
+        photometric="MONOCHROME1" if inverted else "MONOCHROME2",
+        bits_stored=12,
+    )
+    return found
+
+
+def _vinbigdata_tables(written: Written) -> dict[str, Any]:
+    """Return train.csv: of training images the boxes of three readers, of test images the true ones."""
+    classes, rows = (*VINBIGDATA_FINDINGS, NO_FINDING), []
+    for image, found in written:
+        rng = np.random.default_rng([image.seed, 1])
+        for reader in READERS if image.split == "train" else ("R1",):
+            # Nobody misses the first box, because the readers agree on which images show a finding.
+            seen = [box for index, box in enumerate(found) if reader != READERS[-1] or index == 0 or rng.random() >= MISSED]
+            for finding, box in seen or [(NO_FINDING, None)]:
+                corners: Any = (None,) * 4
+                if box is not None:
+                    spread = JITTER * np.tile(box[2:] - box[:2], 2) if image.split == "train" else np.zeros(4)
+                    corners = (box + rng.normal(0, 1, 4) * spread).clip(min=0).round().astype(int)
+                rows.append((image.image_id, finding, classes.index(finding), reader, *corners))
+    columns = ["image_id", "class_name", "class_id", "rad_id", *vinbigdata.CORNERS]
+    table = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(vinbigdata.CORNERS, "Int64"))
+    return {vinbigdata.LABELS: table}
+
+
+# RSNA's class -> findings that its images show. RSNA's readers put nodules, which are not pneumonia, in the middle class.
+SHOWN = {
+    "Normal": ("No Finding",),
+    "No Lung Opacity / Not Normal": ("Cardiomegaly", "Effusion", "Nodule"),
+    "Lung Opacity": ("Infiltration", "Consolidation", "Pneumonia"),
+}
+
+
+def _draw_rsna(path: Path, image: Planned, side: int) -> np.ndarray:
+    """Write the image; return the boxes of its opacities, (n, 4): x, y, width, height in pixels of the published size.
+
+    The boxes are whole pixels of the file. Only images of the class Lung Opacity have boxes.
+    """
+    rng, (shown,) = np.random.default_rng(image.seed), image.shows
+    patient = draw_patient(np.random.default_rng(image.patient_seed))
+    patient, opacities = draw_finding(rng, str(rng.choice(SHOWN[shown])), patient)
+    grey, boxes = render(patient, replace(draw_exposure(rng, side), rows=side, columns=side), opacities)
+    extra = {"Modality": "CR", "ConversionType": "WSD", "ViewPosition": str(rng.choice(["PA", "AP"], p=[0.55, 0.45]))}
+    extra["PatientSex"] = str(rng.choice(["F", "M"]))
+    options = {"transfer_syntax": JPEGBaseline8Bit, "patient_id": image.image_id, "extra": extra}
+    _write_dicom(path, image, _as_bytes(grey), **options)
+    boxes = np.rint(boxes) * rsna.SIDE / side if shown == "Lung Opacity" else boxes[:0]
+    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
+
+
+def _rsna_tables(written: Written) -> dict[str, Any]:
+    """Return RSNA's two tables, with one row for each box as in the real set, and the mapping to NIH's images."""
+    rows = [
+        (image.image_id, *(box if box is not None else (None,) * 4), int(box is not None), *image.shows)
+        for image, boxes in written
+        for box in (boxes if len(boxes) else [None])
+    ]
+    table = pd.DataFrame(rows, columns=["patientId", "x", "y", "width", "height", "Target", "class"])
+    follow_up = pd.Series([image.patient for image, _ in written], dtype=object)
+    follow_up = follow_up.groupby(follow_up).cumcount()
+    mapping = [
+        {"subset_img_id": image.image_id, "img_id": f"{image.patient}_{number:03d}.png"}
+        for (image, _), number in zip(written, follow_up, strict=True)
+    ]
+    return {rsna.LABELS: table.drop(columns="class"), rsna.CLASSES: table[["patientId", "class"]], rsna.MAPPING: mapping}
+
+
+# Label -> points (u, v) of the line, from where it enters to its tip. The carina is at about v = -0.15.
+_AIRWAY, _GULLET, _VEIN = ((0, -1.6), (0, -1.0)), ((0.03, -1.6), (0.04, -0.4)), ((-1.3, -0.7), (-0.8, -0.95), (-0.35, -0.75))
+COURSES: dict[str, tuple[tuple[float, float], ...]] = {
+    "ETT - Abnormal": (*_AIRWAY, (0, -0.2), (-0.22, 0.08)),
+    "ETT - Borderline": (*_AIRWAY, (0, -0.22)),
+    "ETT - Normal": (*_AIRWAY, (0, -0.5)),
+    "NGT - Abnormal": (*_GULLET, (-0.2, 0.1), (-0.5, 0.55)),
+    "NGT - Borderline": (*_GULLET, (0.04, 0.4), (0.1, 0.75)),
+    "NGT - Incompletely Imaged": (*_GULLET, (0.04, 0.4), (0.25, 1.1), (0.4, 3)),
+    "NGT - Normal": (*_GULLET, (0.04, 0.4), (0.12, 0.85), (0.45, 1.05), (0.6, 0.95)),
+    "CVC - Abnormal": (*_VEIN, (-0.2, -1.0), (-0.18, -1.4)),
+    "CVC - Borderline": (*_VEIN, (-0.2, -0.5), (-0.17, 0.4)),
+    "CVC - Normal": (*_VEIN, (-0.2, -0.5), (-0.19, -0.1)),
+    "Swan Ganz Catheter Present": ((-0.2, -1.6), (-0.19, -0.3), (-0.15, 0.4), (0.1, 0.6), (0.27, 0.3), (0.1, 0), (-0.3, 0)),
+}
+WIDTHS = {"ETT": 0.06, "NGT": 0.035, "CVC": 0.02, "Swan": 0.025}  # thorax units, by the first word of the label
+
+
+def _draw_ranzcr(path: Path, image: Planned, side: int) -> None:
+    rng = np.random.default_rng(image.seed)
+    tubes = tuple(
+        Tube(
+            np.array(COURSES[label]) + rng.normal(0, 0.02, (len(COURSES[label]), 2)),
+            WIDTHS[label.split()[0]],
+            rng.uniform(0.12, 0.2),
+        )
+        for label in image.shows
+    )
+    patient = draw_patient(np.random.default_rng(image.patient_seed))
+    grey, _ = render(patient, draw_exposure(rng, side), tubes=tubes)
+    with replacing(path) as temporary_path:
+        cv2.imwrite(str(temporary_path), _as_bytes(grey), [cv2.IMWRITE_JPEG_QUALITY, 90])
+
+
+def _ranzcr_tables(written: Written) -> dict[str, Any]:
+    rows = [(image.image_id, *(int(label in image.shows) for label in RANZCR_LABELS), image.patient) for image, _ in written]
+    return {ranzcr.LABELS: pd.DataFrame(rows, columns=[ranzcr.ID, *RANZCR_LABELS, "PatientID"])}
+
+
+def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
+    """Write the image; return the run lengths of its pneumothoraces, one or, in one of five images, two."""
+    rng = np.random.default_rng(image.seed)
+    patient = draw_patient(np.random.default_rng(image.patient_seed))
+    sides = rng.permutation([-1, 1])[: 1 + int(rng.random() < 0.2)] if image.shows else ()
+    pneumothoraces = tuple(Pneumothorax(int(number), rng.uniform(0.1, 0.3)) for number in sides)
+    exposure = replace(draw_exposure(rng, side), rows=side, columns=side)
+    grey, _ = render(patient, exposure, pneumothoraces=pneumothoraces)
+    _write_dicom(path, image, _as_bytes(grey), transfer_syntax=JPEGBaseline8Bit, patient_id=image.image_id)
+    return [encode_mask(draw_pneumothorax(patient, exposure, pneumothorax)) for pneumothorax in pneumothoraces]
+
+
+def _siim_acr_tables(written: Written) -> dict[str, Any]:
+    """Return the table of run lengths, with a row for each lesion, and the mapping to NIH's images."""
+    rows = [(image.image_id, runs) for image, lesions in written for runs in lesions or [EMPTY]]
+    mapping = [(image.image_id, f"{image.patient}_000.png") for image, _ in written]
+    return {
+        siim_acr.LABEL_TABLES[0]: pd.DataFrame(rows, columns=["ImageId", "EncodedPixels"]),
+        siim_acr.MAPPINGS[0]: pd.DataFrame(mapping, columns=["Kaggle_ID", "NIH_ID"]),
+    }
+
+
+def _siim_acr_id(split: str, digits: str) -> str:
+    return f"ID_{digits[:9]}" if split == "test" else f"1.2.276.0.7230010.3.1.4.8323329.{int(digits[:16], 16)}"
+
+
+def _siim_acr_path(image: Planned) -> str:
+    if image.split == "test":
+        return f"stage_2_images/{image.image_id}.dcm"
+    return f"dicom-images-train/1.2.276.0.{image.seed}.1/1.2.276.0.{image.seed}.2/{image.image_id}.dcm"
+
+
+def _evenly(share: float, *labels: str) -> dict[str, float]:
+    """Return a group of which the `share` of the images shows something, each of the `labels` equally often."""
+    return {"": 1 - share, **dict.fromkeys(labels, share / len(labels))}
+
+
+# In VinBigData and RANZCR, rare classes are more frequent than in the real data, so that few images suffice to learn them.
+LAYOUTS = {
+    "vinbigdata": _Layout(
+        groups=(_evenly(0.4, *list(DRAWN)[:4]), _evenly(0.15, "Cardiomegaly")),
+        make_id=lambda split, digits: digits[:32],
+        make_path=lambda image: f"{image.split}/{image.image_id}.dicom",
+        draw=_draw_vinbigdata,
+        tables=_vinbigdata_tables,
+        label_table=vinbigdata.LABELS,
+    ),
+    "rsna-pneumonia": _Layout(
+        groups=({name: rsna.PUBLISHED[name] / rsna.PUBLISHED["images"] for name in RSNA_CLASSES},),
+        make_id=lambda split, digits: str(uuid.UUID(digits[:32], version=4)),
+        make_path=lambda image: f"stage_2_{image.split}_images/{image.image_id}.dcm",
+        draw=_draw_rsna,
+        tables=_rsna_tables,
+        label_table=rsna.LABELS,
+        sample="stage_2_sample_submission.csv",
+    ),
+    "ranzcr-clip": _Layout(
+        groups=tuple(
+            _evenly(share, *(label for label in RANZCR_LABELS if label.startswith(device)))
+            for device, share in {"ETT": 0.6, "NGT": 0.64, "CVC": 0.9, "Swan": 0.25}.items()
+        ),
+        make_id=lambda split, digits: f"1.2.826.0.1.3680043.8.498.{int(digits, 16) % 10**38:038d}",
+        make_path=lambda image: f"{image.split}/{image.image_id}.jpg",
+        draw=_draw_ranzcr,
+        tables=_ranzcr_tables,
+        label_table=ranzcr.LABELS,
+    ),
+    "siim-acr": _Layout(
+        groups=(_evenly(0.25, PNEUMOTHORAX),),
+        make_id=_siim_acr_id,
+        make_path=_siim_acr_path,
+        draw=_draw_siim_acr,
+        tables=_siim_acr_tables,
+        label_table=siim_acr.LABEL_TABLES[0],
+        sample="stage_2_sample_submission.csv",
+        side=RUN_LENGTHS_SIDE,
+    ),
+}

@@ -1,0 +1,81 @@
+"""Masks as text: relative run lengths, as in SIIM-ACR Pneumothorax Segmentation.
+
+A mask is written as pairs of numbers, `gap run gap run ...`: the pixels from the end of the previous run to the next run,
+and the pixels of that run. Pixels are numbered from 0 down the columns of the image. `-1` is an empty mask.
+"""
+
+import re
+
+import numpy as np
+
+from kitlib.errors import MaskError
+
+SIDE = 1024  # pixels a side of every image of SIIM-ACR
+EMPTY = "-1"
+NO_RUNS = np.empty((0, 2), dtype=np.int64)
+NUMBER = re.compile(r"-?[0-9]{1,9}")
+
+
+def encode_mask(mask: np.ndarray) -> str:
+    """Return the run lengths of a mask (rows, columns), whose pixels are true or not 0; EMPTY for an empty one."""
+    return encode_runs(runs_of(mask))
+
+
+def encode_runs(runs: np.ndarray) -> str:
+    """Return the run lengths of sorted runs (n, 2), which do not overlap; EMPTY for none."""
+    return " ".join(map(str, np.diff(runs.ravel(), prepend=0))) if len(runs) else EMPTY
+
+
+def runs_of(mask: np.ndarray) -> np.ndarray:
+    """Return the runs (n, 2) of a mask (rows, columns), each its first pixel and the pixel after its last."""
+    pixels = np.zeros(mask.size + 2, dtype=bool)
+    pixels[1:-1] = np.asarray(mask).astype(bool).ravel(order="F")
+    return np.flatnonzero(pixels[1:] != pixels[:-1]).reshape(-1, 2)
+
+
+def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
+    """Return the boolean mask (rows, columns) that `text` describes. Raises MaskError if `text` has a fault."""
+    runs, faults = parse_runs(text, rows * columns)
+    if faults:
+        raise MaskError(f"the run lengths {text[:60]!r} cannot be decoded: {'; '.join(faults)}")
+    return draw_runs(runs, rows, columns)
+
+
+def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
+    """Return the boolean mask (rows, columns) of runs (n, 2), in any order, which may overlap."""
+    pixels = np.zeros(rows * columns, dtype=bool)
+    for start, end in runs:
+        pixels[start:end] = True
+    return pixels.reshape((rows, columns), order="F")
+
+
+def parse_runs(text: str, pixels: int = SIDE * SIDE) -> tuple[np.ndarray, list[str]]:
+    """Return the runs (n, 2) in `text`, each its first pixel and the pixel after its last; and a description of each fault.
+
+    `pixels` is the number of pixels of the image. With a fault, there are no runs.
+    """
+    words = text.split()
+    if words == [EMPTY]:
+        return NO_RUNS, []
+    if not words:
+        return NO_RUNS, [f"empty cell; an image without a pneumothorax has {EMPTY}"]
+    wrong = [word for word in words if not NUMBER.fullmatch(word)]
+    if wrong:
+        return NO_RUNS, [f"{wrong[0]!r} is not a whole number of pixels"]
+    if len(words) % 2:
+        return NO_RUNS, [f"{len(words)} numbers are not pairs (gap run)"]
+    lengths = np.array(words, dtype=np.int64)
+    runs, pairs = lengths.cumsum().reshape(-1, 2), lengths.reshape(-1, 2)
+    faults = []
+    for is_wrong, problem in (
+        (pairs[:, 0] < 0, "begins before the previous run ends: runs overlap or are not sorted"),
+        (pairs[:, 1] <= 0, "has no pixel"),
+        (
+            runs[:, 1] > pixels,
+            f"reaches beyond the {pixels} pixels of the image; gaps count from the end of the previous run",
+        ),
+    ):
+        for index in np.flatnonzero(is_wrong)[:1]:
+            others = f" (and {is_wrong.sum() - 1} more)" if is_wrong.sum() > 1 else ""
+            faults.append(f"run {index + 1}{others}, {pairs[index, 0]} {pairs[index, 1]}, {problem}")
+    return (NO_RUNS if faults else runs), faults
