@@ -17,7 +17,7 @@ from pebble import ProcessPool
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
-from kitlib.classes import ONE_FINDING, STUDY_CLASSES
+from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.inference.listed_files import list_files
 from kitlib.inference.loaded_models import BATCH_SIZE, CACHED_LUNGS, LoadedModels
@@ -139,8 +139,7 @@ def table_columns(system: System) -> list[str]:
 
     The outputs are those of the four study classes, `none`, the classes of classifiers, the structures of segmenters (the
     highest probability in an image), and boxes that the system's models predict; or, for a lung segmenter, lungs, lung_area
-    and boxes. Raises RunError if a class has the same name as
-    another column.
+    and boxes. Raises RunError if a class has the same name as another column.
     """
     answers = system.answers
     if "lungs" in answers:
@@ -175,7 +174,7 @@ class _Predicting:
             rows = {name: {of: float(each.max()) for of, each in of_image.items()} for name, of_image in maps.items()}
             classes = pd.DataFrame.from_dict(rows, orient="index").join(classes)
             if self.pictures is not None:
-                for xray in part.read():
+                for xray in (xray for xray in part.read() if maps[xray.image_id]):
                     mask = np.any([each >= MASK_LEVEL for each in maps[xray.image_id].values()], axis=0)
                     _write_mask(self.pictures, xray, mask)
         if answer.fused is None:
@@ -292,7 +291,6 @@ def _boxes_as_json(detections: pd.DataFrame) -> dict[str, str]:
     """Return a dict that maps the ids of images with boxes to their boxes as JSON text, the highest score first."""
     ordered = detections.sort_values("score", ascending=False, kind="stable")
     rounded = ordered.round({"score": 7, **dict.fromkeys(BOX, 2)})
-    rounded["finding"] = rounded["finding"].astype(str) if "finding" in rounded else ONE_FINDING
     return {
         str(name): json.dumps(rows[["finding", "score", *BOX]].to_dict("records"))
         for name, rows in rounded.groupby("image_id", sort=False)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kitlib.atomic import write_csv, write_json
 from kitlib.bundle import versions
-from kitlib.classes import ONE_FINDING, STUDY_CLASSES
+from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.inference.loaded_models import Answer
 from kitlib.inference.systems import System
@@ -108,5 +108,4 @@ def _highest(answer: Answer, image_id: str) -> dict[str, float]:
 
 def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
     rows = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
-    named = rows.assign(finding=rows["finding"].astype(str) if "finding" in rows else ONE_FINDING)
-    return named[["finding", "score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")
+    return rows[["finding", "score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")
