@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -228,11 +228,12 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
     return figure
 
 
-def precision_recall_figure(curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str] | None = None) -> Figure:
+def precision_recall_figure(curves: Mapping[str, pd.DataFrame], findings: Iterable[str] = ()) -> Figure:
     """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend.
 
-    `colours` has the colours of findings, each for the curve whose key is the finding's name and its AP in parentheses.
+    If all `findings` of a run are given, each key is a finding with its AP in parentheses, and has the finding's colour.
     """
+    colours = finding_colours(findings)
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
