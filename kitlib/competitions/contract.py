@@ -6,7 +6,7 @@ original image, as in kitlib.tables.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,13 +152,8 @@ class Competition(Settings):
         return self.find_faults(list(ids), Path(submission), source)
 
     def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
-        """Return what `decide` returns as tables, by name; for masks, the runs of each image."""
-        if isinstance(decided, pd.DataFrame):
-            return {"answers": decided}
-        if isinstance(decided, Mapping):
-            rows = [(name, int(start), int(end)) for name, runs in decided.items() for start, end in runs]
-            return {"answers": pd.DataFrame(rows, columns=["image_id", "start", "end"])}
-        return dict(vars(decided))
+        """Return what `decide` returns as tables, by name; none unless it consists of several tables, as SIIM's does."""
+        return dict(vars(decided)) if is_dataclass(decided) else {}
 
     def write_first(self, folder: str | Path, path: str | Path) -> int:
         """Write the trivial baseline for the sample submission in a folder of data; return the number of rows.

@@ -26,8 +26,6 @@ from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import MaskError, ScoringError
 from kitlib.scoring.metrics import threshold_map
 from kitlib.settings import Count, Probability
-from kitlib.xrays.cache import usable_cores
-from kitlib.xrays.mask_store import decode_grey
 from kitlib.xrays.run_lengths import EMPTY, SIDE, draw_runs, encode_runs, parse_runs, runs_of
 
 FINDING = "pneumothorax"
@@ -127,6 +125,10 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 def decide(merged: MergedPredictions, settings: SiimAcrSettings) -> dict[str, np.ndarray]:
     """Return the runs (n, 2) of each image that a model has predicted, by image_id, as `read_submission` does."""
+    # Imported here because a submission writes its first file before packages for images are installed.
+    from kitlib.xrays.cache import usable_cores
+    from kitlib.xrays.mask_store import decode_grey
+
     maps = _maps_of(merged)
 
     def runs(png: bytes) -> np.ndarray:
@@ -147,6 +149,9 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
     `maps` are the fused maps of MergedPredictions. `inside` and `outside` are the bytes of uint32 (LEVELS,): the number of
     pixels, of SIDE x SIDE, inside and outside the true mask whose grey level is at least 0, 1 .. LEVELS - 1.
     """
+
+    from kitlib.xrays.cache import usable_cores
+    from kitlib.xrays.mask_store import decode_grey
 
     def count(image_id: str, png: bytes) -> tuple[bytes, bytes]:
         pixels, runs = _on_grid(decode_grey(png)), truth[image_id]

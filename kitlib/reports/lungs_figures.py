@@ -1,6 +1,7 @@
 """Figures of segmentation: Dice distribution, mask outlines on their images, accepted and rejected lungs."""
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,14 @@ from kitlib.reports.figures import BESIDE, PREDICTION, TRUTH, draw_outlines, ima
 from kitlib.reports.lungs_report import HUMAN_AGREEMENT
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.mask_store import MaskStore
+
+
+class Masks(Protocol):
+    """Masks of images by image_id, such as a MaskStore: arrays with values of MASK_CODES, of the decoded copies' sizes."""
+
+    def __contains__(self, image_id: str) -> bool: ...
+
+    def read(self, image_id: str) -> np.ndarray: ...
 
 
 def overlap_figure(scores: pd.DataFrame) -> Figure:
@@ -33,7 +42,7 @@ def overlap_figure(scores: pd.DataFrame) -> Figure:
 
 
 def mask_images(
-    cache: XrayCache, masks: MaskStore, image_ids: Sequence[str], titles: Sequence[str], drawn: MaskStore | None = None
+    cache: XrayCache, masks: Masks, image_ids: Sequence[str], titles: Sequence[str], drawn: Masks | None = None
 ) -> Figure:
     """Draw images with the outlines of predicted masks (orange) and annotated masks (green), where available."""
     figure, axes = image_grid(len(image_ids), 4, 3.2, 3.4)

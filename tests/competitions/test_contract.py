@@ -1,6 +1,8 @@
 """What holds for every competition."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -140,3 +142,9 @@ def test_every_competitions_data_set_has_a_reader_and_others_need_a_folder():
     assert {competition.dataset for competition in COMPETITIONS.values()} <= set(READERS)
     with pytest.raises(SettingsError, match="'nih' is no competition, so its folder must be given"):
         find_data("nih")
+
+
+def test_a_first_file_needs_no_package_for_images_or_models():
+    code = "import sys, kitlib.competitions.registry; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert "pandas" in loaded and not loaded & {"torch", "pydicom", "pebble", "sklearn", "safetensors", "ensemble_boxes"}

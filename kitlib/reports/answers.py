@@ -1,0 +1,93 @@
+"""Shows what a submission answers for images whose ground truth is known, for any competition but SIIM-COVID."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kitlib.classes import MASK_CODES
+from kitlib.competitions.contract import Competition
+from kitlib.reports.figures import example_images
+from kitlib.reports.findings_figures import findings_images
+from kitlib.reports.lungs_figures import mask_images
+from kitlib.tables import read_text_table
+from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.mask_store import MaskStore
+from kitlib.xrays.run_lengths import draw_runs
+
+
+def score_table(competition: Competition, truth: Any, submissions: Mapping[str, str | Path]) -> pd.DataFrame:
+    """Return the score and its parts (rows) of each of the `submissions` (columns: their names) against `truth`.
+
+    Raises SubmissionError for a file that has a fault or other ids.
+    """
+    ids = list(competition.truth_ids(truth))
+    scores = {
+        name: competition.metric(truth, competition.read_submission(Path(path), ids)) for name, path in submissions.items()
+    }
+    return pd.DataFrame(scores)
+
+
+def submitted_ids(path: str | Path) -> list[str]:
+    """Return the ids of a submission, those in its first column. Raises TableError if it is not a CSV file."""
+    return read_text_table(path).iloc[:, 0].tolist()
+
+
+def answers_figure(
+    competition: Competition,
+    cache: XrayCache,
+    images: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    masks: MaskStore | None,
+    answers: Any,
+) -> Figure:
+    """Draw each X-ray of `images` with its ground truth and the answer: boxes, outlines of masks, or probabilities.
+
+    `tables` has the ground truth's tables labels and boxes, `masks` its masks; `answers` is what the competition's
+    `read_submission` returns.
+    """
+    ids = images["image_id"]
+    if competition.mask_classes:
+        drawn = RunMasks(answers, cache, MASK_CODES[competition.mask_classes[0].lower()])
+        return mask_images(cache, drawn, ids.tolist(), ids.tolist(), masks)
+    if competition.box_classes:
+        boxes = answers[answers["finding"].isin(competition.box_classes)].astype({"finding": object})
+        return example_images(cache, images, boxes=tables["boxes"], detections=boxes)
+    return findings_images(cache, answers[answers["image_id"].isin(ids)], images, tables["labels"])
+
+
+@dataclass(frozen=True)
+class RunMasks:
+    """Masks given as run lengths, read like those of a MaskStore: an image's mask has the size of its decoded copy.
+
+    `runs` maps an image_id to its runs (n, 2), see kitlib.xrays.run_lengths; pixels of the structure have the value `code`.
+    """
+
+    runs: Mapping[str, np.ndarray]
+    cache: XrayCache
+    code: int
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self.runs
+
+    def read(self, image_id: str) -> np.ndarray:
+        """Return the mask of an image, uint8 (rows, columns)."""
+        rows, columns = self.cache.read(image_id).pixels.shape
+        mask = np.where(draw_runs(self.runs[image_id]), self.code, 0).astype(np.uint8)
+        return cv2.resize(mask, (columns, rows), interpolation=cv2.INTER_NEAREST)
+
+
+def varied_sample(images: pd.DataFrame, labels: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """Return at most `count` random rows of `images`: half of those with the most frequent labels, half of others."""
+    classes = images[["study_id"]].merge(labels, left_on="study_id", right_on="id", how="left")[list(labels.columns[1:])]
+    kind = classes.astype(str).agg(" ".join, axis=1).to_numpy()
+    is_usual = pd.Series(kind == pd.Series(kind).mode().iloc[0]).to_numpy()
+    order = np.random.default_rng(seed).permutation(len(images))
+    usual, others = order[is_usual[order]], order[~is_usual[order]]
+    chosen = [*others[: count - min(count // 2, len(usual))], *usual[: count - min(count - count // 2, len(others))]]
+    return images.iloc[chosen[:count]]
