@@ -10,8 +10,9 @@ from kitlib.bundle import save_bundle
 from kitlib.classes import MASK_CODES
 from kitlib.lungs.clean_up import CLEAN_UP, FOUND
 from kitlib.lungs.finders import StoredLungs
+from kitlib.models.families import family_of
 from kitlib.models.segmenter import Segmenter
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.tables import BOX, write_table
 from kitlib.xrays.mask_store import MaskStore
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays
@@ -40,10 +41,14 @@ def stored_lungs(folder: Path, small: SmallXrays, **changes) -> StoredLungs:
     return StoredLungs(lungs_run(folder, small, **changes))
 
 
-def bright_segmenter(folder: Path, **clean_up) -> Path:
-    """Save the bundle of a UNet whose weights pass the image through, so that bright pixels are lung."""
+def bright_segmenter(folder: Path, sparse: bool = False, **clean_up) -> Path:
+    """Save the bundle of a UNet whose weights pass the image through, so that bright pixels are lung, or if `sparse` a
+    pneumothorax.
+    """
     rules = {"dilations": 0, "closings": 0, "least_area": 0.01, "least_width": 0.5, "least_island": 0.001, "margin": 0.1}
     recipe = SegmenterRecipe(width=1 / 32, image_size=64, **(rules | clean_up))
+    if sparse:
+        recipe = SparseSegmenterRecipe(network="unet", width=1 / 32, image_size=64)
     network = Segmenter(recipe)
     for parameter in network.parameters():
         parameter.data.zero_()
@@ -53,7 +58,8 @@ def bright_segmenter(folder: Path, **clean_up) -> Path:
         convolution.weight.data[0, channel, 1, 1] = 1
     last.weight.data.fill_(10), last.bias.data.fill_(-1)
     record = {
-        **{"family": "segmenter", "model": "bright", "classes": ["lungs"], "recipe": dataclasses.asdict(recipe)},
+        **{"family": family_of(recipe).name, "model": "bright", "classes": list(recipe.structures)},
+        "recipe": dataclasses.asdict(recipe),
         **{
             "architecture": {"clean_up": CLEAN_UP},
             "longest_side": 50,

@@ -1,5 +1,6 @@
 """Test data of the page: runs with phantoms and untrained networks, and files that cannot be read as X-rays."""
 
+import json
 import struct
 import zipfile
 import zlib
@@ -76,6 +77,16 @@ def page_runs(folder: Path, detectors: tuple[str, ...] = ("yolo", "faster_rcnn")
     write_json(runs / "fuse" / "record.json", {"parameters": {"prepare_run": str(runs / "prepare"), "runs": fused}})
     write_json(runs / "fuse" / "metrics.json", {"runs": fused, "score": 0.5})
     return runs
+
+
+def sparse_run(folder: Path) -> Path:
+    """Write the run of a segmenter that takes bright pixels for a pneumothorax."""
+    bundle = bright_segmenter(folder / "fold0" / "bundle", sparse=True)
+    write_table(empty_table("mask_scores"), "mask_scores", folder / "tables" / "mask_scores.parquet")
+    recipe = json.loads((bundle / "model.json").read_text())["recipe"]
+    write_json(folder / "fold0" / "metrics.json", {"model": "bright", "fold": 0, "recipe": recipe})
+    write_json(folder / "metrics.json", {"model": "bright"})
+    return folder
 
 
 def write_classifiers(runs: Path, fingerprint: str = "") -> None:

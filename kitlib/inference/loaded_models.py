@@ -6,16 +6,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensemble
+from kitlib.fusion.mask_maps import fuse_maps
 from kitlib.fusion.model_fusion import fuse_scores
 from kitlib.inference.answer import AnsweringModel, fused_answer
 from kitlib.inference.cached_lungs import CachedLungs
 from kitlib.inference.predict import AnyPredictor, load_predictor
-from kitlib.inference.systems import System
+from kitlib.inference.systems import FUSED, System
+from kitlib.tables import concatenate
 from kitlib.xrays.cache import CachedXray
+from kitlib.xrays.mask_store import decode_grey
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +33,9 @@ class Answer:
     """The predictions of a system of models for some images.
 
     Study models and detectors have `fused` predictions, with boxes of any findings in original pixels. Classifiers have
-    `classes`, a table with the columns image_id and the classes, whose values are probabilities 0..1. A lung segmenter has
-    neither: its masks are read from `LoadedModels.segmenter`.
+    `classes`, a table with the columns image_id and the classes, whose values are probabilities 0..1. Segmenters have
+    `masks`, a table of fused maps (kitlib.fusion.mask_maps), except for a lung segmenter, which has none of these: its masks
+    are read from `LoadedModels.segmenter`.
     """
 
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
@@ -38,6 +43,14 @@ class Answer:
     faults: tuple[str, ...] = ()  # the remarks about failures, because of which the predictions are incomplete
     fused: Fused | None = None
     classes: pd.DataFrame | None = None
+    masks: pd.DataFrame | None = None
+
+    def maps(self, image_id: str) -> dict[str, np.ndarray]:
+        """Return the probability map of each structure in an image: float (h, w) of any size, 0..1; {} if none."""
+        if self.masks is None:
+            return {}
+        of_image = self.masks[self.masks["image_id"] == image_id]
+        return {name: decode_grey(png) / 255 for name, png in zip(of_image["finding"], of_image["map"], strict=True)}
 
 
 @dataclass
@@ -48,6 +61,7 @@ class _Asked:
     classes: list[pd.DataFrame] = field(default_factory=list)  # probabilities of image classes other than `none`
     detections: list[pd.DataFrame] = field(default_factory=list)
     coverage: list[pd.DataFrame] = field(default_factory=list)
+    mask_maps: list[pd.DataFrame] = field(default_factory=list)
     rows: list[tuple[str, int, float]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # the remarks about failures
@@ -79,14 +93,15 @@ class LoadedModels:
             return self._segment(system, xrays)
         asked = self._ask(system, models, xrays)
         classes = self._classify(system, asked) if asked.classes else None
-        if not system.answers - {"classes"}:
-            return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), classes=classes)
+        masks = fuse_maps(concatenate(asked.mask_maps, "mask_maps"), system.fusion.weight) if asked.mask_maps else None
+        if not system.answers & FUSED:
+            return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), classes=classes, masks=masks)
         ensemble = self._ensemble(system, asked)
         tables = asked.probabilities, asked.detections, asked.coverage
         fused, stacked = fused_answer(*tables, images, system.fusion, ensemble)
         if stacked and stacked.note:
             asked.add_fault(f"The ensemble: {stacked.note}.")
-        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused, classes)
+        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused, classes, masks)
 
     def _classify(self, system: System, asked: _Asked) -> pd.DataFrame:
         """Return a table of class probabilities, with the columns image_id and the classes.
@@ -94,7 +109,7 @@ class LoadedModels:
         As in notebooks 25 and 65, the predictions of one learner for one fold are averaged first; then a system without an
         ensemble averages over folds and learners, and one with an ensemble applies it.
         """
-        classes = system.classes
+        classes = system.classes()
         scores = pd.concat([table.dropna() for table in asked.classes], ignore_index=True)
         scores = scores.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
         if system.ensemble is None or system.answers != {"classes"}:
@@ -149,7 +164,8 @@ class LoadedModels:
                 rows = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
                 asked.coverage.append(pd.DataFrame(rows))
             else:
-                (asked.classes if "classes" in model.answers else asked.probabilities).extend(chunks)
+                tables = {"classes": asked.classes, "masks": asked.mask_maps}
+                tables.get("".join(model.answers), asked.probabilities).extend(chunks)
             if missed := predictor.lungs_missed:
                 asked.remarks.append(f"{model.model} used {missed} images uncropped, because no lungs were found.")
         if failure and not asked.rows:

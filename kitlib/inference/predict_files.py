@@ -17,13 +17,13 @@ from pebble import ProcessPool
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
-from kitlib.classes import ONE_FINDING, STUDY_CLASSES
+from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.inference.listed_files import list_files
 from kitlib.inference.loaded_models import BATCH_SIZE, CACHED_LUNGS, LoadedModels
 from kitlib.inference.read_ahead import ahead
 from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
-from kitlib.inference.systems import System, find_system
+from kitlib.inference.systems import FUSED, System, find_system
 from kitlib.lungs.clean_up import FOUND, clean_up_mask, decode_maps
 from kitlib.tables import BOX, storable
 from kitlib.xrays.cache import CachedXray, XrayCache, decoding_pool, usable_cores
@@ -38,6 +38,7 @@ BOXES, VERDICT, AREA, WARNING, ERROR = "boxes", "lungs", "lung_area", "warning",
 PART = CACHED_LUNGS  # number of images that are decoded and predicted together, then removed from memory
 FILE_TIMEOUT_S = 20.0  # SubmitSettings.file_timeout_s
 DRAWN_SCORE = 0.2  # boxes with a lower score are not drawn, because they would cover the picture
+MASK_LEVEL = 0.5  # probability from which a pixel is in a mask of other structures than lungs
 PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can be read
 
 
@@ -102,13 +103,13 @@ def predict_parts(
 
     If `pictures` is a folder, each image is written to IMAGE_ID.png in this folder, in the size of its decoded copy or
     larger, with its boxes of a score of 0.2 or more. A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the
-    original image, with the value 255 inside the lungs. `workers` is the number of decoding processes; 0: one per core.
-    Raises BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if files cannot be
-    written.
+    original image, with the value 255 inside the lungs or another structure. `workers` is the number of decoding processes;
+    0: one per core. Raises BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if
+    files cannot be written.
     """
     columns = table_columns(system)
     is_segmenter = "lungs" in system.answers
-    predict_part = _Segmenting(system, pictures) if is_segmenter else _Predicting(system)
+    predict_part = (_Segmenting if is_segmenter else _Predicting)(system, pictures)
     workers = workers or usable_cores()
     for sentence in system.notes:
         logger.warning(sentence)
@@ -136,17 +137,17 @@ def predict_parts(
 def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs are those of the four study classes, `none`, the classes of classifiers, and boxes that the system's models
-    predict; or, for a lung segmenter, lungs, lung_area and boxes. Raises RunError if a class has the same name as
-    another column.
+    The outputs are those of the four study classes, `none`, the classes of classifiers, the structures of segmenters (the
+    highest probability in an image), and boxes that the system's models predict; or, for a lung segmenter, lungs, lung_area
+    and boxes. Raises RunError if a class has the same name as another column.
     """
     answers = system.answers
     if "lungs" in answers:
         outputs = [VERDICT, AREA, BOXES]
     else:
-        outputs, classes = list(STUDY_CLASSES) if "study" in answers else [], system.classes
+        outputs, classes = list(STUDY_CLASSES) if "study" in answers else [], [*system.classes(), *system.classes("masks")]
         # Fusion computes `none` from boxes or classes if no model predicts it.
-        outputs += ["none"] if answers - {"classes"} else []
+        outputs += ["none"] if answers & FUSED else []
         if taken := sorted({*KEYS, *outputs, BOXES, WARNING, ERROR} & set(classes)):
             raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
         outputs += [*classes, *([BOXES] if "boxes" in answers else [])]
@@ -159,8 +160,8 @@ class _Predicting:
     Returns a table of outputs, indexed by image_id, and the faults (see Answer).
     """
 
-    def __init__(self, system: System) -> None:
-        self.system, self.models = system, LoadedModels()
+    def __init__(self, system: System, pictures: str | Path | None) -> None:
+        self.system, self.pictures, self.models = system, pictures, LoadedModels()
         self._logged = set(system.notes)
 
     def __call__(self, part: _Part) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -168,6 +169,14 @@ class _Predicting:
         answer = self.models.answer(self.system, self.system.models, part.read, images)
         self._log(answer.remarks)
         classes = pd.DataFrame() if answer.classes is None else answer.classes.set_index("image_id")
+        if answer.masks is not None:
+            maps = {name: answer.maps(name) for name in images["image_id"]}
+            rows = {name: {of: float(each.max()) for of, each in of_image.items()} for name, of_image in maps.items()}
+            classes = pd.DataFrame.from_dict(rows, orient="index").join(classes)
+            if self.pictures is not None:
+                for xray in (xray for xray in part.read() if maps[xray.image_id]):
+                    mask = np.any([each >= MASK_LEVEL for each in maps[xray.image_id].values()], axis=0)
+                    _write_mask(self.pictures, xray, mask)
         if answer.fused is None:
             return classes, (*self.system.notes, *answer.faults)
         studies = answer.fused.studies.set_index("study_id")
@@ -205,10 +214,8 @@ class _Segmenting:
             boxes = json.dumps(frame if cleaned.verdict == FOUND else [])
             rows[xray.image_id] = cleaned.verdict, float(cleaned.mask.mean()), boxes
             if self.pictures is not None:
-                mask = cleaned.mask.astype(np.uint8) * 255
-                original = cv2.resize(mask, (xray.columns, xray.rows), interpolation=cv2.INTER_NEAREST)
-                _write_picture(Path(self.pictures) / "masks" / f"{xray.image_id}.png", original)
-                edges = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+                _write_mask(self.pictures, xray, cleaned.mask)
+                edges = cv2.morphologyEx(cleaned.mask.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
                 outlined = draw_boxes(xray.pixels, [])
                 outlined[edges] = (255, 165, 0)
                 _write_picture(Path(self.pictures) / f"{xray.image_id}.png", outlined)
@@ -284,7 +291,6 @@ def _boxes_as_json(detections: pd.DataFrame) -> dict[str, str]:
     """Return a dict that maps the ids of images with boxes to their boxes as JSON text, the highest score first."""
     ordered = detections.sort_values("score", ascending=False, kind="stable")
     rounded = ordered.round({"score": 7, **dict.fromkeys(BOX, 2)})
-    rounded["finding"] = rounded["finding"].astype(str) if "finding" in rounded else ONE_FINDING
     return {
         str(name): json.dumps(rows[["finding", "score", *BOX]].to_dict("records"))
         for name, rows in rounded.groupby("image_id", sort=False)
@@ -307,6 +313,11 @@ def _enlarge(xray: CachedXray) -> np.ndarray:
         return xray.pixels
     height, width = xray.pixels.shape
     return cv2.resize(xray.pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_LINEAR)
+
+
+def _write_mask(folder: str | Path, xray: CachedXray, mask: np.ndarray) -> None:
+    original = cv2.resize(mask.astype(np.uint8) * 255, (xray.columns, xray.rows), interpolation=cv2.INTER_NEAREST)
+    _write_picture(Path(folder) / "masks" / f"{xray.image_id}.png", original)
 
 
 def _write_picture(path: Path, picture: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.fusion.model_fusion import read_settings
 from kitlib.inference.answer import AnsweringModel, read_answering_model, read_any_model
 from kitlib.lungs.finders import segmenter_digest
+from kitlib.models.families import LUNGS, recorded_family
 from kitlib.paths import find_run
 from kitlib.runs.finished_run import read_metrics
 from kitlib.runs.record import METRICS, RECORD
@@ -38,9 +39,9 @@ PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "lungs", "a
 class System:
     """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
-    The models predict any of "study", "none", "boxes" and "classes", or the single model predicts "lungs". Their predictions
-    are merged with `fusion`; what another competition than SIIM's decides from them is left to its submission. `name` is
-    shown to users: the name of the run, followed by the names of the runs that it combines.
+    The models predict any of "study", "none", "boxes", "classes" and "masks", or the single model predicts "lungs". Their
+    predictions are merged with `fusion`; what another competition than SIIM's decides from them is left to its submission.
+    `name` is shown to users: the name of the run, followed by the names of the runs that it combines.
     """
 
     name: str
@@ -68,17 +69,16 @@ class System:
     @property
     def findings(self) -> tuple[str, ...]:
         """Findings of the boxes that the system's detectors predict, in alphabetical order."""
-        return tuple(sorted({name for model in self.models if "boxes" in model.answers for name in model.classes}))
+        return tuple(sorted(self.classes("boxes")))
 
-    @property
-    def classes(self) -> list[str]:
-        """Classes of images that the system's classifiers predict, in the order of the models."""
-        return list(dict.fromkeys(name for model in self.models if "classes" in model.answers for name in model.classes))
+    def classes(self, answer: str = "classes") -> list[str]:
+        """Return the classes of the models that predict `answer`, such as "boxes", in the order of the models."""
+        return list(dict.fromkeys(name for model in self.models if answer in model.answers for name in model.classes))
 
     @property
     def fills_siim(self) -> bool:
         """Whether the predictions fill rows of SIIM's submission: the detectors, if any, predict only its finding."""
-        return set(self.findings) <= {ONE_FINDING} and not {"classes", "lungs"} & self.answers
+        return set(self.findings) <= {ONE_FINDING} and self.answers <= FUSED
 
     def with_detector(self, name: str) -> "System":
         """Return a system with `name` as its only detector, together with all models that are not detectors."""
@@ -127,8 +127,11 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
         bundles = _bundles(run)
         if not bundles:
             raise RunError(f"{run} has no trained model (fold*/bundle)")
+        models = tuple(map(read_any_model, bundles))
+        if "masks" in models[0].answers:
+            return System(run.name, models)
         others = [f"{bundle.parent.name} is left out: one segmenter draws the masks." for bundle in bundles[1:]]
-        return System(run.name, (read_any_model(bundles[0]),), lungs=bundles[0], notes=tuple(others))
+        return System(run.name, models[:1], lungs=bundles[0], notes=tuple(others))
     if kind == "fusion":
         competition = find_competition(parameters.get("competition") or SIIM_COVID19.name)
         folders, fusion = _named_runs(run, parameters), read_settings(run / "fusion.json", competition)
@@ -195,7 +198,9 @@ def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     by_digest: dict[str, Path] = {}
     for bundle in bundles:
         try:
-            by_digest.setdefault(segmenter_digest(read_record(bundle)), bundle)
+            record = read_record(bundle)
+            if recorded_family(record, bundle).answers == LUNGS:
+                by_digest.setdefault(segmenter_digest(record), bundle)
         except BundleError as error:
             logger.warning("the segmenter %s is left out: %s", bundle, error)
     return by_digest

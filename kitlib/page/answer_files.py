@@ -7,7 +7,7 @@ import pandas as pd
 
 from kitlib.atomic import write_csv, write_json
 from kitlib.bundle import versions
-from kitlib.classes import ONE_FINDING, STUDY_CLASSES
+from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.inference.loaded_models import Answer
 from kitlib.inference.systems import System
@@ -52,8 +52,8 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System)
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
     """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
-    Values that no model has predicted are null. A segmenter's answer has no values, and only SIIM's systems have classes of
-    the study.
+    Values that no model has predicted are null. `masks` has the highest probability in the map of each structure; a lung
+    segmenter has no values. Only SIIM's systems have classes of the study.
     """
     of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, {})
     of_study, classes = of_study if system.fills_siim else {}, _classes(answer.classes)
@@ -70,6 +70,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
                     "columns": image.columns,
                     **of_image.get(image.key, {}),
                     **classes.get(image.key, {}),
+                    **({"masks": masks} if (masks := _highest(answer, image.key)) else {}),
                     "remarks": list(image.remarks),
                 }
                 for image in study.images
@@ -101,7 +102,10 @@ def _classes(classes: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
     return {str(key): {"classes": row} for key, row in rows.items()}
 
 
+def _highest(answer: Answer, image_id: str) -> dict[str, float]:
+    return {name: round(float(probabilities.max()), 3) for name, probabilities in answer.maps(image_id).items()}
+
+
 def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
     rows = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
-    named = rows.assign(finding=rows["finding"].astype(str) if "finding" in rows else ONE_FINDING)
-    return named[["finding", "score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")
+    return rows[["finding", "score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")

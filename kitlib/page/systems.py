@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kitlib.classes import SPARSE_STRUCTURES
 from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.errors import RunError
 from kitlib.inference.systems import System, build_system, find_segmenters, read_system
@@ -31,7 +32,7 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
     finished = [run for run in listed if run.state == "finished"]
     fused = _read_runs([run for run in finished if run.kind == "fusion"], segmenters)
     others = [run for kind in OTHERS for run in finished if run.kind == kind and not _probe(run)]
-    others = [run for run in others if "lungs" not in run.kind or _holds_one_of(run, segmenters)]
+    others = [run for run in others if "lungs" not in run.kind or not _draws_lungs(run) or _holds_one_of(run, segmenters)]
     other_systems = [_with_probes(system, finished) for system in _read_runs(others, segmenters)]
     trained = [run.folder for run in finished if run.kind in TRAINED]
     if not fused and (trained or not other_systems):
@@ -63,6 +64,12 @@ def _read_runs(runs: Sequence[ListedRun], segmenters: Mapping[str, Path]) -> lis
         except (OSError, ValueError) as error:
             logger.warning("the %s run %s is left out: %s", run.kind, run.name, error)
     return systems
+
+
+def _draws_lungs(run: ListedRun) -> bool:
+    """Return False if the run's segmenters draw structures that most images do not have."""
+    structures = {name for fold in run.folds.values() for name in fold.get("recipe", {}).get("structures", ())}
+    return not structures or not structures <= set(SPARSE_STRUCTURES)
 
 
 def _holds_one_of(run: ListedRun, segmenters: Mapping[str, Path]) -> bool:

@@ -9,11 +9,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError, UnreadableXray
 from kitlib.inference.loaded_models import Answer
+from kitlib.inference.predict_files import MASK_LEVEL
 from kitlib.inference.systems import System
 from kitlib.page.answer_files import write_answer, write_rows
 from kitlib.page.gallery import Gallery
@@ -138,10 +140,12 @@ class Viewer:
         given, grey levels are computed from its values with the window (centre, width) in `window`. The caption says which
         layers could not be drawn, and why.
         """
-        system, captions, mask, heat = view.system, [], None, None
+        system, captions, mask, heat, structure = view.system, [], None, None, LUNGS
         pixels = view.study.read(image, system.longest_side).pixels
-        is_segmenter = "lungs" in system.answers
-        if LUNGS in layers or is_segmenter:
+        if maps := view.answer.maps(image.key):
+            structure = ", ".join(maps)
+            mask = np.any([each >= MASK_LEVEL for each in maps.values()], axis=0)
+        elif LUNGS in layers or "lungs" in system.answers:
             try:
                 mask, reason = self.models.lungs(system, view.study, image)
                 captions += [reason] if reason else []
@@ -178,14 +182,20 @@ class Viewer:
             heat=heat,
             caption=" ".join(captions),
             findings=view.findings,
+            structure=structure,
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """Return HTML bars for the class probabilities, and the image's `none` or, from a segmenter, its share of lung."""
+        """Return HTML bars for the class probabilities, `none`, and the highest probability in each map of a structure.
+
+        From a lung segmenter, it is the share of lung in the image.
+        """
         fused, classes, annotated = view.answer.fused, view.classes(image), view.study.true_classes
         if "lungs" in view.system.answers:
             mask, reason = self.models.lungs(view.system, view.study, image)
             return f"<p>{html.escape(reason) if mask is None else f'{mask.mean():.1%} of the image is lung.'}</p>"
+        if maps := view.answer.maps(image.key):
+            classes |= {f"{name}, highest": float(each.max()) for name, each in maps.items()}
         if fused is None:
             return draw_bars(classes, true_classes=annotated) if classes else "<p>No model has predicted this image.</p>"
         none = fused.nones.set_index("image_id").loc[image.key]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -232,11 +232,12 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
     return figure
 
 
-def precision_recall_figure(curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str] | None = None) -> Figure:
+def precision_recall_figure(curves: Mapping[str, pd.DataFrame], findings: Iterable[str] = ()) -> Figure:
     """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend.
 
-    `colours` has the colours of findings, each for the curve whose key is the finding's name, followed by more text or not.
+    If all `findings` of a run are given, each key is a finding with its AP in parentheses, and has the finding's colour.
     """
+    colours = finding_colours(findings)
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
@@ -338,13 +339,8 @@ def _draw_boxes(
             drawn.add(name)
             xmin, ymin, xmax, ymax = np.array([getattr(row, side) for side in BOX]) * scale
             colour = colours.get(name, plain)
-            style: dict[str, Any] = {
-                "edgecolor": colour,
-                "linestyle": _style(plain, colours),
-                "linewidth": 1.3,
-                "fill": False,
-            }
-            axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, path_effects=effects, **style))
+            style: dict[str, Any] = {"edgecolor": colour, "linestyle": _style(plain, colours), "path_effects": effects}
+            axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, linewidth=1.3, **style))
             if text := " ".join([*([name] if colours else []), *([f"{row.score:.2f}"] if hasattr(row, "score") else [])]):
                 bottom = ymin - 1 if plain == PREDICTION or not colours else ymax + 0.045 * height
                 of_kind.append((text, colour, xmin, bottom))

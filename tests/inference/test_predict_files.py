@@ -35,7 +35,7 @@ from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.image_file import read_xray
 from tests.small_bundles import edit_record
-from tests.small_page import CLASSES, CLASSIFIER, page_runs, write_classifiers
+from tests.small_page import CLASSES, CLASSIFIER, page_runs, sparse_run, write_classifiers
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,20 @@ def test_predictions_equal_those_of_a_submission(folder, competition, predicted,
         assert set(found.finding) == {"opacity"} and len(found) == len(submitted) > 1
         np.testing.assert_allclose(found.score, submitted.score, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found[list(BOX)], submitted[list(BOX)], atol=0.1101)
+
+
+def test_a_segmenter_of_another_structure_tells_its_highest_probability(folder, tmp_path):
+    image = np.zeros((200, 300), np.uint8)
+    image[20:180, 30:270] = 250  # bright is pneumothorax for this segmenter
+    cv2.imwrite(str(tmp_path / "ill.png"), image)
+    cv2.imwrite(str(tmp_path / "well.png"), image // 250)
+    run = sparse_run(tmp_path / "run")
+    table = predict([tmp_path / "ill.png", tmp_path / "well.png"], run, pictures=tmp_path / "drawn")
+    assert list(table.columns) == ["file", "image_id", "study_id", "pneumothorax", "warning", "error"]
+    assert table.pneumothorax[0] > 0.9 and table.pneumothorax[1] < 0.5 and (table.error == "").all()
+    ill, well = (cv2.imread(str(tmp_path / "drawn" / "masks" / f"{name}.png"), 0) for name in ("ill", "well"))
+    assert ill.shape == image.shape and (ill > 0).mean() == pytest.approx(0.64, abs=0.06) and not well.any()
+    assert (tmp_path / "drawn" / "ill.png").is_file()
 
 
 def test_parts_do_not_change_the_predictions_and_keep_studies_whole(folder, competition, predicted, monkeypatch):
@@ -173,7 +187,7 @@ def test_a_fusion_for_another_competition_has_its_findings_and_classes(folder, t
     (tmp_path / "fuse" / "record.json").write_text(json.dumps({"parameters": parameters}))
     (tmp_path / "fuse" / "metrics.json").write_text("{}")
     system = find_system(tmp_path / "fuse")
-    assert system.findings == ("Cardiomegaly", "ILD") and system.classes == ["No finding", "other"]
+    assert system.findings == ("Cardiomegaly", "ILD") and system.classes() == ["No finding", "other"]
     assert system.fusion.box_iou == 0.4 and not system.fills_siim and "study/fold0 is left out" in system.notes[0]
     columns = ["file", "image_id", "study_id", "none", "No finding", "other", "boxes", "warning", "error"]
     assert predict_files.table_columns(system) == columns

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kitlib.__main__ import app
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError
+from kitlib.inference.systems import find_segmenters
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.gallery import find_gallery
 from kitlib.page.opened_study import DecodedCopies
@@ -24,7 +25,7 @@ from kitlib.runs.finished_run import read_prepared
 from kitlib.tables import BOX, empty_table
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.writing import write_xray
-from tests.small_page import CLASSES, CLASSIFIER, page_runs, write_classifiers
+from tests.small_page import CLASSES, CLASSIFIER, page_runs, sparse_run, write_classifiers
 from tests.small_runs import train
 
 FUSED = "fuse: study + yolo + faster_rcnn"
@@ -201,6 +202,22 @@ def test_a_segmenter_shows_the_lungs_and_their_share(classifying, view):
     assert f"{mask.mean():.1%} of the image is lung" in classifying.bars(shown, image) and 0 < mask.mean() < 1
     assert drawn(classifying.draw(shown, image, 0.0, []), "mask") == 1
     assert classifying.files(shown)[0] is None and ": 1 model answered" in classifying.summary(shown)
+
+
+def test_a_segmenter_of_another_structure_outlines_it(viewer, view, tmp_path):
+    lungs, caps = view.system.lungs.parent, sparse_run(tmp_path / "caps")
+    assert list(find_segmenters([("lungs", caps), ("lungs", lungs)]).values()) == [view.system.lungs]
+    systems = find_systems(list_runs([tmp_path]))
+    viewer = Viewer(systems, viewer.models, viewer.copies, viewer.gallery, viewer.folder)
+    shown, image = viewer.switch(view, "caps"), view.study.images[0]
+    highest = shown.answer.maps(image.key)["pneumothorax"].max()
+    assert [float(value) for value in re.findall(r'aria-valuenow="([\d.]+)"', viewer.bars(shown, image))] == [
+        pytest.approx(highest, abs=1e-3)
+    ]
+    svg = viewer.draw(shown, image, 0.0)
+    assert drawn(svg, "mask") == 1 and "pneumothorax found by the model" in svg
+    rows, answer = viewer.files(shown)
+    assert rows is None and json.loads(answer.read_text())["images"][0]["masks"]["pneumothorax"] == round(highest, 3)
 
 
 def test_runs_without_bundles_do_not_hide_the_others(classifying, tmp_path):

@@ -125,8 +125,8 @@ def test_the_drawn_curve_has_the_average_precision_below_it():
     assert drawn == "steps-pre"
     assert np.sum(np.diff(axis.lines[0].get_xdata()) * axis.lines[0].get_ydata()[1:]) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
     assert len(x) == len(y)
-    (axis,) = figures.precision_recall_figure({"a (b) (AP 0.833)": curve}, {"a (b)": "#CC00FF"}).axes
-    assert axis.lines[0].get_color() == "#CC00FF"
+    (axis,) = figures.precision_recall_figure({"b (c) (AP 0.833)": curve}, ["b (c)", "a"]).axes
+    assert axis.lines[0].get_color() == finding_colours(["a", "b (c)"])["b (c)"]
 
 
 def test_figures_are_written_without_leftover_files(tmp_path):
