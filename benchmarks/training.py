@@ -81,7 +81,8 @@ def bare_rate(settings: TrainingRecipe, xrays: NoisyXrays, device: torch.device,
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(device) == "16-mixed")
     batch = next(iter(batches(xrays.examples(settings, augment=False), settings.batch_size)))
-    pixels, boxes = batch["pixels"].to(device), [image_boxes.to(device) for image_boxes in batch["boxes"]]
+    pixels = batch["pixels"].to(device)
+    boxes, findings = ([tensor.to(device) for tensor in batch[name]] for name in ("boxes", "findings"))
     if isinstance(settings, StudyRecipe):
         x, truth = model.normalise(pixels), batch["label"].argmax(dim=1).to(device)
     for step in range(3 + steps):
@@ -93,7 +94,7 @@ def bare_rate(settings: TrainingRecipe, xrays: NoisyXrays, device: torch.device,
             if isinstance(settings, StudyRecipe):
                 loss = functional.cross_entropy(model(x)[:, :4].float(), truth)
             else:
-                loss = sum(model.losses(pixels, boxes).values())
+                loss = sum(model.losses(pixels, boxes, findings).values())
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -93,6 +93,11 @@ class Placement:
         mapped[(canvas_y < 0) | (canvas_y > self.canvas_rows)] = 0
         return mapped
 
+    def shown(self, canvas: np.ndarray) -> np.ndarray:
+        """Return the part of a canvas (rows, columns) that shows the image, without the padding."""
+        top, left = max(0, self.top), max(0, self.left)
+        return canvas[top : self.top + self.inner_rows, left : self.left + self.inner_columns]
+
     def boxes_to_canvas(self, boxes: np.ndarray) -> np.ndarray:
         """Convert boxes from original pixels to canvas pixels, without clipping at the frame or the canvas."""
         return np.asarray(boxes, dtype=float).reshape(-1, 4) * self.scale + self.offset

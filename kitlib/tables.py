@@ -25,7 +25,7 @@ MOST_OVERHANG = 0.1
 LEAST_SIDE = 1.0  # pixels of a box after the cut; a thinner one shows nothing
 
 # Column -> kind. "probability" is a float in 0..1, NaN if unknown; "pixel" is a finite float; "finding" is the class of a
-# box, which is ONE_FINDING in tables without this column.
+# box, which is ONE_FINDING in tables without this column; "bytes" are the bytes of a file.
 SCHEMAS: dict[str, dict[str, str]] = {
     # One row per image. `path` is the image file; rows and columns are its original size, 0 if not known yet.
     "images": {
@@ -67,8 +67,9 @@ SCHEMAS: dict[str, dict[str, str]] = {
         **{"image_id": "id", "model": "text", "fold": "integer", "structure": "text"},
         **{"dice": "probability", "jaccard": "probability"},
     },
-    # The probability of a structure in each pixel of an image: an 8-bit PNG of its 0..1 as 0..255, of any size.
-    "mask_maps": {"image_id": "id", "model": "text", "fold": "integer", "finding": "finding", "map": "bytes"},
+    # A segmenter's probabilities of a structure that most images do not have, for one image: an 8-bit grey PNG, in which 255
+    # is a probability of 1, of any size; it shows the whole image and nothing else.
+    "mask_maps": {"image_id": "id", "model": "text", "fold": "integer", "finding": "id", "map": "bytes"},
     # One row per image that a detector has predicted, even if it predicted no box.
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
@@ -102,7 +103,7 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
         raise TableError(f"unknown table {name!r}; available: {', '.join(SCHEMAS)}")
     schema = SCHEMAS[name]
     place = f"table {name}" + (f" from {where}" if where else "")
-    if "finding" in schema and "finding" not in table.columns:
+    if schema.get("finding") == "finding" and "finding" not in table.columns:
         table = table.assign(finding=ONE_FINDING)
     missing = [column for column in schema if column not in table.columns]
     if missing:
@@ -230,9 +231,13 @@ def listed_name(cell: str) -> str:
     return unicodedata.normalize("NFC", cell.strip().replace("\\", "/").rpartition("/")[2])
 
 
-def findings_of(boxes: pd.DataFrame) -> tuple[str, ...]:
-    """Return the findings of a `boxes` or `detections` table in alphabetical order, each once."""
-    return tuple(sorted(set(boxes["finding"])))
+def findings_of(*tables: pd.DataFrame | None) -> tuple[str, ...]:
+    """Return the findings of `boxes` and `detections` tables in alphabetical order, each once.
+
+    Boxes in a table without the column `finding` have ONE_FINDING; a table that is None has no boxes.
+    """
+    named = [table["finding"] if "finding" in table else [ONE_FINDING] * len(table) for table in tables if table is not None]
+    return tuple(sorted({str(name) for names in named for name in pd.unique(pd.Series(names, dtype=object))}))
 
 
 def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
@@ -289,9 +294,8 @@ def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
             raise TableError(f"{place}: empty in row {int(np.flatnonzero(text == '')[0])}")
         return text.astype(object)
     if kind == "bytes":
-        wrong = [row for row, value in enumerate(column) if not isinstance(value, bytes)]
-        if wrong:
-            raise TableError(f"{place}: row {wrong[0]} is not bytes")
+        if wrong := [row for row, value in enumerate(column) if not isinstance(value, bytes) or not value]:
+            raise TableError(f"{place}: {len(wrong)} value(s) are not bytes, or empty; the first is in row {wrong[0]}")
         return column.astype(object)
     try:
         number = pd.to_numeric(column).astype("float64")

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 # No sandbox, because containers often run as root. The other flags stop the browser's own network requests.
 FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
 WAIT_MS = 30_000  # machines are shared
-BOXES, TRUTH = "rect.opacity", "rect.truth"
+BOXES, TRUTH = "rect.predicted", "rect.truth"
 # Console messages of a request that the page's own security policy has blocked.
 BLOCKED = re.compile("Content Security Policy|Refused to")
 expect.set_options(timeout=WAIT_MS)

@@ -53,7 +53,8 @@ def installed_wheel(folder, name) -> Path:
 
 def make_run(folder, model="effnet", fold=0, family="study", architecture=None, **recipe) -> Path:
     """Write a run folder whose bundle has one tensor; `recipe` are fields of its recipe."""
-    stated = {"family": family, "model": model, "classes": ["a"], "recipe": recipe, "image_size": 8}
+    classes = ["opacity" if family in ("yolo", "faster_rcnn") else "a"]
+    stated = {"family": family, "model": model, "classes": classes, "recipe": recipe, "image_size": 8}
     stated |= {
         "architecture": architecture or {},
         "longest_side": 8,

@@ -74,6 +74,29 @@ class SmallXrays:
         return (self.read(image_id) for image_id in self.image_ids)
 
 
+class TwoFindings(SmallXrays):
+    """SmallXrays with black discs and white squares at random places: of four images, one each has none, either and both."""
+
+    CLASSES = ("disc", "square")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rows = []
+        for number, image_id in enumerate(self.image_ids):
+            rng = np.random.default_rng(number)
+            picture = rng.integers(90, 130, (ROWS // 2, COLUMNS // 2)).astype(np.uint8)
+            # The disc is in the left half or the right one, the square in the other.
+            left = rng.permutation([2, COLUMNS // 4 + 2])
+            for code, (name, grey) in enumerate(zip(self.CLASSES, (0, 255), strict=True)):
+                x, y = left[code] + rng.integers(0, 8), rng.integers(0, ROWS // 2 - 13)
+                if number % 4 & 1 << code:
+                    near = np.hypot(*(np.mgrid[:13, :13] - 6)) < 6.5 if name == "disc" else np.ones((13, 13), bool)
+                    picture[y : y + 13, x : x + 13][near] = grey
+                    rows.append((image_id, name, 2 * x, 2 * y, 2 * x + 26, 2 * y + 26))
+            self.pixels[image_id] = picture
+        self.boxes = pd.DataFrame(rows, columns=["image_id", "finding", "xmin", "ymin", "xmax", "ymax"])
+
+
 def wait_for_a_minute(*_):
     """Stand in for a worker's task with a file that takes long; at module level, so that a new process can import it."""
     time.sleep(60)

@@ -50,6 +50,16 @@ def test_boxes_are_drawn_where_they_are_from_a_score_on():
     larger = [{name: 2 * side for name, side in row.items() if name in sides} for row in boxes.to_dict("records")]
     small = kitlib.draw_boxes(image, larger, size=(800, 1600))
     assert (small == (255, 165, 0)).all(axis=2)[275, 100] and (small == (255, 165, 0)).all(axis=2)[250, 600]
+    # Of several findings, the first in the alphabet is "#E69F00" and the second "#CC00FF"; boxes without a score are dashed.
+    named = boxes.assign(finding="mass")
+    colours = ("mass", (204, 0, 255)), ("effusion", (230, 159, 0))
+    for finding, colour in colours:
+        solid = kitlib.draw_boxes(image, named.assign(finding=finding), findings=("mass", "effusion"))
+        dashed = kitlib.draw_boxes(image, named.assign(finding=finding).drop(columns="score"), findings=("mass", "effusion"))
+        share = [(picture[350, 100:300] == colour).all(axis=1).mean() for picture in (solid, dashed)]
+        assert share[0] == 1 and 0.4 < share[1] < 0.7
+    both = kitlib.draw_boxes(image, named.assign(finding=["mass", "effusion"]))
+    assert tuple(both[350, 200]) == colours[0][1] and tuple(both[300, 550]) == colours[1][1]
     with pytest.raises(ValueError, match="a box lacks ymin, ymax"):
         kitlib.draw_boxes(image, [{"xmin": 1, "xmax": 2}])
     with pytest.raises(ValueError, match="expected an image of uint8"):

@@ -195,3 +195,11 @@ def test_bicubic_resizing_is_pillows():
     resized = place.image(pixels, bicubic=True)
     np.testing.assert_array_equal(resized, np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC)))
     assert resized.min() < 100 and resized.max() > 200
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(60, 40), (31, 77), (50, 50)])
+def test_what_a_canvas_shows_is_the_image_without_the_padding(rows, columns):
+    pixels = np.full((rows, columns), 200, np.uint8)
+    place = letterbox(rows, columns, 64)
+    shown = place.shown(place.image(pixels))
+    assert shown.shape == (place.inner_rows, place.inner_columns) and (shown == 200).all()

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from kitlib.errors import SettingsError
 from kitlib.fusion.flannel import ENSEMBLES, ensemble_settings
-from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, PatchRecipe, SegmenterRecipe, StudyRecipe
+from kitlib.recipes.fields import (
+    DetectorRecipe,
+    FindingsRecipe,
+    PatchRecipe,
+    SegmenterRecipe,
+    SparseSegmenterRecipe,
+    StudyRecipe,
+)
 from kitlib.recipes.named import RECIPES, recipe
 from kitlib.settings import (
     Distinct,
@@ -148,7 +155,10 @@ def test_a_recipe_refuses_an_invalid_value(kind, name, value, valid):
         kind(**{name: value})
 
 
-@pytest.mark.parametrize("kind", [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe])
+KINDS = [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe, SparseSegmenterRecipe]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_field_of_a_recipe_accepts_a_value_that_is_never_valid(kind):
     for one_field in fields(kind):
         mapping = {"a": [1]} if one_field.name == "backbone_options" else {"a": 1}
@@ -157,7 +167,6 @@ def test_no_field_of_a_recipe_accepts_a_value_that_is_never_valid(kind):
                 kind(**{one_field.name: value})
 
 
-KINDS = [StudyRecipe, FindingsRecipe, PatchRecipe, DetectorRecipe, SegmenterRecipe]
 RANGES = [
     (kind, name, get_args(annotation)[0], rule)
     for kind in KINDS
@@ -183,7 +192,7 @@ def test_a_field_of_a_recipe_accepts_exactly_the_values_in_its_range(ranged, val
 
 def test_every_number_of_a_recipe_has_a_range():
     bare = [(kind.__name__, name) for kind in KINDS for name, type_ in field_kinds(kind).items() if type_ in (int, float)]
-    assert bare == [] and len(RANGES) > 200  # 5 kinds with 30 to 50 numbers each
+    assert bare == [] and len(RANGES) > 200  # 6 kinds with 30 to 50 numbers each
 
 
 def test_only_changed_fields_are_listed():

@@ -10,6 +10,7 @@ from kitlib.tables import (
     class_columns,
     concatenate,
     cut_boxes,
+    findings_of,
     listed_name,
     read_table,
     read_text_table,
@@ -210,3 +211,23 @@ def test_each_broken_value_of_a_table_is_refused(column, values, message):
     check_table(DETECTIONS, "detections")
     with pytest.raises(TableError, match=message):
         check_table(DETECTIONS.assign(**{column: values}), "detections")
+
+
+def test_findings_of_several_tables_are_in_alphabetical_order():
+    named = pd.DataFrame(
+        {"finding": pd.Categorical(["mass", "effusion", "mass"], categories=["unused", "mass", "effusion"])}
+    )
+    unnamed = pd.DataFrame({"image_id": ["i0"]})
+    assert findings_of(named, None, unnamed) == ("effusion", "mass", "opacity")
+    assert findings_of(unnamed.iloc[:0]) == findings_of() == ()
+
+
+def test_a_map_is_the_bytes_of_a_file(tmp_path):
+    table = pd.DataFrame({"image_id": ["a"], "model": "m", "fold": 0, "finding": "pneumothorax", "map": [b"png"]})
+    write_table(table, "mask_maps", tmp_path / "maps.parquet")
+    assert read_table("mask_maps", tmp_path / "maps.parquet")["map"].tolist() == [b"png"]
+    for wrong in ("png", b"", None):
+        with pytest.raises(TableError, match=r"column map: 1 value.* not bytes, or empty; the first is in row 0"):
+            check_table(table.assign(map=[wrong]), "mask_maps")
+    with pytest.raises(TableError, match=r"missing column.* finding"):
+        check_table(table.drop(columns="finding"), "mask_maps")

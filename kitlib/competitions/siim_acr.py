@@ -7,17 +7,57 @@ The metric is the mean over images of Dice, 2 |X and Y| / (|X| + |Y|), which is 
 an image without a pneumothorax costs the whole image.
 """
 
+import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
+import cv2
 import numpy as np
+import pandas as pd
 
-from kitlib.classes import PNEUMOTHORAX
-from kitlib.competitions.contract import Competition
+from kitlib.classes import MASK_CODES
+from kitlib.competitions.contract import Competition, fill_rows
 from kitlib.competitions.csv_files import Rows, read_listed, read_truth_table, refuse
 from kitlib.competitions.fusion_settings import FusionSettings
-from kitlib.errors import ScoringError
-from kitlib.xrays.run_lengths import EMPTY, parse_runs
+from kitlib.competitions.merged import MergedPredictions
+from kitlib.errors import MaskError, ScoringError
+from kitlib.scoring.metrics import threshold_map
+from kitlib.settings import Count, Probability
+from kitlib.xrays.cache import usable_cores
+from kitlib.xrays.mask_store import decode_grey
+from kitlib.xrays.run_lengths import EMPTY, SIDE, draw_runs, encode_runs, parse_runs, runs_of
+
+FINDING = "pneumothorax"
+CODE = MASK_CODES[FINDING]
+LEVELS = 257  # grey levels of a map, and one above them, which a probability above 1 would have
+
+
+@dataclass(frozen=True)
+class SiimAcrSettings(FusionSettings):
+    """Settings of the masks, the rule of the 1st place: see kitlib.scoring.metrics.threshold_map.
+
+    The published triplets are 0.75, 2000, 0.3 and 0.7, 600, 0.3.
+    """
+
+    GRIDS: ClassVar = {
+        "mask": (
+            ("top", "least_area", "bottom"),
+            tuple(
+                (top, least_area, bottom)
+                for top in (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
+                for least_area in (1, 300, 600, 1000, 1500, 2000, 3000, 5000)
+                for bottom in (0.2, 0.3, 0.4, 0.5)
+                if bottom <= top
+            ),
+        )
+    }
+
+    top: Probability = 0.75
+    least_area: Count = 2000  # pixels, of SIDE x SIDE
+    bottom: Probability = 0.3
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
@@ -71,6 +111,84 @@ def count_pixels(runs: np.ndarray) -> int:
     return int(np.maximum(ends - np.maximum(starts, covered[:-1]), 0).sum())
 
 
+def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> dict[str, np.ndarray]:
+    """Return the runs (n, 2) of the prepared `images` that have a mask in `masks`, a MaskStore, by image_id.
+
+    Raises MaskError without `masks`.
+    """
+    if masks is None:
+        raise MaskError("the prepared run has no masks, so there is no ground truth; prepare the competition's data again")
+    ids = [image_id for image_id in images["image_id"] if image_id in masks]
+    return {
+        image_id: runs_of(_on_grid(np.where(masks.read(image_id) == CODE, 255, 0).astype(np.uint8)) > 127)
+        for image_id in ids
+    }
+
+
+def decide(merged: MergedPredictions, settings: SiimAcrSettings) -> dict[str, np.ndarray]:
+    """Return the runs (n, 2) of each image that a model has predicted, by image_id, as `read_submission` does."""
+    maps = _maps_of(merged)
+
+    def runs(png: bytes) -> np.ndarray:
+        return runs_of(threshold_map(_on_grid(decode_grey(png)), settings.top, settings.least_area, settings.bottom))
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        return dict(zip(maps["image_id"], pool.map(runs, maps["map"]), strict=True))
+
+
+def fill(ids: list[str], decided: Mapping[str, np.ndarray]) -> tuple[list[list[str]], list[str]]:
+    """Return a submission's rows for `ids`, and the ids that `decided` lacks, whose masks are empty."""
+    return fill_rows(baseline_rows(ids), {image_id: [encode_runs(runs)] for image_id, runs in decided.items()})
+
+
+def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `maps` of images in `truth`, with columns from which `judge` computes any mask's score.
+
+    `maps` are the fused maps of MergedPredictions. `inside` and `outside` are the bytes of uint32 (LEVELS,): the number of
+    pixels, of SIDE x SIDE, inside and outside the true mask whose grey level is at least 0, 1 .. LEVELS - 1.
+    """
+
+    def count(image_id: str, png: bytes) -> tuple[bytes, bytes]:
+        pixels, runs = _on_grid(decode_grey(png)), truth[image_id]
+        all_pixels = cv2.calcHist([pixels], [0], None, [LEVELS], [0, LEVELS]).ravel()
+        # Both are transposed, because runs go down the columns.
+        inside = np.bincount(cv2.transpose(pixels)[draw_runs(runs).T], minlength=LEVELS) if len(runs) else np.zeros(LEVELS)
+        counts = (each[::-1].cumsum(dtype=float)[::-1].astype(np.uint32).tobytes() for each in (inside, all_pixels - inside))
+        return next(counts), next(counts)
+
+    maps = maps[maps["image_id"].isin(truth.keys())]
+    with ThreadPoolExecutor(usable_cores()) as pool:  # OpenCV works outside Python's lock
+        counts = list(pool.map(count, maps["image_id"], maps["map"]))
+    return maps.assign(inside=[inside for inside, _ in counts], outside=[outside for _, outside in counts])
+
+
+def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
+    """Return the mean Dice over the images in `truth` of the masks that `decide` returns; other images have empty masks.
+
+    Takes milliseconds if `merged.masks` has the columns that `compare` adds.
+    """
+    maps = _maps_of(merged)
+    maps = maps[maps["image_id"].isin(truth.keys())] if "inside" in maps else compare(truth, maps)
+    inside, outside = (np.frombuffer(b"".join(maps[name]), np.uint32).reshape(-1, LEVELS) for name in ("inside", "outside"))
+    top, bottom = (math.floor(255 * probability) + 1 for probability in (settings.top, settings.bottom))
+    is_kept = inside[:, top] + outside[:, top] >= settings.least_area
+    hits, others = is_kept * inside[:, bottom], is_kept * outside[:, bottom]
+    total = hits + others + inside[:, 0]
+    predicted = np.where(total, 2 * hits / np.maximum(total, 1), 1.0).sum()
+    unpredicted = sum(not len(truth[image_id]) for image_id in truth.keys() - set(maps["image_id"]))
+    return float(predicted + unpredicted) / len(truth) if truth else float("nan")
+
+
+def _maps_of(merged: MergedPredictions) -> pd.DataFrame:
+    return merged.masks[merged.masks["finding"] == FINDING]
+
+
+def _on_grid(pixels: np.ndarray) -> np.ndarray:
+    """Return an image uint8 (rows, columns) resized to SIDE x SIDE: by area if it shrinks, else linearly."""
+    method = cv2.INTER_AREA if max(pixels.shape) > SIDE else cv2.INTER_LINEAR
+    return pixels if pixels.shape == (SIDE, SIDE) else cv2.resize(pixels, (SIDE, SIDE), interpolation=method)
+
+
 def baseline_rows(ids: list[str]) -> list[list[str]]:
     """Return an empty mask for every image, as 78 % of the training images have."""
     return [[name, EMPTY] for name in ids]
@@ -89,10 +207,12 @@ SIIM_ACR = Competition(
     metric=metric,
     baseline_rows=baseline_rows,
     dataset="siim_acr",
-    settings=FusionSettings,
-    truth_of=lambda images, labels, boxes, masks: {},
-    decide=lambda merged, settings: {},
-    fill=lambda ids, decided: ([], ids),
+    settings=SiimAcrSettings,
+    truth_of=truth_of,
+    decide=decide,
+    fill=fill,
     read_test=read_listed(ROWS),
-    mask_classes=(PNEUMOTHORAX,),
+    judge=judge,
+    compare=compare,
+    mask_classes=(FINDING,),
 )

@@ -44,6 +44,10 @@ def add_boxes(
         source.faults.add(file, image_id, problem)
     if "finding" in rows:
         boxes["finding"] = rows.finding
+        has_finding = (rows.finding != "").to_numpy()
+        for image_id in image_ids[is_valid & ~has_finding]:
+            source.faults.add(file, image_id, "a box has no finding; the image is left out")
+        is_valid = is_valid & has_finding
     images = images[~images.image_id.isin(image_ids[~is_valid])]
     boxes = boxes[boxes.image_id.isin(images.image_id)].reset_index(drop=True)
     if boxes.empty:

@@ -20,7 +20,7 @@ from kitlib.fusion.model_fusion import ModelPredictions, fuse
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.lungs.crop import needs_masks
 from kitlib.models.classifier import OUTPUTS
-from kitlib.models.families import BOXES, CLASSES, LUNGS, STUDIES, recorded_family
+from kitlib.models.families import BOXES, CLASSES, LUNGS, MASKS, STUDIES, recorded_family
 from kitlib.settings import from_dict
 from kitlib.tables import concatenate
 
@@ -81,12 +81,13 @@ def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
     """
     answers, classes = recorded_family(record).answers, set(record["classes"])
     wanted = {
-        STUDIES: {*competition.study_classes, *competition.image_classes},
+        STUDIES: classes if competition.study_classes else set(),  # they all predict SIIM's classes
         CLASSES: {*competition.image_classes, *competition.helping_classes},
         BOXES: set(competition.box_classes),
-        LUNGS: set(competition.mask_classes),
+        LUNGS: set(),
+        MASKS: set(competition.mask_classes),
     }[answers]
-    if (answers == STUDIES and not competition.study_classes) or not classes & wanted:
+    if not classes & wanted:
         named = ", ".join(map(str, record["classes"][:3]))
         advice = "give its run in the kernel's key `lungs`" if answers == LUNGS else "leave it out, or start another from it"
         return f"predicts {answers} ({named}, ...), of which a submission to {competition.name} contains none; {advice}"

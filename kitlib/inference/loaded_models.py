@@ -10,9 +10,10 @@ import pandas as pd
 
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensemble
+from kitlib.fusion.model_fusion import fuse_scores
 from kitlib.inference.answer import AnsweringModel, fused_answer
 from kitlib.inference.cached_lungs import CachedLungs
-from kitlib.inference.predict import Predictor, load_predictor
+from kitlib.inference.predict import AnyPredictor, load_predictor
 from kitlib.inference.systems import System
 from kitlib.xrays.cache import CachedXray
 
@@ -27,9 +28,9 @@ Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator 
 class Answer:
     """The predictions of a system of models for some images.
 
-    Study models and detectors have `fused` predictions, with boxes in original pixels. Classifiers have `classes`, a table
-    with the columns image_id and the classes, whose values are probabilities 0..1. A lung segmenter has neither: its masks
-    are read from `LoadedModels.segmenter`.
+    Study models and detectors have `fused` predictions, with boxes of any findings in original pixels. Classifiers have
+    `classes`, a table with the columns image_id and the classes, whose values are probabilities 0..1. A lung segmenter has
+    neither: its masks are read from `LoadedModels.segmenter`.
     """
 
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
@@ -44,6 +45,7 @@ class _Asked:
     """Collects the predictions, remarks and faults of the models of a system before they are fused."""
 
     probabilities: list[pd.DataFrame] = field(default_factory=list)
+    classes: list[pd.DataFrame] = field(default_factory=list)  # probabilities of image classes other than `none`
     detections: list[pd.DataFrame] = field(default_factory=list)
     coverage: list[pd.DataFrame] = field(default_factory=list)
     rows: list[tuple[str, int, float]] = field(default_factory=list)
@@ -62,7 +64,7 @@ class LoadedModels:
     """Predicts with systems of models; loads each model at its first use and keeps it. Not safe for several threads."""
 
     def __init__(self) -> None:
-        self._predictors: dict[tuple[Path, CachedLungs | None], Predictor] = {}
+        self._predictors: dict[tuple[Path, CachedLungs | None], AnyPredictor] = {}
         self._lungs: dict[tuple[Path | None, int], CachedLungs] = {}
         self._ensembles: dict[Path, Ensemble] = {}
 
@@ -76,15 +78,15 @@ class LoadedModels:
         if "lungs" in system.answers:
             return self._segment(system, xrays)
         asked = self._ask(system, models, xrays)
-        if "classes" in system.answers:
-            classes = self._classify(system, asked)
+        classes = self._classify(system, asked) if asked.classes else None
+        if not system.answers - {"classes"}:
             return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), classes=classes)
         ensemble = self._ensemble(system, asked)
         tables = asked.probabilities, asked.detections, asked.coverage
         fused, stacked = fused_answer(*tables, images, system.fusion, ensemble)
         if stacked and stacked.note:
             asked.add_fault(f"The ensemble: {stacked.note}.")
-        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused)
+        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused, classes)
 
     def _classify(self, system: System, asked: _Asked) -> pd.DataFrame:
         """Return a table of class probabilities, with the columns image_id and the classes.
@@ -92,12 +94,11 @@ class LoadedModels:
         As in notebooks 25 and 65, the predictions of one learner for one fold are averaged first; then a system without an
         ensemble averages over folds and learners, and one with an ensemble applies it.
         """
-        classes = list(system.models[0].classes)
-        scores = pd.concat(asked.probabilities, ignore_index=True).dropna(subset=classes)
+        classes = system.classes
+        scores = pd.concat([table.dropna() for table in asked.classes], ignore_index=True)
         scores = scores.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
-        if system.ensemble is None:
-            mean = scores.groupby(["image_id", "model"], sort=False)[classes].mean()
-            return mean.groupby(level="image_id", sort=False).mean().reset_index()
+        if system.ensemble is None or system.answers != {"classes"}:
+            return fuse_scores(scores, "image_id", system.fusion)
         ensemble = read_ensemble(system.ensemble)
         table = apply_ensemble(ensemble, scores)
         incomplete = int((table["answered"] < len(ensemble.learners)).sum())
@@ -116,7 +117,7 @@ class LoadedModels:
             asked.add_fault(f"The lung segmenter {segmenter.fault}.")
         return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults))
 
-    def predictor(self, system: System, model: AnsweringModel) -> Predictor:
+    def predictor(self, system: System, model: AnsweringModel) -> AnyPredictor:
         """Return a Predictor for `model`; the first call loads the model. Raises BundleError if its bundle is damaged."""
         lungs = self.segmenter(system) if model.wants_masks else None
         if (model.folder, lungs) not in self._predictors:
@@ -148,7 +149,7 @@ class LoadedModels:
                 rows = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
                 asked.coverage.append(pd.DataFrame(rows))
             else:
-                asked.probabilities += chunks
+                (asked.classes if "classes" in model.answers else asked.probabilities).extend(chunks)
             if missed := predictor.lungs_missed:
                 asked.remarks.append(f"{model.model} used {missed} images uncropped, because no lungs were found.")
         if failure and not asked.rows:

@@ -84,7 +84,7 @@ class Model:
 
     def count_predicted(self) -> int:
         """Return the number of images with a prediction; a classifier's rows without any finite number do not count."""
-        if "boxes" in self.answers:
+        if self.answers & {"boxes", "masks"}:  # an image without a row has been predicted too, or has no float column
             return len(self.predicted.seen)
         return sum(int(chunk.select_dtypes("float").notna().any(axis=1).sum()) for chunk in self.predicted.chunks)
 

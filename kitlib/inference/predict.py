@@ -14,11 +14,12 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.device import autocast, finite_or_float32, pick_device
 from kitlib.errors import BundleError
 from kitlib.inference.read_ahead import ahead
+from kitlib.inference.segment_lungs import MaskPredictor
 from kitlib.letterbox import PLACEMENTS, Placement, clip_boxes, flip_boxes
 from kitlib.lungs.canvas import read_canvas
 from kitlib.lungs.crop import choose_finder, crop, find_lungs, needs_lungs, needs_masks
 from kitlib.lungs.finders import LungFinder, Lungs
-from kitlib.models.families import BOXES, LUNGS, STUDIES, load_network, recorded_family
+from kitlib.models.families import BOXES, LUNGS, MASKS, STUDIES, load_network, recorded_family
 from kitlib.models.halving_batches import HalvingBatches
 from kitlib.models.patches import image_seed, join_centres, patch_canvas
 from kitlib.recipes.fields import VIEWS
@@ -197,29 +198,29 @@ class Predictor:
             self._merge_views(lists, placement)
             for *lists, placement in zip(*views, batch.placements[self._canvas_names[0]], strict=True)
         ]
-        table = pd.DataFrame(np.concatenate([boxes for boxes, _ in merged]), columns=list(BOX))
-        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), [len(boxes) for boxes, _ in merged]))
-        table = table.assign(model=self.model, fold=self.fold, score=np.concatenate([scores for _, scores in merged]))
+        rows = np.concatenate(merged)
+        table = pd.DataFrame(rows[:, :4], columns=list(BOX))
+        table.insert(0, "image_id", np.repeat(np.array(batch.image_ids, dtype=object), list(map(len, merged))))
+        findings = np.array(self.classes, dtype=object)[rows[:, 5].astype(int)]
+        table = table.assign(model=self.model, fold=self.fold, finding=findings, score=rows[:, 4])
         return check_table(table, "detections")
 
-    def _to_original(
-        self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Convert an image's boxes from a canvas; return boxes (m, 4) in original pixels, and their scores (m,).
+    def _to_original(self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool) -> np.ndarray:
+        """Convert an image's boxes (k, 6) from canvas to original pixels; return a float array (m, 6).
 
-        Boxes are clipped to the image. The columns of `boxes_on_canvas` (k, 5) are xmin, ymin, xmax, ymax and score. Boxes
-        with less than a pixel inside the image are dropped.
+        The columns of both are xmin, ymin, xmax, ymax, score and class. Boxes are clipped to the image; boxes with less than
+        a pixel inside the image are dropped.
         """
         boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
-        return boxes[inside], boxes_on_canvas[inside, 4].astype(float).clip(0, 1)
+        rows = np.hstack([boxes, boxes_on_canvas[:, 4:]])[inside]
+        rows[:, 4] = rows[:, 4].clip(0, 1)
+        return rows
 
-    def _merge_views(
-        self, lists: list[tuple[np.ndarray, np.ndarray]], placement: Placement
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Fuse an image's boxes from all views; return boxes (k, 4) in original pixels and scores (k,).
+    def _merge_views(self, lists: list[np.ndarray], placement: Placement) -> np.ndarray:
+        """Fuse an image's boxes from all views, class by class; return an array (k, 6).
 
-        `lists` contains the boxes (m, 4) in original pixels and the scores (m,) of each view.
+        `lists` contains an array (m, 6) for each view; the columns are those of `_to_original`.
         """
         if len(lists) == 1:
             return lists[0]
@@ -227,12 +228,16 @@ class Predictor:
         from kitlib.fusion.box_fusion import merge_boxes
 
         side = np.array([placement.columns, placement.rows] * 2, dtype=float)
-        boxes, scores = [], []
-        for box, score in lists:
-            boxes.append(box[score > 0] / side)
-            scores.append(score[score > 0])
-        merged, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
-        return merged * side, score
+        merged = [np.empty((0, 6))]
+        for code in np.unique(np.concatenate(lists)[:, 5]):
+            of_class = [rows[(rows[:, 5] == code) & (rows[:, 4] > 0)] for rows in lists]
+            boxes, scores = [rows[:, :4] / side for rows in of_class], [rows[:, 4] for rows in of_class]
+            box, score = merge_boxes(boxes, scores, np.ones(len(lists)), iou=VIEWS_IOU)
+            merged.append(np.column_stack([box * side, score, np.full(len(score), code)]))
+        return np.concatenate(merged)
+
+
+AnyPredictor = Predictor | MaskPredictor
 
 
 def load_predictor(
@@ -241,16 +246,20 @@ def load_predictor(
     batch_size: int | None = None,
     views: Sequence[str] | None = None,
     lungs: LungFinder | None = None,
-) -> Predictor:
-    """Return a Predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
+) -> AnyPredictor:
+    """Return a predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
 
-    Raises BundleError if the bundle is damaged or contains a segmenter.
+    For a segmenter of a structure that most images do not have it is a MaskPredictor, whose recipe decides on its views.
+    Raises BundleError if the bundle is damaged or contains a lung segmenter.
     """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()
-    if recorded_family(record, bundle_folder).answers == LUNGS:
+    answers = recorded_family(record, bundle_folder).answers
+    if answers == MASKS:
+        return MaskPredictor(record, load_network(record, state_dict, device), device, batch_size)
+    if answers == LUNGS:
         raise BundleError(
-            f"{bundle_folder} contains a segmenter; load it with kitlib.inference.segment_lungs.load_segmenter instead"
+            f"{bundle_folder} contains a lung segmenter; load it with kitlib.inference.segment_lungs.load_segmenter instead"
         )
     return Predictor(record, load_network(record, state_dict, device), device, batch_size, views, lungs)
 

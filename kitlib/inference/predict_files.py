@@ -17,7 +17,7 @@ from pebble import ProcessPool
 from tqdm import tqdm
 
 from kitlib.atomic import replacing
-from kitlib.classes import STUDY_CLASSES
+from kitlib.classes import ONE_FINDING, STUDY_CLASSES
 from kitlib.errors import RunError
 from kitlib.inference.listed_files import list_files
 from kitlib.inference.loaded_models import BATCH_SIZE, CACHED_LUNGS, LoadedModels
@@ -94,11 +94,11 @@ def predict_parts(
     """Predict `files`, a table from `list_files`, in groups, and yield one table of predictions per group.
 
     Working in groups keeps the memory use independent of the number of files. `table_columns` lists the columns of the
-    tables. Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries with label, score, xmin, ymin, xmax and ymax
-    in pixels of the original image, sorted by score, the highest first; it is empty text if no detector has predicted the
-    image. Other values that no model has predicted are NaN or empty. If the system is a lung segmenter, `lungs` says whether
-    usable lungs were found, and `lung_area` is the share of the image that is lung. `warning` says what is unusual about the
-    file, and which models failed; `error` says why there is no prediction.
+    tables. Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries with finding, score, xmin, ymin, xmax and
+    ymax in pixels of the original image, sorted by score, the highest first; it is empty text if no detector has predicted
+    the image. Other values that no model has predicted are NaN or empty. If the system is a lung segmenter, `lungs` says
+    whether usable lungs were found, and `lung_area` is the share of the image that is lung. `warning` says what is unusual
+    about the file, and which models failed; `error` says why there is no prediction.
 
     If `pictures` is a folder, each image is written to IMAGE_ID.png in this folder, in the size of its decoded copy or
     larger, with its boxes of a score of 0.2 or more. A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the
@@ -124,7 +124,7 @@ def predict_parts(
                 for part in parts:
                     table = _finished(part, *_outputs(predict_part, part), columns)
                     if pictures is not None and not is_segmenter:
-                        _write_pictures(part, table, Path(pictures))
+                        _write_pictures(part, table, Path(pictures), system.findings)
                     shutil.rmtree(part.cache.folder.parent, ignore_errors=True)
                     bar.update(len(table))
                     yield table
@@ -136,20 +136,20 @@ def predict_parts(
 def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs are either those of the four study classes, `none` and boxes that the system's models predict; or the classes
-    of its classifiers; or, for a lung segmenter, lungs, lung_area and boxes. Raises RunError if a class has the same name as
+    The outputs are those of the four study classes, `none`, the classes of classifiers, and boxes that the system's models
+    predict; or, for a lung segmenter, lungs, lung_area and boxes. Raises RunError if a class has the same name as
     another column.
     """
     answers = system.answers
     if "lungs" in answers:
         outputs = [VERDICT, AREA, BOXES]
-    elif "classes" in answers:
-        outputs = list(system.models[0].classes)
-        if taken := sorted({*KEYS, BOXES, WARNING, ERROR} & set(outputs)):
-            raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
     else:
+        outputs, classes = list(STUDY_CLASSES) if "study" in answers else [], system.classes
         # Fusion computes `none` from boxes or classes if no model predicts it.
-        outputs = [*(STUDY_CLASSES if "study" in answers else ()), "none", *([BOXES] if "boxes" in answers else [])]
+        outputs += ["none"] if answers - {"classes"} else []
+        if taken := sorted({*KEYS, *outputs, BOXES, WARNING, ERROR} & set(classes)):
+            raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
+        outputs += [*classes, *([BOXES] if "boxes" in answers else [])]
     return [*KEYS, *outputs, WARNING, ERROR]
 
 
@@ -167,9 +167,9 @@ class _Predicting:
         images = part.readable
         answer = self.models.answer(self.system, self.system.models, part.read, images)
         self._log(answer.remarks)
+        classes = pd.DataFrame() if answer.classes is None else answer.classes.set_index("image_id")
         if answer.fused is None:
-            assert answer.classes is not None, "segmenters are predicted by _Segmenting"
-            return answer.classes.set_index("image_id"), (*self.system.notes, *answer.faults)
+            return classes, (*self.system.notes, *answer.faults)
         studies = answer.fused.studies.set_index("study_id")
         studies = studies.loc[~studies["prior"], list(STUDY_CLASSES)]
         nones = answer.fused.nones.set_index("image_id")
@@ -178,7 +178,7 @@ class _Predicting:
         boxes = _boxes_as_json(answer.fused.detections)
         seen = nones.index[nones["seen"]]
         table[BOXES] = pd.Series({name: boxes.get(name, "[]") for name in seen}, dtype=object).reindex(table.index)
-        return table, (*self.system.notes, *answer.faults)
+        return table.join(classes), (*self.system.notes, *answer.faults)
 
     def _log(self, remarks: tuple[str, ...]) -> None:
         for remark in remarks:
@@ -201,7 +201,7 @@ class _Segmenting:
         recipe, rows = self.segmenter.recipe, {}
         for xray, maps, place in self.segmenter.maps(part.read()):
             cleaned = clean_up_mask(xray, decode_maps(maps, place, xray.pixels.shape, recipe), recipe)
-            frame = [{"label": "lungs", **dict(zip(BOX, cleaned.frame.round(2).tolist(), strict=True))}]
+            frame = [{"finding": "lungs", **dict(zip(BOX, cleaned.frame.round(2).tolist(), strict=True))}]
             boxes = json.dumps(frame if cleaned.verdict == FOUND else [])
             rows[xray.image_id] = cleaned.verdict, float(cleaned.mask.mean()), boxes
             if self.pictures is not None:
@@ -283,19 +283,20 @@ def _finished(part: _Part, outputs: pd.DataFrame, faults: tuple[str, ...], failu
 def _boxes_as_json(detections: pd.DataFrame) -> dict[str, str]:
     """Return a dict that maps the ids of images with boxes to their boxes as JSON text, the highest score first."""
     ordered = detections.sort_values("score", ascending=False, kind="stable")
-    rounded = ordered.round({"score": 7, **dict.fromkeys(BOX, 2)}).assign(label="opacity")
+    rounded = ordered.round({"score": 7, **dict.fromkeys(BOX, 2)})
+    rounded["finding"] = rounded["finding"].astype(str) if "finding" in rounded else ONE_FINDING
     return {
-        str(name): json.dumps(rows[["label", "score", *BOX]].to_dict("records"))
+        str(name): json.dumps(rows[["finding", "score", *BOX]].to_dict("records"))
         for name, rows in rounded.groupby("image_id", sort=False)
     }
 
 
-def _write_pictures(part: _Part, table: pd.DataFrame, folder: Path) -> None:
+def _write_pictures(part: _Part, table: pd.DataFrame, folder: Path, findings: Iterable[str]) -> None:
     boxes = dict(zip(table["image_id"], table[BOXES] if BOXES in table else [""] * len(table), strict=True))
     for xray in part.read():
         enlarged = _enlarge(xray)
         found: list[dict[str, Any]] = json.loads(boxes[xray.image_id] or "[]")
-        picture = draw_boxes(enlarged, found, DRAWN_SCORE, (xray.rows, xray.columns))
+        picture = draw_boxes(enlarged, found, DRAWN_SCORE, (xray.rows, xray.columns), findings)
         _write_picture(folder / f"{xray.image_id}.png", picture)
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kitlib.inference.answer import Stacked
     from kitlib.inference.cached_lungs import CachedLungs, LungsReport
     from kitlib.inference.decoded_once import DecodedOnce
-    from kitlib.inference.predict import Predictor
+    from kitlib.inference.predict import AnyPredictor
     from kitlib.inference.prediction_process import PredictionProcess, RemotePredictor
 
 logger = logging.getLogger(__name__)
@@ -350,7 +350,7 @@ class SubmissionRun:
 
         began, model, before = time.monotonic(), turn.model, turn.model.predicted
         model.stopped, seen_before = False, set(before.seen)
-        predictor: RemotePredictor | Predictor
+        predictor: RemotePredictor | AnyPredictor
         if process is not None:
             predictor = process.load(model.folder)
             stream = predictor.predict(xrays.ids_without(seen_before), xrays.restore)

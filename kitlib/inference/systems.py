@@ -3,13 +3,17 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kitlib.bundle import RECORD as BUNDLE_RECORD
 from kitlib.bundle import read_record
-from kitlib.competitions.siim_covid19 import SiimFusion
+from kitlib.classes import ONE_FINDING
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.registry import find_competition
+from kitlib.competitions.siim_covid19 import SIIM_COVID19, SiimFusion
 from kitlib.errors import BundleError, RunError
 from kitlib.fusion.ensemble_bundle import read_ensemble
 from kitlib.fusion.model_fusion import read_settings
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 NO_MODELS = (
     "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or give another folder of runs"
 )
+FUSED = {"study", "none", "boxes"}  # what the models of a system predict if it is no fusion for another competition
 # Kinds of runs that can predict, the preferred kind first: a combination is preferred to the runs that it combines.
 PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "lungs", "applied lungs")
 
@@ -33,9 +38,9 @@ PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "lungs", "a
 class System:
     """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
-    Either all models predict rows of a submission (any of "study", "none" and "boxes"), or all predict "classes", or the
-    single model predicts "lungs". `name` is shown to users: the name of the run, followed by the names of the runs that it
-    combines.
+    The models predict any of "study", "none", "boxes" and "classes", or the single model predicts "lungs". Their predictions
+    are merged with `fusion`; what another competition than SIIM's decides from them is left to its submission. `name` is
+    shown to users: the name of the run, followed by the names of the runs that it combines.
     """
 
     name: str
@@ -59,6 +64,21 @@ class System:
     def detectors(self) -> tuple[str, ...]:
         """Names of the system's detectors."""
         return tuple(dict.fromkeys(model.model for model in self.models if "boxes" in model.answers))
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Findings of the boxes that the system's detectors predict, in alphabetical order."""
+        return tuple(sorted({name for model in self.models if "boxes" in model.answers for name in model.classes}))
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes of images that the system's classifiers predict, in the order of the models."""
+        return list(dict.fromkeys(name for model in self.models if "classes" in model.answers for name in model.classes))
+
+    @property
+    def fills_siim(self) -> bool:
+        """Whether the predictions fill rows of SIIM's submission: the detectors, if any, predict only its finding."""
+        return set(self.findings) <= {ONE_FINDING} and not {"classes", "lungs"} & self.answers
 
     def with_detector(self, name: str) -> "System":
         """Return a system with `name` as its only detector, together with all models that are not detectors."""
@@ -110,10 +130,13 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
         others = [f"{bundle.parent.name} is left out: one segmenter draws the masks." for bundle in bundles[1:]]
         return System(run.name, (read_any_model(bundles[0]),), lungs=bundles[0], notes=tuple(others))
     if kind == "fusion":
-        folders, fusion = _named_runs(run, parameters), read_settings(run / "fusion.json")
+        competition = find_competition(parameters.get("competition") or SIIM_COVID19.name)
+        folders, fusion = _named_runs(run, parameters), read_settings(run / "fusion.json", competition)
+        if competition is not SIIM_COVID19:
+            fusion = SiimFusion(**{each.name: getattr(fusion, each.name) for each in fields(FusionSettings)})
         ensemble = _named_run(parameters["study_ensemble"], run) if parameters.get("study_ensemble") else None
         name = f"{run.name}: {' + '.join(folder.name for folder in folders)}"
-        return build_system(name, folders, fusion, ensemble / "ensemble" if ensemble else None, segmenters)
+        return build_system(name, folders, fusion, ensemble / "ensemble" if ensemble else None, segmenters, competition)
     if kind == "ensemble":
         folders = _named_runs(run, parameters)
         build = build_system if read_ensemble(run / "ensemble").key == "study_id" else _build_classifiers
@@ -124,20 +147,28 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
 
 
 def build_system(
-    name: str, folders: Sequence[Path], fusion: SiimFusion, ensemble: Path | None, segmenters: Mapping[str, Path]
+    name: str,
+    folders: Sequence[Path],
+    fusion: SiimFusion,
+    ensemble: Path | None,
+    segmenters: Mapping[str, Path],
+    competition: Competition | None = None,
 ) -> System:
     """Return a system called `name` of all study models and detectors in the run folders `folders`.
 
     `fusion` and `ensemble`, the folder of an ensemble's bundle or None, say how predictions are combined. `segmenters` maps
-    digests of lung segmenters to bundles. The system's `notes` say which bundles cannot be used, and why. Raises
-    RunError if no bundle can be used, or if the models need masks from several segmenters.
+    digests of lung segmenters to bundles. If a `competition` is given, the models are all those that its submission uses.
+    The system's `notes` say which bundles cannot be used, and why. Raises RunError if no bundle can be used, or if the
+    models need masks from several segmenters.
     """
     models: dict[tuple[str, int], AnsweringModel] = {}
     notes = []
     for folder in folders:
         for bundle in _bundles(folder):
             try:
-                model = read_answering_model(bundle)
+                model = read_answering_model(bundle, competition=competition) if competition else read_any_model(bundle)
+                if not competition and not model.answers <= FUSED:
+                    raise ValueError(f"{model.model} predicts {', '.join(model.answers)}, which no fusion of boxes combines")
             except ValueError as error:
                 notes.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
                 continue

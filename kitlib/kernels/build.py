@@ -33,11 +33,11 @@ from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import needs_masks
 from kitlib.lungs.finders import segmenter_digest
-from kitlib.models.families import BOXES, CLASSES, LUNGS, STUDIES, recorded_family
+from kitlib.models.families import BOXES, CLASSES, LUNGS, MASKS, STUDIES, recorded_family
 from kitlib.paths import project_root
 
 # What weights.json calls a model, by what its family predicts.
-KINDS = {STUDIES: "study", BOXES: "detector", CLASSES: "classifier", LUNGS: "segmenter"}
+KINDS = {STUDIES: "study", BOXES: "detector", CLASSES: "classifier", MASKS: "segmenter"}
 # Kaggle refuses a larger notebook.
 NOTEBOOK_BYTES = 1_000_000
 # Kaggle refuses a larger dataset.

@@ -1,4 +1,4 @@
-"""Draws a lung mask from a segmenter's maps of an image, and cleans it up: islands, dilations, closings, plausibility."""
+"""Draws a mask from a segmenter's maps of an image, and cleans up lungs: islands, dilations, closings, plausibility."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ import numpy as np
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.letterbox import PLACEMENTS, Placement
 from kitlib.lungs.equalise import adjust_grey
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
+from kitlib.scoring.metrics import threshold_map
 from kitlib.xrays.cache import CachedXray
 
 # Version of the masks. Increase it whenever the lungs that models see may change for the same maps: runs and models of
@@ -46,10 +47,13 @@ def make_input(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> n
 def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
     """Convert the maps of one image to a label image, uint8 of `shape`, that has a code of MASK_CODES at each pixel.
 
-    `maps`, from `LungSegmenter.maps`, has one map of probabilities (0..255) per structure of the recipe, on the canvas of
+    `maps`, from `TrainedSegmenter.maps`, has one map of probabilities (0..255) per structure of the recipe, on the canvas of
     `place`. They are interpolated linearly to `shape`, that of the decoded copy. A pixel gets the code of its most probable
-    structure, or 0 if the background is more probable.
+    structure, or 0 if the background is more probable; for a SparseSegmenterRecipe, its thresholds decide.
     """
+    if isinstance(recipe, SparseSegmenterRecipe):
+        mask = threshold_map(place.back(maps[0], *shape), recipe.top, recipe.least_area * shape[0] * shape[1], recipe.bottom)
+        return mask * np.uint8(MASK_CODES[recipe.structures[0]])
     codes, is_single = np.zeros(shape, np.uint8), len(maps) == 1
     # With a single structure, a pixel belongs to it above one half, so the background's map is not needed.
     best = np.uint8(127) if is_single else place.back(255 - maps.sum(axis=0).clip(max=255).astype(np.uint8), *shape)

@@ -92,12 +92,13 @@ def blacken_outside(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 def clip_boxes_to_canvas(place: Placement, boxes: np.ndarray) -> np.ndarray:
     """Convert boxes from original pixels to pixels of the canvas of `place`, cut at its edges, without those outside of it.
 
-    `boxes` (n, 4) and the result, float (k, 4), have one row per box: xmin, ymin, xmax, ymax. Boxes are cut at the edges of
-    the frame that is placed, then at those of the canvas. A box that either cut leaves narrower or lower than a pixel is
-    removed.
+    `boxes` (n, 4 or more) and the result, float (k, 4 or more), have one row per box: xmin, ymin, xmax, ymax; other columns
+    are kept. Boxes are cut at the edges of the frame that is placed, then at those of the canvas. A box that either cut
+    leaves narrower or lower than a pixel is removed.
     """
     xmin, ymin, xmax, ymax = place.frame or (0.0, 0.0, float(place.columns), float(place.rows))
     corner = np.array([xmin, ymin] * 2)
-    cut, is_inside = clip_boxes(np.asarray(boxes, dtype=float).reshape(-1, 4) - corner, ymax - ymin, xmax - xmin)
+    boxes = np.atleast_2d(np.asarray(boxes, dtype=float))
+    cut, is_inside = clip_boxes(boxes[:, :4] - corner, ymax - ymin, xmax - xmin)
     cut, is_visible = clip_boxes(place.boxes_to_canvas(cut[is_inside] + corner), place.canvas_rows, place.canvas_columns)
-    return cut[is_visible]
+    return np.hstack([cut, boxes[is_inside, 4:]])[is_visible]

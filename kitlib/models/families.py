@@ -18,12 +18,13 @@ from kitlib.recipes.fields import (
     FindingsRecipe,
     PatchRecipe,
     SegmenterRecipe,
+    SparseSegmenterRecipe,
     StudyRecipe,
     TrainingRecipe,
 )
 from kitlib.settings import from_dict
 
-STUDIES, CLASSES, BOXES, LUNGS = "studies", "classes", "boxes", "lungs"
+STUDIES, CLASSES, BOXES, LUNGS, MASKS = "studies", "classes", "boxes", "lungs", "masks"
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Family:
     """A model family: its recipe, its network and what it predicts.
 
     `answers` is what the family predicts: STUDIES (the four study classes and `none`), CLASSES (the classes of its training
-    labels), BOXES, or LUNGS (masks of lungs). `network` is a function that builds the network, with random or starting
-    weights, from a recipe and the class names. `sees_patches` is True if the network's input is patches of an image.
-    `one_process` is True if several processes cannot train one model together.
+    labels), BOXES, LUNGS (masks of lungs), or MASKS (of a structure that most images do not have). `network` is a function
+    that builds the network, with random or starting weights, from a recipe and the class names. `sees_patches` is True if
+    the network's input is patches of an image. `one_process` is True if several processes cannot train one model together.
     """
 
     name: str
@@ -65,19 +66,19 @@ def _patches(recipe: PatchRecipe, classes: Sequence[str]) -> Any:
 def _faster_rcnn(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.faster_rcnn import FasterRCNNDetector
 
-    return FasterRCNNDetector(recipe)
+    return FasterRCNNDetector(recipe, classes)
 
 
 def _retinanet(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.retinanet import RetinaNetDetector
 
-    return RetinaNetDetector(recipe)
+    return RetinaNetDetector(recipe, classes)
 
 
 def _yolo(recipe: DetectorRecipe, classes: Sequence[str]) -> Any:
     from kitlib.models.yolo import YoloDetector
 
-    return YoloDetector(recipe)
+    return YoloDetector(recipe, classes)
 
 
 def _segmenter(recipe: SegmenterRecipe, classes: Sequence[str]) -> Any:
@@ -96,6 +97,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("retinanet", DetectorRecipe, BOXES, _retinanet),
         Family("yolo", DetectorRecipe, BOXES, _yolo, one_process=True),
         Family("segmenter", SegmenterRecipe, LUNGS, _segmenter),
+        Family("sparse_segmenter", SparseSegmenterRecipe, MASKS, _segmenter),
     )
 }
 

@@ -34,9 +34,10 @@ class FasterRCNNDetector(PyramidDetector):
     family = "faster_rcnn"
     # torchvision's anchors (8 strides wide), and two smaller ones for small canvases, which use few maps.
     anchor_sides = (8 / 2, 8 / 2**0.5, 8)
-    label = 1  # 0 is the background
+    first_label = 1  # 0 is the background
     heads = "roi_heads."
-    class_layers = ("model.roi_heads.box_predictor.", "model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
+    class_layers = ("model.roi_heads.box_predictor.",)
+    anchor_layers = ("model.rpn.head.cls_logits.", "model.rpn.head.bbox_pred.")
 
     def finest(self, recipe: DetectorRecipe) -> int:
         return 4
@@ -56,7 +57,7 @@ class FasterRCNNDetector(PyramidDetector):
                 sampling_ratio=2,
             ),
             box_head=_BoxHead(recipe.fpn_channels * 7 * 7, recipe.box_hidden),
-            box_predictor=FastRCNNPredictor(recipe.box_hidden, 2),  # background, opacity
+            box_predictor=FastRCNNPredictor(recipe.box_hidden, 1 + len(self.classes)),  # the background and the classes
             # After the other heads, as torchvision does: the same seed gives the same weights.
             rpn_head=_ProposalHead(recipe.fpn_channels, anchors.num_anchors_per_location()[0]),
             box_batch_size_per_image=recipe.box_samples,
@@ -103,9 +104,8 @@ class _CompleteIoU(RoIHeads):
         scores, predicted = self.box_predictor(self.box_head(self.box_roi_pool(features, chosen, image_shapes)))
         labels, offsets, regions = map(torch.cat, (labels_by_image, offsets_by_image, chosen))
         is_box = labels > 0
-        # Columns 4 to 8 are the offsets of the only class; the first four belong to the background.
-        predicted, true = (
-            self.box_coder.decode_single(encoded[is_box], regions[is_box]) for encoded in (predicted[:, 4:8], offsets)
-        )
+        # Each class has its own four offsets.
+        of_class = predicted.unflatten(1, (-1, 4))[is_box, labels[is_box]]
+        predicted, true = (self.box_coder.decode_single(encoded, regions[is_box]) for encoded in (of_class, offsets[is_box]))
         loss = complete_box_iou_loss(predicted, true, reduction="sum") / labels.numel()
         return [], {"loss_classifier": functional.cross_entropy(scores, labels), "loss_box_reg": loss}

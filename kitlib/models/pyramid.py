@@ -15,10 +15,16 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from kitlib.classes import ONE_FINDING
 from kitlib.device import RECORDED, autocast
 from kitlib.errors import BundleError
 from kitlib.models.backbones import check_backbone
-from kitlib.models.starting_weights import check_random, load_starting_weights, read_starting_weights
+from kitlib.models.starting_weights import (
+    check_random,
+    differ_in_classes,
+    load_starting_weights,
+    read_starting_weights,
+)
 from kitlib.recipes.fields import DetectorRecipe
 
 logger = logging.getLogger(__name__)
@@ -91,19 +97,19 @@ class Pyramid(HalfPrecision, nn.Module):
 class PyramidDetector(nn.Module, ABC):
     """A detector of torchvision with a Pyramid, for grey uint8 canvases of the recipe's size; it normalises them itself.
 
-    Subclasses say how the detector is built from a pyramid and its anchors.
+    `classes` are the findings that it detects. Subclasses say how the detector is built from a pyramid and its anchors.
     """
 
     family: ClassVar[str]
     anchor_sides: ClassVar[tuple[float, ...]]  # in strides of their map
-    label: ClassVar[int]  # of an opacity in torchvision's targets
+    first_label: ClassVar[int]  # of the first class in torchvision's targets
     heads: ClassVar[str]  # a part of the names of the weights that a classifier lacks
-    # Layers that depend on the numbers of classes and anchors; they stay random if the starting weights have other numbers.
-    class_layers: ClassVar[tuple[str, ...]]
+    class_layers: ClassVar[tuple[str, ...]]  # they stay random if the starting weights are for other classes
+    anchor_layers: ClassVar[tuple[str, ...]] = ()  # they stay random if the starting weights have other numbers of anchors
 
-    def __init__(self, recipe: DetectorRecipe):
+    def __init__(self, recipe: DetectorRecipe, classes: Sequence[str] = (ONE_FINDING,)):
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.classes = recipe, tuple(classes)
         pyramid = Pyramid(recipe, self.finest(recipe), self.anchor_sides[-1])
         self.mean, self.std = _normalisation(pyramid.body, recipe.channels)
         sizes = tuple(tuple(side * stride for side in self.anchor_sides) for stride in pyramid.strides)
@@ -124,30 +130,37 @@ class PyramidDetector(nn.Module, ABC):
         """Number of times that a part of the network overflowed in half precision and was computed again in float32."""
         return sum(part.overflows for part in self.modules() if isinstance(part, HalfPrecision))
 
-    def losses(self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def losses(
+        self, pixels: torch.Tensor, boxes: Sequence[torch.Tensor], findings: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Return torchvision's losses, keyed by name, for canvases `pixels` uint8 (n, side, side) and their boxes.
 
         `boxes` contains one float tensor (k, 4) per canvas: xmin, ymin, xmax and ymax in canvas pixels; its shape is (0, 4)
-        if the image has no box. Requires training mode. Raises ValueError unless the side is the recipe's `image_size`.
+        if the image has no box. `findings` contains one int64 tensor (k,) per canvas: the boxes' classes, as indices of
+        `classes`. Requires training mode. Raises ValueError unless the side is the recipe's `image_size`.
         """
         targets = [
-            {"boxes": image_boxes, "labels": torch.full((len(image_boxes),), self.label, device=image_boxes.device)}
-            for image_boxes in (tensor.reshape(-1, 4).to(pixels.device, torch.float32) for tensor in boxes)
+            {"boxes": image_boxes.to(pixels.device, torch.float32), "labels": codes.to(pixels.device) + self.first_label}
+            for image_boxes, codes in zip(boxes, findings, strict=True)
         ]
         with torch.autocast(pixels.device.type, enabled=False):
             return self.model(self._images(pixels, self.recipe.image_size), targets)
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 5) per canvas, highest score first.
+        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 6) per canvas, highest score first.
 
-        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side must
-        be the recipe's `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
+        Columns are xmin, ymin, xmax, ymax in canvas pixels, the score 0..1 and the index of the box's class in `classes`; k
+        is at most `max_detections`. The side must be the recipe's `inference_size`, or its `image_size` if that is 0. Raises
+        ValueError for other sides or types.
         """
         self.model.eval()
         with torch.autocast(pixels.device.type, enabled=False):
             outputs = self.model(self._images(pixels, self.recipe.inference_size or self.recipe.image_size))
-        return [torch.cat([output["boxes"], output["scores"][:, None]], dim=1).cpu().numpy() for output in outputs]
+        return [
+            torch.column_stack([output["boxes"], output["scores"], output["labels"] - self.first_label]).cpu().numpy()
+            for output in outputs
+        ]
 
     def _images(self, pixels: torch.Tensor, side: int) -> list[torch.Tensor]:
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
@@ -203,14 +216,18 @@ def _load_weights(detector: PyramidDetector, recipe: DetectorRecipe) -> str:
 
     The weights are those of a whole detector of the same family, such as torchvision's for COCO, or of a classifier with the
     same backbone. Raises BundleError if a classifier's weights lack tensors of the backbone, or if a detector's weights lack
-    other tensors than those of its `class_layers`.
+    other tensors than those of its `class_layers` and `anchor_layers`.
     """
     if not recipe.starting_weights:
         return "from scratch"
     weights = read_starting_weights(recipe.starting_weights)
     if any(detector.heads in name for name in weights):
-        report = load_starting_weights(detector, recipe.starting_weights, prefix="model.")
-        check_random([name for name in report["random"] if not name.startswith(detector.class_layers)], detector, recipe)
+        source, layers = recipe.starting_weights, detector.class_layers
+        report = load_starting_weights(
+            detector, source, "model.", layers if differ_in_classes(source, detector.classes) else ()
+        )
+        layers += detector.anchor_layers
+        check_random([name for name in report["random"] if not name.startswith(layers)], detector, recipe)
         return f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
     body = detector.model.backbone.body
     backbone_weights = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}

@@ -22,7 +22,7 @@ class RetinaNetDetector(PyramidDetector):
 
     family = "retinanet"
     anchor_sides = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3))  # section 4 of the paper
-    label = 0  # there is no class for the background
+    first_label = 0  # there is no class for the background
     heads = "classification_head."
     class_layers = ("model.head.classification_head.cls_logits.",)
 
@@ -30,14 +30,14 @@ class RetinaNetDetector(PyramidDetector):
         return 4 if recipe.image_size < SMALL_SIDE else 8
 
     def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
-        head = RetinaNetHead(pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes=1)
+        head = RetinaNetHead(pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes=len(self.classes))
         for branch in (head.classification_head, head.regression_head):
             branch.conv = _HiddenLayers(*branch.conv)
         if recipe.box_loss:
             head.regression_head._loss_type = recipe.box_loss
         return RetinaNet(
             pyramid,
-            num_classes=1,
+            num_classes=len(self.classes),
             anchor_generator=anchors,
             head=head,
             score_thresh=recipe.min_score,

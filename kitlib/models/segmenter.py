@@ -1,17 +1,26 @@
-"""Lung segmenters: a common wrapper of three published networks, which predicts each pixel's probabilities; and the loss."""
+"""Segmenters: a common wrapper of published networks, which predicts each pixel's probabilities; and the loss."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from kitlib.device import memory_format
+from kitlib.models.albunet import AlbuNet
 from kitlib.models.fc_densenet import FCDenseNet103
 from kitlib.models.resunet import ResUNet
 from kitlib.models.unet import UNet
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
+from kitlib.scoring.metrics import threshold_map
 
-Published = UNet | ResUNet | FCDenseNet103
-NETWORKS: dict[str, type[Published]] = {"unet": UNet, "resunet": ResUNet, "fc_densenet103": FCDenseNet103}
+Published = UNet | ResUNet | FCDenseNet103 | AlbuNet
+NETWORKS: dict[str, type[Published]] = {
+    "unet": UNet,
+    "resunet": ResUNet,
+    "fc_densenet103": FCDenseNet103,
+    "albunet": AlbuNet,
+}
+DICE_EPSILON = 1e-5  # keeps the Dice loss of an empty batch finite
 
 
 class Segmenter(nn.Module):
@@ -57,6 +66,18 @@ class Segmenter(nn.Module):
         inside = logits.sigmoid()
         return torch.cat([1 - inside, inside], dim=1)
 
+    def labels(self, logits: torch.Tensor) -> np.ndarray:
+        """Return label images (n, rows, columns) for logits (n, outputs, rows, columns): 0, or k for the k-th structure.
+
+        A pixel has its most probable label; for a SparseSegmenterRecipe, its thresholds decide.
+        """
+        probabilities, recipe = self.probabilities(logits), self.recipe
+        if not isinstance(recipe, SparseSegmenterRecipe):
+            return probabilities.argmax(dim=1).cpu().numpy()
+        maps = (255 * probabilities[:, 1]).round().to(torch.uint8).cpu().numpy()
+        least = recipe.least_area * maps[0].size
+        return np.stack([threshold_map(each, recipe.top, least, recipe.bottom) for each in maps]).astype(np.uint8)
+
 
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: SegmenterRecipe) -> torch.Tensor:
     """Return the recipe's loss for logits (n, outputs, rows, columns) and label images (n, rows, columns).
@@ -64,9 +85,15 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     Labels are 0 for background and k for the k-th structure. The loss "dice" is the mean over images and structures of
     1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), with p the probability and g the true mask (equation 1 of the UNet + HRNet
     paper). 1 is added to numerator and denominator, so that it is 0 if a mask is empty and nothing is predicted. The loss
-    "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`.
+    "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`. "bce_dice_focal", for one
+    output, is a weighted sum, with weights `loss_weights`, of three losses of the 1st place in SIIM-ACR Pneumothorax
+    Segmentation: binary cross entropy and focal loss (1 - q)^2 -log q, with q the probability of a pixel's true label, both
+    as means over pixels; and 1 - 2 sum(p g) / (sum(p) + sum(g)) over all pixels of the batch, because in most single images
+    g is empty.
     """
     logits = logits.float()
+    if isinstance(recipe, SparseSegmenterRecipe):
+        return _bce_dice_focal(logits[:, 0], (truth > 0).float(), recipe.loss_weights)
     if recipe.loss == "cross_entropy":
         if logits.shape[1] == 1:
             logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
@@ -78,6 +105,14 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     mask = (truth[:, None] == structures[:, None, None]).float()
     intersection, squares = (probabilities * mask).sum(dim=(2, 3)), (probabilities**2 + mask).sum(dim=(2, 3))
     return 1 - ((2 * intersection + 1) / (squares + 1)).mean()
+
+
+def _bce_dice_focal(logits: torch.Tensor, mask: torch.Tensor, weights: tuple[float, float, float]) -> torch.Tensor:
+    entropy = functional.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    probabilities = logits.sigmoid()
+    dice = 1 - (2 * (probabilities * mask).sum() + DICE_EPSILON) / (probabilities.sum() + mask.sum() + DICE_EPSILON)
+    focal = ((1 - torch.exp(-entropy)) ** 2 * entropy).mean()
+    return weights[0] * entropy.mean() + weights[1] * dice + weights[2] * focal
 
 
 def _padding(side: int, network: Published) -> int:

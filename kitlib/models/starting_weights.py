@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,15 @@ def starting_weights_digest(path: str | Path) -> str:
     return json.loads((source / RECORD).read_text(encoding="utf-8"))["weights_sha256"]
 
 
-def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "backbone.") -> dict[str, list[str]]:
+def differ_in_classes(path: str | Path, classes: Sequence[str]) -> bool:
+    """Return whether the starting weights at `path` are a bundle's whose classes are not `classes`, in this order."""
+    source = find_starting_weights(path)
+    return source.is_dir() and tuple(read_record(source)["classes"]) != tuple(classes)
+
+
+def load_starting_weights(
+    model: nn.Module, path: str | Path, prefix: str = "backbone.", left_out: tuple[str, ...] = ()
+) -> dict[str, list[str]]:
     """Copy the starting weights at `path` into `model` as far as they fit; return a dict of three lists of tensor names.
 
     `loaded` lists the tensors that were copied, `random` the model's tensors that keep their random values (without counters
@@ -48,7 +56,7 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
     weights, only the part of the model whose names begin with `prefix`; names may also have prefixes of training code.
     The interpretation with which most tensors fit is used. For a timm backbone, timm's own conversion is also tried (see
     kitlib.models.published_names). The tensors of `head` are loaded only if all of them fit, because part of a head for
-    other classes is useless.
+    other classes is useless; so are tensors whose names begin with one of `left_out`, which are never loaded.
 
     If the model has grey input and the file's first convolution has 3 colours, it is summed over the colours (timm's rule).
     In the reverse case it is spread evenly over the colours, which assumes that all have the same normalisation. Raises
@@ -66,7 +74,7 @@ def load_starting_weights(model: nn.Module, path: str | Path, prefix: str = "bac
     loaded = {}
     for name, tensor in tensors.items():
         model_tensor = target.get(name)
-        if model_tensor is None:
+        if model_tensor is None or name.startswith(left_out):
             continue
         if tensor.ndim == 4 and model_tensor.ndim == 4 and (tensor.shape[1], model_tensor.shape[1]) in ((3, 1), (1, 3)):
             colours = model_tensor.shape[1]

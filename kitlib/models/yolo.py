@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, nms
 
+from kitlib.classes import ONE_FINDING
 from kitlib.device import precision
 from kitlib.models.backbones import import_own_backbones
-from kitlib.models.starting_weights import check_random, load_starting_weights
+from kitlib.models.starting_weights import check_random, differ_in_classes, load_starting_weights
 from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 
 # ultralytics reads these variables when it is imported. Without them it tries to connect, for up to 20 seconds if offline.
@@ -32,7 +34,7 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss  # noqa: E402
 SETTINGS["sync"] = False  # telemetry
 
 HEADS = ("Detect", "v10Detect")  # the last layers that predict boxes in pixels, and nothing else
-CANDIDATES = 3000  # number of the best boxes per image that enter non-maximum suppression
+CANDIDATES = 3000  # number of the best pairs of box and class per image that enter non-maximum suppression
 
 # Custom networks, keyed by name; values are dictionaries in the format of ultralytics' YAML files. The modules that
 # `import_own_backbones` imports add entries.
@@ -66,24 +68,27 @@ class Network(DetectionModel):
 
 
 class YoloDetector(nn.Module):
-    """YOLO for grey uint8 canvases of the recipe's size; it repeats them over three channels and scales them to 0..1."""
+    """YOLO for grey uint8 canvases of the recipe's size; it repeats them over three channels and scales them to 0..1.
+
+    `classes` are the findings that it detects.
+    """
 
     family = "yolo"
     mean, std = [0.0] * 3, [1.0] * 3
 
-    def __init__(self, recipe: DetectorRecipe, model: DetectionModel | None = None):
+    def __init__(self, recipe: DetectorRecipe, classes: Sequence[str] = (ONE_FINDING,), model: DetectionModel | None = None):
         """Build the recipe's network, or wrap `model`, an existing network such as a moving average of weights.
 
         Raises ValueError if the recipe's `image_size` or `inference_size` is not a multiple of the built network's stride,
         and BundleError if its starting weights lack tensors of the backbone.
         """
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.classes = recipe, tuple(classes)
         self.overflows = 0  # number of batches that overflowed in half precision and were predicted again in float32
         if model is not None:
             self.model = model
             return
-        self.model = Network(_architecture(recipe), ch=3, nc=1, verbose=False)
+        self.model = Network(_architecture(recipe), ch=3, nc=len(self.classes), verbose=False)
         self.model.box_loss = recipe.box_loss or BOX_LOSSES["yolo"][0]
         stride = int(self.model.stride.max())
         for name in ("image_size", "inference_size"):
@@ -97,10 +102,11 @@ class YoloDetector(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 5) per canvas, highest score first.
+        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 6) per canvas, highest score first.
 
-        Columns are xmin, ymin, xmax, ymax in canvas pixels and the score 0..1; k is at most `max_detections`. The side must
-        be the recipe's `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
+        Columns are xmin, ymin, xmax, ymax in canvas pixels, the score 0..1 and the index of the box's class in `classes`; a
+        box with several likely classes has a row for each. k is at most `max_detections`. The side must be the recipe's
+        `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
         """
         side = self.recipe.inference_size or self.recipe.image_size
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
@@ -110,11 +116,11 @@ class YoloDetector(nn.Module):
         images = pixels.to(device)[:, None].expand(-1, 3, -1, -1).float() / 255
         # float16 coordinates are precise to a quarter of a pixel; bfloat16 would be off by two pixels.
         with torch.autocast(device.type, torch.float16, enabled=precision(device) != "32-true"):
-            candidates = self._candidates(self.model(images))
-        if not all(boxes.isfinite().all() for boxes in candidates):  # float16 ends at 65,504
+            output = self.model(images)[0]
+        if not output.isfinite().all():  # float16 ends at 65,504
             self.overflows += 1
-            candidates = self._candidates(self.model(images))
-        return [self._suppress(boxes).cpu().numpy() for boxes in candidates]
+            output = self.model(images)[0]
+        return [self._suppress(boxes).cpu().numpy() for boxes in self._candidates(output)]
 
     def _load_weights(self) -> str:
         """Load the recipe's starting weights and return a summary, "from scratch" if there are none.
@@ -124,32 +130,50 @@ class YoloDetector(nn.Module):
         source = self.recipe.starting_weights
         if not source:
             return "from scratch"
-        report = load_starting_weights(self, source, prefix="model.")
+        left_out = self._class_layers() if differ_in_classes(source, self.classes) else ()
+        report = load_starting_weights(self, source, "model.", left_out)
         backbone = tuple(f"model.model.{layer}." for layer in range(len(self.model.yaml["backbone"])))
         check_random([name for name in report["random"] if name.startswith(backbone)], self, self.recipe)
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
-    def _candidates(self, output: tuple | torch.Tensor) -> list[torch.Tensor]:
-        """Convert the head's raw output; return one tensor (boxes, 5) per image: xmin, ymin, xmax, ymax in pixels, score."""
-        output = output[0] if isinstance(output, tuple) else output
-        if self.model.end2end:  # (n, boxes, 6): corners, score, class
-            return list(output[..., :5])
-        output = output.transpose(1, 2)  # (n, boxes, 5): centre, size, score of the one class
-        return list(torch.cat([box_convert(output[..., :4], "cxcywh", "xyxy"), output[..., 4:5]], dim=-1))
+    def _class_layers(self) -> tuple[str, ...]:
+        """Return the beginnings of the names of the last layers, which have an output for each class."""
+        last = len(self.model.model) - 1
+        branches = {name: getattr(self.model.model[-1], name, ()) for name in ("cv3", "one2one_cv3")}
+        return tuple(
+            f"model.model.{last}.{name}.{number}.{len(layers) - 1}."
+            for name, maps in branches.items()
+            for number, layers in enumerate(maps)
+        )
+
+    def _candidates(self, output: torch.Tensor) -> list[torch.Tensor]:
+        """Convert the head's output; return one tensor (candidates, 6) per image: xmin, ymin, xmax, ymax, score, class.
+
+        Each pair of box and class whose score is at least the recipe's `min_score` is a candidate.
+        """
+        output, least = output.float(), self.recipe.min_score
+        if self.model.end2end:  # (n, candidates, 6)
+            return [rows[rows[:, 4] >= least] for rows in output]
+        boxes, scores = output.transpose(1, 2).split([4, len(self.classes)], dim=-1)  # (n, boxes, 4): centre, size
+        boxes, candidates = box_convert(boxes, "cxcywh", "xyxy"), []
+        for image_boxes, image_scores in zip(boxes, scores, strict=True):
+            row, code = (image_scores >= least).nonzero(as_tuple=True)
+            candidates.append(torch.column_stack([image_boxes[row], image_scores[row, code], code]))
+        return candidates
 
     def _suppress(self, boxes: torch.Tensor) -> torch.Tensor:
-        """Reduce one image's candidates (boxes, 5) to its detections (k, 5), highest score first.
+        """Reduce one image's candidates (boxes, 6) to its detections (k, 6), highest score first.
 
-        The columns of both are xmin, ymin, xmax, ymax and score. Boxes below the recipe's `min_score` are dropped; others
-        are clipped to the canvas, and non-maximum suppression with `nms_iou` keeps at most `max_detections`.
+        The columns are those of `_candidates`. Boxes are clipped to the canvas, and non-maximum suppression with the
+        recipe's `nms_iou` among boxes of the same class keeps at most `max_detections`.
         """
         # ultralytics' own suppression is not used: it stops at a time limit and silently loses boxes on slow machines.
-        boxes = boxes.float()
-        boxes = boxes[boxes[:, 4] >= self.recipe.min_score]
         boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)[:CANDIDATES]]
-        boxes[:, :4] = boxes[:, :4].clamp(0, self.recipe.inference_size or self.recipe.image_size)
+        side = self.recipe.inference_size or self.recipe.image_size
+        boxes[:, :4] = boxes[:, :4].clamp(0, side)
         boxes = boxes[(boxes[:, 2:4] > boxes[:, :2]).all(dim=1)]
-        return boxes[nms(boxes[:, :4], boxes[:, 4], self.recipe.nms_iou)[: self.recipe.max_detections]]
+        apart = boxes[:, :4] + boxes[:, 5:] * (side + 1)  # so that boxes of different classes do not overlap
+        return boxes[nms(apart, boxes[:, 4], self.recipe.nms_iou)[: self.recipe.max_detections]]
 
 
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from kitlib.atomic import write_csv, write_json
 from kitlib.bundle import versions
-from kitlib.classes import STUDY_CLASSES
+from kitlib.classes import ONE_FINDING, STUDY_CLASSES
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.inference.loaded_models import Answer
 from kitlib.inference.systems import System
@@ -25,19 +25,24 @@ def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
     return Fused(fused.studies, *tables)
 
 
-def write_rows(folder: Path, answer: Answer, study: OpenedStudy) -> Path | None:
+def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System) -> Path | None:
     """Write the study's predictions as CSV to a file in `folder`, and return its path; None for a segmenter's answer.
 
-    The file is submission.csv with the rows of the study and its images, or predictions.csv with the class probabilities of
-    each image. Rows of a submission that no model has predicted get the placeholder prediction (the class frequencies).
+    The file is submission.csv with the rows of the study and its images in SIIM's submission; boxes.csv if the detectors
+    predict other findings; or predictions.csv with the class probabilities of each image. Rows of a submission that no model
+    has predicted get the placeholder prediction (the class frequencies).
     """
-    if answer.classes is not None:
+    if answer.classes is not None and answer.fused is None:
         names = answer.classes["image_id"].map({image.key: image.image_id for image in study.images})
         write_csv(folder / "predictions.csv", answer.classes.assign(image_id=names))
         return folder / "predictions.csv"
     if answer.fused is None:
         return None
     path, fused = folder / "submission.csv", with_image_names(answer.fused, study)
+    if not system.fills_siim:
+        boxes = fused.detections.sort_values(["image_id", "score"], ascending=[True, False], kind="stable")
+        write_csv(folder / "boxes.csv", boxes[["image_id", "finding", "score", *BOX]])
+        return folder / "boxes.csv"
     ids = submission_ids([study.study_id], [image.image_id for image in study.images])
     studies, nones = fused.studies[~fused.studies["prior"]], fused.nones[~fused.nones["prior"]]
     write_submission(path, ids, studies, nones, fused.detections)
@@ -47,9 +52,11 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy) -> Path | None:
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
     """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
-    Values that no model has predicted are null. A segmenter's answer has no values.
+    Values that no model has predicted are null. A segmenter's answer has no values, and only SIIM's systems have classes of
+    the study.
     """
-    of_study, of_image = _submitted(answer.fused, study) if answer.fused is not None else ({}, _classes(answer.classes))
+    of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, {})
+    of_study, classes = of_study if system.fills_siim else {}, _classes(answer.classes)
     write_json(
         path,
         {
@@ -62,6 +69,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
                     "rows": image.rows,
                     "columns": image.columns,
                     **of_image.get(image.key, {}),
+                    **classes.get(image.key, {}),
                     "remarks": list(image.remarks),
                 }
                 for image in study.images
@@ -74,14 +82,14 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
     )
 
 
-def _submitted(fused: Fused, study: OpenedStudy) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _fused(fused: Fused, study: OpenedStudy) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the values of the study, and a dict from each image's key to the values of the image."""
     study_row, nones = fused.studies.iloc[0], fused.nones.set_index("image_id")
     classes = None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES}
     of_image = {
         image.key: {
             "none": None if nones["prior"][image.key] else float(nones["none"][image.key]),
-            "opacity": _boxes(fused.detections, image.key) if nones["seen"][image.key] else None,
+            "boxes": _boxes(fused.detections, image.key) if nones["seen"][image.key] else None,
         }
         for image in study.images
     }
@@ -95,4 +103,5 @@ def _classes(classes: pd.DataFrame | None) -> dict[str, dict[str, Any]]:
 
 def _boxes(detections: pd.DataFrame, image_id: str) -> list[dict[str, Any]]:
     rows = detections[detections["image_id"] == image_id].sort_values("score", ascending=False)
-    return rows[["score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")
+    named = rows.assign(finding=rows["finding"].astype(str) if "finding" in rows else ONE_FINDING)
+    return named[["finding", "score", *BOX]].round({"score": 7, **dict.fromkeys(BOX, 2)}).to_dict("records")

@@ -37,6 +37,7 @@ footer { display: none !important }
 #details table.facts, #details .facts tr { width: 100%; border: 0 }
 #details .facts :is(th, td) { border: 0; padding: .1em .8em .1em 0; font-size: .85em; text-align: left; vertical-align: top }
 #details .facts th { white-space: nowrap; opacity: .7; font-weight: 400 } #details .facts td { overflow-wrap: anywhere }
+#picture .box-table { font-size: .85em } #picture .box-table :is(th, td) { padding: .1em .8em; text-align: left }
 #details .remarks { font-size: .85em; margin-top: .5em }
 """
 
@@ -278,7 +279,7 @@ class _Page:
 
     def _answer(self, view: View) -> dict:
         rows, json_path = self.viewer.files(view)
-        label = "Submission rows" if view.answer.fused is not None else "Table"
+        label = "Submission rows" if view.system.fills_siim else "Table"
         return {
             self.view: view,
             self.threshold: gr.update(visible=bool(view.system.detectors)),

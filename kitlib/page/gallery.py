@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from kitlib.page.opened_study import DecodedCopies, OpenedImage, OpenedStudy
 from kitlib.paths import project_root
 from kitlib.runs.finished_run import read_metrics, read_prepared
 from kitlib.runs.run_kinds import named_folder
-from kitlib.tables import BOX
+from kitlib.tables import BOX, findings_of
 from kitlib.xrays.cache import CachedXray, XrayCache
 from kitlib.xrays.worker import shrink, source_of
 
@@ -28,8 +29,8 @@ THUMBNAIL = 160  # pixels, of the longest side
 CACHED_THUMBNAILS = 1000  # take at most 26 MB
 GREY_TILE = np.full((THUMBNAIL, THUMBNAIL), 128, np.uint8)
 ALL, TEST = "all", "test"
-# Data sets in which opacities are annotated. In other data sets, an image without a box may still show opacities.
-MARKED = ("siim", "rsna")
+# Data sets in which every finding has boxes. In other data sets, an image without a box may still show a finding.
+MARKED = ("siim", "rsna", "vinbigdata")
 
 
 class Gallery:
@@ -49,17 +50,19 @@ class Gallery:
         self.page_size = page_size
         self._copies, self._xrays = copies, XrayCache(Path(run) / "xrays", self.longest_side)
         self._boxes = tables["boxes"]
+        self.findings = findings_of(self._boxes)
         self._images = images = _describe_images(tables, metrics.get("dataset") in MARKED)
         classes = [name for name in tables["labels"] if name != "id"]
         choices = {name: images[[name in annotated for annotated in images["true_classes"]]] for name in classes}
-        choices = {ALL: images} | choices
+        boxed = {name: images[[name in found for found in images["boxes"]]] for name in self.findings}
+        choices = {ALL: images} | choices | (boxed if len(boxed) > 1 else {})
         if "split" in images:
             choices[TEST] = images[images["split"] == TEST]
         self._choices = {name: rows for name, rows in choices.items() if len(rows) or name == ALL}
         self._thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
 
     def choices(self) -> list[str]:
-        """Return what can be chosen: "all", the classes that occur, and "test" if there are test images."""
+        """Return what can be chosen: "all", the classes and findings that occur, and "test" if there are test images."""
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
@@ -110,14 +113,18 @@ class Gallery:
             trained_on=self.fingerprint,
             fold=folds[0] if folds else None,
             true_classes=chosen["true_classes"].iloc[0],
+            findings=self.findings,
             remarks=tuple(remarks),
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
         """Return the thumbnail and the caption of one image; `row` is one of `_describe_images`, from itertuples."""
-        caption = list(row.true_classes)
-        if row.marked:
-            caption.append("no box" if not row.boxes else "1 box" if row.boxes == 1 else f"{row.boxes} boxes")
+        caption, count = list(row.true_classes), sum(row.boxes.values())
+        if row.marked and count and len(self.findings) > 1:
+            caption = [name for name in caption if name not in row.boxes]
+            caption += [f"{of_finding} {name}" for name, of_finding in sorted(row.boxes.items())]
+        elif row.marked:
+            caption.append("no box" if not count else "1 box" if count == 1 else f"{count} boxes")
         try:
             pixels = self._thumbnail(row.image_id)
         except (KeyError, CacheError):
@@ -135,9 +142,9 @@ class Gallery:
             is_available, path = False, path.with_name(f"{path.name} (changed since it was decoded)")
         copy = self._copy(key, path)
         if not row.marked:
-            remarks.append("Opacities were not annotated on this image, so it is unknown whether it shows any.")
+            remarks.append("No boxes were annotated on this image, so it is unknown what it shows.")
         file = read_facts(path) if is_available else None  # safe in this process, because the file was decoded before
-        boxes = self._boxes.loc[self._boxes["image_id"] == key, list(BOX)].reset_index(drop=True)
+        boxes = self._boxes.loc[self._boxes["image_id"] == key, ["finding", *BOX]].reset_index(drop=True)
         return OpenedImage(
             image_id=key,
             key=key,
@@ -191,12 +198,13 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 
 
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """Return the `images` table with true_classes (a tuple), fold (NaN if none), marked, and number of boxes added.
+    """Return the `images` table with true_classes (a tuple), fold (NaN if none), marked and boxes added.
 
-    `marked` says whether opacities were annotated. Rows are sorted by hashed id, so that the order is always the same, and
-    mixed even if ids are sorted by class or patient.
+    `boxes` is a Counter of the findings of the image's boxes. `marked` says whether boxes were annotated. Rows are sorted by
+    hashed id, so that the order is always the same, and mixed even if ids are sorted by class or patient.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]
+    boxes = {name: Counter(found) for name, found in tables["boxes"].groupby("image_id")["finding"]}
     truth = tables["labels"].set_index("id")
     true_classes = {name: tuple(truth.columns[row > 0.5]) for name, row in zip(truth.index, truth.to_numpy(), strict=True)}
     fold = images["image_id"].map(folds).astype(float)
@@ -206,7 +214,7 @@ def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFr
         # An image in no fold gets the fold of its patient's other images, because models may be trained on those.
         fold=fold.fillna(fold.groupby(images["patient_id"]).transform("first")),
         marked=marked & ~np.broadcast_to(unannotated, len(images)),
-        boxes=images["image_id"].map(tables["boxes"]["image_id"].value_counts()).fillna(0).astype(int),
+        boxes=[boxes.get(name, Counter()) for name in images["image_id"]],
     ).drop(columns="patient_id")
     hashes = pd.util.hash_pandas_object(images["image_id"], index=False).to_numpy()
     return described.iloc[np.argsort(hashes, kind="stable")].reset_index(drop=True)

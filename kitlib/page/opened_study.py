@@ -83,8 +83,8 @@ class DecodedCopies:
 class OpenedImage:
     """One image of an open study.
 
-    `rows` and `columns` are the size of the original image; `truth` has the annotated boxes (xmin, ymin, xmax, ymax) in
-    pixels of the original image.
+    `rows` and `columns` are the size of the original image; `truth` has the annotated boxes (finding, xmin, ymin, xmax,
+    ymax) in pixels of the original image.
     """
 
     image_id: str  # name of the image in a submission
@@ -112,6 +112,7 @@ class OpenedStudy:
     trained_on: str = ""  # data fingerprint of the prepared run that contains the study; "" if none does
     fold: int | None = None  # the study's fold in that run; only the models of this fold were not trained on the study
     true_classes: tuple[str, ...] = ()  # annotated classes; () if unknown or none
+    findings: tuple[str, ...] = ()  # of all boxes of that run
     remarks: tuple[str, ...] = ()  # sentences about the whole study
 
     def read(self, image: OpenedImage, longest_side: int) -> CachedXray:

@@ -49,13 +49,18 @@ class View:
     def classes(self, image: OpenedImage) -> dict[str, float]:
         """Return the probability of each class, of the study or, if the models classify images, of an image; {} if none."""
         answer = self.answer
-        if answer.fused is not None:
+        if answer.fused is not None and self.system.fills_siim:
             study = answer.fused.studies.iloc[0]
             return {name: float(study[name]) for name in STUDY_CLASSES}
         if answer.classes is None:
             return {}
         rows = answer.classes[answer.classes["image_id"] == image.key].drop(columns="image_id")
         return {str(name): float(value) for name, value in rows.iloc[0].items()} if len(rows) else {}
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """Findings of all boxes of the models and of the study's prepared run, on which the colours of boxes depend."""
+        return tuple(sorted({*self.system.findings, *self.study.findings}))
 
     @property
     def heat_classes(self) -> list[str]:
@@ -172,6 +177,7 @@ class Viewer:
             mask=mask,
             heat=heat,
             caption=" ".join(captions),
+            findings=view.findings,
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
@@ -183,7 +189,7 @@ class Viewer:
         if fused is None:
             return draw_bars(classes, true_classes=annotated) if classes else "<p>No model has predicted this image.</p>"
         none = fused.nones.set_index("image_id").loc[image.key]
-        is_prior = bool(fused.studies["prior"].iloc[0])
+        is_prior = view.system.fills_siim and bool(fused.studies["prior"].iloc[0])
         return draw_bars(classes, None if none["prior"] else float(none["none"]), is_prior, annotated)
 
     def details(self, view: View, image: OpenedImage) -> str:
@@ -215,7 +221,8 @@ class Viewer:
     def files(self, view: View) -> tuple[Path | None, Path]:
         """Write the table of predictions and the JSON file to a new folder and return their paths; deletes old folders.
 
-        The table has the submission's rows, or the class probabilities of each image; a segmenter has none.
+        The table has the submission's rows, boxes of any findings, or the class probabilities of each image; a segmenter has
+        none.
         """
         answers = self.folder / "answers"
         answers.mkdir(parents=True, exist_ok=True)
@@ -223,7 +230,7 @@ class Viewer:
             if time.time() - old_folder.stat().st_mtime > KEEP_S:
                 shutil.rmtree(old_folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=answers))
-        rows_path, json_path = write_rows(folder, view.answer, view.study), folder / "answer.json"
+        rows_path, json_path = write_rows(folder, view.answer, view.study, view.system), folder / "answer.json"
         write_answer(json_path, view.answer, view.study, view.system)
         return rows_path, json_path
 

@@ -9,7 +9,9 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from kitlib.tables import BOX
+from kitlib.classes import ONE_FINDING
+from kitlib.tables import BOX, findings_of
+from kitlib.xrays.drawn_boxes import finding_colours, place_labels
 from kitlib.xrays.worker import shrink
 
 # A picture of 1024 pixels takes 4 ms and 130 kB (as PNG 25 ms and 400 kB); grey levels differ by at most 12 of 255.
@@ -29,10 +31,11 @@ class Mark:
     border: str  # the line's style in CSS, for the legend
 
 
+# If there are several findings, boxes have the colours of their findings instead.
 MARKS = {
-    "opacity": Mark("#E69F00", 2.5, "", "solid"),
+    "predicted": Mark("#E69F00", 2.5, "", "solid"),
     "truth": Mark("#56B4E9", 2.5, "9 6", "dashed"),
-    "lungs": Mark("#CC79A7", 2, "", "solid"),
+    "mask": Mark("#CC79A7", 2, "", "solid"),
 }
 
 
@@ -47,14 +50,17 @@ def draw_picture(
     mask: np.ndarray | None = None,
     heat: np.ndarray | None = None,
     caption: str = "",
+    findings: Collection[str] = (),
+    structure: str = "lungs",
 ) -> str:
     """Return HTML with a legend and one `<svg>`, whose coordinates are pixels of the original image of `rows` x `columns`.
 
     `pixels`, uint8 (h, w), `mask`, bool (h, w), and `heat`, float 0..1 (h, w), are copies of the image at any size; an
-    all-zero mask or heat map is not drawn. `boxes` (score, xmin, ymin, xmax, ymax) are drawn if their score is at least
-    `threshold`, `truth` (xmin, ymin, xmax, ymax) always, both in original pixels. The picture fills the width of its column,
-    up to three quarters of the window's height. `caption` is plain text. Raises ValueError if pixels, mask or heat have
-    another type, shape or range.
+    all-zero mask or heat map is not drawn. `boxes` (finding, score, xmin, ymin, xmax, ymax) are drawn if their score is at
+    least `threshold`, and listed in a table; `truth` (finding, xmin, ymin, xmax, ymax) is always drawn; both are in original
+    pixels. `findings` are all findings of the run, on which the colours depend; () means those of the two tables. The
+    picture fills the width of its column, up to three quarters of the window's height. `caption` is plain text, and
+    `structure` the name of what the mask shows. Raises ValueError if pixels, mask or heat have another type, shape or range.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size or rows < 1 or columns < 1:
         raise ValueError(
@@ -64,33 +70,37 @@ def draw_picture(
     mask, heat = (layer if layer is not None and layer.any() else None for layer in (mask, heat))
     _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
     layers, legend = [_image("xray", "jpeg", jpeg, rows, columns)], []
+    findings = tuple(findings) or findings_of(boxes, truth)
+    colours = finding_colours(findings)
     visible_boxes = None if boxes is None else boxes[boxes.score >= threshold].sort_values("score", kind="stable")
     if heat is not None:
         layers.append(_image("heat", "png", _heat_png(heat), rows, columns))
         legend.append((_heat_swatch(), "where the model looked (Grad-CAM)"))
     if mask is not None:
-        layers += _line_with_halo("path", f'd="{_outline_path(mask, rows, columns)}"', "lungs")
-        legend.append((_swatch("lungs"), "lungs found by the model"))
-    if truth is not None and len(truth):
-        for box in truth[list(BOX)].itertuples(index=False):
-            layers += _rectangle("truth", *box)
-        legend.append((_swatch("truth"), "annotated opacity"))
-    if visible_boxes is not None and len(visible_boxes):
-        font_size = max(rows, columns) / 40
-        for box in visible_boxes[list(BOX)].itertuples(index=False):
-            layers += _rectangle("opacity", *box)
-        # Scores are drawn after all rectangles, so that no line crosses a number, and the highest score last, so that it is
-        # on top.
-        layers += [_score(box.score, box.xmin, box.ymin, columns, font_size) for box in visible_boxes.itertuples()]
-        legend.append((_swatch("opacity"), "opacity found by the model, with its score"))
+        layers += _line_with_halo("path", f'd="{_outline_path(mask, rows, columns)}"', "mask")
+        legend.append((_swatch("mask"), f"{structure} found by the model"))
+    drawn = {name for name in findings_of(visible_boxes, truth) if name in colours}
+    legend += [(_swatch("mask", colours[name]), name) for name in sorted(drawn, reverse=True)]
+    finding = "finding" if colours else "".join(findings) or ONE_FINDING
+    for name, table, meaning in (
+        ("truth", truth, f"annotated {finding}"),
+        ("predicted", visible_boxes, f"{finding} found by the model, with its score"),
+    ):
+        if table is not None and len(table):
+            for box, of_finding in zip(table[list(BOX)].to_numpy(float), _findings(table), strict=True):
+                layers += _rectangle(name, box, colours.get(of_finding, ""))
+            legend.append((_swatch(name, "currentColor" if colours else ""), meaning))
+    # Labels are drawn after all rectangles, so that no line crosses a number, and the highest score last, so that it is on
+    # top.
+    layers += _labels(visible_boxes, truth, colours, rows, columns)
     return (
         '<figure class="xray-picture" style="margin:0">'
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns} {rows}" role="img" '
-        f'aria-label="{escape(_description(visible_boxes, truth, threshold, mask, heat))}" '
+        f'aria-label="{escape(_description(visible_boxes, truth, threshold, findings, mask, heat, structure))}" '
         f'style="display:block;margin:0 auto;width:min(100%,{75 * columns / rows:.4f}vh);height:auto;'
         f'aspect-ratio:{columns}/{rows}">{"".join(layers)}</svg>'
         f'<figcaption style="text-align:center;font-size:0.9em;line-height:1.6">{_legend(legend)}'
-        f"{f'<div>{escape(caption)}</div>' if caption else ''}</figcaption></figure>"
+        f"{f'<div>{escape(caption)}</div>' if caption else ''}</figcaption>{_table(visible_boxes)}</figure>"
     )
 
 
@@ -113,7 +123,7 @@ def draw_bars(
     of_image = ""
     if none is not None:
         rule = "border-top:1px solid currentColor;opacity:0.25;margin:0.5em 0"
-        of_image = f'<div style="{rule}"></div>{_bar("none", float(none), False, False, "no opacity in this image")}'
+        of_image = f'<div style="{rule}"></div>{_bar("none", float(none), False, False, "no finding in this image")}'
     return f'<div class="study-bars" style="color:var(--body-text-color,currentColor)">{"".join(rows)}{note}{of_image}</div>'
 
 
@@ -163,7 +173,7 @@ def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
     return "".join("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points) + "Z" for points in placed)
 
 
-def _line_with_halo(element: str, geometry: str, name: str) -> list[str]:
+def _line_with_halo(element: str, geometry: str, name: str, colour: str = "") -> list[str]:
     """Return the SVG of a line in the style MARKS[name], on a wider dark line to be visible on white and black."""
     mark, drawn = (
         MARKS[name],
@@ -172,29 +182,64 @@ def _line_with_halo(element: str, geometry: str, name: str) -> list[str]:
     dash = f' stroke-dasharray="{mark.dash}"' if mark.dash else ""
     return [
         f'<{element} class="halo" {geometry} {drawn} stroke="#000" stroke-opacity="0.55" stroke-width="{mark.width + 2}"/>',
-        f'<{element} class="{name}" {geometry} {drawn} stroke="{mark.colour}" stroke-width="{mark.width}"{dash}/>',
+        f'<{element} class="{name}" {geometry} {drawn} stroke="{colour or mark.colour}" stroke-width="{mark.width}"{dash}/>',
     ]
 
 
-def _rectangle(name: str, xmin: float, ymin: float, xmax: float, ymax: float) -> list[str]:
+def _rectangle(name: str, box: np.ndarray, colour: str) -> list[str]:
+    xmin, ymin, xmax, ymax = box
     geometry = f'x="{xmin:.2f}" y="{ymin:.2f}" width="{xmax - xmin:.2f}" height="{ymax - ymin:.2f}"'
-    return _line_with_halo("rect", geometry, name)
+    return _line_with_halo("rect", geometry, name, colour)
 
 
-def _score(score: float, xmin: float, ymin: float, columns: int, font_size: float) -> str:
-    """Return the SVG text of a score: above its box, or inside the box if that is at the top edge of the image."""
-    x = min(max(xmin, 0), columns - 2.2 * font_size)
-    y = ymin - font_size / 3 if ymin > 1.3 * font_size else max(ymin, 0) + 1.1 * font_size
-    return (
-        f'<text class="score" x="{x:.2f}" y="{y:.2f}" font-size="{font_size:.2f}" font-family="sans-serif" '
-        f'font-weight="600" fill="{MARKS["opacity"].colour}" stroke="#000" stroke-width="{font_size / 5:.2f}" '
-        f'stroke-linejoin="round" paint-order="stroke">{score:.2f}</text>'
+def _labels(
+    boxes: pd.DataFrame | None, truth: pd.DataFrame | None, colours: Mapping[str, str], rows: int, columns: int
+) -> list[str]:
+    """Return the SVG texts of the boxes' scores and, if there are `colours` of findings, of their names.
+
+    `boxes` are in the order of their scores. Annotated boxes have the names alone.
+    """
+    size = max(rows, columns) / (60 if colours else 40)
+    labels = []  # the lowest in importance first: kind, finding, text, corners
+    for kind, table in (("name", truth if colours else None), ("score", boxes)):
+        if table is not None:
+            scores = [f"{score:.2f}" for score in table.score] if kind == "score" else [""] * len(table)
+            corners = table[list(BOX)].to_numpy(float)
+            if kind == "name":  # below the box, because the score of a box that was found is above it
+                corners[:, 1] = np.minimum(corners[:, 3] + 1.3 * size, rows)
+            for name, score, box in zip(_findings(table), scores, corners, strict=True):
+                labels.append((kind, name, f"{name if colours else ''} {score}".strip(), box))
+    widths = [0.55 * size * len(text) for _, _, text, _ in reversed(labels)]
+    places = place_labels(np.array([box for *_, box in reversed(labels)]), widths, size, rows, columns)[::-1]
+    return [
+        f'<text class="{kind}" x="{x:.2f}" y="{y:.2f}" font-size="{size:.2f}" font-family="sans-serif" font-weight="600" '
+        f'fill="{colours.get(name, MARKS["predicted"].colour)}" stroke="#000" stroke-width="{size / 5:.2f}" '
+        f'stroke-linejoin="round" paint-order="stroke">{escape(text)}</text>'
+        for (kind, name, text, _), (x, y) in zip(labels, places, strict=True)
+    ]
+
+
+def _findings(table: pd.DataFrame) -> list[str]:
+    return list(table["finding"]) if "finding" in table else [ONE_FINDING] * len(table)
+
+
+def _table(boxes: pd.DataFrame | None) -> str:
+    """Return a table of the visible boxes, the highest score first, which the visitor can unfold; "" if there is none."""
+    if boxes is None or boxes.empty:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{score:.3f}</td><td>{', '.join(f'{side:.0f}' for side in box)}</td></tr>"
+        for name, score, box in reversed(list(zip(_findings(boxes), boxes.score, boxes[list(BOX)].to_numpy(), strict=True)))
     )
+    heads = f"<tr><th>finding</th><th>confidence</th><th>{', '.join(BOX)} (pixels)</th></tr>"
+    return f'<details class="box-table"><summary>Table of the boxes</summary><table>{heads}{rows}</table></details>'
 
 
-def _swatch(name: str) -> str:
+def _swatch(name: str, colour: str = "") -> str:
     mark = MARKS[name]
-    line = f"border-top:3px {mark.border} {mark.colour}"
+    line = f"border-top:3px {mark.border} {colour or mark.colour}"
+    if colour.startswith("#"):
+        line += ";filter:drop-shadow(0 0 1px #000)"  # pale colours must be visible on a white page
     return f'<span style="display:inline-block;width:2em;{line};vertical-align:middle"></span>'
 
 
@@ -206,7 +251,8 @@ def _heat_swatch() -> str:
 def _legend(entries: list[tuple[str, str]]) -> str:
     if not entries:
         return ""
-    items = "".join(f'<span style="white-space:nowrap">{swatch} {meaning}</span>' for swatch, meaning in reversed(entries))
+    named = [f"{swatch} {escape(meaning)}" for swatch, meaning in reversed(entries)]
+    items = "".join(f'<span style="white-space:nowrap">{entry}</span>' for entry in named)
     return f'<div class="legend" style="display:flex;flex-wrap:wrap;justify-content:center;gap:0 1.5em">{items}</div>'
 
 
@@ -214,16 +260,21 @@ def _description(
     visible_boxes: pd.DataFrame | None,
     truth: pd.DataFrame | None,
     threshold: float,
+    findings: Collection[str],
     mask: np.ndarray | None,
     heat: np.ndarray | None,
+    structure: str,
 ) -> str:
     """Return a sentence that describes the picture for screen readers."""
     parts = []
     if visible_boxes is not None:
-        parts.append(f"{_count(len(visible_boxes), 'box', 'boxes')} of opacity with a score of at least {threshold:.2f}")
+        names = pd.Series(_findings(visible_boxes), dtype=object).value_counts().sort_index()
+        listed = ", ".join(f"{count} {name}" for name, count in names.items())
+        of_finding = (f" ({listed})" if listed else "") if len(findings) > 1 else f" of {''.join(findings) or ONE_FINDING}"
+        parts.append(f"{_count(len(visible_boxes), 'box', 'boxes')}{of_finding} with a score of at least {threshold:.2f}")
     if truth is not None:
         parts.append(f"{_count(len(truth), 'annotated box', 'annotated boxes')}")
-    parts += ["the outline of the lungs"] * (mask is not None) + ["a heat map"] * (heat is not None)
+    parts += [f"the outline of the {structure}"] * (mask is not None) + ["a heat map"] * (heat is not None)
     return "Chest X-ray" + (" with " + ", ".join(parts) if parts else "") + "."
 
 

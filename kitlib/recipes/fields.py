@@ -7,6 +7,7 @@ uses. The published recipes are in kitlib.recipes.named.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from kitlib.classes import SPARSE_STRUCTURES
 from kitlib.errors import SettingsError
 from kitlib.settings import (
     AtLeastOne,
@@ -25,6 +26,7 @@ from kitlib.settings import (
 
 # Networks with large strides need a canvas of at least 8 pixels a side.
 Side = Annotated[int, Range(at_least=8)]
+Zero = Annotated[float, Range(at_least=0, at_most=0)]  # of a field that a derived recipe does not use
 Degrees = Annotated[float, Range(at_least=0, at_most=180)]
 Factors = Annotated[tuple[Positive, Positive], Ordered()]
 # albumentations accepts no smaller exponent.
@@ -33,7 +35,8 @@ Optimizer = Literal["sgd", "adam", "adamw"]
 Schedule = Literal["cosine", "plateau", "step"]
 Placing = Literal["letterbox", "stretch", "centre_crop"]
 View = Literal["full", "flip", "lungs", "lungs_flip"]
-Structure = Literal["lungs", "heart", "left_lung", "right_lung", "pneumothorax"]
+Structure = Literal["lungs", "heart", "left_lung", "right_lung"]
+SparseStructure = Literal["pneumothorax"]  # kitlib.classes.SPARSE_STRUCTURES
 
 # The clean-up of masks in the UNet + HRNet paper, section 3.2; no other publication has one.
 PUBLISHED_CLEAN_UP: dict[str, Any] = {"dilations": 8, "closings": 2, "least_area": 50_000 / 512**2}
@@ -396,8 +399,8 @@ class SegmenterRecipe(WithDistortions):
     paper does not state; their defaults are the kit's. The clean-up of masks is off, because only that paper has one.
     """
 
-    network: Literal["unet", "resunet", "fc_densenet103"] = "unet"
-    width: Positive = 1.0  # number of channels, relative to the published network
+    network: Literal["unet", "resunet", "fc_densenet103", "albunet"] = "unet"
+    width: Positive = 1.0  # number of channels, relative to the published network; of an albunet, without its encoder
     structures: Annotated[tuple[Structure, ...], Distinct()] = ("lungs",)  # sigmoid for one structure, softmax for several
     loss: Literal["dice", "cross_entropy"] = "dice"  # Dice with squared denominators
     background_weight: NotNegative = 1.0  # weight of the background in cross entropy
@@ -432,6 +435,8 @@ class SegmenterRecipe(WithDistortions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if set(self.structures) <= set(SPARSE_STRUCTURES):  # only a SparseSegmenterRecipe allows them
+            return
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
             raise SettingsError(
                 f"structures are {list(self.structures)}, but lungs includes both sides; use lungs, or left_lung and "
@@ -446,3 +451,59 @@ class SegmenterRecipe(WithDistortions):
                 f"horizontal_flip is {self.horizontal_flip}, but structures are {list(self.structures)}: a mirrored left "
                 'lung looks like a right lung; set horizontal_flip=0.0, or structures=["lungs"]'
             )
+
+
+@dataclass(frozen=True)
+class SparseSegmenterRecipe(SegmenterRecipe):
+    """Recipe of a segmenter of one structure that most images do not have, such as a pneumothorax.
+
+    Images with an empty mask are valid examples. The defaults are those of the 1st place in SIIM-ACR Pneumothorax
+    Segmentation (github.com/sneddy/pneumothorax-segmentation), without its elastic distortions. There is no clean-up: `top`,
+    `least_area` and `bottom` decide which pixels a mask has, see kitlib.scoring.metrics.threshold_map.
+    """
+
+    # albunet starts from weights of a resnet34, or of another run
+    network: Literal["unet", "resunet", "fc_densenet103", "albunet"] = "albunet"
+    structures: tuple[SparseStructure] = ("pneumothorax",)  # type: ignore[assignment]  # instead of those of a chest
+    placement: Literal["letterbox", "stretch"] = "letterbox"  # nothing is cropped, because a map shows the whole image
+    views: Annotated[tuple[Literal["full", "flip"], ...], Distinct()] = ("full", "flip")  # whose probabilities are averaged
+    # Share of images with the structure in the first and in the last epoch, between which it changes linearly. An epoch has
+    # as many images as the lower share needs to show each image with the structure once. Empty: all images once.
+    positives: tuple[Annotated[float, Range(above=0, at_most=1)], ...] = (0.8, 0.4)
+    loss: Literal["bce_dice_focal"] = "bce_dice_focal"  # type: ignore[assignment]  # instead of those for lungs
+    loss_weights: tuple[NotNegative, NotNegative, NotNegative] = (3.0, 1.0, 4.0)  # of binary cross entropy, Dice and focal
+    background_weight: Annotated[float, Range(at_least=1, at_most=1)] = 1.0
+    top: Probability = 0.75
+    least_area: Share = 2000 / 1024**2  # of the image
+    bottom: Probability = 0.3
+    least_island: Zero = 0.0
+    dilations: Literal[0] = 0
+    closings: Literal[0] = 0
+    least_width: Zero = 0.0
+    margin: Zero = 0.0
+    epochs: AtLeastOne = 50
+    batch_size: AtLeastOne = 4
+    learning_rate: Positive = 1e-4
+    weight_decay: NotNegative = 5e-6
+    plateau_epochs: Count = 2
+    horizontal_flip: Probability = 0.5
+    turn_p: Probability = 0.5
+    shift: Probability = 0.0625
+    brightness_contrast: Probability = 0.2
+    brightness_contrast_p: Probability = 0.2
+    scale_x: Factors = (0.9, 1.1)
+    scale_y: Factors = (0.9, 1.1)
+    shear_p: Probability = 0.0
+    gamma_drawn: Annotated[tuple[Exponent, Exponent], Ordered()] = (0.8, 1.2)
+    salt_pepper_p: Probability = 0.0
+    blur_p: Probability = 0.0
+    noise_p: Probability = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.positives) not in (0, 2):
+            raise SettingsError(f"positives are {list(self.positives)}; expected a first and a last share of images, or []")
+        if not sum(self.loss_weights):
+            raise SettingsError("loss_weights are all 0; set one of them, of binary cross entropy, Dice or focal, above 0")
+        if self.bottom > self.top:
+            raise SettingsError(f"bottom is {self.bottom}, above top, which is {self.top}; lower bottom or raise top")

@@ -15,6 +15,7 @@ from kitlib.recipes.fields import (
     FindingsRecipe,
     PatchRecipe,
     SegmenterRecipe,
+    SparseSegmenterRecipe,
     StudyRecipe,
     TrainingRecipe,
 )
@@ -197,6 +198,9 @@ RECIPES: dict[str, TrainingRecipe] = {
         blur_p=0.0,
         noise_p=0.0,
     ),
+    # SIIM-ACR Pneumothorax, 1st place: first from a resnet34's weights (`starting_weights`) at 512 pixels, then from that
+    # run, with overrides {"image_size": 1024, "starting_weights": RUN, "learning_rate": 1e-5, "positives": [0.4, 0.4]}.
+    "lean_pneumothorax": SparseSegmenterRecipe(),
     **LEARNERS,
     "small_lungs": SegmenterRecipe(
         width=0.25,
@@ -207,6 +211,17 @@ RECIPES: dict[str, TrainingRecipe] = {
         rotate_degrees=10.0,
         gamma_drawn=(0.7, 1.5),
         noise_p=0.0,
+    ),
+    "small_pneumothorax": SparseSegmenterRecipe(
+        network="unet",
+        width=0.25,
+        image_size=128,
+        epochs=10,
+        batch_size=8,
+        learning_rate=4e-3,
+        schedule="cosine",
+        rotate_degrees=10.0,
+        least_area=0.001,
     ),
     "small_backbone": FindingsRecipe(
         backbone="test_efficientnet",

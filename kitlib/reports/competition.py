@@ -1,4 +1,4 @@
-"""Report tables for the competition score: confusion, calibration, curves, bootstrap intervals of the score and of AP.
+"""Report tables for SIIM's score and for detection of any findings: confusion, calibration, curves, bootstrap intervals.
 
 Functions that take a `Truth` also take a fusion's tables of predictions: `studies` (study_id, four classes), `nones`
 (image_id, none) and `detections` (image_id, score, box in original pixels), as in `kitlib.fusion.model_fusion.Fused`.
@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
-from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES
-from kitlib.scoring.average_precision import Ranking, average_precision, precision_recall
+from kitlib.classes import ONE_FINDING, SCORED_CLASSES, STUDY_CLASSES
+from kitlib.scoring.average_precision import OVERLAP, Ranking, average_precision, precision_recall
 from kitlib.scoring.score import SCORE_KEYS, Truth, class_precision, competition_score, table_hits
+from kitlib.tables import findings_of
 
 
 def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
@@ -72,14 +73,18 @@ def precision_recall_curves(
     detections_of_truth = detections[detections["image_id"].isin(truth.image_ids)]
     hits = table_hits(detections_of_truth, "image_id", truth.boxes)
     answers["opacity"] = detections_of_truth["score"].to_numpy(), hits, len(truth.boxes)
-    curves = {}
+    curves: dict[str, pd.DataFrame] = {}
     for name, (score, hit, positives) in answers.items():
         if positives:
-            precision, recall = precision_recall(score, hit, positives)
-            envelope = np.maximum.accumulate(precision[::-1])[::-1]
-            title = f"{name} (AP {average_precision(score, hit, positives):.3f})"
-            curves[title] = pd.DataFrame({"recall": [0.0, *recall], "precision": [*envelope[:1], *envelope]})
+            curves |= _curve(name, score, hit, positives)
     return curves
+
+
+def _curve(name: str, score: np.ndarray, hit: np.ndarray, positives: int) -> dict[str, pd.DataFrame]:
+    precision, recall = precision_recall(score, hit, positives)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    title = f"{name} (AP {average_precision(score, hit, positives):.3f})"
+    return {title: pd.DataFrame({"recall": [0.0, *recall], "precision": [envelope.max(initial=0.0), *envelope]})}
 
 
 def bootstrap(
@@ -181,6 +186,47 @@ def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], c
     return values.to_numpy()
 
 
+def detection_by_finding(
+    boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float = OVERLAP
+) -> pd.DataFrame:
+    """Return a table with one row per finding in `boxes`, and a last row `all findings` with their sums and means.
+
+    The columns are finding, images and boxes (the numbers of images with it and of annotated boxes), average_precision (VOC
+    2010), and, at the confidence with the highest F1 for the finding, recall, precision and confidence. Only boxes on images
+    in the column image_id of `images` count. A detection is a hit if its IoU with a box of the same finding is above
+    `overlap`. Detections of a finding without a box in these images count nowhere. Values that are undefined, because there
+    is no detection, are NaN.
+    """
+    rows = []
+    for name, (score, hit, of_finding, _) in _by_finding(boxes, detections, images, overlap).items():
+        precision, recall = precision_recall(score, hit, len(of_finding))
+        f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+        best = int(f1.argmax()) if len(f1) else None
+        thresholds = np.unique(score)[::-1]
+        at_best = [float("nan")] * 3 if best is None else [recall[best], precision[best], thresholds[best]]
+        counts = of_finding["image_id"].nunique(), len(of_finding)
+        rows.append((name, *counts, average_precision(score, hit, len(of_finding)), *at_best))
+    columns = ["finding", "images", "boxes", "average_precision", "recall", "precision", "confidence"]
+    table = pd.DataFrame(rows, columns=columns)
+    of_images = boxes[boxes["image_id"].isin(images["image_id"])]
+    whole = {"finding": "all findings", "images": of_images["image_id"].nunique(), "boxes": len(of_images)}
+    whole |= {name: table[name].mean() for name in columns[3:6]}
+    return pd.concat([table, pd.DataFrame([whole])], ignore_index=True)
+
+
+def finding_curves(
+    boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float = OVERLAP
+) -> dict[str, pd.DataFrame]:
+    """Return a table of recall and precision (VOC's envelope) for each finding in `boxes`, keyed by `finding (AP 0.123)`.
+
+    The arguments are those of `detection_by_finding`.
+    """
+    curves: dict[str, pd.DataFrame] = {}
+    for name, (score, hit, of_finding, _) in _by_finding(boxes, detections, images, overlap).items():
+        curves |= _curve(name, score, hit, len(of_finding))
+    return curves
+
+
 def detection_draws(
     detections: pd.DataFrame,
     coverage: pd.DataFrame,
@@ -188,13 +234,15 @@ def detection_draws(
     boxes: pd.DataFrame,
     samples: int = 500,
     seed: int = 0,
+    overlap: float = OVERLAP,
 ) -> np.ndarray:
-    """Return bootstrap draws of the opacity AP (VOC 2010) on the images in `coverage`.
+    """Return bootstrap draws of the mean over findings of the AP (VOC 2010) on the images in `coverage`.
 
-    The result is an array (1 + samples,): first the AP for all patients, then one per draw. Whole patients are drawn with
-    replacement. Two detectors with the same images and seed get the same draws, so the difference of their arrays is a
-    paired comparison. Folds are pooled, so the scores of a model must be comparable across folds. Raises ValueError if an
-    image in `coverage` is not in `images` or occurs twice.
+    The result is an array (1 + samples,): first the mean AP for all patients, then one per draw. Whole patients are drawn
+    with replacement; a finding that does not occur in a draw is left out of the mean of that draw. Two detectors with the
+    same images and seed get the same draws, so the difference of their arrays is a paired comparison. Folds are pooled, so
+    the scores of a model must be comparable across folds. Raises ValueError if an image in `coverage` is not in `images` or
+    occurs twice.
     """
     image_ids = coverage["image_id"]
     if image_ids.duplicated().any():
@@ -204,15 +252,35 @@ def detection_draws(
     if patient.isna().any():
         raise ValueError(f"image {patient.index[patient.isna()][0]} of the coverage is not in the `images` table")
     codes, patients = pd.factorize(patient)
-    detections_of_images = detections[detections["image_id"].isin(image_ids)]
-    true = boxes[boxes["image_id"].isin(image_ids)]
-    ranking = Ranking(detections_of_images["score"], table_hits(detections_of_images, "image_id", true))
-    detection_codes, boxed = (codes[patient.index.get_indexer(table["image_id"])] for table in (detections_of_images, true))
-    detection_codes = detection_codes[ranking.order]
+    # For each finding: its Ranking, the patients of its boxes, and those of its detections, the highest score first.
+    rankings = []
+    for score, hit, of_finding, found in _by_finding(boxes, detections, coverage, overlap).values():
+        ranking = Ranking(score, hit)
+        boxed, detected = (codes[patient.index.get_indexer(table["image_id"])] for table in (of_finding, found))
+        rankings.append((ranking, boxed, detected[ranking.order]))
     rng = np.random.default_rng(seed)
     even = np.full(len(patients), 1 / len(patients))
     draws = [np.ones(len(patients)), *(rng.multinomial(len(patients), even) for _ in range(samples))]
-    return np.array([ranking.average_precision(counts[boxed].sum(), counts[detection_codes]) for counts in draws])
+    precisions = [
+        [ranking.average_precision(counts[boxed].sum(), counts[detected]) for counts in draws]
+        for ranking, boxed, detected in rankings
+    ]
+    return pd.DataFrame(precisions, columns=range(len(draws))).mean().to_numpy()  # NaN if there is no finding at all
+
+
+def _by_finding(
+    boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float
+) -> dict[str, tuple[np.ndarray, np.ndarray, pd.DataFrame, pd.DataFrame]]:
+    """Return for each finding of the boxes in these images: its detections' scores and hits, its boxes, its detections."""
+    of_images = [
+        table[table["image_id"].isin(images["image_id"])].assign(finding=lambda rows: rows.get("finding", ONE_FINDING))
+        for table in (boxes, detections)
+    ]
+    found = {}
+    for name in findings_of(of_images[0]):
+        true, predicted = (table[table["finding"] == name] for table in of_images)
+        found[name] = predicted["score"].to_numpy(float), table_hits(predicted, "image_id", true, overlap), true, predicted
+    return found
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> dict[str, float]:

@@ -14,11 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from kitlib.atomic import replacing
 from kitlib.classes import MASK_CODES
-from kitlib.tables import BOX, class_columns
+from kitlib.tables import BOX, class_columns, findings_of
 from kitlib.xrays.cache import CachedXray, XrayCache
+from kitlib.xrays.drawn_boxes import finding_colours
 from kitlib.xrays.mask_store import MaskStore
 
 TRUTH, PREDICTION = "limegreen", "orange"
@@ -26,6 +28,8 @@ TRUTH, PREDICTION = "limegreen", "orange"
 SHOWN_SCORE = 0.2
 # Position of a legend that hides nothing: right of the axes.
 BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+# Colours of findings may be as bright as bones and paper, so their lines have dark edges.
+EDGED = [withStroke(linewidth=2.3, foreground="black")]
 
 
 def save_figure(figure: Figure, path: str | Path) -> Image:
@@ -65,6 +69,22 @@ def show_legend(figure: Figure, **names: str) -> None:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
 
 
+def _show_findings(figure: Figure, colours: Mapping[str, str], **names: str) -> None:
+    """Add a legend below the images with the `colours` of findings, and the `names` of what TRUTH and PREDICTION show."""
+    if not colours:
+        show_legend(figure, **names)
+        return
+    kinds = [Line2D([], [], color="grey", linestyle=_style(colour, colours), label=name) for colour, name in names.items()]
+    findings = [Line2D([], [], color=colour, label=name, path_effects=EDGED) for name, colour in colours.items()]
+    columns = max(1, int(figure.get_figwidth() / 2.2))
+    figure.legend(handles=[*kinds, *findings], loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def _style(colour: str, colours: Mapping[str, str]) -> str:
+    """Return the line style of boxes: annotated ones are dashed if the `colours` of findings replace TRUTH."""
+    return "--" if colours and colour == TRUTH else "-"
+
+
 def show_xray(axis: Axes, xray: CachedXray, title: str) -> None:
     """Draw the X-ray in grey with a title above it."""
     axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
@@ -85,27 +105,31 @@ def example_images(
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If `masks` contains an image's mask, the outline of each structure in it is drawn in green. `labels_are` says in
-    the titles what the labels are.
+    drawn. If the tables have several findings, each has a colour and its boxes its name; annotated boxes are then dashed.
+    The colours depend on all findings in the tables, so pass whole tables. If `masks` contains an image's mask, the outline
+    of each structure in it is drawn in green, and the legend has their names. `labels_are` says in the titles what the
+    labels are.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
+    colours, structures, drawn_findings = finding_colours(findings_of(boxes, detections)), set[str](), set[str]()
     for axis, image in zip(axes, images.itertuples(), strict=False):
         xray = cache.read(image.image_id)
         truth = f"\n{labels_are}: {classes[image.study_id]}" if classes.get(image.study_id) else ""
         show_xray(axis, xray, image.image_id + truth)
         if masks is not None and image.image_id in masks:
-            draw_outlines(axis, masks.read(image.image_id), TRUTH)
-        if boxes is not None:
-            _draw_boxes(axis, xray, boxes[boxes.image_id == image.image_id], TRUTH)
+            structures.update(draw_outlines(axis, masks.read(image.image_id), TRUTH))
+        shown = detections
         if detections is not None:
             shown = detections[(detections.image_id == image.image_id) & (detections.score >= shown_score)]
-            _draw_boxes(axis, xray, shown, PREDICTION)
-    drawn = {TRUTH: "annotated"} if boxes is not None or masks is not None else {}
+        annotated = None if boxes is None else boxes[boxes.image_id == image.image_id]
+        drawn_findings |= _draw_boxes(axis, xray, annotated, shown, colours)
+    names = f": {', '.join(sorted(structures)).replace('_', ' ')}" if structures else ""
+    drawn = {TRUTH: f"annotated{names}"} if boxes is not None or masks is not None else {}
     if detections is not None:
         drawn |= {PREDICTION: f"predicted, with confidence ({shown_score:g} or more)"}
     if drawn:
-        show_legend(figure, **drawn)
+        _show_findings(figure, {name: colours[name] for name in colours if name in drawn_findings}, **drawn)
     return figure
 
 
@@ -114,28 +138,31 @@ def compare_detections(
 ) -> Figure:
     """Draw one row per image, which shows the same X-ray once per model, with the boxes that this model has predicted.
 
-    `answers` maps names of models to tables of detections. Annotated boxes are green, predicted boxes orange. All detections
-    are drawn, so pass only those with a sufficient score.
+    `answers` maps names of models to tables of detections. Colours are those of `example_images`, for the findings in
+    `boxes`. All detections are drawn, so pass only those with a sufficient score.
     """
     figure, axes = image_grid(len(images) * len(answers), len(answers), 2.8, 3.1)
     pairs = itertools.product(images.itertuples(), answers.items())
+    colours, drawn = finding_colours(findings_of(boxes)), set[str]()
     for axis, (image, (name, detections)) in zip(axes, pairs, strict=True):
         xray = cache.read(image.image_id)
         show_xray(axis, xray, f"{name}\n{image.image_id}")
-        _draw_boxes(axis, xray, boxes[boxes.image_id == image.image_id], TRUTH)
-        _draw_boxes(axis, xray, detections[detections.image_id == image.image_id], PREDICTION)
-    show_legend(figure, **{TRUTH: "annotated", PREDICTION: "predicted, with confidence"})
+        annotated, predicted = (table[table.image_id == image.image_id] for table in (boxes, detections))
+        drawn |= _draw_boxes(axis, xray, annotated, predicted, colours)
+    names = {TRUTH: "annotated", PREDICTION: "predicted, with confidence"}
+    _show_findings(figure, {name: colours[name] for name in colours if name in drawn}, **names)
     return figure
 
 
-def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> None:
+def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> list[str]:
     """Draw the outline of each structure in the mask `codes`, which must have the size of the picture in `axis`.
 
-    The mask contains a value of MASK_CODES for each pixel of a structure.
+    The mask contains a value of MASK_CODES for each pixel of a structure. Returns the names of the structures in it.
     """
-    for code in MASK_CODES.values():
-        if (codes == code).any():
-            axis.contour(codes == code, levels=[0.5], colors=colour, linewidths=1)
+    found = {name: codes == code for name, code in MASK_CODES.items() if (codes == code).any()}
+    for inside in found.values():
+        axis.contour(inside, levels=[0.5], colors=colour, linewidths=1)
+    return list(found)
 
 
 def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> Figure:
@@ -158,7 +185,8 @@ def fold_shares(folds: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame)
 def boxes_figure(images: pd.DataFrame, boxes: pd.DataFrame) -> Figure:
     """Draw two histograms, of the number of boxes per image and of the size of boxes (figures 5, 6, Heidelberg report).
 
-    The size of a box is its area as a share of the image's area.
+    The size of a box is its area as a share of the image's area. If there are several findings, each bar of the second
+    histogram is divided by finding.
     """
     counts = boxes.groupby("image_id").size().reindex(images["image_id"], fill_value=0).value_counts().sort_index()
     sized = boxes.merge(images[["image_id", "rows", "columns"]], on="image_id")
@@ -168,7 +196,13 @@ def boxes_figure(images: pd.DataFrame, boxes: pd.DataFrame) -> Figure:
     left.bar(counts.index.astype(str), counts)
     left.bar_label(left.containers[0], fontsize=7)
     left.set(xlabel="boxes per image", ylabel="images")
-    right.hist(shares, bins=40)
+    if colours := finding_colours(findings_of(boxes)):
+        by_finding = [shares[(sized["finding"] == name).to_numpy()] for name in colours]
+        labels = [f"{name} ({len(of_finding)})" for name, of_finding in zip(colours, by_finding, strict=True)]
+        right.hist(by_finding, bins=40, stacked=True, color=list(colours.values()), label=labels)
+        right.legend(fontsize=7, **BESIDE)
+    else:
+        right.hist(shares, bins=40)
     right.set(xlabel="area of the box, as a share of the image", ylabel="boxes")
     return figure
 
@@ -194,12 +228,16 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
     return figure
 
 
-def precision_recall_figure(curves: dict[str, pd.DataFrame]) -> Figure:
-    """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend."""
+def precision_recall_figure(curves: Mapping[str, pd.DataFrame], colours: Mapping[str, str] | None = None) -> Figure:
+    """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend.
+
+    `colours` has the colours of findings, each for the curve whose key is the finding's name, followed by more text or not.
+    """
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, curve in curves.items():
-        axis.step(curve.recall, curve.precision, where="pre", label=name)
+        style = {"color": colours[name.rpartition(" (")[0]], "path_effects": EDGED} if colours else {}
+        axis.step(curve.recall, curve.precision, where="pre", label=name, **style)
     axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axis.legend(fontsize=7, **BESIDE)
     return figure
@@ -270,21 +308,55 @@ def rankings_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_boxes(axis: Axes, xray: CachedXray, boxes: pd.DataFrame, colour: str) -> None:
+def _draw_boxes(
+    axis: Axes,
+    xray: CachedXray,
+    truth: pd.DataFrame | None,
+    predicted: pd.DataFrame | None,
+    colours: Mapping[str, str],
+) -> set[str]:
+    """Draw annotated and predicted boxes, with scores; return the findings drawn.
+
+    If there are `colours` of findings, boxes have them and are labelled with the findings. A label that would cover another
+    one is not printed: scores come first, the highest before others.
+    """
     height, width = xray.pixels.shape
     scale = np.array([width / xray.columns, height / xray.rows] * 2)
-    printed: list[tuple[float, float]] = []
-    if "score" in boxes:
-        boxes = boxes.sort_values("score", ascending=False, kind="stable")
-    for row in boxes.itertuples():
-        xmin, ymin, xmax, ymax = np.array([getattr(row, side) for side in BOX]) * scale
-        axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=colour, linewidth=1.3))
-        if hasattr(row, "score"):
-            # A score that would cover a higher one is not printed.
-            if any(abs(xmin - x) < 0.14 * width and abs(ymin - y) < 0.05 * height for x, y in printed):
-                continue
-            printed.append((xmin, ymin))
-            axis.text(xmin, ymin - 1, f"{row.score:.2f}", color=colour, fontsize=6, va="bottom")
+    labels: list[tuple[str, str, float, float]] = []  # text, colour, left, bottom
+    drawn: set[str] = set()
+    effects = EDGED if colours else []
+    for plain, boxes in ((TRUTH, truth), (PREDICTION, predicted)):
+        of_kind = []
+        if boxes is not None and "score" in boxes:
+            boxes = boxes.sort_values("score", ascending=False, kind="stable")
+        for row in () if boxes is None else boxes.itertuples():
+            name = str(getattr(row, "finding", ""))
+            drawn.add(name)
+            xmin, ymin, xmax, ymax = np.array([getattr(row, side) for side in BOX]) * scale
+            colour = colours.get(name, plain)
+            style: dict[str, Any] = {
+                "edgecolor": colour,
+                "linestyle": _style(plain, colours),
+                "linewidth": 1.3,
+                "fill": False,
+            }
+            axis.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, path_effects=effects, **style))
+            if text := " ".join([*([name] if colours else []), *([f"{row.score:.2f}"] if hasattr(row, "score") else [])]):
+                bottom = ymin - 1 if plain == PREDICTION or not colours else ymax + 0.045 * height
+                of_kind.append((text, colour, xmin, bottom))
+        labels = of_kind + labels
+    printed: list[tuple[float, float, float]] = []
+    for text, colour, left, bottom in labels:
+        wide = max(0.14, 0.017 * len(text)) * width
+        if colours:  # names are long, so they must not reach into the next picture
+            left, bottom = max(min(left, width - wide), 0), min(max(bottom, 0.05 * height), height - 1)
+        if any(left < x + w and x < left + wide and abs(bottom - y) < 0.05 * height for x, y, w in printed):
+            continue
+        printed.append((left, bottom, wide))
+        # Small coloured letters are hard to read on grey, so names are black letters on a tag in the colour of the finding.
+        tag = {"color": "black", "bbox": {"facecolor": colour, "linewidth": 0, "pad": 0.5}} if colours else {"color": colour}
+        axis.text(left, bottom, text, fontsize=6, va="bottom", **tag)
+    return drawn
 
 
 def _true_classes(labels: pd.DataFrame) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from kitlib.inference.predict import Predictor
+from kitlib.inference.predict import AnyPredictor, Predictor
 from kitlib.lungs.finders import LungFinder
 from kitlib.models.classifier import Classifier, FindingsClassifier
 from kitlib.xrays.cache import CachedXray
@@ -67,13 +67,17 @@ def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int])
     return np.divide(heat, hottest, out=np.zeros_like(heat), where=hottest > 0)
 
 
-def compute_heat(predictor: Predictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
+def compute_heat(predictor: AnyPredictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
     """Return one heat map per X-ray, for its entry in `class_names`, mapped from the model's canvas to the decoded copy.
 
     Pixels that the model does not see, such as those outside a crop, have no heat. If the model has several views, only the
     first, unmirrored one is used. Raises ValueError if the model is not a classifier of whole images or lacks a class.
     """
-    if not isinstance(predictor.network, Classifier) or predictor.family.sees_patches:
+    if (
+        not isinstance(predictor, Predictor)
+        or not isinstance(predictor.network, Classifier)
+        or predictor.family.sees_patches
+    ):
         raise ValueError(
             f"{predictor.model} belongs to the family {predictor.family.name}; heat maps need a classifier of whole images"
         )

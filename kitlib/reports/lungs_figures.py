@@ -1,4 +1,4 @@
-"""Figures of lung segmentation: Dice distribution, mask outlines on their images, accepted and rejected lungs."""
+"""Figures of segmentation: Dice distribution, mask outlines on their images, accepted and rejected lungs."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,12 +17,16 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 def overlap_figure(scores: pd.DataFrame) -> Figure:
-    """Draw the cumulative share of images over Dice, one line per structure; dotted is the agreement of two readers."""
+    """Draw the cumulative share of images over Dice, one line per structure.
+
+    The agreement of two readers, if the structures include lungs, is dotted.
+    """
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axis = figure.subplots()
     for structure, part in scores.groupby("structure", sort=False):
         axis.plot(np.sort(part.dice), np.arange(1, len(part) + 1) / len(part), drawstyle="steps-post", label=structure)
-    axis.axvline(HUMAN_AGREEMENT, color="grey", linestyle=":", label="two readers, median")
+    if "lungs" in set(scores.structure):
+        axis.axvline(HUMAN_AGREEMENT, color="grey", linestyle=":", label="two readers, median")
     axis.set(xlabel="Dice, out of fold", ylabel="share of images", xlim=(min(0.7, scores.dice.min()), 1), ylim=(0, 1))
     axis.legend(fontsize=8, **BESIDE)
     return figure

@@ -1,10 +1,14 @@
-"""Reports on lung segmentation, by class: overlap with annotated masks, with intervals, and images without usable lungs."""
+"""Reports on segmentation, by class: overlap with annotated masks, with intervals, and images without usable lungs."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
+from kitlib.classes import SPARSE_STRUCTURES
 from kitlib.lungs.clean_up import FOUND
 from kitlib.tables import check_table, class_columns
+from kitlib.xrays.mask_store import MaskStore
 
 # Median Dice of two annotators who drew lungs and heart in the same 62 COVID images (annotations of V7 Labs and of
 # GeneralBlockchain). Differences above about this value depend on the annotator.
@@ -42,6 +46,34 @@ def overlap_report(
             }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def classes_of_images(
+    images: pd.DataFrame, labels: pd.DataFrame, masks: MaskStore, structures: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return tables `images` and `labels` whose classes `overlap_report` shows for a segmenter of `structures`.
+
+    They are the tables themselves, with the classes of the data set; but for a structure that most images do not have, the
+    classes are images with it and without it in their mask, and images without a mask are left out.
+    """
+    (name, *others) = structures
+    if others or name not in SPARSE_STRUCTURES:
+        return images, labels
+    images = images[images.image_id.isin(masks.ids)]
+    has = np.array([masks.shows(image_id) for image_id in images.image_id], bool)
+    classes = {"id": images.image_id, f"with {name}": has.astype(float), f"without {name}": (~has).astype(float)}
+    return images.assign(study_id=images.image_id), pd.DataFrame(classes)
+
+
+def examples(scores: pd.DataFrame, masks: MaskStore, count: int = 4) -> pd.DataFrame:
+    """Return rows of images to show, from the `mask_scores` of one structure: the `count` worst and the `count` best.
+
+    They are images whose mask in `masks` is not empty. Up to `count` images with an empty mask follow, in which the
+    structure was predicted.
+    """
+    has = np.array([masks.shows(image_id) for image_id in scores.image_id], bool)
+    ranked, false_alarms = scores[has].sort_values("dice"), scores[~has & (scores.dice < 1)]
+    return pd.concat([ranked.head(count), ranked.iloc[count:].tail(count), false_alarms.head(count)])
 
 
 def clustered_interval(

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 
 from kitlib.atomic import write_text
+from kitlib.classes import ONE_FINDING
 from kitlib.datasets.data_folder import listed_id
 from kitlib.errors import DatasetError
-from kitlib.tables import BOX, check_table, cut_boxes
+from kitlib.tables import BOX, check_table, cut_boxes, findings_of
 
 logger = logging.getLogger(__name__)
 
-CATEGORY = "opacity"  # category of boxes without a `finding` column
 # Enough digits for the exact sum or difference of any two coordinates in the file; floats would lose the last digit.
 EXACT = Context(prec=400)
 MOST_PIXELS = 1e9  # larger coordinates, and NaN, are rejected as mistakes
@@ -31,12 +31,12 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
     """Write the three tables as one COCO JSON file, atomically.
 
     Every row of `images`, with or without boxes, becomes an image entry with all the row's columns and, if `folds` is given,
-    the image's fold. `file_name` is `<image_id>.png`. Categories are the values of the boxes' column `finding` in
-    alphabetical order, or only `opacity` if there is no such column. Raises DatasetError if an image's size is unknown, if a
-    box or a fold belongs to none of the images, or if a column of `images` has a name that COCO reserves or a value that
-    JSON cannot hold.
+    the image's fold. `file_name` is `<image_id>.png`. Categories are the boxes' findings in alphabetical order, or only
+    ONE_FINDING if there is no box. Raises DatasetError if an image's size is unknown, if a box or a fold belongs to none of
+    the images, or if a column of `images` has a name that COCO reserves or a value that JSON cannot hold.
     """
     images, boxes, categories = check_images_and_boxes(images, boxes)
+    codes = pd.Index(categories).get_indexer(boxes["finding"]).tolist()
     reserved = _RESERVED & set(images.columns)
     if reserved:
         raise DatasetError(
@@ -54,7 +54,7 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
     if folds is not None:
         _add_folds(entries, check_table(folds, "folds"))
     number_of = {entry["image_id"]: entry["id"] for entry in entries}
-    box_rows = zip(boxes["image_id"], category_indices(boxes, categories), boxes[list(BOX)].to_numpy().tolist(), strict=True)
+    box_rows = zip(boxes["image_id"], codes, boxes[list(BOX)].to_numpy().tolist(), strict=True)
     annotations = [
         _annotation(number, number_of[image_id], 1 + category, box)
         for number, (image_id, category, box) in enumerate(box_rows, 1)
@@ -75,8 +75,8 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     Boxes are cut to their images, and boxes thinner than a pixel are an error (see `cut_annotated_boxes`); all other
     coordinates are bit for bit those passed to `write_coco`, and `images` has all columns that `write_coco` wrote. If
     another program wrote the file, image_id is the file name without folders and suffix, and each image is its own study and
-    patient. `boxes` has the column `finding` unless the only category is `opacity`. Raises DatasetError, which mentions the
-    file and the entry, if the file is missing or invalid.
+    patient. A box's finding is the name of its category. Raises DatasetError, which mentions the file and the entry, if the
+    file is missing or invalid.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -95,8 +95,6 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
         boxes.append((image_of[entry["image_id"]], *_corners(entry["bbox"], place), names[entry["category_id"]]))
         places.append(place)
     table = pd.DataFrame(boxes, columns=["image_id", *BOX, "finding"])
-    if list(names.values()) == [CATEGORY]:
-        table = table.drop(columns="finding")
     images = pd.DataFrame([_image_row(entry, image_of[entry["id"]], where["images"]) for entry in entries])
     tables = {"images": images.drop(columns="fold", errors="ignore"), "boxes": table}
     if "fold" in images:
@@ -158,7 +156,7 @@ def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[
 
 
 def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` whose images are fully annotated, so that an image without a box shows no opacity.
+    """Return the rows of `images` whose images are fully annotated, so that an image without a box shows no finding.
 
     Excludes SIIM's images that no annotator looked at (`false_none`), and NIH's images without a box, because in NIH only a
     few of the images with a finding have boxes.
@@ -168,10 +166,11 @@ def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
     return images[~unannotated & ~unboxed].reset_index(drop=True)
 
 
-def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Return the tables `images` and `boxes`, checked, and the sorted category names of the boxes.
+def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]:
+    """Return the tables `images` and `boxes`, checked, and the boxes' findings in alphabetical order.
 
-    Raises DatasetError if an image's size is unknown, or if a box belongs to none of the images or has no finding.
+    If there is no box, the only finding is ONE_FINDING. Raises DatasetError if an image's size is unknown, if a box belongs
+    to none of the images, or if a finding begins or ends with a space, which a text file would lose.
     """
     images, boxes = check_table(images, "images"), check_table(boxes, "boxes")
     unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]
@@ -185,22 +184,11 @@ def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[p
         raise DatasetError(
             f"{len(unmatched)} boxes belong to none of the images; the first is for image {unmatched.iloc[0]}. Remove them"
         )
-    if "finding" not in boxes:
-        return images, boxes, [CATEGORY]
-    has_name = boxes["finding"].map(lambda name: isinstance(name, str) and name.strip() == name != "")
-    if not has_name.all():
-        raise DatasetError(
-            f"image {boxes['image_id'][~has_name].iloc[0]} has a box whose finding is not a name; expected text that is not "
-            "empty and does not begin or end with a space"
-        )
-    return images, boxes, sorted(boxes["finding"].unique())
-
-
-def category_indices(boxes: pd.DataFrame, categories: list[str]) -> list[int]:
-    """Return, for each row of `boxes`, the index in `categories` of its finding; 0 if `boxes` has no column `finding`."""
-    if "finding" not in boxes:
-        return [0] * len(boxes)
-    return boxes["finding"].map({name: index for index, name in enumerate(categories)}).tolist()
+    findings = findings_of(boxes) or (ONE_FINDING,)
+    padded = [name for name in findings if name.strip() != name]
+    if padded:
+        raise DatasetError(f"the finding {padded[0]!r} in boxes begins or ends with a space; remove the space")
+    return images, boxes, findings
 
 
 def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:

@@ -19,6 +19,7 @@ KINDS = {
     "study": ("tables/study_scores.parquet", "tables/image_scores.parquet"),
     "detector": ("tables/coverage.parquet", "tables/detections.parquet"),
     "findings": ("tables/class_scores.parquet",),
+    "masks": ("tables/mask_maps.parquet",),
     "lungs": ("tables/mask_scores.parquet",),
     "applied lungs": ("tables/lungs.parquet",),
     "prepared": ("tables/folds.parquet",),

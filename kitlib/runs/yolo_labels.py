@@ -14,7 +14,7 @@ import yaml
 from kitlib.atomic import write_text
 from kitlib.datasets.data_folder import read_lines
 from kitlib.errors import DatasetError
-from kitlib.runs.coco import CATEGORY, category_indices, check_images_and_boxes, cut_annotated_boxes
+from kitlib.runs.coco import check_images_and_boxes, cut_annotated_boxes
 from kitlib.tables import BOX, check_table
 
 LABELS, CLASSES = "labels", "classes.txt"
@@ -28,8 +28,8 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
     """Write FOLDER/labels with one file per image, FOLDER/classes.txt, and FOLDER/data.yaml for training.
 
     data.yaml expects the images in FOLDER/images. If `folds` is given, also writes fold0.yaml and so on, each of which
-    validates on its fold and trains on all others. Classes are the values of the column `finding` of `boxes` in alphabetical
-    order, or only `opacity` if there is no such column. FOLDER/labels is renamed into place when complete. Raises
+    validates on its fold and trains on all others. Classes are the boxes' findings in alphabetical order, or only
+    ONE_FINDING if there is no box. FOLDER/labels is renamed into place when complete. Raises
     FileExistsError if FOLDER/labels exists; DatasetError if an image's size is unknown, if a box belongs to none of the
     images, if an image_id cannot be used as a file name, or if a box exceeds its image, because ultralytics would drop the
     whole image.
@@ -39,7 +39,7 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
     if labels.exists():
         raise FileExistsError(f"{labels} exists already; choose another folder, so that old and new labels are not mixed")
     images, boxes, classes = check_images_and_boxes(images, boxes)
-    lines = _label_lines(images, boxes, category_indices(boxes, classes))
+    lines = _label_lines(images, boxes, pd.Index(classes).get_indexer(boxes["finding"]).tolist())
     shutil.rmtree(temporary_folder, ignore_errors=True)
     temporary_folder.mkdir(parents=True)
     for image_id in images["image_id"]:
@@ -63,9 +63,8 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """Return the boxes in FOLDER/labels as a `boxes` table, in pixels of the original images and in the order of `images`.
 
     The columns `rows` and `columns` of `images` convert fractions to pixels. Coordinates that are 0 or at least a thousandth
-    of a pixel are bit for bit those passed to `write_yolo`. The table has the column `finding` unless the only class is
-    `opacity`. Raises DatasetError if a label is invalid (the message has the file and line), if an image has no label file,
-    or if a label file has no image.
+    of a pixel are bit for bit those passed to `write_yolo`. A box's finding is the name of its class. Raises DatasetError if
+    a label is invalid (the message has the file and line), if an image has no label file, or if a label file has no image.
     """
     folder = Path(folder)
     images, _, _ = check_images_and_boxes(images, pd.DataFrame(columns=["image_id", *BOX]))
@@ -90,7 +89,7 @@ def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
                 places.append(f"{path}, line {number}")
                 rows.append((image.image_id, *_parse_line(line, (image.columns, image.rows), classes, places[-1])))
     table = cut_annotated_boxes(pd.DataFrame(rows, columns=["image_id", *BOX, "finding"]), images, places, str(folder))
-    return check_table(table.drop(columns="finding") if classes == [CATEGORY] else table, "boxes", str(folder))
+    return check_table(table, "boxes", str(folder))
 
 
 def _label_lines(images: pd.DataFrame, boxes: pd.DataFrame, numbers: list[int]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import ScoringError, TableError
-from kitlib.scoring.average_precision import Ranking, average_precision, box_hits, first_hits, match_boxes
+from kitlib.scoring.average_precision import OVERLAP, Ranking, average_precision, first_hits, match_boxes
 from kitlib.scoring.submission_csv import ONE_PIXEL, Submission, read_submission, submission_ids
 from kitlib.tables import BOX, read_text_table
 
@@ -192,16 +192,18 @@ def _opacity_precisions(score: np.ndarray, hits: np.ndarray, on_boxed: np.ndarra
     return ranking.average_precision(positives), ranking.average_precision(positives, on_boxed)
 
 
-def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame) -> np.ndarray:
+def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame, overlap: float = OVERLAP) -> np.ndarray:
     """Return a boolean mask of the predicted boxes in `rows` that are hits on the ground-truth boxes in `truth`.
 
-    In both tables, the column `key` contains the id of the image or study that a box belongs to.
+    In both tables, the column `key` contains the id of the image or study that a box belongs to. The IoU of a hit is above
+    `overlap`.
     """
     # Ids are replaced by numbers, because comparing strings would take most of the time.
     names = pd.Index(truth[key].unique())
-    return box_hits(
-        names.get_indexer(rows[key]), rows["score"], rows[list(BOX)], names.get_indexer(truth[key]), truth[list(BOX)]
+    match = match_boxes(
+        *(names.get_indexer(rows[key]), rows[list(BOX)], names.get_indexer(truth[key]), truth[list(BOX)]), overlap
     )
+    return first_hits(rows["score"], match)
 
 
 def competition_score(precision: dict[str, float]) -> float:

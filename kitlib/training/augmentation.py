@@ -41,13 +41,16 @@ class Augmentation:
     def __call__(self, pixels: np.ndarray, boxes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return augmented copies of the canvas `pixels` and of its `boxes`.
 
-        `pixels` is uint8 (side, side); `boxes` is (k, 4): xmin, ymin, xmax, ymax in canvas pixels. Boxes that are
-        less than a pixel wide or high after clipping are removed. The same seed always gives the same augmentation.
+        `pixels` is uint8 (side, side); `boxes` is (k, 4 or more): xmin, ymin, xmax, ymax in canvas pixels; further columns
+        are kept. Boxes that are less than a pixel wide or high after clipping are removed. The same seed always gives the
+        same augmentation.
         """
         self.geometry.set_random_seed(seed)
         self.pixels.set_random_seed(derived_seed(seed, 1))
         moved = self.geometry(image=pixels, bboxes=boxes)
-        return self.pixels(image=moved["image"])["image"], np.asarray(moved["bboxes"], dtype=float).reshape(-1, 4)
+        return self.pixels(image=moved["image"])["image"], np.asarray(moved["bboxes"], dtype=float).reshape(
+            -1, boxes.shape[1]
+        )
 
 
 class MaskAugmentation:

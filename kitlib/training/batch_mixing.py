@@ -18,7 +18,8 @@ def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, A
 
     `label` and `none` are blended as share * image + (1 - share) * partner; a target that is NaN for either image becomes
     NaN. If the batch has `mask` (n, cells, cells), it is mixed like the pixels, and the rectangle's edges are placed between
-    cells. Boxes are removed, because neither image's boxes fit the mixture. Random numbers come from torch's CPU generator.
+    cells. Boxes and their findings are removed, because neither image's boxes fit the mixture. Random numbers come from
+    torch's CPU generator.
     """
     if not mixup and not cutmix:
         return batch
@@ -27,7 +28,7 @@ def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, A
     share = torch.distributions.Beta(alpha, alpha).sample().item()
     pixels, mask = batch["pixels"], batch.get("mask")
     partner = torch.randperm(len(pixels)).to(pixels.device)
-    mixed = {name: value for name, value in batch.items() if name != "boxes"}
+    mixed = {name: value for name, value in batch.items() if name not in ("boxes", "findings")}
     if uses_cutmix:
         side, cells = pixels.shape[-1], pixels.shape[-1] if mask is None else mask.shape[-1]
         top, bottom, left, right = _draw_rectangle(cells, share)

@@ -1,5 +1,6 @@
-"""Trains an opacity detector of any family on all folds but one, and predicts boxes for the held-out fold."""
+"""Trains a detector of any family on all folds but one, and predicts boxes for the held-out fold."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
-from kitlib.tables import concatenate
+from kitlib.tables import concatenate, findings_of
 from kitlib.training.split import with_extra
 from kitlib.training.strategy import Strategy
 from kitlib.training.task import Task
@@ -20,14 +21,13 @@ from kitlib.training.xray_dataset import XrayDataset
 class DetectorStrategy(Strategy):
     """Trains a detector, and writes its predictions for the validation fold to the tables `detections` and `coverage`.
 
-    `detections` has one row per box, in original pixels; `coverage` has one row per image, even if no box was predicted. The
-    best epoch is the epoch with the highest average precision (AP) for opacities on all images of the validation fold. If
-    images are cropped to the lungs, this AP uses ground-truth boxes clipped to the crop, whereas scores computed from the
-    tables use whole boxes.
+    The classes are all findings in the prepared run's `boxes`. `detections` has one row per box, in original pixels;
+    `coverage` has one row per image, even if no box was predicted. The best epoch is the epoch with the highest score of
+    `canvas_precision` on all images of the validation fold. If images are cropped to the lungs, this score uses ground-truth
+    boxes clipped to the crop, whereas scores computed from the tables use whole boxes.
     """
 
     uses = ("extra", "lungs")
-    classes = ("opacity",)
     augments = True  # whether XrayDataset augments; False if the trainer does
     recipe: DetectorRecipe
     train: XrayDataset
@@ -37,6 +37,12 @@ class DetectorStrategy(Strategy):
         super().__init__(task, fold, run_folder)
         tables = self.train_images, self.labels, self.boxes
         images, labels, boxes, cache = with_extra(*tables, task.cache, task.extra, self.validation_images)
+        unknown = sorted(set(findings_of(boxes)) - set(self.classes))
+        if unknown:
+            raise ValueError(
+                f"{task.model_name}: the extra images have boxes of {', '.join(unknown)}, but the prepared run has only "
+                f"boxes of {', '.join(self.classes)}; use an extra run with these findings"
+            )
         self.training_data = sample_negatives(images, boxes, self.recipe.negatives, task.seed), labels, boxes, cache
         for part_images, name in (
             (self.training_data[0], "training folds"),
@@ -50,6 +56,10 @@ class DetectorStrategy(Strategy):
         self.validation_side = self.recipe.inference_size or self.recipe.image_size
         self.validation_batch_ratio *= (self.recipe.image_size / self.validation_side) ** 2
 
+    @property
+    def classes(self) -> Sequence[str]:
+        return findings_of(self.boxes)
+
     def check(self) -> None:
         """Do nothing, because a detector can be trained on any boxes and recipes check their own fields."""
 
@@ -58,11 +68,10 @@ class DetectorStrategy(Strategy):
 
     def make_examples(self) -> None:
         task, recipe = self.task, self.recipe
-        self.train = XrayDataset(*self.training_data, recipe, augment=self.augments, seed=task.seed, lungs=task.lungs)
-        validation_recipe = override(recipe, image_size=self.validation_side)
-        self.validation = XrayDataset(
-            self.validation_images, self.labels, self.boxes, task.cache, validation_recipe, lungs=task.lungs
-        )
+        options: dict[str, Any] = {"lungs": task.lungs, "classes": self.classes}
+        self.train = XrayDataset(*self.training_data, recipe, augment=self.augments, seed=task.seed, **options)
+        validation_data = self.validation_images, self.labels, self.boxes, task.cache
+        self.validation = XrayDataset(*validation_data, override(recipe, image_size=self.validation_side), **options)
 
     def predict(self, device: torch.device) -> dict[str, Any]:
         predictor = self.predictor(device)
@@ -87,15 +96,31 @@ def sample_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, se
     return images.iloc[np.sort(indices)].reset_index(drop=True)
 
 
-def canvas_precision(predictions: list[np.ndarray], ground_truth: list[np.ndarray]) -> float:
-    """Return the average precision (VOC 2010) of predicted opacity boxes over all images.
+def canvas_precision(
+    predictions: list[np.ndarray], ground_truth: list[np.ndarray], classes: Sequence[str]
+) -> dict[str, float]:
+    """Return the average precision (AP, VOC 2010) of predicted boxes over all images, as `score`.
 
-    Both lists have one array per image, with one row per box: xmin, ymin, xmax, ymax in canvas pixels. Rows of `predictions`
-    have the score as a fifth column.
+    With several `classes`, the score is the mean over the classes that occur in the ground truth, and the result also has
+    each class's AP, NaN for a class without a true box. Both lists have one array per image, with one row per box: xmin,
+    ymin, xmax, ymax in canvas pixels, then in `predictions` the score, and last the index of the box's class.
     """
     image, true_image = (
         np.repeat(np.arange(len(arrays)), [len(boxes) for boxes in arrays]) for arrays in (predictions, ground_truth)
     )
     boxes, true_boxes = np.concatenate(predictions), np.concatenate(ground_truth)
-    hits = box_hits(image, boxes[:, 4], boxes[:, :4], true_image, true_boxes)
-    return average_precision(boxes[:, 4], hits, len(true_boxes))
+    precision = {}
+    for code, name in enumerate(classes):
+        found, true = boxes[:, 5] == code, true_boxes[:, 4] == code
+        score = boxes[found, 4]
+        hits = box_hits(image[found], score, boxes[found, :4], true_image[true], true_boxes[true, :4])
+        precision[name] = average_precision(score, hits, true.sum())
+    present = [value for value in precision.values() if not np.isnan(value)]
+    score = float(np.mean(present)) if present else np.nan
+    return {"score": score, **(precision if len(classes) > 1 else {})}
+
+
+def true_rows(batch: dict[str, Any]) -> list[np.ndarray]:
+    """Return the ground truth of a batch for `canvas_precision`: one array (k, 5) per image."""
+    pairs = zip(batch["boxes"], batch["findings"], strict=True)
+    return [torch.column_stack([boxes, codes]).cpu().numpy() for boxes, codes in pairs]

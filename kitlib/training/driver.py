@@ -69,4 +69,5 @@ def _strategies() -> dict[str, Callable[[Task, int, Path], Strategy]]:
         "retinanet": PyramidDetectorStrategy,
         "yolo": yolo,
         "segmenter": SegmenterStrategy,
+        "sparse_segmenter": SegmenterStrategy,
     }

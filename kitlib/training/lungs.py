@@ -1,20 +1,25 @@
-"""Trains a lung segmenter on one fold, and scores the masks that it predicts for the held-out images."""
+"""Trains a segmenter on one fold, and scores the masks that it predicts for the held-out images."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from kitlib.bundle import read_bundle
+from kitlib.bundle import read_bundle, read_record
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.errors import BundleError, MaskError
-from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
+from kitlib.inference.segment_lungs import LungSegmenter, MaskPredictor, TrainedSegmenter, load_any_segmenter
 from kitlib.lungs.clean_up import decode_maps
+from kitlib.models.albunet import AlbuNet
+from kitlib.models.families import LUNGS, MASKS, recorded_family
 from kitlib.models.segmenter import Segmenter, segmentation_loss
+from kitlib.models.starting_weights import load_starting_weights
+from kitlib.paths import find_starting_weights
 from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.scoring.metrics import overlap
-from kitlib.tables import check_table
+from kitlib.tables import check_table, concatenate
 from kitlib.training import data_parallel
 from kitlib.training.loop import RecipeTraining
 from kitlib.training.mask_dataset import MaskDataset, collate_masks
@@ -58,25 +63,30 @@ def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> No
 
 
 def score_masks(
-    segmenter: LungSegmenter,
+    segmenter: TrainedSegmenter,
     cache: DecodedXrays,
     masks: MaskStore,
     image_ids: pd.Series,
     predicted_masks: MaskStore | None = None,
+    predicted_maps: list[pd.DataFrame] | None = None,
 ) -> pd.DataFrame:
     """Segment images, compare the result with their ground-truth masks in `masks`, and return a `mask_scores` table.
 
-    For each image, the table has one row for each of the recipe's structures and one for "lungs" (both sides together), with
-    the columns image_id, model, fold (always -1), structure, dice and jaccard. Masks are scored as predicted, without
-    clean-up. If `predicted_masks` is given, the predicted masks are added to this store.
+    For each image, the table has one row for each of the recipe's structures and, of a lung segmenter, one for "lungs" (both
+    sides together), with the columns image_id, model, fold (always -1), structure, dice and jaccard. Masks are scored as
+    predicted, without clean-up. If `predicted_masks` is given, the predicted masks are added to this store. If
+    `predicted_maps` is given, a MaskPredictor's `mask_maps` tables are added to this list.
     """
     rows, pending = [], {}
+    structures = dict.fromkeys([*segmenter.recipe.structures, *(["lungs"] if isinstance(segmenter, LungSegmenter) else [])])
     for xray, maps, place in segmenter.maps(cache.read(image_id) for image_id in image_ids):
         predicted, truth = decode_maps(maps, place, xray.pixels.shape, segmenter.recipe), masks.read(xray.image_id)
-        for structure in dict.fromkeys([*segmenter.recipe.structures, "lungs"]):
+        for structure in structures:
             codes = LUNG_CODES if structure == "lungs" else (MASK_CODES[structure],)
             agreement = overlap(np.isin(predicted, codes), np.isin(truth, codes))
             rows.append((xray.image_id, segmenter.model, -1, structure, *agreement))
+        if predicted_maps is not None and isinstance(segmenter, MaskPredictor):
+            predicted_maps.append(segmenter.map_table(xray, maps, place))
         pending[xray.image_id] = predicted
         if predicted_masks is not None and len(pending) >= MASKS_PER_FILE:
             predicted_masks.add(pending)
@@ -87,11 +97,15 @@ def score_masks(
     return check_table(pd.DataFrame(rows, columns=columns), "mask_scores")
 
 
+def _is_segmenter(source: Path) -> bool:
+    return source.is_dir() and recorded_family(read_record(source), source).answers in (LUNGS, MASKS)
+
+
 class LungsTraining(RecipeTraining):
-    """Lightning module that trains and validates a lung segmenter on batches from a `MaskDataset`.
+    """Lightning module that trains and validates a segmenter on batches from a `MaskDataset`.
 
     The validation score is the Dice coefficient of the predicted and the ground-truth mask on the canvas, averaged over
-    images and structures.
+    images and structures; it is 1 if both masks are empty.
     """
 
     model: Segmenter
@@ -112,7 +126,7 @@ class LungsTraining(RecipeTraining):
         logits = self.evaluated_model(self.evaluated_model.normalise(batch["pixels"]))
         size = len(batch["pixels"])
         self.log("validation_loss", segmentation_loss(logits, batch["truth"], self.recipe), batch_size=size, sync_dist=True)
-        predicted = self.evaluated_model.probabilities(logits).argmax(dim=1).cpu().numpy()
+        predicted = self.evaluated_model.labels(logits)
         truth = batch["truth"].cpu().numpy()
         for row, prediction, mask in zip(batch["index"].tolist(), predicted, truth, strict=True):
             for number in range(self.overlaps.shape[1]):
@@ -127,10 +141,11 @@ class LungsTraining(RecipeTraining):
 
 
 class SegmenterStrategy(Strategy):
-    """Strategy that trains a lung segmenter on one fold, using only images that have a ground-truth mask.
+    """Strategy that trains a segmenter on one fold, using only images that have a ground-truth mask, which may be empty.
 
-    Writes the predicted masks for the validation fold to `masks/`, and their scores to the `mask_scores` table. The
-    constructor raises MaskError if no image has a mask, or if the masks follow several conventions.
+    Writes the predicted masks for the validation fold to `masks/`, their scores to the `mask_scores` table and, for a
+    structure that most images do not have, the probabilities to the `mask_maps` table. The constructor raises MaskError if
+    no image has a mask, if no mask shows the recipe's structures, or if the masks follow several conventions.
     """
 
     uses = ("masks",)
@@ -145,20 +160,36 @@ class SegmenterStrategy(Strategy):
             )
         self.masks = self.task.masks
         self.images, self.folds = with_masks(self.images, self.folds, self.masks)
+        codes = [
+            code for name in self.recipe.structures for code in (LUNG_CODES if name == "lungs" else (MASK_CODES[name],))
+        ]
+        if not any(np.isin(self.masks.read(image_id), codes).any() for image_id in self.images.image_id):
+            raise MaskError(
+                f"no mask in {self.masks.folder} shows {' or '.join(self.recipe.structures)}; choose a recipe for what the "
+                "masks show, or prepare other data"
+            )
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.recipe.structures
 
     def start(self, model: Segmenter) -> str:
-        """Load the weights of the bundle `starting_weights` into `model`, and return a text that says what was loaded.
+        """Load the recipe's `starting_weights` into `model`, and return a text that says what was loaded.
 
-        Returns "from scratch" if the recipe has no `starting_weights`. Raises BundleError if the bundle contains another
-        network.
+        They are the bundle of a segmenter with the same network; an albunet may also start with an encoder's weights, from a
+        classifier with the backbone resnet34 or a file. Returns "from scratch" if there are none. Raises BundleError if they
+        do not fit.
         """
         name = self.recipe.starting_weights
         if not name:
             return "from scratch"
+        if isinstance(model.network, AlbuNet) and not _is_segmenter(find_starting_weights(name)):
+            report = load_starting_weights(model, name, "network.encoder.")
+            if missing := [tensor for tensor in report["random"] if tensor.startswith("network.encoder.")]:
+                raise BundleError(
+                    f"{name} lacks {len(missing)} tensors of a resnet34, such as {missing[0]}; give all of them"
+                )
+            return f"{name}: {len(report['loaded'])} tensors of the encoder"
         record, weights = read_bundle(name)
         try:
             model.load_state_dict(weights, strict=True)
@@ -177,8 +208,10 @@ class SegmenterStrategy(Strategy):
         return LungsTraining(model, len(self.validation))
 
     def predict(self, device: torch.device) -> dict[str, Any]:
-        segmenter = load_segmenter(self.run_folder / "bundle", device, 2 * self.recipe.batch_size)
-        predicted_masks = MaskStore.create_empty(self.run_folder / "masks")
-        scores = score_masks(segmenter, self.task.cache, self.masks, self.validation_images.image_id, predicted_masks)
+        segmenter = load_any_segmenter(self.run_folder / "bundle", device, 2 * self.recipe.batch_size)
+        predicted, maps = MaskStore.create_empty(self.run_folder / "masks"), list[pd.DataFrame]()
+        scores = score_masks(segmenter, self.task.cache, self.masks, self.validation_images.image_id, predicted, maps)
         self.write("mask_scores", scores.assign(fold=self.fold))
+        if isinstance(segmenter, MaskPredictor):
+            self.write("mask_maps", concatenate(maps, "mask_maps"))
         return {}

@@ -1,5 +1,6 @@
 """Data set of cached X-rays and their masks, which are placed on a canvas and augmented together."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from kitlib.device import derived_seed
 from kitlib.errors import MaskError
 from kitlib.letterbox import Placement
 from kitlib.lungs.clean_up import make_input, place_image
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.training import kept_memory
 from kitlib.training.augmentation import MaskAugmentation
-from kitlib.training.xray_dataset import CanvasCache, Examples
+from kitlib.training.xray_dataset import CanvasCache, EpochSampler, Examples
 from kitlib.xrays.cache import CachedXray, DecodedXrays
 from kitlib.xrays.mask_store import MaskStore
 
@@ -46,6 +47,7 @@ class MaskDataset(Examples):
                 f"{len(missing)} of {len(self)} images have no mask in {masks.folder}; the first is {missing[0]}"
             )
         self.augmentation = MaskAugmentation(recipe) if augment else None
+        self.positives = recipe.positives if isinstance(recipe, SparseSegmenterRecipe) else ()
         self.kept = kept_memory.CANVASES.reserve(self, len(self), 2 * self.side**2)  # number of images
         self.canvas_caches = [CanvasCache(self.kept, self.side) for _ in range(2)]
 
@@ -55,6 +57,22 @@ class MaskDataset(Examples):
         if self.augmentation is not None:
             pixels, truth = self.augmentation(pixels, truth, derived_seed(self.seed, epoch, index))
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
+
+    def sampler(self, seed: int) -> EpochSampler:
+        """Return the sampler of training: with the recipe's share of images that have the structure, if it states one.
+
+        Raises MaskError if all images have the structure, or none of them.
+        """
+        if not self.positives:
+            return super().sampler(seed)
+        (name,) = self.recipe.structures
+        has = np.array([(self.masks.read(image_id) == MASK_CODES[name]).any() for image_id in self.image_ids])
+        if has.all() or not has.any():
+            raise MaskError(
+                f"{'all' if has.all() else 'none'} of the {len(self)} training images have a {name}; prepare images of both "
+                'kinds, or set overrides {"positives": []}, which trains on all images alike'
+            )
+        return PositivesSampler(has, self.positives, self.recipe.epochs, seed)
 
     def _read_canvas(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if index < self.kept:
@@ -72,6 +90,32 @@ class MaskDataset(Examples):
         return pixels, truth
 
 
+class PositivesSampler(EpochSampler):
+    """Sampler of the keys (epoch, index) of epochs in which a given share of the images has a structure.
+
+    `has_structure` (n,) says which images have it. `shares` are the shares in the first and in the last of `epochs` epochs,
+    between which the share changes linearly. Every epoch has the same length: the number of images of which the lower share
+    is the number of all images with the structure. Within an epoch, all images with the structure are drawn equally often,
+    but for one; so are all others.
+    """
+
+    def __init__(self, has_structure: np.ndarray, shares: tuple[float, ...], epochs: int, seed: int) -> None:
+        super().__init__(round(int(has_structure.sum()) / min(shares)), seed)
+        self.with_structure, self.without = np.flatnonzero(has_structure), np.flatnonzero(~has_structure)
+        self.shares, self.epochs = shares, epochs
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        first, last = self.shares
+        count = round(self.length * (first + (last - first) * min(1.0, self.epoch / max(1, self.epochs - 1))))
+        drawn = [_draw(self.with_structure, count, rng), _draw(self.without, self.length - count, rng)]
+        return ((self.epoch, int(index)) for index in rng.permutation(np.concatenate(drawn)))
+
+
+def _draw(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.concatenate([rng.permutation(indices) for _ in range(count // len(indices) + 1)])[:count]
+
+
 def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, xray: CachedXray) -> np.ndarray:
     """Return the mask of a cached X-ray on the recipe's canvas, uint8 (side, side): 0 for background, k for structure k.
 
@@ -86,7 +130,7 @@ def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe
             f"the mask of {xray.image_id} has {codes.shape} pixels, but its image has {xray.pixels.shape}; prepare the data "
             "again"
         )
-    if (codes == MASK_CODES["lungs"]).any() and "lungs" not in recipe.structures:
+    if (codes == MASK_CODES["lungs"]).any() and {"left_lung", "right_lung"} & set(recipe.structures):
         raise MaskError(
             f"the mask of {xray.image_id} does not distinguish left and right lung, but the structures "
             f'{", ".join(recipe.structures)} do; set overrides {{"structures": ["lungs"]}}'

@@ -65,7 +65,11 @@ class PatchDataset(Examples):
         ((row, column),) = canvas.centres(1, derived_seed(self.seed, epoch, index, 3))
         patch = cut_patches(torch.from_numpy(canvas.pixels)[None], torch.tensor([[0, row, column]]), canvas.side)[0].numpy()
         patch, _ = self.augmentation(patch, np.zeros((0, 4)), derived_seed(self.seed, epoch, index))
-        unknown = {"none": torch.tensor(torch.nan), "boxes": torch.zeros(0, 4)}
+        unknown = {
+            "none": torch.tensor(torch.nan),
+            "boxes": torch.zeros(0, 4),
+            "findings": torch.zeros(0, dtype=torch.int64),
+        }
         return example | unknown | {"pixels": torch.from_numpy(patch)}
 
     def lungs_missed(self) -> int:

@@ -19,7 +19,7 @@ from kitlib.fusion.model_fusion import ModelPredictions, fuse
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.lungs.finders import StoredLungs
-from kitlib.models.families import CLASSES, STUDIES
+from kitlib.models.families import BOXES, STUDIES
 from kitlib.tables import check_table, concatenate
 from kitlib.xrays.cache import DecodedXrays, XrayCache
 
@@ -125,14 +125,16 @@ def predict_unseen(
 
     `models` has one row per model, with the columns model, fold and bundle (the folder of its bundle). `lungs` finds the
     lungs for models that use lung masks; the number of images in which no lungs were found is logged. Raises ValueError if a
-    model uses lung masks and `lungs` is missing or from another segmenter, or if a model is a findings classifier, which
-    does not predict study classes; BundleError if a bundle is damaged or contains a segmenter.
+    model uses lung masks and `lungs` is missing or from another segmenter, or if a model predicts neither study classes nor
+    boxes; BundleError if a bundle is damaged or contains a segmenter.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
         predictor = load_predictor(row.bundle, batch_size=batch_size, lungs=lungs)
-        if predictor.family.answers == CLASSES:
-            raise ValueError(f"{row.bundle} is a findings classifier; give only runs of study classifiers and detectors")
+        if predictor.family.answers not in (STUDIES, BOXES):
+            raise ValueError(
+                f"{row.bundle} predicts {predictor.family.answers}; give only runs of study classifiers and detectors"
+            )
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
                 f"{row.bundle} needs the lungs of {'another segmenter or clean-up' if lungs else 'a segmenter'}; set "

@@ -1,7 +1,7 @@
 """Trains a Faster R-CNN or a RetinaNet with Lightning."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -9,28 +9,28 @@ import torch
 
 from kitlib.models.pyramid import PyramidDetector
 from kitlib.training import data_parallel
-from kitlib.training.detector import DetectorStrategy, canvas_precision
+from kitlib.training.detector import DetectorStrategy, canvas_precision, true_rows
 from kitlib.training.loop import RecipeTraining
 
 
 class PyramidDetectorTraining(RecipeTraining):
     """Lightning module that trains and validates a detector with a feature pyramid on batches from an `XrayDataset`.
 
-    The validation score is `score(predictions, ground_truth)`. Both arguments are lists with one array per image: predicted
-    boxes with their scores (k, 5), ground-truth boxes (m, 4).
+    `score(predictions, ground_truth)` returns the validation scores, keyed by name. Both arguments are lists with one array
+    per image: predicted boxes with their scores and classes (k, 6), ground-truth boxes with their classes (m, 5).
     """
 
     model: PyramidDetector
     evaluated_model: PyramidDetector
 
-    def __init__(self, model: PyramidDetector, score: Callable[[list, list], float]) -> None:
+    def __init__(self, model: PyramidDetector, score: Callable[[list, list], dict[str, float]]) -> None:
         super().__init__(model, model.recipe)
         self.score = score
         self.predictions: list[np.ndarray] = []
         self.ground_truth: list[np.ndarray] = []
 
     def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        losses = self.model.losses(batch["pixels"], batch["boxes"])
+        losses = self.model.losses(batch["pixels"], batch["boxes"], batch["findings"])
         loss = reduce(torch.add, losses.values())
         self.log_dict({"train_loss": loss.detach(), **losses}, on_step=False, on_epoch=True, batch_size=len(batch["pixels"]))
         return loss
@@ -40,15 +40,15 @@ class PyramidDetectorTraining(RecipeTraining):
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         self.predictions += self.evaluated_model.predict(batch["pixels"])
-        self.ground_truth += [boxes.cpu().numpy() for boxes in batch["boxes"]]
+        self.ground_truth += true_rows(batch)
 
     def on_validation_epoch_end(self) -> None:
         predictions, ground_truth = (data_parallel.gather_list(boxes) for boxes in (self.predictions, self.ground_truth))
-        self.log("score", self.score(predictions, ground_truth))
+        self.log_dict(self.score(predictions, ground_truth))
 
 
 class PyramidDetectorStrategy(DetectorStrategy):
     """Strategy that trains a detector with a feature pyramid on one fold with Lightning."""
 
     def module(self, model: PyramidDetector) -> PyramidDetectorTraining:
-        return PyramidDetectorTraining(model, canvas_precision)
+        return PyramidDetectorTraining(model, partial(canvas_precision, classes=self.classes))

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kitlib.errors import DatasetError
-from kitlib.inference.predict import Predictor, load_predictor
+from kitlib.inference.predict import AnyPredictor, load_predictor
 from kitlib.lungs.crop import check_finder
 from kitlib.recipes.fields import WithBackbone
 from kitlib.tables import write_table
@@ -127,7 +127,7 @@ class Strategy(ABC):
         """
         return 0
 
-    def predictor(self, device: torch.device) -> Predictor:
+    def predictor(self, device: torch.device) -> AnyPredictor:
         """Return a predictor that uses the model in the run's bundle."""
         return load_predictor(self.run_folder / "bundle", device, self.validation_batch, lungs=self.task.lungs)
 

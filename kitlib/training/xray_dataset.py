@@ -1,7 +1,7 @@
 """Data set of cached X-rays with targets and reproducible augmentation, and a data loader that makes batches of it."""
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cv2
@@ -38,16 +38,21 @@ class Examples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def sampler(self, seed: int) -> "EpochSampler":
+        """Return the sampler of training, which yields the keys of each epoch's examples."""
+        return EpochSampler(len(self), seed)
+
 
 class XrayDataset(Examples):
     """Data set of X-rays with their targets: one example per row of `images`, in the same order.
 
     An example is a dict. `pixels`, uint8 (side, side), is the grey image on the recipe's canvas. `label`, float32
     (classes,), has the labels of the image's study in the order of the `labels` table, NaN if unknown. `boxes` is float32
-    (k, 4), one row per box: xmin, ymin, xmax, ymax in canvas pixels. `index` is the row in `images`. `none`, float32, is the
-    probability that the image has no opacity. It comes from the column `none` of `images` if the column exists and is not
-    NaN. Otherwise it is NaN if the column `boxes_known` is False (opacities are not annotated), else 1 for an image without
-    boxes and 0 for an image with boxes.
+    (k, 4), one row per box: xmin, ymin, xmax, ymax in canvas pixels. `findings`, int64 (k,), has the boxes' findings as
+    indices of `classes`; without `classes`, all are 0. `index` is the row in `images`. `none`, float32, is the probability
+    that the image has no opacity. It comes from the column `none` of `images` if the column exists and is not NaN. Otherwise
+    it is NaN if the column `boxes_known` is False (opacities are not annotated), else 1 for an image without boxes and 0 for
+    an image with boxes.
 
     The key of an example is its index, or (epoch, index) from `EpochSampler`. Its augmentation depends on `seed` and the key
     alone, in any process, so that resumed training uses the same examples as uninterrupted training.
@@ -73,13 +78,17 @@ class XrayDataset(Examples):
         augment: bool = False,
         seed: int = 0,
         lungs: LungFinder | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         self.cache, self.side, self.seed, self.canvas = cache, recipe.image_size, seed, read_canvas(recipe)
         self.image_ids, self.example_bytes = images.image_id.tolist(), recipe.image_size**2
         self.make_placement = PLACEMENTS[recipe.placement]
         self.label = labels.set_index("id").reindex(images.study_id).to_numpy(np.float32)
-        corners = {image_id: rows[list(BOX)].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
-        self.boxes = [corners.get(image_id, np.zeros((0, 4))) for image_id in self.image_ids]
+        self.classes = tuple(classes)
+        # The class is a fifth column, so that whatever moves or removes a box keeps its class.
+        boxes = boxes.assign(code=pd.Index(classes).get_indexer(boxes["finding"]) if classes else 0)
+        rows_of = {image_id: rows[[*BOX, "code"]].to_numpy(float) for image_id, rows in boxes.groupby("image_id")}
+        self.boxes = [rows_of.get(image_id, np.zeros((0, 5))) for image_id in self.image_ids]
         self.none = np.array([float(not len(image_boxes)) for image_boxes in self.boxes], dtype=np.float32)
         if "boxes_known" in images.columns:
             self.none[images.boxes_known.eq(False).to_numpy()] = np.nan
@@ -114,7 +123,8 @@ class XrayDataset(Examples):
             "pixels": torch.from_numpy(pixels),
             "label": torch.from_numpy(self.label[index]),
             "none": torch.tensor(self.none[index]),
-            "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "boxes": torch.from_numpy(boxes[:, :4].astype(np.float32)),
+            "findings": torch.from_numpy(boxes[:, 4].astype(np.int64)),
             "index": index,
         }
 
@@ -257,9 +267,9 @@ def batches(
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
         # An incomplete last batch is dropped, because batch norm fails on a single image.
-        sampling: dict[str, Any] = {
-            "batch_sampler": data_parallel.SharedBatches(EpochSampler(len(dataset), seed), batch_size)
-        }
+        sampler = dataset.sampler(seed)
+        batch_sampler = data_parallel.SharedBatches(sampler, min(batch_size, len(sampler)))
+        sampling: dict[str, Any] = {"batch_sampler": batch_sampler}
     else:
         sampling = {"sampler": range(rank, len(dataset), processes), "batch_size": max(1, batch_size // processes)}
     return DataLoader(
@@ -281,12 +291,13 @@ def batches(
 def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch of n examples of an `XrayDataset`, as a dict.
 
-    `pixels` (n, side, side), `label` (n, classes), `none` (n,) and `index` (n,) are tensors. `boxes` is a list with one
-    tensor (k, 4) per example.
+    `pixels` (n, side, side), `label` (n, classes), `none` (n,) and `index` (n,) are tensors. `boxes` and `findings` are
+    lists with one tensor, (k, 4) and (k,), per example.
     """
     stacked = {name: torch.stack([example[name] for example in examples]) for name in ("pixels", "label", "none")}
     index = torch.tensor([example["index"] for example in examples])
-    return {**stacked, "boxes": [example["boxes"] for example in examples], "index": index}
+    lists = {name: [example[name] for example in examples] for name in ("boxes", "findings")}
+    return {**stacked, **lists, "index": index}
 
 
 def _limit_threads(_: int) -> None:

@@ -7,6 +7,7 @@ images (canvases from the cache instead of image files), validation (the same sc
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from kitlib.device import derived_seed, precision, seed_everything
 from kitlib.models.yolo import YoloDetector  # before ultralytics, whose import it makes silent and offline
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.training.curves import open_curves
-from kitlib.training.detector import DetectorStrategy, canvas_precision
+from kitlib.training.detector import DetectorStrategy, canvas_precision, true_rows
 from kitlib.training.fold_folder import LEARNING_RATE_FLOOR, FitResult, find_kept_epoch, is_over
 from kitlib.training.progress import Progress
 from kitlib.training.shared_memory import BATCH_TIMEOUT_S
@@ -32,7 +33,6 @@ from ultralytics.data.dataset import YOLODataset  # isort: skip
 from ultralytics.models.yolo.detect import DetectionTrainer  # isort: skip
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
-DATA = {"names": {0: "opacity"}, "nc": 1, "channels": 3}
 MOSAIC_OFF = 10  # number of last epochs without mosaic, as in ultralytics; at most a third of all epochs
 
 
@@ -51,9 +51,7 @@ class Canvases(YOLODataset):
             None,
             {},
         )  # last key and example, so that it is read once for boxes and pixels
-        super().__init__(
-            img_path="", imgsz=examples.side, augment=augment, hyp=settings, data=DATA, batch_size=settings.batch
-        )
+        super().__init__(img_path="", imgsz=examples.side, augment=augment, hyp=settings, data={}, batch_size=settings.batch)
 
     def get_img_files(self, img_path: str) -> list[str]:
         """Return the image_ids, which ultralytics uses as file names."""
@@ -68,12 +66,12 @@ class Canvases(YOLODataset):
 
         Its `bboxes` is an array (k, 4): x centre, y centre, width and height of each box, as shares of the canvas's side.
         """
-        side = self.examples.side
-        xmin, ymin, xmax, ymax = (self.example(index)["boxes"].numpy() / side).T
+        side, example = self.examples.side, self.example(index)
+        xmin, ymin, xmax, ymax = (example["boxes"].numpy() / side).T
         return {
             "im_file": self.examples.image_ids[index],
             "shape": (side, side),
-            "cls": np.zeros((len(xmin), 1), dtype=np.float32),
+            "cls": example["findings"].numpy()[:, None].astype(np.float32),
             "bboxes": np.stack([(xmin + xmax) / 2, (ymin + ymax) / 2, xmax - xmin, ymax - ymin], axis=1),
             "segments": [],
             "keypoints": None,
@@ -119,7 +117,7 @@ class Trainer(DetectionTrainer):
         detector: YoloDetector,
         examples: dict[str, XrayDataset],
         validation: DataLoader,
-        score: Callable[[list, list], float],
+        score: Callable[[list, list], dict[str, float]],
         run_folder: Path,
         device: torch.device,
         seed: int,
@@ -160,7 +158,8 @@ class Trainer(DetectionTrainer):
 
     def get_dataset(self) -> dict[str, Any]:
         """Return the description of the data that ultralytics expects: class names and channels, without image files."""
-        return {**DATA, "train": "", "val": ""}
+        names = dict(enumerate(self.detector.classes))
+        return {"names": names, "nc": len(names), "channels": 3, "train": "", "val": ""}
 
     def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Canvases:
         """Return the training data set if `mode` is "train", the validation data set if it is "val"."""
@@ -173,16 +172,17 @@ class Trainer(DetectionTrainer):
         return loader
 
     def validate(self) -> tuple[dict[str, float], float]:
-        """Validate the moving average; return an empty dict and the score on the validation images.
+        """Validate the moving average; return the scores of the classes and the score on the validation images.
 
         ultralytics expects a dict of metrics and the fitness, a number that decides the best epoch.
         """
-        average = YoloDetector(self.detector.recipe, self.ema.ema)
+        average = YoloDetector(self.detector.recipe, self.detector.classes, self.ema.ema)
         predictions, ground_truth = [], []
         for batch in self.validation_batches:
             predictions += average.predict(batch["pixels"])
-            ground_truth += [boxes.numpy() for boxes in batch["boxes"]]
-        return {}, self.score_function(predictions, ground_truth)
+            ground_truth += true_rows(batch)
+        scores = self.score_function(predictions, ground_truth)
+        return scores, scores.pop("score")
 
     def save_metrics(self, metrics: dict[str, float]) -> None:
         """Add the current epoch to the history, and decide whether to stop the training.
@@ -200,6 +200,7 @@ class Trainer(DetectionTrainer):
                 "train_loss": sum(losses.values()),
                 **losses,
                 "score": self.fitness,
+                **self.metrics,
             }
         )
         self.stop |= is_over(self.history, self.detector.recipe) or not epoch_fits(self.deadline, self.session_seconds)
@@ -365,9 +366,8 @@ class YoloStrategy(DetectorStrategy):
             progress = Progress(self.title, recipe.epochs, curves)
             environment = self.run_folder, device, task.seed, self.workers
             examples = {"train": self.train, "val": self.validation}
-            trainer = Trainer(
-                model, examples, self.validation_batches(), canvas_precision, *environment, progress, task.deadline
-            )
+            score = partial(canvas_precision, classes=self.classes)
+            trainer = Trainer(model, examples, self.validation_batches(), score, *environment, progress, task.deadline)
             trainer.history = history = _read_history(trainer.last)
             if not history or not is_over(history, recipe):
                 if epoch_fits(task.deadline, [row["seconds"] for row in history]):

@@ -16,6 +16,19 @@ from kitlib.errors import MaskError
 SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
 
 
+def encode_grey(pixels: np.ndarray) -> bytes:
+    """Return a PNG file of an image uint8 (rows, columns)."""
+    return cv2.imencode(".png", np.ascontiguousarray(pixels, np.uint8))[1].tobytes()
+
+
+def decode_grey(png: bytes) -> np.ndarray:
+    """Return the image uint8 (rows, columns) in a PNG file. Raises MaskError if it has no such image."""
+    pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
+    if pixels is None or pixels.ndim != 2 or pixels.dtype != np.uint8:
+        raise MaskError(f"{len(png)} bytes are not a PNG file of an 8-bit grey image; predict the images again")
+    return pixels
+
+
 class MaskStore:
     """Store of masks by image_id. A mask is a label image, uint8 (height, width), with a code of MASK_CODES at each pixel.
 
@@ -58,13 +71,16 @@ class MaskStore:
         if image_id not in self._locations:
             raise KeyError(f"no mask for image {image_id!r} in {self.folder}, which has {len(self)} masks")
         part, column, row = self._locations[image_id]
-        png = np.frombuffer(column[row].as_py() or b"", np.uint8)
-        codes = cv2.imdecode(png, cv2.IMREAD_UNCHANGED) if png.size else None
-        if codes is None or codes.ndim != 2 or codes.dtype != np.uint8:
+        try:
+            return decode_grey(column[row].as_py() or b"")
+        except MaskError as error:
             raise MaskError(
                 f"{part}: the mask for image {image_id!r} is damaged; delete {part.parent} and create the masks again"
-            )
-        return codes
+            ) from error
+
+    def shows(self, image_id: str) -> bool:
+        """Return whether the mask of an image shows any structure. Raises the errors of `read`."""
+        return bool(self.read(image_id).any())
 
     def add(self, masks: Mapping[str, np.ndarray]) -> None:
         """Write the masks in `masks` (image_id -> label image) to one new file.
@@ -81,7 +97,7 @@ class MaskStore:
                 )
         if not masks:
             return
-        png = [cv2.imencode(".png", np.ascontiguousarray(codes, np.uint8))[1].tobytes() for codes in masks.values()]
+        png = [encode_grey(codes) for codes in masks.values()]
         table = pa.table({"image_id": list(masks), "png": png}, schema=SCHEMA)
         parts = [int(part.stem.removeprefix("part-")) for part in self.folder.glob("part-*.arrow")]
         part = self.folder / f"part-{max(parts, default=-1) + 1:05d}.arrow"

@@ -18,9 +18,19 @@ NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 def encode_mask(mask: np.ndarray) -> str:
     """Return the run lengths of a mask (rows, columns), whose pixels are true or not 0; EMPTY for an empty one."""
-    pixels = np.asarray(mask).astype(bool).ravel(order="F").astype(np.int8)
-    edges = np.flatnonzero(np.diff(pixels, prepend=0, append=0))
-    return " ".join(map(str, np.diff(edges, prepend=0))) if len(edges) else EMPTY
+    return encode_runs(runs_of(mask))
+
+
+def encode_runs(runs: np.ndarray) -> str:
+    """Return the run lengths of sorted runs (n, 2), which do not overlap; EMPTY for none."""
+    return " ".join(map(str, np.diff(runs.ravel(), prepend=0))) if len(runs) else EMPTY
+
+
+def runs_of(mask: np.ndarray) -> np.ndarray:
+    """Return the runs (n, 2) of a mask (rows, columns), each its first pixel and the pixel after its last."""
+    pixels = np.zeros(mask.size + 2, dtype=bool)
+    pixels[1:-1] = np.asarray(mask).astype(bool).ravel(order="F")
+    return np.flatnonzero(pixels[1:] != pixels[:-1]).reshape(-1, 2)
 
 
 def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
@@ -28,6 +38,11 @@ def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
     runs, faults = parse_runs(text, rows * columns)
     if faults:
         raise MaskError(f"the run lengths {text[:60]!r} cannot be decoded: {'; '.join(faults)}")
+    return draw_runs(runs, rows, columns)
+
+
+def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
+    """Return the boolean mask (rows, columns) of runs (n, 2), in any order, which may overlap."""
     pixels = np.zeros(rows * columns, dtype=bool)
     for start, end in runs:
         pixels[start:end] = True

@@ -4,18 +4,33 @@ A score depends only on the numbers of the pixels, so that it is the same on an 
 """
 
 from fractions import Fraction
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from kitlib.competitions.siim_acr import SIIM_ACR, dice, metric, read_truth
+from kitlib.classes import MASK_CODES
+from kitlib.competitions.siim_acr import (
+    SIIM_ACR,
+    SiimAcrSettings,
+    compare,
+    decide,
+    dice,
+    fill,
+    judge,
+    metric,
+    read_truth,
+    truth_of,
+)
 from kitlib.errors import MaskError, ScoringError
 from kitlib.scoring.metrics import overlap
-from kitlib.xrays.run_lengths import NO_RUNS, decode_mask, encode_mask, parse_runs
+from kitlib.xrays.mask_store import MaskStore, encode_grey
+from kitlib.xrays.run_lengths import NO_RUNS, decode_mask, draw_runs, encode_mask, encode_runs, parse_runs, runs_of
 
 LAST = 1024 * 1024 - 1
 
@@ -168,3 +183,64 @@ def test_real_run_lengths_and_the_share_of_empty_masks(real_data, tmp_path):
     for name, rows in (("siimacr_stage_2_sample_submission.csv", 3205), ("siimacr_new_sample_submission.csv", 1372)):
         assert SIIM_ACR.write_baseline(folder / name, tmp_path / "baseline.csv") == rows
         assert SIIM_ACR.validate_file(tmp_path / "baseline.csv", folder / name) == []
+
+
+def maps_of(pixels):
+    """Return predictions whose maps are `pixels` (image_id -> grey levels)."""
+    rows = [(name, "pneumothorax", encode_grey(each)) for name, each in pixels.items()]
+    masks = pd.DataFrame(rows, columns=["image_id", "finding", "map"])
+    return SimpleNamespace(masks=masks)
+
+
+def test_a_triplet_decides_on_the_mask():
+    level = np.zeros((1024, 1024), np.uint8)
+    level[10:30, 50:80] = 200  # 600 pixels above 0.75 = 191.25
+    level[30:40, 50:80] = 77  # 300 pixels above 0.3 = 76.5
+    level[40:50, 50:80] = 76
+    merged = maps_of({"a": level})
+    for least_area, rows in ((600, 30), (601, 0)):
+        (runs,) = decide(merged, SiimAcrSettings(least_area=least_area)).values()
+        assert decode_mask(encode_runs(runs)).sum() == rows * 30
+        assert not rows or decode_mask(encode_runs(runs))[10:40, 50:80].all()
+    assert fill(["b", "a"], {"a": np.array([[3, 5], [9, 10]])}) == ([["b", "-1"], ["a", "3 2 4 1"]], ["b"])
+
+
+@pytest.fixture(scope="module")
+def blurred():
+    """Truth of six images, two of them empty and one without a prediction, and maps of several sizes."""
+    rng, truth, pixels = np.random.default_rng(0), {}, {}
+    for number, side in enumerate((1024, 512, 1024, 300, 1500, 64)):
+        mask = np.zeros((1024, 1024), np.uint8)
+        if number not in (2, 3):
+            cv2.ellipse(mask, (300 + 60 * number, 400), (60 + 10 * number, 90), 20, 0, 360, 255, -1)
+        level = cv2.GaussianBlur(cv2.resize(mask, (side, side)), (0, 0), side / 40).astype(float)
+        truth[f"i{number}"] = runs_of(mask)
+        pixels[f"i{number}"] = (0.8 * level + rng.integers(0, 60, (side, side))).clip(0, 255).astype(np.uint8)
+    truth["unseen"] = runs_of(mask)
+    return truth, maps_of(pixels)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([0, 0.2, 0.3, 0.5, 0.75, 1]), st.integers(0, 40_000), st.sampled_from([0, 0.1, 0.2, 0.3, 0.6, 1]))
+def test_the_judged_score_is_that_of_the_decided_masks(blurred, top, least_area, bottom):
+    truth, merged = blurred
+    chosen = SiimAcrSettings(top=top, least_area=least_area, bottom=bottom)
+    compared = SimpleNamespace(masks=compare(truth, merged.masks))
+    expected = metric(truth, {name: NO_RUNS for name in truth} | decide(merged, chosen))["score"]
+    assert judge(truth, compared, chosen) == pytest.approx(expected, abs=1e-12)
+    part = {name: truth[name] for name in ("i1", "i2")}
+    expected = metric(part, {name: runs for name, runs in decide(merged, chosen).items() if name in part})["score"]
+    assert judge(part, compared, chosen) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_truth_of_prepared_images_is_their_mask_on_the_grid(tmp_path):
+    masks = MaskStore(tmp_path)
+    codes = np.zeros((256, 256), np.uint8)
+    codes[64:128, 32:96] = MASK_CODES["pneumothorax"]
+    masks.add({"a": codes, "b": np.zeros((1024, 1024), np.uint8)})
+    truth = truth_of(pd.DataFrame({"image_id": ["b", "a", "unknown"]}), None, None, masks)
+    assert list(truth) == ["b", "a"] and not len(truth["b"])
+    drawn = draw_runs(truth["a"])
+    assert drawn[260:508, 132:380].all() and not drawn[:256].any() and abs(drawn.sum() - 256**2) < 8
+    with pytest.raises(MaskError, match="the prepared run has no masks"):
+        truth_of(pd.DataFrame({"image_id": ["a"]}), None, None, None)

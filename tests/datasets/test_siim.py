@@ -82,7 +82,7 @@ def test_a_whole_layout_gives_the_tables(layout):
     assert images.path["a"].endswith("train/s1/series-a/a.dcm")
     labels = train.labels.set_index("id")
     assert labels.typical.to_dict() == {"s1": 1, "s2": 0, "s3": 0} and labels.atypical["s3"] == 1
-    assert train.boxes.to_numpy().tolist() == [["a", 2.0, 3.0, 12.5, 7.0]]
+    assert train.boxes.to_numpy().tolist() == [["a", "opacity", 2.0, 3.0, 12.5, 7.0]]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_boxes_of_resized_copies_are_scaled_by_the_original_sizes(layout, tmp_pa
     beside = read_train(DataFolder(tables, [layout]), progress=False)
     assert beside.images.image_id.tolist() == ["a"] and "header cannot be read" in told(beside.faults, "b")
     # The box 2, 3, 12.5, 7 of an image of 20 x 16 pixels, which became 8 x 8.
-    assert train.boxes.to_numpy().tolist() == [["a", 0.8, 1.5, 5.0, 3.5]]
+    assert train.boxes.to_numpy().tolist() == [["a", "opacity", 0.8, 1.5, 5.0, 3.5]]
     assert train.images.image_id.tolist() == ["a", "b"] and train.images.patient_id.tolist() == ["s1", "s1"]
     problems = " | ".join(train.faults["row"] + " " + train.faults.problem)
     assert "c and 0 other images have no valid size; left out" in problems
@@ -190,7 +190,7 @@ def test_boxes_beyond_the_edges_are_cut_and_told(layout):
         layout, "x_image", "[{'x': -1.5, 'y': 2.0, 'width': 23.0, 'height': 4.0}]", opacity(-1.5, 2, 21.5, 6), "s3"
     )
     train = read_train(layout, progress=False)
-    assert train.boxes[train.boxes.image_id == "x"].to_numpy().tolist() == [["x", 0.0, 2.0, 20.0, 6.0]]
+    assert train.boxes[train.boxes.image_id == "x"].to_numpy().tolist() == [["x", "opacity", 0.0, 2.0, 20.0, 6.0]]
     assert train.faults.row.tolist() == ["x_image"] and "1.5 pixels" in train.faults.problem[0]
 
 

@@ -234,21 +234,22 @@ BOX_COLUMNS = {"file": "Image", "xmin": "x", "ymin": "y", "width": "w", "height"
             "x2,1,,4,5,",
             "the box 1, , 4, 5 (xmin, ymin, width, height) is not four numbers with an area; the image is left out",
         ),
-        ("x2,100,100,5,5,", "a box lies outside the image; the image is left out"),
+        ("x2,100,100,5,5,Mass", "a box lies outside the image; the image is left out"),
+        ("x2,1,1,5,5,", "a box has no finding; the image is left out"),
         ("x2,1,1,inf,5,", "is not four numbers with an area; the image is left out"),
     ],
 )
 def test_an_image_with_a_box_that_cannot_be_used_is_left_out(folder, row, problem):
     data = read(folder, f"{BOXES}{row}\n", BOX_COLUMNS)
     assert data.images.image_id.tolist() == ["x0", "x1"] and [text for _, text in problems(data) if text.endswith(problem)]
-    assert data.boxes.drop(columns="image_id").to_numpy().tolist() == [[1, 2, 11, 12, "Mass"], [20, 20, 30, 30, "Nodule"]]
+    assert data.boxes.drop(columns="image_id").to_numpy().tolist() == [["Mass", 1, 2, 11, 12], ["Nodule", 20, 20, 30, 30]]
 
 
 def test_boxes_may_be_in_a_file_of_their_own(folder):
     (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nx0.png,45,5,52,10\nx5.png,1,1,4,4\n")
     columns = {**NAMED, "box_file": "name", "xmin": "a", "ymin": "b", "xmax": "c", "ymax": "d"}
     data = read(folder, "Image,Class\nx0,A\nx1,B\n", columns, boxes_table="boxes.csv")
-    assert data.boxes.to_numpy().tolist() == [["x0", 45, 5, COLUMNS, 10]]
+    assert data.boxes.to_numpy().tolist() == [["x0", "opacity", 45, 5, COLUMNS, 10]]
     texts = " ".join(data.faults.problem)
     assert "a box reaches 2.0 pixels beyond the image; cut at its edge" in texts
     assert "are boxes of images that are not listed, or left out" in texts

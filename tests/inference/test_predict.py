@@ -108,8 +108,8 @@ class Detector:
     def found(canvas):
         ys, xs = np.nonzero(canvas > 200)
         if not len(ys):
-            return np.zeros((0, 5))
-        return np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.5]])
+            return np.zeros((0, 6))
+        return np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1, 0.5, 0]])
 
 
 def detecting(placement="letterbox", size=160, room=100, batch_size=8, views=("full",), lungs=None, recipe=None):
@@ -138,11 +138,28 @@ def test_a_box_of_score_zero_has_no_part_in_the_fusion_of_views(monkeypatch):
 
     def with_zero(canvas):
         boxes = found(canvas)
-        return np.concatenate([boxes, boxes - [5, 5, 5, 5, 0.5]])
+        return np.concatenate([boxes, boxes - [5, 5, 5, 5, 0.5, 0]])
 
     expected = pd.concat(detecting(views=("full", "flip")).predict(small.stream()))
     monkeypatch.setattr(Detector, "found", staticmethod(with_zero))
     pd.testing.assert_frame_equal(pd.concat(detecting(views=("full", "flip")).predict(small.stream())), expected)
+
+
+def test_views_are_fused_finding_by_finding(monkeypatch):
+    small, found = SmallXrays(8), Detector.found
+
+    def twice(canvas):
+        first, second = found(canvas), found(canvas)
+        first[:, 4:], second[:, 4:] = (0.3, 0), (0.6, 1)
+        return np.concatenate([first, second])
+
+    monkeypatch.setattr(Detector, "found", staticmethod(twice))
+    for views in (("full",), ("full", "flip")):
+        rows = pd.concat(detecting(views=views).predict(small.stream()))
+        scores = rows.groupby("finding").score.agg(["size", "min", "max"]).round(6)
+        # One box of each of the record's first two classes for every true box.
+        count = len(small.boxes)
+        assert scores.T.to_dict("list") == {"negative": [count, 0.3, 0.3], "typical": [count, 0.6, 0.6]}
 
 
 def test_without_lungs_the_lungs_view_is_the_whole_image_and_counted(monkeypatch):
@@ -184,7 +201,7 @@ def test_boxes_of_a_crop_convert_back_exactly(placement, low, high, mirrored):
 
         def predict(self, pixels):
             boxes = place.boxes_to_canvas(truth)
-            return [np.c_[flip_boxes(boxes, 512) if mirrored else boxes, [0.25]]]
+            return [np.c_[flip_boxes(boxes, 512) if mirrored else boxes, [0.25], [0]]]
 
     record = RECORD | {"family": "yolo", "image_size": 512, "placement": placement, "recipe": {"lungs": "masks"}}
     xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=rows, columns=columns)
@@ -233,7 +250,7 @@ def test_a_masked_model_gets_black_outside_of_the_mask_and_counts_images_without
 
         def predict(self, pixels):
             self.seen += list(pixels.numpy())
-            return [np.zeros((0, 5))] * len(pixels)
+            return [np.zeros((0, 6))] * len(pixels)
 
     small, seen = SmallXrays(8), {}
     for masks in (True, False):
@@ -280,7 +297,7 @@ def test_a_detector_can_predict_on_a_larger_canvas():
 
         def predict(self, pixels):
             seen.append(tuple(pixels.shape))
-            return [np.zeros((0, 5))] * len(pixels)
+            return [np.zeros((0, 6))] * len(pixels)
 
     list(Predictor(record, Network(), CPU, 8).predict(SmallXrays(8).stream()))
     assert seen == [(8, 320, 320)]
@@ -312,8 +329,8 @@ def test_exact_boxes_convert_back_exactly_and_are_clipped_to_the_image():
         overflows = 0
 
         def predict(self, pixels):
-            inside = np.c_[placement.boxes_to_canvas(truth), [0.25]]
-            beyond = [[0.0, 0.0, 512.0, 512.0, 1.0], [0.0, 0.0, float(placement.left), 512.0, 0.9]]
+            inside = np.c_[placement.boxes_to_canvas(truth), [0.25], [0]]
+            beyond = [[0.0, 0.0, 512.0, 512.0, 1.0, 0], [0.0, 0.0, float(placement.left), 512.0, 0.9, 0]]
             return [np.r_[inside, beyond]]
 
     xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=3001, columns=2003)

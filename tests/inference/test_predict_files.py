@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -17,9 +17,12 @@ from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
 from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.vinbigdata import VINBIGDATA
 from kitlib.errors import DatasetError, RunError, RunNotFound
+from kitlib.fusion.model_fusion import write_settings
 from kitlib.inference import predict_files
 from kitlib.inference.listed_files import list_files
+from kitlib.inference.loaded_models import LoadedModels
 from kitlib.inference.predict import load_predictor
 from kitlib.inference.predict_files import predict, predict_parts
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
@@ -87,7 +90,7 @@ def test_predictions_equal_those_of_a_submission(folder, competition, predicted,
     for image_id, cell in zip(predicted.image_id, predicted.boxes, strict=True):
         found = pd.DataFrame(json.loads(cell)).sort_values("score", ascending=False, kind="stable")
         submitted = boxes[boxes.image_id == image_id].sort_values("score", ascending=False, kind="stable")
-        assert set(found.label) == {"opacity"} and len(found) == len(submitted) > 1
+        assert set(found.finding) == {"opacity"} and len(found) == len(submitted) > 1
         np.testing.assert_allclose(found.score, submitted.score, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found[list(BOX)], submitted[list(BOX)], atol=0.1101)
 
@@ -158,6 +161,46 @@ def test_classifiers_and_ensembles_predict_their_own_classes(folder, pngs, tmp_p
     np.testing.assert_allclose(both[CLASSES], roots / roots.sum(axis=1, keepdims=True), atol=1e-6)
 
 
+def test_a_fusion_for_another_competition_has_its_findings_and_classes(folder, tmp_path):
+    """The records of a detector and of a classifier are edited to have classes of VinBigData; no model is loaded."""
+    for name, classes in (("faster_rcnn", ["ILD", "Cardiomegaly"]), ("first", ["No finding", "other"]), ("study", None)):
+        shutil.copytree(folder / "runs" / name, tmp_path / name)
+        for bundle in tmp_path.glob(f"{name}/fold*/bundle") if classes else ():
+            edit_record(bundle, classes=classes)
+    settings = VINBIGDATA.settings(box_iou=0.4)
+    write_settings(settings, tmp_path / "fuse" / "fusion.json")
+    parameters = {"competition": "vinbigdata", "runs": ["faster_rcnn", "first", "study"]}
+    (tmp_path / "fuse" / "record.json").write_text(json.dumps({"parameters": parameters}))
+    (tmp_path / "fuse" / "metrics.json").write_text("{}")
+    system = find_system(tmp_path / "fuse")
+    assert system.findings == ("Cardiomegaly", "ILD") and system.classes == ["No finding", "other"]
+    assert system.fusion.box_iou == 0.4 and not system.fills_siim and "study/fold0 is left out" in system.notes[0]
+    columns = ["file", "image_id", "study_id", "none", "No finding", "other", "boxes", "warning", "error"]
+    assert predict_files.table_columns(system) == columns
+    alone = find_system(tmp_path / "faster_rcnn")
+    assert alone.findings == ("Cardiomegaly", "ILD") and not alone.fills_siim
+    assert find_system(folder / "runs" / "fuse").fills_siim and find_system(folder / "runs" / "first").findings == ()
+
+
+def test_boxes_of_several_findings_are_named(folder, tmp_path, monkeypatch):
+    """The boxes of the detector are taken for ones of two findings in turn, and those of its classifiers are added."""
+    answer_of_one = LoadedModels.answer
+
+    def answer(models, system, *rest):
+        answer = answer_of_one(models, system, *rest)
+        boxes = answer.fused.detections
+        named = boxes.assign(finding=pd.Categorical(np.where(np.arange(len(boxes)) % 2, "mass", "effusion")))
+        classes = answer.fused.nones[["image_id"]].assign(other=0.25)
+        return replace(answer, fused=replace(answer.fused, detections=named), classes=classes)
+
+    monkeypatch.setattr(LoadedModels, "answer", answer)
+    cv2.imwrite(str(tmp_path / "x.png"), np.random.default_rng(0).integers(0, 255, (60, 80), np.uint8))
+    found = predict(tmp_path / "x.png", folder / "runs" / "faster_rcnn", pictures=tmp_path / "drawn")
+    boxes = json.loads(found.boxes[0])
+    assert list(boxes[0]) == ["finding", "score", *BOX] and {box["finding"] for box in boxes} == {"effusion", "mass"}
+    assert (tmp_path / "drawn" / "x.png").is_file()
+
+
 def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
     image = np.zeros((200, 300), np.uint8)
     image[20:180, 30:270] = 250  # bright is lung for this segmenter
@@ -170,7 +213,7 @@ def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
         (mask > 0).mean(), abs=0.01
     )
     (frame,) = json.loads(table.boxes[0])
-    assert frame["label"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
+    assert frame["finding"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
     assert cv2.imread(str(tmp_path / "drawn" / "lungs.png")).shape[2] == 3
 
 

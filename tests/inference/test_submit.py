@@ -22,6 +22,7 @@ from pydicom import dcmread
 
 from kitlib.bundle import STATED, save_bundle
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.contract import Competition
 from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.deadline import Deadline
 from kitlib.errors import CacheError, PredictionError, SubmissionError, UnreadableXray
@@ -379,8 +380,7 @@ def test_findings_and_unreadable_bundles_are_refused_and_noted(competition, weig
     (other / "weights.json").write_text(json.dumps(manifest))
     path, ledger = submit(competition, other, tmp_path)
     notes = ledger.set_index("stage").note
-    assert "small predicts findings, which a submission does not contain" in notes["small-fold0"]
-    assert notes["small-fold0"].endswith("(its classes: Mass, ...)")
+    assert "small predicts classes (Mass, ...), of which a submission" in notes["small-fold0"]
     assert notes["gone"].startswith("failed: BundleError") and "gone/model.json is missing" in notes["gone"]
     assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
 
@@ -491,7 +491,7 @@ def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path)
     contents["bundles"].insert(0, {"folder": "lungs"})
     (other / "weights.json").write_text(json.dumps(contents))
     path, ledger = submit(competition, other, tmp_path)
-    assert "unet predicts lung masks, which a submission does not contain" in ledger.set_index("stage").note["lungs"]
+    assert "unet predicts lungs (lungs, ...), of which a submission" in ledger.set_index("stage").note["lungs"]
     assert len(on_priors(path)) <= DAMAGED
 
 
@@ -715,9 +715,7 @@ def test_a_model_that_makes_fusion_fail_is_dropped(competition, weights, tmp_pat
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_model(competition, weights, tmp_path, monkeypatch):
-    from kitlib.inference import submit as submissions
-
-    write, calls = submissions.write_submission, []
+    write, calls = Competition.write, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -725,7 +723,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_model(competition, weights, tm
             raise OSError(28, "No space left on device")
         return write(*arguments)
 
-    monkeypatch.setattr(submissions, "write_submission", failing)
+    monkeypatch.setattr(Competition, "write", failing)
     path, ledger = submit(competition, weights, tmp_path)
     notes = ledger[ledger.stage == "fuse and write"].note.tolist()
     assert "No space left" in notes[0] and "placeholder" in notes[1] and not ledger.note.str.contains("is dropped").any()

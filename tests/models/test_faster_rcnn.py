@@ -60,7 +60,7 @@ def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
     found = detector.predict(NOISE)
     assert len(found) == 3
     for boxes in found:
-        assert boxes.shape == (7, 5)  # in an untrained network every proposal has a score above 0.001
+        assert boxes.shape == (7, 6)  # in an untrained network every proposal has a score above 0.001
         assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
         assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0.001).all() and (boxes[:, 4] <= 1).all()
 
@@ -126,7 +126,7 @@ def test_boxes_below_the_score_threshold_are_dropped(detector):
 def test_images_without_boxes_train_the_background():
     torch.manual_seed(0)
     detector = FasterRCNNDetector(RECIPE).train()
-    losses = detector.losses(NOISE, [torch.zeros(0, 4)] * 3)
+    losses = detector.losses(NOISE, [torch.zeros(0, 4)] * 3, [torch.zeros(0, dtype=torch.int64)] * 3)
     assert losses["loss_box_reg"] == losses["loss_rpn_box_reg"] == 0  # no box to be placed
     sum(losses.values()).backward()
     # A step lowers the foreground score: the gradient of its bias is positive, that of the background's bias negative.
@@ -193,7 +193,7 @@ def test_a_larger_canvas_at_prediction_is_not_resized():
     detector = FasterRCNNDetector(override(RECIPE, image_size=64, inference_size=128))
     seen = []
     detector.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    detector.train().losses(NOISE, [torch.tensor([[8.0, 8, 40, 40]])] * 3)
+    detector.train().losses(NOISE, [torch.tensor([[8.0, 8, 40, 40]])] * 3, [torch.tensor([0])] * 3)
     found = detector.predict(torch.randint(0, 256, (1, 128, 128), dtype=torch.uint8))[0]
     assert seen == [(3, 1, 64, 64), (1, 1, 128, 128)]
     assert found[:, :4].max() > 64
@@ -251,6 +251,22 @@ def test_the_ciou_loss_is_that_of_the_decoded_boxes():
     assert losses[0]["loss_box_reg"].item() != pytest.approx(expected, abs=1e-2)
     with pytest.raises(ValueError, match="valid for a faster_rcnn: smooth_l1, ciou"):
         FasterRCNNDetector(override(RECIPE, box_loss="giou"))
+
+
+@pytest.mark.parametrize("box_loss", ["", "ciou"])
+def test_each_class_is_trained_with_its_own_offsets(box_loss):
+    torch.manual_seed(0)
+    detector = FasterRCNNDetector(override(RECIPE, box_loss=box_loss), ["Effusion", "Mass", "Nodule"]).train()
+    box, mass = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
+    sum(detector.losses(NOISE, [box] * 3, [mass] * 3).values()).backward()
+    offsets = detector.model.roi_heads.box_predictor.bbox_pred.bias.grad.reshape(4, 4)  # background first
+    assert offsets.abs().sum(dim=1).gt(0).tolist() == [False, False, True, False]
+    optimizer = torch.optim.Adam(detector.parameters(), 3e-3)
+    for _ in range(15):
+        optimizer.zero_grad()
+        sum(detector.train().losses(NOISE, [box] * 3, [mass] * 3).values()).backward()
+        optimizer.step()
+    assert [boxes[0, 5] for boxes in detector.predict(NOISE)] == [1, 1, 1]  # the most confident box
 
 
 def test_the_published_network_has_its_parameters():

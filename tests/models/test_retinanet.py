@@ -44,17 +44,17 @@ def test_predictions_are_boxes_of_the_canvas_best_first_and_limited():
     found = RetinaNetDetector(override(RECIPE, proposals=200)).eval().predict(NOISE)
     assert len(found) == 3
     for boxes in found:
-        assert boxes.shape == (7, 5)  # an untrained network gives each anchor a score of about 0.01
+        assert boxes.shape == (7, 6)  # an untrained network gives each anchor a score of about 0.01
         assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
         assert (np.diff(boxes[:, 4]) <= 0).all() and boxes[:, 4] == pytest.approx(0.01, abs=0.005)
 
 
 def test_losses_fall_towards_a_perfect_box_and_accept_images_without_boxes(detector):
     detector.train()
-    box = torch.tensor([[8.0, 8.0, 40.0, 40.0]])
-    losses = detector.losses(NOISE, [box, torch.zeros(0, 4), box])
+    box, one, none = torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.tensor([0]), torch.zeros(0, dtype=torch.int64)
+    losses = detector.losses(NOISE, [box, torch.zeros(0, 4), box], [one, none, one])
     assert set(losses) == {"classification", "bbox_regression"} and all(torch.isfinite(loss) for loss in losses.values())
-    without = detector.losses(NOISE, [torch.zeros(0, 4)] * 3)
+    without = detector.losses(NOISE, [torch.zeros(0, 4)] * 3, [none] * 3)
     assert without["bbox_regression"] == 0 and without["classification"] > 0
     detector.eval()
 

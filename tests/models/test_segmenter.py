@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.models import resnet34
 
+from kitlib.models.albunet import AlbuNet
 from kitlib.models.families import load_network
 from kitlib.models.fc_densenet import FCDenseNet103
 from kitlib.models.resunet import ResUNet
 from kitlib.models.segmenter import Segmenter, segmentation_loss
 from kitlib.models.unet import UNet
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
 
@@ -280,3 +282,45 @@ def test_cross_entropy_of_one_structure_is_binary_if_background_has_weight_1():
     recipe = override(NARROW["unet"], loss="cross_entropy", background_weight=1.0)
     wanted = nn.functional.binary_cross_entropy_with_logits(logits[:, 0], truth.float())
     assert segmentation_loss(logits, truth, recipe).item() == pytest.approx(wanted.item(), abs=1e-6)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.tuples(*[st.sampled_from([0.0, 1.0, 3.0, 4.0])] * 3).filter(any))
+def test_the_loss_of_a_sparse_structure_equals_that_of_numpy(seed, weights):
+    rng = np.random.default_rng(seed)
+    logits, truth = 2 * rng.normal(size=(3, 1, 7, 5)), (rng.random((3, 7, 5)) < 0.1).astype(np.uint8)
+    truth[0] = 0
+    p, g = 1 / (1 + np.exp(-logits[:, 0])), truth.astype(float)
+    right = np.where(g, p, 1 - p)
+    dice = 1 - 2 * (p * g).sum() / (p.sum() + g.sum())
+    parts = -np.log(right).mean(), dice, ((1 - right) ** 2 * -np.log(right)).mean()
+    recipe = SparseSegmenterRecipe(loss_weights=weights)
+    found = segmentation_loss(torch.from_numpy(logits), torch.from_numpy(truth), recipe)
+    assert found.item() == pytest.approx(np.dot(weights, parts), abs=1e-4)
+
+
+def test_albunet_is_a_resnet34_and_its_blocks():
+    def convolution(before, after, side=3):
+        return side * side * before * after + after
+
+    network = AlbuNet(1)
+    names = {name for name, _ in resnet34(weights=None).named_parameters() if not name.startswith("fc.")}
+    assert {name for name, _ in network.encoder.named_parameters()} == names
+    resnet = 21_284_672 - 2 * 64 * 49  # torchvision's resnet34 without its last layer, for one colour instead of three
+    # Channels in, within and out of each block of ternausnets.py with 32 filters.
+    blocks = [(512, 512, 256), (768, 512, 256), (512, 512, 256), (384, 256, 64), (128, 128, 128), (128, 128, 32)]
+    expected = resnet + sum(convolution(a, b) + convolution(b, c) for a, b, c in blocks)
+    assert parameters(network) == expected + convolution(32, 32) + convolution(32, 1, 1) == 34_598_625
+    model = Segmenter(SparseSegmenterRecipe(width=0.1)).eval()
+    with torch.inference_mode():
+        assert model(torch.zeros(1, 1, 70, 50)).shape == (1, 1, 70, 50)
+
+
+def test_thresholds_decide_on_the_labels_of_a_sparse_structure():
+    model = Segmenter(SparseSegmenterRecipe(network="unet", width=0.1, top=0.8, least_area=2 / 16, bottom=0.4))
+    logits = torch.full((2, 1, 4, 4), -9.0)
+    logits[:, 0, 0, :3] = 2.0  # a probability of 0.88
+    logits[0, 0, 1, :2] = 0.0  # 0.5
+    logits[1, 0, 0, 1:3] = 0.5  # 0.62: a single pixel is above 0.8
+    labels = model.labels(logits)
+    assert labels[0].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [0] * 4, [0] * 4] and not labels[1].any()

@@ -15,6 +15,7 @@ from torch import nn
 from kitlib.bundle import save_bundle
 from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
+from kitlib.models.families import family_of
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
 from kitlib.paths import find_starting_weights
@@ -50,6 +51,31 @@ def test_weights_are_read_from_a_bundle_a_run_a_name_and_both_kinds_of_file(tmp_
         found = read_starting_weights(path)
         assert found.keys() == WEIGHTS.keys() and torch.equal(found["a"], WEIGHTS["a"]), path
     assert find_starting_weights("nih/fold0") == tmp_path / "nih" / "fold0" / "bundle"
+
+
+SMALL = DetectorRecipe(backbone="test_resnet", image_size=64, fpn_channels=16, box_hidden=16)
+
+
+# Layers of the classes: two in Faster R-CNN, one in RetinaNet, one for each of three maps in YOLOv8, two in YOLOv10. Each
+# has a weight and a bias.
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({}, 4),
+        ({"family": "retinanet", "box_hidden": 1024}, 2),
+        ({"family": "yolo", "backbone": "yolov8n", "fpn_channels": 256, "box_hidden": 1024}, 6),
+        ({"family": "yolo", "backbone": "yolov10n", "fpn_channels": 256, "box_hidden": 1024}, 12),
+    ],
+)
+def test_a_detector_for_other_classes_starts_all_but_the_layers_of_the_classes(tmp_path, changes, left):
+    recipe = override(SMALL, **changes)
+    network = family_of(recipe).network
+    save_bundle(tmp_path, network(recipe, ["opacity"]).state_dict(), RECORD | {"classes": ["opacity"]})
+    started = override(recipe, starting_weights=str(tmp_path))
+    assert network(started, ["opacity"]).starting_weights.endswith(" tensors, 0 left random")
+    # As many classes would fit, but they are others.
+    for classes in (["Mass"], ["Mass", "opacity"]):
+        assert network(started, classes).starting_weights.endswith(f" tensors, {left} left random")
 
 
 def test_a_damaged_bundle_is_noticed(tmp_path):

@@ -64,19 +64,20 @@ class Fixed(torch.nn.Module):
         return self.output, None
 
 
+@pytest.mark.parametrize("classes", [["opacity"], ["Effusion", "Mass", "Nodule"]])
 @pytest.mark.parametrize("iou", [0.2, 0.7])
-def test_boxes_are_those_of_ultralytics_own_suppression(iou):
+def test_boxes_are_those_of_ultralytics_own_suppression(iou, classes):
     generator = torch.Generator().manual_seed(0)
     sizes = torch.rand(3, 2, 200, generator=generator) * 20 + 2
     centres = sizes / 2 + torch.rand(3, 2, 200, generator=generator) * (
         64 - sizes
     )  # inside, because ultralytics does not clip boxes
-    raw = torch.cat([centres, sizes, torch.rand(3, 1, 200, generator=generator) ** 8], dim=1)
-    theirs = non_max_suppression(raw, conf_thres=0.001, iou_thres=iou, max_det=50)
-    ours = YoloDetector(override(RECIPE, nms_iou=iou, max_detections=50), Fixed(raw)).predict(NOISE)
+    raw = torch.cat([centres, sizes, torch.rand(3, len(classes), 200, generator=generator) ** 8], dim=1)
+    theirs = non_max_suppression(raw, conf_thres=0.001, iou_thres=iou, max_det=50, multi_label=True)
+    ours = YoloDetector(override(RECIPE, nms_iou=iou, max_detections=50), classes, Fixed(raw)).predict(NOISE)
     for found, expected in zip(ours, theirs, strict=True):
         assert 20 < len(expected) <= 50
-        np.testing.assert_allclose(found, expected[:, :5], atol=1e-4)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(monkeypatch):
@@ -87,17 +88,17 @@ def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(monkeypatch):
 
     monkeypatch.setattr("kitlib.models.yolo.precision", lambda _: "16-mixed")
     raw = torch.tensor([[20.0, 20, 10, 10, 0.5]]).T.expand(3, 5, 1)
-    detector = YoloDetector(RECIPE, Overflowing(raw))
+    detector = YoloDetector(RECIPE, model=Overflowing(raw))
     found = detector.predict(NOISE)
     assert detector.overflows == 1
-    np.testing.assert_allclose(np.concatenate(found), [[15, 15, 25, 25, 0.5]] * 3)
+    np.testing.assert_allclose(np.concatenate(found), [[15, 15, 25, 25, 0.5, 0]] * 3)
 
 
 @pytest.mark.parametrize("backbone", ["yolov5nu", "yolo11n", "yolov10n", "yolo26n"])  # the last two need no suppression
 def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(backbone):
     detector = YoloDetector(override(RECIPE, backbone=backbone, min_score=1e-9)).eval()
     for boxes in detector.predict(NOISE):
-        assert boxes.shape[1] == 5 and 1 <= len(boxes) <= 7
+        assert boxes.shape[1] == 6 and 1 <= len(boxes) <= 7
         assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
         assert (np.diff(boxes[:, 4]) <= 0).all() and (boxes[:, 4] >= 0).all() and (boxes[:, 4] <= 1).all()
 

@@ -100,7 +100,7 @@ def test_bars_and_boxes_are_the_models_own_on_a_monochrome1_image_that_is_not_sq
 def test_the_slider_shows_as_many_boxes_as_have_that_score(xrays, visitor, tmp_path):
     visitor.open(xrays.study_id[0], xrays.path[0])
     told = json.loads(visitor.download("json", tmp_path).read_text())
-    scores = np.array([box["score"] for box in told["images"][0]["opacity"]])
+    scores = np.array([box["score"] for box in told["images"][0]["boxes"]])
     assert len(scores) > 8 and np.ptp(scores) > 0.3
     for threshold in (0, 0.15, 0.3, 0.95):
         visitor.show_from(threshold)
@@ -132,16 +132,16 @@ def test_another_model_answers_otherwise_and_the_first_one_as_before(xrays, visi
 
 def test_lungs_and_heat_are_drawn_when_they_are_asked_for(xrays, visitor):
     visitor.open(xrays.study_id[0], xrays.path[0])
-    expect(visitor.drawn("path.lungs, image.heat")).to_have_count(0)
+    expect(visitor.drawn("path.mask, image.heat")).to_have_count(0)
     visitor.page.get_by_role("checkbox", name="lungs").check()
-    expect(visitor.drawn("path.lungs")).to_have_count(1)
+    expect(visitor.drawn("path.mask")).to_have_count(1)
     visitor.page.get_by_role("checkbox", name="heat").check()
     expect(visitor.drawn("image.heat")).to_have_count(1)
     with visitor.redrawn("heat"):
         visitor.pick("heat-class", "none")
     visitor.page.get_by_label("boxes", exact=True).uncheck()
     expect(visitor.drawn(BOXES)).to_have_count(0)
-    expect(visitor.drawn("path.lungs, image.heat")).to_have_count(2)
+    expect(visitor.drawn("path.mask, image.heat")).to_have_count(2)
 
 
 def test_window_and_level_change_the_picture_of_a_dicom_file_alone(xrays, visitor, tmp_path):

@@ -4,6 +4,7 @@ import os
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -102,9 +103,9 @@ def test_the_whole_study_opens_with_class_fold_and_boxes(tmp_path, copies):
     assert study.trained_on == gallery.fingerprint == data_fingerprint(**tables_of(small))
     assert [image.image_id for image in study.images] == ["image011", "image010"]
     assert [(image.rows, image.columns) for image in study.images] == [(ROWS, COLUMNS)] * 2
-    assert study.images[0].truth.to_numpy().tolist() == [list(BOX)] and study.remarks == ()
+    assert study.images[0].truth.to_numpy().tolist() == [["opacity", *BOX]] and study.remarks == ()
     assert (study.read(study.images[0], 50).pixels == small.pixels["image011"]).all()
-    assert gallery.open("image001").images[0].truth.to_numpy().shape == (0, 4)
+    assert gallery.open("image001").images[0].truth.to_numpy().shape == (0, 5)
     assert gallery.open("image015").images[0].image_id == "image015"
     assert "patient" not in repr(study.images) and "patient" not in repr(study.remarks)
 
@@ -123,7 +124,7 @@ def test_an_image_without_annotations_has_no_truth(tmp_path, copies):
     assert "typical, image003" in captions(gallery, "all")
     study = gallery.open("image003")
     assert [image.truth is None for image in study.images] == [True, False] and study.fold == 0
-    assert "Opacities were not annotated" in " ".join(study.images[0].remarks)
+    assert "No boxes were annotated" in " ".join(study.images[0].remarks)
     elsewhere = Gallery(make_run(tmp_path / "nih", dataset="nih"), copies)
     assert elsewhere.open("image003").images[0].truth is None
 
@@ -158,7 +159,20 @@ def test_classes_of_other_data_sets_and_several_findings_are_shown(tmp_path, cop
     assert gallery.choices() == ["all", *(name for name in "ABCD" if labels[name].any())]
     for name in study.true_classes:
         assert "image002" in [caption.rpartition(", ")[2] for _, caption in gallery.page(name, 1)[0]]
-    assert study.images[0].truth.to_numpy().tolist() == [list(BOX)]
+    assert study.images[0].truth.to_numpy().tolist() == [["opacity", *BOX]]
+
+
+def test_boxes_of_several_findings_are_counted_by_name(tmp_path, copies):
+    small = SmallXrays(8)
+    more = small.boxes[small.boxes["image_id"] == "image002"].assign(finding="mass")
+    boxes = pd.concat([small.boxes.assign(finding="typical"), more, more])
+    gallery = Gallery(make_run(tmp_path, small, dataset="vinbigdata", boxes=boxes), copies)
+    assert gallery.choices() == ["all", *STUDY_CLASSES, "mass"] and gallery.findings == ("mass", "typical")
+    assert captions(gallery, "mass") == ["2 mass, 1 typical, image002"]
+    assert "negative, no box, image000" in captions(gallery, "all")
+    study = gallery.open("image002")
+    assert study.findings == gallery.findings
+    assert sorted(study.images[0].truth.to_numpy().tolist()) == [["mass", *BOX], ["mass", *BOX], ["typical", *BOX]]
 
 
 def test_files_are_used_if_they_are_the_ones_that_were_decoded(tmp_path, copies):

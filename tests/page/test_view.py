@@ -21,7 +21,7 @@ from kitlib.page.systems import find_systems
 from kitlib.page.view import BOXES, HEAT, LUNGS, TRUTH, Viewer
 from kitlib.page.warm_models import WarmModels
 from kitlib.runs.finished_run import read_prepared
-from kitlib.tables import empty_table
+from kitlib.tables import BOX, empty_table
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.writing import write_xray
 from tests.small_page import CLASSES, CLASSIFIER, page_runs, write_classifiers
@@ -74,12 +74,12 @@ def test_the_threshold_hides_boxes_below_it_and_only_chosen_layers_are_drawn(vie
     assert len(scores) > 3
     for threshold in (0.0, scores[1], scores[-1], 1.0):
         svg = viewer.draw(view, image, threshold, [BOXES, TRUTH])
-        assert drawn(svg, "opacity") == (scores >= threshold).sum()
+        assert drawn(svg, "predicted") == (scores >= threshold).sum()
         assert drawn(svg, "truth") == len(image.truth)
     bare = viewer.draw(view, image, 0.0, [])
-    assert [drawn(bare, name) for name in ("xray", "opacity", "truth", "lungs", "heat")] == [1, 0, 0, 0, 0]
+    assert [drawn(bare, name) for name in ("xray", "predicted", "truth", "mask", "heat")] == [1, 0, 0, 0, 0]
     full = viewer.draw(view, image, 0.0, [LUNGS, HEAT])
-    assert [drawn(full, name) for name in ("lungs", "heat")] == [1, 1]
+    assert [drawn(full, name) for name in ("mask", "heat")] == [1, 1]
     assert f"Grad-CAM of study, fold {view.study.fold} for {view.most_probable}" in full
 
 
@@ -172,14 +172,34 @@ def test_classifiers_show_their_classes_and_what_a_probe_reaches(classifying, vi
     rows, answer = classifying.files(shown)
     pd.testing.assert_series_equal(pd.read_csv(rows).set_index("image_id").loc[image.image_id], expected, check_names=False)
     of_image = json.loads(answer.read_text())["images"][0]
-    assert of_image["classes"] == pytest.approx(dict(expected)) and "opacity" not in of_image
+    assert of_image["classes"] == pytest.approx(dict(expected)) and "boxes" not in of_image
+
+
+def test_detectors_of_other_findings_show_them_by_name_and_no_study_class(viewer, view):
+    """The detectors of the fusion are taken for ones of two findings, which its boxes have in turn."""
+    detectors = [replace(m, classes=("effusion", "mass")) for m in view.system.models if "boxes" in m.answers]
+    detections = view.answer.fused.detections
+    named = detections.assign(finding=np.where(np.arange(len(detections)) % 2, "mass", "effusion"))
+    answer = replace(view.answer, fused=replace(view.answer.fused, detections=named))
+    other = replace(view, system=replace(view.system, models=tuple(detectors)), answer=answer)
+    image = other.study.images[0]
+    assert other.findings == ("effusion", "mass", "opacity") and other.classes(image) == {}
+    assert re.findall(r'aria-label="([^"]+)" aria-valuemin', viewer.bars(other, image)) == ["no finding in this image"]
+    svg = viewer.draw(other, image, 0.0)
+    assert drawn(svg, "predicted") == (named.image_id == image.key).sum() and "</span> mass</span>" in svg
+    rows, answer_path = viewer.files(other)
+    table, told = pd.read_csv(rows), json.loads(answer_path.read_text())
+    assert rows.name == "boxes.csv" and list(table) == ["image_id", "finding", "score", *BOX] and len(table) == len(named)
+    boxes = told["images"][0]["boxes"]
+    first = table[table.image_id == image.image_id].iloc[0]
+    assert "study" not in told and boxes[0]["finding"] == first.finding and boxes[0]["score"] == pytest.approx(first.score)
 
 
 def test_a_segmenter_shows_the_lungs_and_their_share(classifying, view):
     shown, image = classifying.switch(view, "lungs"), view.study.images[0]
     mask, _ = classifying.models.lungs(shown.system, view.study, image)
     assert f"{mask.mean():.1%} of the image is lung" in classifying.bars(shown, image) and 0 < mask.mean() < 1
-    assert drawn(classifying.draw(shown, image, 0.0, []), "lungs") == 1
+    assert drawn(classifying.draw(shown, image, 0.0, []), "mask") == 1
     assert classifying.files(shown)[0] is None and ": 1 model answered" in classifying.summary(shown)
 
 

@@ -86,7 +86,7 @@ def test_an_uploaded_study_has_the_rows_that_the_submission_writes(runs, fused, 
 
     opened = open_uploads(sorted(study.glob("*/*.dcm")), copies, fused.longest_side)
     (tmp_path / "page").mkdir()
-    rows = write_rows(tmp_path / "page", models.answer(fused, opened), opened)
+    rows = write_rows(tmp_path / "page", models.answer(fused, opened), opened, fused)
     submitted = {line for line in run.output.read_text().splitlines()[1:]}
     shown = {line for line in rows.read_text().splitlines()[1:]}
     assert shown == submitted and len(shown) == 1 + len(opened.images)
@@ -101,7 +101,7 @@ def test_studies_one_by_one_have_the_numbers_of_a_whole_test_set(runs, fused, co
     (tmp_path / "page").mkdir()
     for folder in (competition / "test").iterdir():
         study = open_uploads(sorted(folder.glob("*/*.dcm")), copies, fused.longest_side)
-        rows = write_rows(tmp_path / "page", models.answer(fused, study), study)
+        rows = write_rows(tmp_path / "page", models.answer(fused, study), study, fused)
         for shown, of_all in zip(as_tables(read_submission(rows)), whole, strict=True):
             key = of_all.columns[0]
             of_all = of_all[of_all[key].isin(shown[key])]
@@ -230,7 +230,7 @@ def test_a_system_with_one_detector_has_its_boxes_alone(systems, gallery, models
 def test_downloaded_files_contain_the_predictions(fused, gallery, models, tmp_path):
     study = opened(gallery, 0)
     answer = models.answer(fused, study)
-    rows = write_rows(tmp_path, answer, study)
+    rows = write_rows(tmp_path, answer, study, fused)
     write_answer(tmp_path / "answer.json", answer, study, fused)
     studies, nones, detections = as_tables(read_submission(rows))
     told = json.loads((tmp_path / "answer.json").read_text())
@@ -239,8 +239,8 @@ def test_downloaded_files_contain_the_predictions(fused, gallery, models, tmp_pa
     for image in told["images"]:
         assert nones.set_index("image_id").none[image["image_id"]] == pytest.approx(image["none"])
         rows = detections[detections.image_id == image["image_id"]].sort_values("score", ascending=False)
-        assert rows.score.tolist() == pytest.approx([box["score"] for box in image["opacity"]], abs=5e-5)
-        np.testing.assert_allclose(rows[list(BOX)], [[box[side] for side in BOX] for box in image["opacity"]], atol=0.05)
+        assert rows.score.tolist() == pytest.approx([box["score"] for box in image["boxes"]], abs=5e-5)
+        np.testing.assert_allclose(rows[list(BOX)], [[box[side] for side in BOX] for box in image["boxes"]], atol=0.05)
     assert "Not for diagnosis" in told["note"] and len(told["models"]) == 3
 
 
@@ -248,13 +248,13 @@ def test_values_without_a_model_are_class_frequencies_in_csv_and_null_in_json(fu
     detectors = replace(fused, name="detectors", models=tuple(m for m in fused.models if "boxes" in m.answers))
     study = opened(gallery, 0)
     answer = models.answer(detectors, study)
-    rows = write_rows(tmp_path, answer, study)
+    rows = write_rows(tmp_path, answer, study, detectors)
     write_answer(tmp_path / "answer.json", answer, study, detectors)
     assert json.loads((tmp_path / "answer.json").read_text())["study"] is None
     classifier = replace(fused, name="classifier", models=tuple(m for m in fused.models if "boxes" not in m.answers))
     write_answer(tmp_path / "answer.json", models.answer(classifier, study), study, classifier)
     told = json.loads((tmp_path / "answer.json").read_text())
-    assert told["study"] is not None and all(image["opacity"] is None for image in told["images"])
+    assert told["study"] is not None and all(image["boxes"] is None for image in told["images"])
     typical = read_submission(rows).studies.set_index("label").score["typical"]
     assert typical == pytest.approx(PRIORS["typical"], abs=1e-6)
 

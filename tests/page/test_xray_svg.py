@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.page.xray_svg import MARKS, draw_bars, draw_picture
+from kitlib.xrays.drawn_boxes import finding_colours
 
 SVG = "{http://www.w3.org/2000/svg}"
 ROWS, COLUMNS = 300, 200  # original size; the copy is three times smaller
@@ -58,7 +59,7 @@ def test_the_picture_alone():
 
 def test_boxes_are_in_original_pixels_from_the_threshold_on():
     root = drawn(boxes=BOXES, threshold=0.5)
-    assert [corners(rect) for rect in of_class(root, "opacity")] == [(0, 0, 200, 300), (100.5, 120.25, 180, 299)]
+    assert [corners(rect) for rect in of_class(root, "predicted")] == [(0, 0, 200, 300), (100.5, 120.25, 180, 299)]
     assert [text.text for text in of_class(root, "score")] == ["0.50", "0.90"]
     label = root.find(f"{SVG}svg").get("aria-label")
     assert label == "Chest X-ray with 2 boxes of opacity with a score of at least 0.50."
@@ -79,7 +80,7 @@ def test_each_box_shown_has_its_score_inside_the_picture(boxes, threshold):
     table = pd.DataFrame(boxes, columns=BOXES.columns)
     root = drawn(boxes=table, truth=table.drop(columns="score"), threshold=threshold)
     expected = [box for box in boxes if box[0] >= threshold]
-    assert sorted(corners(rect) for rect in of_class(root, "opacity")) == sorted(box[1:] for box in expected)
+    assert sorted(corners(rect) for rect in of_class(root, "predicted")) == sorted(box[1:] for box in expected)
     assert len(of_class(root, "truth")) == len(boxes)
     assert sorted(text.text for text in of_class(root, "score")) == sorted(f"{box[0]:.2f}" for box in expected)
     for text in of_class(root, "score"):
@@ -87,14 +88,43 @@ def test_each_box_shown_has_its_score_inside_the_picture(boxes, threshold):
         assert float(text.get("font-size")) <= float(text.get("y")) <= ROWS
 
 
+def test_several_findings_have_colours_names_and_a_table():
+    """The colours are those of all findings of the run: b and c keep theirs where there is no box of a."""
+    findings = ("a", "b", "c")
+    colours = finding_colours(findings)
+    assert len(set(colours.values())) == 3 and finding_colours(["b"]) == {}
+    boxes, truth = BOXES.assign(finding=["c", "<b>", "b"]), BOXES.iloc[:1].assign(finding="c").drop(columns="score")
+    for name, drawn_boxes in (("b", boxes[boxes.finding == "b"]), ("c", boxes[boxes.finding == "c"])):
+        root = drawn(boxes=drawn_boxes, truth=truth, findings=findings)
+        assert [rect.get("stroke") for rect in of_class(root, "predicted")] == [colours[name]]
+        (annotated,) = of_class(root, "truth")
+        assert annotated.get("stroke") == colours["c"] and annotated.get("stroke-dasharray") == "9 6"
+        kinds = ["finding found by the model, with its score", "annotated finding"]
+        assert legend(root) == [*kinds, *sorted({name, "c"})]
+    root = drawn(boxes=boxes, truth=truth, threshold=0.3, findings=("<b>", "b", "c"))
+    assert [text.text for text in of_class(root, "score")] == ["b 0.50", "<b> 0.90"]
+    assert [text.text for text in of_class(root, "name")] == ["c"]
+    (table,) = of_class(root, "box-table")
+    rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+    assert rows[1:] == [["<b>", "0.900", "100, 120, 180, 299"], ["b", "0.500", "0, 0, 200, 300"]]
+    label = root.find(f"{SVG}svg").get("aria-label")
+    assert label == "Chest X-ray with 2 boxes (1 <b>, 1 b) with a score of at least 0.30, 1 annotated box."
+
+
+def test_a_mask_of_any_structure_has_its_name():
+    root = drawn(mask=np.ones((100, 67), bool), structure="pneumothorax")
+    assert legend(root) == ["pneumothorax found by the model"]
+    assert root.find(f"{SVG}svg").get("aria-label") == "Chest X-ray with the outline of the pneumothorax."
+
+
 def test_lines_do_not_grow_with_the_image_and_differ_in_colour_and_dash():
     root = drawn(boxes=BOXES, truth=BOXES.drop(columns="score"), mask=np.ones((100, 67), bool))
     lines = [line for name in MARKS for line in of_class(root, name)]
     assert len(lines) == 3 + 3 + 1 and len(of_class(root, "halo")) == len(lines)
     assert {line.get("vector-effect") for line in [*lines, *of_class(root, "halo")]} == {"non-scaling-stroke"}
-    opacity, truth = (of_class(root, name)[0] for name in ("opacity", "truth"))
-    assert opacity.get("stroke") != truth.get("stroke")
-    assert opacity.get("stroke-dasharray") is None and truth.get("stroke-dasharray") == "9 6"
+    predicted, truth = (of_class(root, name)[0] for name in ("predicted", "truth"))
+    assert predicted.get("stroke") != truth.get("stroke")
+    assert predicted.get("stroke-dasharray") is None and truth.get("stroke-dasharray") == "9 6"
     assert legend(root) == ["opacity found by the model, with its score", "annotated opacity", "lungs found by the model"]
 
 
@@ -102,17 +132,17 @@ def test_the_lungs_outline_runs_through_the_middles_of_its_outermost_pixels():
     """Each pixel of a 4 x 5 mask is 50 x 60 original pixels; the mask covers rows 1 to 3 of columns 1 and 2."""
     mask = np.zeros((5, 4), bool)
     mask[1:4, 1:3] = True
-    path = of_class(drawn(mask=mask), "lungs")[0].get("d")
+    path = of_class(drawn(mask=mask), "mask")[0].get("d")
     assert path == "M75.0,90.0L75.0,210.0L125.0,210.0L125.0,90.0Z"  # (1.5 * 50, 1.5 * 60) and so on
 
 
 def test_a_hole_is_outlined_and_an_empty_mask_is_not_drawn():
     mask = np.ones((9, 9), bool)
-    assert of_class(drawn(mask=mask), "lungs")[0].get("d").count("M") == 1
+    assert of_class(drawn(mask=mask), "mask")[0].get("d").count("M") == 1
     mask[3:6, 3:6] = False
-    assert of_class(drawn(mask=mask), "lungs")[0].get("d").count("M") == 2
+    assert of_class(drawn(mask=mask), "mask")[0].get("d").count("M") == 2
     nothing = drawn(mask=np.zeros((9, 9), bool), heat=np.zeros((9, 9), np.float32))
-    assert not of_class(nothing, "lungs") and not of_class(nothing, "heat") and legend(nothing) == []
+    assert not of_class(nothing, "mask") and not of_class(nothing, "heat") and legend(nothing) == []
 
 
 def test_heat_is_as_opaque_as_it_is_hot():
@@ -182,7 +212,7 @@ def test_bars_say_name_and_number_and_mark_the_annotated_class():
         ("probability of typical, the annotated class", "0.700"),
         ("probability of indeterminate", "0.120"),
         ("probability of atypical", "0.057"),
-        ("no opacity in this image", "0.031"),
+        ("no finding in this image", "0.031"),
     ]
     rows = [" ".join(row.itertext()).split() for row in root.iter() if (row.get("class") or "").startswith("bar")]
     assert rows[:2] == [["negative", "0.123"], ["typical", "annotated", "0.700"]] and rows[4] == ["none", "0.031"]

@@ -16,7 +16,7 @@ from kitlib.training.apply_lungs import apply_lungs
 from kitlib.training.loop import batches_per_step
 from tests.small_lungs import stored_lungs
 from tests.small_masks import RECIPE as SEGMENTER
-from tests.small_masks import SmallMasks
+from tests.small_masks import SPARSE, SmallMasks
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE as STUDY
 from tests.small_xrays import SmallXrays
@@ -72,6 +72,7 @@ TRAININGS = {
     "retinanet": (RETINANET, [ON | MASKS_ONLY, STEPS, PLATEAU]),
     "yolo": (YOLO, [{"epochs": 2, "optimizer": "sgd", "warmup_epochs": 1.0, **MASKS_ONLY, "trained_on": "either"}]),
     "segmenter": (SEGMENTER, [ON, STEPS | {"loss": "cross_entropy"}, PLATEAU]),
+    "sparse_segmenter": (SPARSE, [ON | {"views": ["full", "flip"]}, STEPS, PLATEAU]),
 }
 # Values of all types; each field is tried with the values that its annotation allows.
 VALUES = (
@@ -106,7 +107,7 @@ VALUES = (
         ("full", "flip"),
         ("lungs",),
     ),
-    *(("lungs", "heart"), "retinanet", "l1"),
+    *(("lungs", "heart"), ("pneumothorax",), "bce_dice_focal", (1, 2, 3)),
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,9 +186,11 @@ def accepted(recipe, name):
 
 
 def train(family, recipe, folder):
-    if family == "segmenter":
-        small = SmallMasks(folder.with_name(f"{folder.name}-masks"))
+    if "segmenter" in family:
+        small = SmallMasks(folder.with_name(f"{folder.name}-masks"), sparse=family == "sparse_segmenter")
         train_small(folder, small, recipe, fold=0, masks=small.masks)
+        if family == "sparse_segmenter":
+            return
         apply_lungs(small.images, small, folder / "bundle", folder.with_name(f"{folder.name}-applied"), progress=False)
         return
     small = SmallFindings(32) if family == "findings" else SmallXrays(16 if family != "patches" else 32)

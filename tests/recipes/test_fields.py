@@ -4,7 +4,7 @@ from typing import get_args
 
 import pytest
 
-from kitlib.classes import MASK_CODES
+from kitlib.classes import MASK_CODES, SPARSE_STRUCTURES
 from kitlib.errors import SettingsError
 from kitlib.letterbox import PLACEMENTS
 from kitlib.models.classifier import TRAINED_OUTPUTS
@@ -18,6 +18,8 @@ from kitlib.recipes.fields import (
     PatchRecipe,
     Placing,
     SegmenterRecipe,
+    SparseSegmenterRecipe,
+    SparseStructure,
     Structure,
     StudyRecipe,
     View,
@@ -115,6 +117,24 @@ def test_a_segmenter_refuses_invalid_and_unknown_fields(fields, message):
         override(SegmenterRecipe(), **fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"structures": ["lungs"]}, r"structures is \['lungs'\]; expected a list of 1 items: 'pneumothorax'"),
+        ({"placement": "centre_crop"}, "placement is 'centre_crop'; expected one of 'letterbox', 'stretch'"),
+        ({"views": ["lungs"]}, "views is .*; expected a list, each item one of 'full', 'flip'"),
+        ({"dilations": 1}, "dilations is 1; expected 0"),
+        ({"positives": [0.5]}, r"positives are \[0.5\]; expected a first and a last share of images, or \[\]"),
+        ({"positives": [0.5, 0.0]}, "positives is .*; expected a list, each item a finite number above 0 and at most 1"),
+        ({"loss_weights": [0, 0, 0]}, "loss_weights are all 0"),
+        ({"bottom": 0.8}, "bottom is 0.8, above top, which is 0.75"),
+    ],
+)
+def test_a_segmenter_of_a_sparse_structure_refuses_what_it_does_not_use(fields, message):
+    with pytest.raises(SettingsError, match=message):
+        override(SparseSegmenterRecipe(), **fields)
+
+
 def test_the_published_segmenters_are_those_of_their_papers():
     unet, resunet, tiramisu = (RECIPES[name] for name in ("unet_lungs", "resunet_lungs", "fc_densenet103_lungs"))
     # UNet + HRNet paper, sections 3.2 and 4: 512 x 512, Dice, 0.005, 25 epochs; 8 dilations, 2 closings, 50,000 pixels.
@@ -138,7 +158,8 @@ def test_the_published_segmenters_are_those_of_their_papers():
 
 
 def test_the_choices_of_fields_are_those_of_the_library():
-    assert get_args(View) == tuple(VIEWS) and get_args(Structure) == tuple(MASK_CODES)
+    assert get_args(View) == tuple(VIEWS) and get_args(Structure) + get_args(SparseStructure) == tuple(MASK_CODES)
+    assert get_args(SparseStructure) == SPARSE_STRUCTURES
     assert get_args(Placing) == tuple(PLACEMENTS) and get_args(Optimizer) == tuple(OPTIMIZERS)
     assert get_args(field_kinds(SegmenterRecipe)["network"]) == tuple(NETWORKS)
     assert get_args(field_kinds(PatchRecipe)["patch_score"]) == tuple(SCORES)

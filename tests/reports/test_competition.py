@@ -151,6 +151,54 @@ def test_detection_draws_start_with_the_opacity_ap_of_the_report(tables):
     assert draws[0] == pytest.approx(whole.set_index("name").value["opacity"])
 
 
+@pytest.fixture
+def findings():
+    """Two images: mass has two boxes, effusion one, nodule one; the detections of mass are a hit, a false one, a hit.
+
+    The false one is the second by score; it lies on a box of effusion. Nodule is not detected, and hernia not annotated.
+    """
+    places = {"left": (0, 0, 10, 10), "right": (20, 0, 30, 10), "shifted": (20, 0, 30, 8)}  # shifted: IoU 0.8 with right
+    true = [("i0", "mass", "left"), ("i1", "mass", "right"), ("i0", "effusion", "right"), ("i1", "nodule", "left")]
+    found = [
+        *(("i0", "mass", "left", 0.9), ("i0", "mass", "right", 0.8), ("i1", "mass", "shifted", 0.7)),
+        *(("i0", "effusion", "right", 0.3), ("i0", "hernia", "left", 1.0), ("elsewhere", "mass", "left", 1.0)),
+    ]
+    boxes = pd.DataFrame(
+        [(image, name, *places[place]) for image, name, place in true], columns=["image_id", "finding", *BOX]
+    )
+    detections = pd.DataFrame(
+        [(image, name, *places[place], score) for image, name, place, score in found],
+        columns=["image_id", "finding", *BOX, "score"],
+    )
+    images = pd.DataFrame({"image_id": ["i0", "i1"], "patient_id": ["p0", "p1"]})
+    return boxes, detections, images
+
+
+def test_each_finding_has_its_own_row_and_curve(findings):
+    table = reports.detection_by_finding(*findings).set_index("finding")
+    assert list(table.index) == ["effusion", "mass", "nodule", "all findings"]
+    assert table[["images", "boxes"]].to_numpy().tolist() == [[1, 1], [2, 2], [1, 1], [2, 4]]
+    # Mass: precision 1 at recall 1/2, 2/3 at recall 1: AP 1/2 + 1/2 * 2/3. The best F1 is 4/5, of all three.
+    mass = [5 / 6, 1, 2 / 3, 0.7]
+    assert table.loc["mass"].tolist()[2:] == pytest.approx(mass) and table.loc["effusion"].tolist()[2:] == [1, 1, 1, 0.3]
+    assert table.loc["nodule", "average_precision"] == 0 and table.loc["nodule"].isna().sum() == 3
+    assert table.loc["all findings", "average_precision"] == pytest.approx((1 + 5 / 6 + 0) / 3)
+    # With an IoU above 0.8, the third detection of mass is not a hit.
+    assert reports.detection_by_finding(*findings, overlap=0.8).average_precision[1] == 0.5
+    curves = reports.finding_curves(*findings)
+    assert list(curves) == ["effusion (AP 1.000)", "mass (AP 0.833)", "nodule (AP 0.000)"]
+    areas = [(curve.recall.diff() * curve.precision).sum() for curve in curves.values()]
+    assert areas == pytest.approx([1, 5 / 6, 0])
+
+
+def test_draws_of_several_findings_are_the_mean_of_those_that_occur(findings):
+    boxes, detections, images = findings
+    draws = detection_draws(detections, images[["image_id"]], images, boxes, 50)
+    assert draws[0] == pytest.approx((1 + 5 / 6) / 3)
+    # Drawn: i0 twice (mass 1, effusion 1), i1 twice (mass 1, nodule 0), or one of each.
+    assert {round(draw, 6) for draw in draws} == {1.0, 0.5, round((1 + 5 / 6) / 3, 6)}
+
+
 def test_false_positives_on_images_without_a_box_lower_the_ap(tables):
     detections, coverage, images, boxes = tables
     boxed = coverage[coverage.image_id.isin(boxes.image_id)]

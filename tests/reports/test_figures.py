@@ -4,11 +4,13 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 
 from kitlib.classes import MASK_CODES, STUDY_CLASSES
 from kitlib.reports import figures
 from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray
+from kitlib.xrays.drawn_boxes import finding_colours
 from kitlib.xrays.mask_store import MaskStore
 
 
@@ -55,6 +57,30 @@ def test_a_score_is_not_printed_over_a_higher_one():
     assert len(ill.patches) == 2 and [text.get_text() for text in ill.texts] == ["0.70"]
 
 
+def test_findings_have_their_colours_whatever_a_figure_shows():
+    truth = boxes(("i0", 0.0, 0.0, 300.0, 300.0), ("i1", 100.0, 200.0, 300.0, 600.0)).assign(finding=["mass", "effusion"])
+    detections = boxes(("i1", 110.0, 200.0, 300.0, 600.0), score=[0.7]).assign(finding="effusion")
+    colours = finding_colours(["mass", "effusion"])
+    both = figures.example_images(Cache(), IMAGES, boxes=truth, detections=detections, per_row=2)
+    ill = figures.example_images(Cache(), IMAGES[1:], boxes=truth, detections=detections, per_row=1)
+    compared = figures.compare_detections(Cache(), IMAGES[1:], truth, {"model": detections})
+    for axis in (both.axes[1], ill.axes[0], compared.axes[0]):
+        annotated, predicted = axis.patches
+        for patch in (annotated, predicted):
+            assert to_hex(patch.get_edgecolor()).upper() == colours["effusion"]
+        assert (annotated.get_linestyle(), predicted.get_linestyle()) == ("--", "-")
+        assert [text.get_text() for text in axis.texts] == ["effusion 0.70", "effusion"]
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()][2:] for figure in (both, ill, compared)]
+    assert legends == [["effusion", "mass"], ["effusion"], ["effusion"]]
+
+
+def test_box_sizes_are_divided_by_finding():
+    images = IMAGES.assign(rows=800, columns=600)
+    truth = boxes(("i1", 0, 0, 300, 800), ("i1", 300, 0, 600, 400), ("i1", 0, 0, 300, 800)).assign(finding=["b", "a", "b"])
+    _, sizes = figures.boxes_figure(images, truth).axes
+    assert [text.get_text() for text in sizes.get_legend().get_texts()] == ["a (1)", "b (2)"]
+
+
 def test_the_axis_of_the_fusion_steps_exaggerates_nothing():
     steps = pd.DataFrame({"step": ["0 default", "1 x"], "score": [0.61, 0.62], "gain": [0.0, 0.01]})
     (axis,) = figures.fusion_steps(steps).axes
@@ -67,7 +93,9 @@ def test_masks_are_outlined(tmp_path):
     codes[10:50, 5:25], codes[10:50, 35:55] = MASK_CODES["right_lung"], MASK_CODES["left_lung"]
     masks = MaskStore(tmp_path)
     masks.add({"i1": codes})
-    bare, drawn = figures.example_images(Cache(), IMAGES, LABELS, per_row=2, masks=masks).axes
+    figure = figures.example_images(Cache(), IMAGES, LABELS, per_row=2, masks=masks)
+    bare, drawn = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["annotated: left lung, right lung"]
     assert not bare.collections
     boxes = [outline.get_paths()[0].get_extents().extents.tolist() for outline in drawn.collections]
     # In matplotlib pixel centres are integers: the left edge of pixel 5 is at 4.5.
@@ -97,6 +125,8 @@ def test_the_drawn_curve_has_the_average_precision_below_it():
     assert drawn == "steps-pre"
     assert np.sum(np.diff(axis.lines[0].get_xdata()) * axis.lines[0].get_ydata()[1:]) == pytest.approx(1 / 2 + 1 / 2 * 2 / 3)
     assert len(x) == len(y)
+    (axis,) = figures.precision_recall_figure({"a (b) (AP 0.833)": curve}, {"a (b)": "#CC00FF"}).axes
+    assert axis.lines[0].get_color() == "#CC00FF"
 
 
 def test_figures_are_written_without_leftover_files(tmp_path):

@@ -7,8 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.lungs.clean_up import FOUND
-from kitlib.reports.lungs_report import clustered_interval, dice_draws, overlap_report, verdicts
+from kitlib.reports.lungs_report import (
+    classes_of_images,
+    clustered_interval,
+    dice_draws,
+    examples,
+    overlap_report,
+    verdicts,
+)
 from kitlib.tables import BOX
+from kitlib.xrays.mask_store import MaskStore
 
 # Six images of four patients; p1 has three of them. Study s5 has no label.
 IMAGES = pd.DataFrame(
@@ -142,3 +150,19 @@ def test_one_verdict_for_all_is_counted_too(verdict, share):
     counts = verdicts(lungs([verdict] * 6), IMAGES, LABELS)
     assert counts[verdict].tolist() == [6, 3, 2] and counts.not_found.tolist() == [share] * 3
     assert counts[FOUND].tolist() == ([6, 3, 2] if verdict == FOUND else [0, 0, 0])
+
+
+def test_a_structure_that_most_images_lack_is_judged_with_and_without_it(tmp_path):
+    masks, empty = MaskStore(tmp_path), np.zeros((4, 4), np.uint8)
+    masks.add({f"i{number}": empty + 5 * (number in (0, 4)) for number in range(5)})  # i5 has no mask
+    images, labels = classes_of_images(IMAGES, LABELS, masks, ("pneumothorax",))
+    part = scores().iloc[:5].assign(structure="pneumothorax")
+    report = overlap_report(part, images, labels).set_index("class")
+    assert report.images.to_dict() == {"all": 5, "with pneumothorax": 2, "without pneumothorax": 3}
+    assert report.dice.to_dict() == pytest.approx(
+        {"all": 3.9 / 5, "with pneumothorax": 0.7, "without pneumothorax": 2.5 / 3}
+    )
+    assert classes_of_images(IMAGES, LABELS, masks, ("lungs",))[1] is LABELS
+    # The worst and the best image with it, then the images without it in which it was predicted (i3 has a Dice of 1).
+    assert examples(part, masks, 1).image_id.tolist() == ["i4", "i0", "i1"]
+    assert examples(part, masks).image_id.tolist() == ["i4", "i0", "i1", "i2"]

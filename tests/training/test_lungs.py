@@ -1,21 +1,32 @@
 """A segmenter's run: its outputs, exact resume, scores recomputed from its masks, and errors."""
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import save_file
+from torchvision.models import resnet34
 
 from kitlib.bundle import read_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
+from kitlib.competitions.siim_acr import SIIM_ACR
 from kitlib.deadline import SessionOver
 from kitlib.errors import BundleError, MaskError, TrainingError
+from kitlib.inference.answer import read_answering_model
+from kitlib.inference.predict import load_predictor
 from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.letterbox import letterbox
+from kitlib.models.segmenter import Segmenter
+from kitlib.runs.run_kinds import find_kind
+from kitlib.scoring.metrics import threshold_map
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
-from kitlib.training.lungs import score_masks
+from kitlib.training.lungs import SegmenterStrategy, score_masks
 from kitlib.training.task import Task
-from kitlib.xrays.mask_store import MaskStore
-from tests.small_masks import RECIPE, SmallMasks
-from tests.small_tasks import train_small
+from kitlib.xrays.mask_store import MaskStore, decode_grey
+from tests.small_masks import COLUMNS, RECIPE, ROWS, SPARSE, SmallMasks
+from tests.small_tasks import small_task, train_small
 from tests.training.test_sessions import EndsAfter
 
 TIMES = ["seconds", "images_per_s"]
@@ -127,3 +138,76 @@ def test_weights_of_another_network_are_refused_and_its_own_are_taken(run, small
         train(small, tmp_path / "a", override(RECIPE, network="unet", starting_weights=bundle))
     going_on = train(small, tmp_path / "b", override(RECIPE, epochs=1, starting_weights=bundle, learning_rate=1e-6))
     assert going_on.tables["mask_scores"].dice.mean() == pytest.approx(run.tables["mask_scores"].dice.mean(), abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    return SmallMasks(tmp_path_factory.mktemp("sparse"), count=32, sparse=True)
+
+
+@pytest.fixture(scope="module")
+def sparse_run(sparse, tmp_path_factory):
+    return train(sparse, tmp_path_factory.mktemp("sparse_run"), SPARSE)
+
+
+@pytest.mark.gpu
+def test_a_structure_that_most_images_lack_is_learnt(sparse_run, sparse):
+    scores = sparse_run.tables["mask_scores"]
+    has = scores.image_id.map(sparse.masks.shows)
+    assert has.sum() == 4 and len(scores) == 16 and set(scores.structure) == {"pneumothorax"}
+    # Empty masks alone would have a mean of 12 / 16.
+    assert scores.dice[has].min() > 0.6 and scores.dice[~has].mean() > 0.9
+    for image_id in scores.image_id[has]:
+        assert set(np.unique(sparse_run.masks.read(image_id))) == {0, MASK_CODES["pneumothorax"]}
+    assert find_kind(sparse_run.run_folder) == "masks"
+
+
+@pytest.mark.gpu
+def test_its_maps_are_written_and_predicted_again_from_the_bundle(sparse_run, sparse):
+    maps, bundle = sparse_run.tables["mask_maps"], sparse_run.run_folder / "bundle"
+    assert maps.image_id.tolist() == sparse_run.tables["mask_scores"].image_id.tolist() and set(maps.fold) == {0}
+    predictor = load_predictor(bundle, batch_size=5)
+    chunks = list(predictor.predict(map(sparse.read, maps.image_id)))
+    assert predictor.seen == maps.image_id.tolist() and [len(chunk) for chunk in chunks] == [5, 5, 5, 1]
+    again = pd.concat(chunks, ignore_index=True)
+    assert (again.drop(columns="map") == maps.drop(columns="map")).all(axis=None)
+    place = letterbox(ROWS, COLUMNS, SPARSE.image_size)
+    for image_id, png, other in zip(maps.image_id, maps["map"], again["map"], strict=True):
+        level = decode_grey(png)
+        assert level.shape == (place.inner_rows, place.inner_columns) == (32, 27)  # 120 x 100 pixels, without the padding
+        assert np.abs(level.astype(int) - decode_grey(other)).max() <= 3  # batches of another size
+        mask = sparse_run.masks.read(image_id)
+        shown = threshold_map(cv2.resize(level, mask.shape[::-1]), SPARSE.top, SPARSE.least_area * mask.size, SPARSE.bottom)
+        assert np.mean(shown == (mask > 0)) > 0.99
+    assert read_answering_model(bundle, competition=SIIM_ACR).answers == {"masks"}
+    with pytest.raises(ValueError, match=r"predicts masks \(pneumothorax, ...\), of which a submission to siim-covid19"):
+        read_answering_model(bundle)
+    with pytest.raises(BundleError, match="contains a segmenter of pneumothorax; choose one of lungs"):
+        load_segmenter(bundle)
+
+
+def test_masks_that_show_other_structures_are_refused(small, sparse, tmp_path):
+    for data, recipe, structures in ((small, SPARSE, "pneumothorax"), (sparse, RECIPE, "lungs")):
+        with pytest.raises(MaskError, match=f"no mask in {data.masks.folder} shows {structures}; choose a recipe"):
+            train(data, tmp_path, recipe)
+
+
+def test_an_albunet_starts_from_a_resnet34(sparse, tmp_path):
+    weights = resnet34(weights=None).state_dict()
+    save_file(weights, tmp_path / "resnet34.safetensors")
+    save_file({name: each for name, each in weights.items() if "layer4.2" not in name}, tmp_path / "part.safetensors")
+
+    def start(name):
+        recipe = override(SPARSE, network="albunet", width=0.1, starting_weights=str(tmp_path / name))
+        strategy = SegmenterStrategy(small_task(sparse, recipe, masks=sparse.masks), 0, tmp_path)
+        model = Segmenter(recipe)
+        return model.network.encoder, strategy.start(model)
+
+    encoder, told = start("resnet34.safetensors")
+    assert told.endswith("tensors of the encoder")
+    assert torch.equal(encoder.layer4[2].conv2.weight, weights["layer4.2.conv2.weight"])
+    torch.testing.assert_close(encoder.conv1.weight, weights["conv1.weight"].sum(dim=1, keepdim=True))
+    with pytest.raises(
+        BundleError, match=r"part.safetensors lacks 10 tensors of a resnet34, such as network.encoder.layer4.2"
+    ):
+        start("part.safetensors")

@@ -17,10 +17,10 @@ from kitlib.recipes.fields import SegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
 from kitlib.training.augmentation import MaskAugmentation
-from kitlib.training.mask_dataset import MaskDataset, collate_masks, truth_on_canvas
+from kitlib.training.mask_dataset import MaskDataset, PositivesSampler, collate_masks, truth_on_canvas
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import MaskStore
-from tests.small_masks import COLUMNS, ROWS, SmallMasks
+from tests.small_masks import COLUMNS, ROWS, SPARSE, SmallMasks
 from tests.small_xrays import limit_kept
 
 # Recipe without augmentation.
@@ -343,3 +343,32 @@ def test_a_shrunk_mask_is_cut_at_one_half_of_its_area():
     image = CachedXray("a", codes, 4, 12)
     truth = truth_on_canvas(codes, PLACEMENTS["stretch"](4, 12, (1, 3)), STILL, image)
     assert truth.tolist() == [[0, 1, 1]]
+
+
+def test_the_share_of_images_with_a_structure_changes_from_the_first_to_the_last_epoch():
+    has = np.arange(100) % 5 == 0  # 20 images of 100
+    sampler = PositivesSampler(has, (0.8, 0.4), 5, seed=3)
+    assert len(sampler) == 50  # of which 40 % are the 20 images
+    for epoch, count in enumerate((40, 35, 30, 25, 20)):
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert {key[0] for key in keys} == {epoch} and len(keys) == 50 and keys == list(sampler)
+        times = np.bincount([index for _, index in keys], minlength=100)
+        assert times[has].sum() == count and np.ptp(times[has]) <= 1 and times[~has].max() == 1
+    # With a share of 0.1 an epoch has 200 images: 180 draws of the 80 others.
+    times = np.bincount([index for _, index in PositivesSampler(has, (0.1, 0.1), 1, seed=3)])
+    assert times[has].tolist() == [1] * 20 and sorted(times[~has]) == [2] * 60 + [3] * 20
+
+
+def test_training_on_a_sparse_structure_needs_images_of_both_kinds(tmp_path):
+    small = SmallMasks(tmp_path, count=8, sparse=True)  # images 1 and 3 have a pneumothorax
+    dataset = MaskDataset(small.images, small, small.masks, SPARSE)
+    sampler = dataset.sampler(0)
+    assert isinstance(sampler, PositivesSampler) and len(sampler) == 10 and sampler.with_structure.tolist() == [1, 3]
+    assert [int(dataset[index]["truth"].any()) for index in range(8)] == [0, 1, 0, 1, 0, 0, 0, 0]
+    for rows, which in ((slice(4, 8), "none"), ([1, 3], "all")):
+        part = MaskDataset(small.images.iloc[rows], small, small.masks, SPARSE)
+        with pytest.raises(MaskError, match=f"{which} of the . training images have a pneumothorax; prepare images of both"):
+            part.sampler(0)
+        everything = MaskDataset(small.images.iloc[rows], small, small.masks, override(SPARSE, positives=[]))
+        assert len(everything.sampler(0)) == len(part)

@@ -15,7 +15,7 @@ from kitlib.settings import override
 from kitlib.training.augmentation import Augmentation
 from kitlib.training.xray_dataset import EpochSampler, XrayDataset, batches
 from kitlib.xrays.cache import CachedXray
-from tests.small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays, limit_kept
+from tests.small_xrays import BOX, COLUMNS, RECIPE, ROWS, SmallXrays, TwoFindings, limit_kept
 
 STILL = override(RECIPE, horizontal_flip=0.0, rotate_degrees=0.0, brightness_contrast=0.0)
 
@@ -79,6 +79,24 @@ def test_the_box_moves_with_the_image(epoch):
     seen = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     assert len(example["boxes"]) == 1
     assert np.abs(example["boxes"][0].numpy() - seen).max() < 2.5
+
+
+def test_a_box_keeps_its_finding_however_it_moves():
+    small, seen = TwoFindings(16), []
+    recipe = override(
+        STILL, image_size=64, canvas=80, horizontal_flip=0.5, vertical_flip=0.5, rotate_degrees=30.0, shift=0.2
+    )
+    for augment in (False, True):
+        examples = dataset(small, recipe, augment=augment, classes=small.CLASSES)
+        for key in ((epoch, index) for epoch in range(3) for index in range(16)):
+            example = examples[key]
+            for box, code in zip(example["boxes"], example["findings"].tolist(), strict=True):
+                if box.min() > 0 and box.max() < 64:  # the middle of a box that is cut need not belong to it
+                    x, y = ((box[:2] + box[2:]) / 2).int().tolist()
+                    assert example["pixels"][y, x] == (0, 255)[code]  # discs are black, squares are white
+                    seen.append(code)
+    assert min(seen.count(0), seen.count(1)) > 20
+    assert not torch.cat([dataset(small)[index]["findings"] for index in range(16)]).any()  # without classes
 
 
 def test_flipping_mirrors_the_box_exactly():
@@ -287,7 +305,7 @@ def test_batches_stack_images_and_list_boxes():
     small = SmallXrays(8)
     batch = next(iter(batches(dataset(small), 6)))
     assert batch["pixels"].shape == (6, 32, 32) and batch["label"].shape == (6, 4)
-    assert [len(each) for each in batch["boxes"]] == [0, 0, 1, 1, 1, 1]
+    assert [len(each) for each in batch["boxes"]] == [len(each) for each in batch["findings"]] == [0, 0, 1, 1, 1, 1]
     assert batch["none"].tolist() == [1, 1, 0, 0, 0, 0] and batch["index"].tolist() == list(range(6))
 
 
