@@ -172,7 +172,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 
 def _on_published_side(corners: np.ndarray, images: pd.DataFrame) -> np.ndarray:
-    """Return boxes (n, 4) in pixels of the published images of SIDE pixels, from those of their images, which may be resized.
+    """Return boxes (n, 4) in pixels of the published images of SIDE pixels; those of `corners` may be of resized images.
 
     `images` has the rows and columns of each box's image, (n,).
     """
