@@ -18,7 +18,7 @@ from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import SettingsError, SubmissionError
 from kitlib.scoring.validate import Fault
-from kitlib.settings import Positive, Settings
+from kitlib.settings import AtLeastOne, Positive, Settings
 
 
 class Slug:
@@ -58,7 +58,8 @@ class Competition(Settings):
     `read_test` lists the test images in a folder. `judge` returns the score of the settings like `metric` after `decide`,
     but faster: its boxes have a further column `match`, the row of the true box with the same finding that they overlap by
     more than `hit_iou`, or -1, and its masks what `compare` adds to them. `helping_classes` are classes of images that
-    `decide` uses but no row contains.
+    `decide` uses but no row contains. `side` is the side in pixels of all published images, if they have the same: the
+    answers are then in pixels of these, also for resized copies.
 
     Raises SettingsError for an invalid field, a class that occurs twice, or a competition that wants no answers.
     """
@@ -84,6 +85,7 @@ class Competition(Settings):
     compare: Callable[[Any, pd.DataFrame], pd.DataFrame] | None = None
     hit_iou: Positive = 0.5
     helping_classes: tuple[str, ...] = ()
+    side: AtLeastOne | None = None
     time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded
     study_classes: tuple[str, ...] = ()  # exclude each other
     image_classes: tuple[str, ...] = ()

@@ -226,5 +226,6 @@ RSNA_PNEUMONIA = Competition(
     fill=fill,
     read_test=read_listed(ROWS),
     helping_classes=RSNA_CLASSES[-1:],
+    side=SIDE,
     box_classes=(ONE_FINDING,),
 )

@@ -218,6 +218,7 @@ SIIM_ACR = Competition(
     truth_of=truth_of,
     decide=decide,
     fill=fill,
+    side=SIDE,
     read_test=read_listed(ROWS),
     judge=judge,
     compare=compare,

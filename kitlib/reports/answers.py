@@ -15,7 +15,7 @@ from kitlib.competitions.contract import Competition
 from kitlib.reports.figures import example_images
 from kitlib.reports.findings_figures import findings_images
 from kitlib.reports.lungs_figures import mask_images
-from kitlib.tables import read_text_table
+from kitlib.tables import BOX, read_text_table
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.mask_store import MaskStore
 from kitlib.xrays.run_lengths import draw_runs
@@ -38,6 +38,18 @@ def submitted_ids(path: str | Path) -> list[str]:
     return read_text_table(path).iloc[:, 0].tolist()
 
 
+def answered_boxes(competition: Competition, answers: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
+    """Return the boxes in a submission as detections in pixels of the image files, without rows of other classes.
+
+    `answers` is what the competition's `read_submission` returns; `images` has the size of each image in it.
+    """
+    boxes = answers[answers["finding"].isin(competition.box_classes)].astype({"finding": object}).reset_index(drop=True)
+    if competition.side is None:
+        return boxes
+    sizes = images.set_index("image_id").loc[boxes["image_id"], ["columns", "rows", "columns", "rows"]].to_numpy(float)
+    return boxes.assign(**dict(zip(BOX, (boxes[list(BOX)].to_numpy() * sizes / competition.side).T, strict=True)))
+
+
 def answers_figure(
     competition: Competition,
     cache: XrayCache,
@@ -48,16 +60,15 @@ def answers_figure(
 ) -> Figure:
     """Draw each X-ray of `images` with its ground truth and the answer: boxes, outlines of masks, or probabilities.
 
-    `tables` has the ground truth's tables labels and boxes, `masks` its masks; `answers` is what the competition's
-    `read_submission` returns.
+    `tables` has the ground truth's tables labels and boxes, `masks` its masks. `answers` is what the competition's
+    `read_submission` returns; for boxes, those to draw in pixels of the image files.
     """
     ids = images["image_id"]
     if competition.mask_classes:
         drawn = RunMasks(answers, cache, MASK_CODES[competition.mask_classes[0].lower()])
         return mask_images(cache, drawn, ids.tolist(), ids.tolist(), masks)
     if competition.box_classes:
-        boxes = answers[answers["finding"].isin(competition.box_classes)].astype({"finding": object})
-        return example_images(cache, images, boxes=tables["boxes"], detections=boxes)
+        return example_images(cache, images, boxes=tables["boxes"], detections=answers, shown_score=0)
     return findings_images(cache, answers[answers["image_id"].isin(ids)], images, tables["labels"])
 
 
