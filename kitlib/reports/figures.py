@@ -131,7 +131,7 @@ def example_images(
     names = f": {', '.join(sorted(structures)).replace('_', ' ')}" if structures else ""
     drawn = {TRUTH: f"annotated{names}"} if boxes is not None or masks is not None else {}
     if detections is not None:
-        drawn |= {PREDICTION: f"predicted, with confidence ({shown_score:g} or more)"}
+        drawn |= {PREDICTION: "predicted, with confidence" + (f" ({shown_score:g} or more)" if shown_score else "")}
     if drawn:
         _show_findings(figure, {name: colours[name] for name in colours if name in drawn_findings}, **drawn)
     return figure
