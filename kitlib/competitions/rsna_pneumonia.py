@@ -16,7 +16,7 @@ import pandas as pd
 from kitlib.classes import ONE_FINDING, RSNA_CLASSES
 from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
 from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
-from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.fusion_settings import Confidence, FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import iou
@@ -155,6 +155,9 @@ class RsnaPneumoniaFusion(FusionSettings):
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
 
+    # A fused box keeps the highest confidence, because least_score is tuned on boxes of one model for each image: in a mean
+    # over the models of several folds, boxes that not all of them find would fall below it.
+    box_confidence: Confidence = "max"
     gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
     least_score: Probability = 0.3  # boxes with a lower score are not answered
     # Factor of the sides of each box. The test set's boxes are tighter than those of the training set: winners used 0.875
@@ -163,19 +166,30 @@ class RsnaPneumoniaFusion(FusionSettings):
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
     """Return the ground truth of prepared images."""
-    drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]]
-    return BoxTruth(tuple(images["image_id"]), drawn.reset_index(drop=True))
+    drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]].reset_index(drop=True)
+    corners = _on_published_side(drawn[list(BOX)].to_numpy(), images.set_index("image_id").loc[drawn["image_id"]])
+    return BoxTruth(tuple(images["image_id"]), drawn.assign(**dict(zip(BOX, corners.T, strict=True))))
+
+
+def _on_published_side(corners: np.ndarray, images: pd.DataFrame) -> np.ndarray:
+    """Return boxes (n, 4) in pixels of the published images of SIDE pixels; those of `corners` may be of resized images.
+
+    `images` has the rows and columns of each box's image, (n,).
+    """
+    return corners * (SIDE / images[["columns", "rows", "columns", "rows"]].to_numpy(float))
 
 
 def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataFrame:
-    """Return the boxes to answer: a table with image_id, finding, score, and kitlib.tables.BOX.
+    """Return the boxes to answer, in pixels of the published images: image_id, finding, score, and kitlib.tables.BOX.
 
     `attrs["answered"]` of the table lists the images that a detector has predicted: the others keep the baseline's row.
     """
     gate = np.nan_to_num(merged.probability(RSNA_CLASSES[-1]), nan=1.0)[merged.boxes["row"].to_numpy()]
     boxes = merged.detections().assign(score=merged.boxes["score"].to_numpy() * gate**settings.gate_power)
-    boxes = boxes[boxes["score"] >= settings.least_score].reset_index(drop=True)
-    corners = boxes[list(BOX)].to_numpy()
+    is_answered = (boxes["score"] >= settings.least_score).to_numpy()
+    sizes = merged.images.iloc[merged.boxes["row"].to_numpy()[is_answered]]
+    boxes = boxes[is_answered].reset_index(drop=True)
+    corners = _on_published_side(boxes[list(BOX)].to_numpy(), sizes)
     middle = (corners[:, :2] + corners[:, 2:]) / 2
     half = settings.box_size * (corners[:, 2:] - corners[:, :2]) / 2
     boxes[list(BOX)] = np.hstack([middle - half, middle + half]).clip(0, SIDE)

@@ -146,25 +146,25 @@ def fill(ids: list[str], decided: Mapping[str, np.ndarray]) -> tuple[list[list[s
 def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `maps` of images in `truth`, with columns from which `judge` computes any mask's score.
 
-    `maps` are the fused maps of MergedPredictions. `inside` and `outside` are the bytes of uint32 (LEVELS,): the number of
-    pixels, of SIDE x SIDE, inside and outside the true mask whose grey level is at least 0, 1 .. LEVELS - 1.
+    `maps` are the fused maps of MergedPredictions. The columns inside_N and outside_N, for N of 0 .. LEVELS - 1, are the
+    numbers of pixels, of SIDE x SIDE, inside and outside the true mask whose grey level is at least N.
     """
 
     from kitlib.xrays.cache import usable_cores
     from kitlib.xrays.mask_store import decode_grey
 
-    def count(image_id: str, png: bytes) -> tuple[bytes, bytes]:
+    def count(image_id: str, png: bytes) -> np.ndarray:
         pixels, runs = _on_grid(decode_grey(png)), truth[image_id]
         all_pixels = cv2.calcHist([pixels], [0], None, [LEVELS], [0, LEVELS]).ravel()
         # Both are transposed, because runs go down the columns.
         inside = np.bincount(cv2.transpose(pixels)[draw_runs(runs).T], minlength=LEVELS) if len(runs) else np.zeros(LEVELS)
-        counts = (each[::-1].cumsum(dtype=float)[::-1].astype(np.uint32).tobytes() for each in (inside, all_pixels - inside))
-        return next(counts), next(counts)
+        return np.stack([inside, all_pixels - inside])[:, ::-1].cumsum(axis=1, dtype=float)[:, ::-1].astype(np.int32)
 
     maps = maps[maps["image_id"].isin(truth.keys())]
     with ThreadPoolExecutor(usable_cores()) as pool:  # OpenCV works outside Python's lock
-        counts = list(pool.map(count, maps["image_id"], maps["map"]))
-    return maps.assign(inside=[inside for inside, _ in counts], outside=[outside for _, outside in counts])
+        counts = np.array(list(pool.map(count, maps["image_id"], maps["map"])), np.int32).reshape(len(maps), 2 * LEVELS)
+    names = [f"{part}_{level}" for part in ("inside", "outside") for level in range(LEVELS)]
+    return pd.concat([maps, pd.DataFrame(counts, maps.index, names)], axis=1)
 
 
 def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
@@ -172,13 +172,15 @@ def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: 
 
     Takes milliseconds if `merged.masks` has the columns that `compare` adds.
     """
-    maps = _maps_of(merged)
-    maps = maps[maps["image_id"].isin(truth.keys())] if "inside" in maps else compare(truth, maps)
-    inside, outside = (np.frombuffer(b"".join(maps[name]), np.uint32).reshape(-1, LEVELS) for name in ("inside", "outside"))
+    maps = merged.masks if "inside_0" in merged.masks else compare(truth, _maps_of(merged))
     top, bottom = (math.floor(255 * probability) + 1 for probability in (settings.top, settings.bottom))
-    is_kept = inside[:, top] + outside[:, top] >= settings.least_area
-    hits, others = is_kept * inside[:, bottom], is_kept * outside[:, bottom]
-    total = hits + others + inside[:, 0]
+    names = [f"{part}_{level}" for level in sorted({top, bottom}) for part in ("inside", "outside")]
+    # Columns first, because choosing rows copies all columns.
+    maps = maps[["image_id", "finding", "inside_0", *names]]
+    maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]
+    is_kept = maps[f"inside_{top}"] + maps[f"outside_{top}"] >= settings.least_area
+    hits, others = is_kept * maps[f"inside_{bottom}"], is_kept * maps[f"outside_{bottom}"]
+    total = hits + others + maps["inside_0"]
     predicted = np.where(total, 2 * hits / np.maximum(total, 1), 1.0).sum()
     unpredicted = sum(not len(truth[image_id]) for image_id in truth.keys() - set(maps["image_id"]))
     return float(predicted + unpredicted) / len(truth) if truth else float("nan")

@@ -44,6 +44,7 @@ class DataFolder:
                 self._roots.setdefault(path, root)
         self.paths = list(self._roots)
         self._read: set[Path] = set()
+        self._set_aside: set[Path] = set()
 
     @classmethod
     def of(cls, folder: "str | Path | DataFolder") -> "DataFolder":
@@ -153,11 +154,16 @@ class DataFolder:
         """Mark files as read, so that `count_unread` does not count them."""
         self._read.update(map(Path, paths))
 
+    def set_aside(self, paths: Iterable[Path]) -> None:
+        """Do not count the images `paths`, which are those of a test set without labels, among those of the data set."""
+        self._set_aside.update(paths)
+
     def count_images(self) -> int:
-        """Return the number of image files in the data set's main folder, not counting folders with "mask" in the name."""
+        """Return the number of image files in the main folder, without those set aside and in folders of masks."""
         return sum(
             path.suffix.lower() in IMAGES and self._is_own(path) and not any("mask" in name for name in self.folders(path))
             for path in self.paths
+            if path not in self._set_aside
         )
 
     def count_unread(self) -> None:

@@ -39,7 +39,9 @@ def read_train_images(
         return any("mask" in name for name in source.folders(path)[-1:])
 
     listed, faults, suffixes = set(ids), source.faults, (*DICOM, *PICTURES)
-    of_test = {listed_id(path.name) for path in source.find(suffixes, is_test)} & listed
+    test_files = source.find(suffixes, is_test)
+    source.set_aside(test_files)
+    of_test = {listed_id(path.name) for path in test_files} & listed
     faults.add_summary("the folder", of_test, "lie in a folder of test images; left out", "other listed images")
     files = source.find_images(suffixes, lambda path: not is_test(path) and not is_mask(path))
     if listed.isdisjoint(files):
