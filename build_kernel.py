@@ -84,6 +84,8 @@ def main(
         spec = read_spec(kernel, owner)
         if should_submit and not spec.is_submission:
             raise KernelError(f"{spec.slug} makes no submission; leave --submit out")
+        if quick_save and not spec.rules.is_notebook:
+            raise KernelError(f"{spec.rules.name} takes a file, which must have all predictions; leave --quick-save out")
         if quick_save:
             logging.warning(
                 "quick save: the saved version predicts only %d files; the scored rerun predicts all", quick_save

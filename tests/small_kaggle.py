@@ -87,6 +87,12 @@ class SmallKaggle:
         self.submissions.insert(0, {"ref": 700 + len(self.submissions), "description": body["submissionDescription"]})
         return 200, {"message": "Successfully submitted", "ref": self.submissions[0]["ref"]}
 
+    def _StartSubmissionUpload(self, body):
+        return 200, {"token": "token", "createUrl": f"{self.url}/upload/{body['fileName']}"}
+
+    def _CreateSubmission(self, body):
+        return self._CreateCodeSubmission(body)
+
     def _ListSubmissions(self, body):
         return 200, {"submissions": self.submissions}
 

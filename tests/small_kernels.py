@@ -51,9 +51,9 @@ def installed_wheel(folder, name) -> Path:
     return path
 
 
-def make_run(folder, model="effnet", fold=0, family="study", architecture=None, **recipe) -> Path:
+def make_run(folder, model="effnet", fold=0, family="study", architecture=None, classes=(), **recipe) -> Path:
     """Write a run folder whose bundle has one tensor; `recipe` are fields of its recipe."""
-    classes = ["opacity" if family in ("yolo", "faster_rcnn") else "a"]
+    classes = list(classes) or ["opacity" if family in ("yolo", "faster_rcnn") else "a"]
     stated = {"family": family, "model": model, "classes": classes, "recipe": recipe, "image_size": 8}
     stated |= {
         "architecture": architecture or {},

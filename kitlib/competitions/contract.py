@@ -84,6 +84,7 @@ class Competition(Settings):
     judge: Callable[[Any, MergedPredictions, Any], float] | None = None
     compare: Callable[[Any, pd.DataFrame], pd.DataFrame] | None = None
     hit_iou: Positive = 0.5
+    sample: str = "sample_submission.csv"  # name of the sample submission on Kaggle
     helping_classes: tuple[str, ...] = ()
     side: AtLeastOne | None = None
     time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded

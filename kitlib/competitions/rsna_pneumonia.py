@@ -225,6 +225,7 @@ RSNA_PNEUMONIA = Competition(
     decide=decide,
     fill=fill,
     read_test=read_listed(ROWS),
+    sample="stage_2_sample_submission.csv",
     helping_classes=RSNA_CLASSES[-1:],
     side=SIDE,
     box_classes=(ONE_FINDING,),

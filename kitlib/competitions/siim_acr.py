@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 import pandas as pd
 
@@ -149,6 +148,7 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
     `maps` are the fused maps of MergedPredictions. The columns inside_N and outside_N, for N of 0 .. LEVELS - 1, are the
     numbers of pixels, of SIDE x SIDE, inside and outside the true mask whose grey level is at least N.
     """
+    import cv2
 
     from kitlib.xrays.cache import usable_cores
     from kitlib.xrays.mask_store import decode_grey
@@ -192,6 +192,8 @@ def _maps_of(merged: MergedPredictions) -> pd.DataFrame:
 
 def _on_grid(pixels: np.ndarray) -> np.ndarray:
     """Return an image uint8 (rows, columns) resized to SIDE x SIDE: by area if it shrinks, else linearly."""
+    import cv2
+
     method = cv2.INTER_AREA if max(pixels.shape) > SIDE else cv2.INTER_LINEAR
     return pixels if pixels.shape == (SIDE, SIDE) else cv2.resize(pixels, (SIDE, SIDE), interpolation=method)
 
@@ -220,6 +222,7 @@ SIIM_ACR = Competition(
     fill=fill,
     side=SIDE,
     read_test=read_listed(ROWS),
+    sample="stage_2_sample_submission.csv",
     judge=judge,
     compare=compare,
     mask_classes=(FINDING,),

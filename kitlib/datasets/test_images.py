@@ -16,13 +16,13 @@ from kitlib.tables import check_table
 def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return an `images` table of the files below `folder` that are called after `ids`, and a table like Dataset.faults.
 
-    The suffix is that of an image, or missing. Of several files with one name, those in a folder with "test" in its name are
-    preferred, then DICOM files, then the first path in alphabetical order. No file is opened: sizes are 0, and each image is
-    its own study and patient. `name` is the table's `source`. An id without a file is a fault, because it still needs a row
-    in the submission; so are files that are not used although they lie in a folder of test images. Raises DatasetError if
-    `folder` does not exist.
+    The suffix is that of an image, or missing; an id may have one, too. Of several files with one name, those in a folder
+    with "test" in its name are preferred, then DICOM files, then the first path in alphabetical order. No file is opened:
+    sizes are 0, and each image is its own study and patient. `name` is the table's `source`. An id without a file is a
+    fault, because it still needs a row in the submission; so are files that are not used although they lie in a folder of
+    test images. Raises DatasetError if `folder` does not exist.
     """
-    folder, wanted, faults = Path(folder), set(ids), Faults()
+    folder, wanted, faults = Path(folder), {without_suffix(name): name for name in ids}, Faults()
     if not folder.is_dir():
         raise DatasetError(
             f"{folder} is not a folder; give the folder that holds the competition's files, see inputs/README.md"
@@ -32,8 +32,8 @@ def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -
     for place, names in walk(folder, lambda path, reason: faults.add("the folder", path, f"{reason}; left out")):
         is_test = any(map(OF_TEST.search, place.relative_to(folder).as_posix().lower().split("/")))
         for file in names:
-            image_id, suffix = without_suffix(file), Path(file).suffix.lower()
-            if image_id in wanted:
+            image_id, suffix = wanted.get(without_suffix(file)), Path(file).suffix.lower()
+            if image_id is not None:
                 candidates.append((not is_test, suffix not in DICOM, str(place / file), image_id))
             elif is_test and suffix in IMAGES:
                 unlisted.append((place / file).relative_to(folder).as_posix())
@@ -43,7 +43,7 @@ def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -
     others = [Path(path).relative_to(folder).as_posix() for *_, path, image_id in candidates if paths[image_id] != path]
     faults.add_summary("the folder", others, "have the name of another file; left out", "other files")
     faults.add_summary("the folder", unlisted, "are test images that the sample submission does not list", "other files")
-    faults.add_summary("the sample submission", wanted - set(paths), "have no file, but still get a row", "other images")
+    faults.add_summary("the sample submission", set(ids) - set(paths), "have no file, but still get a row", "other images")
     image_ids = [image_id for image_id in ids if image_id in paths]
     images = pd.DataFrame({"image_id": image_ids, "study_id": image_ids, "patient_id": image_ids}, dtype=object)
     images = images.assign(path=[paths[image_id] for image_id in image_ids], rows=0, columns=0, source=name, view="")

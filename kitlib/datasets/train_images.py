@@ -10,7 +10,7 @@ from kitlib.datasets.base import add_headers
 from kitlib.datasets.data_folder import DICOM, PICTURES, DataFolder, listed_id
 from kitlib.errors import DatasetError
 
-OF_TEST = re.compile(r"(^|[ _-])test([ _-]|$)")  # a folder of test images
+OF_TEST = re.compile(r"(^|[ _-])test\d*([ _-]|$)")  # a folder of test images
 
 
 def read_train_images(

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Kaggle's status of a run that has ended without success, or of a submission that it could not score.
 FAILED = ("error", "cancel_acknowledged")
-SUBMISSION, SAMPLE = "submission.csv", "sample_submission.csv"
+SUBMISSION = "submission.csv"
 LOG = "kaggle.log"
 LOG_LINES = 30  # lines of a failed run's log in the error message
 # A session and a scored rerun each last at most 12 hours, and may have to queue.
@@ -75,13 +75,13 @@ def wait_for_run(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S
 def fetch_output(out: str | Path) -> Path:
     """Download the output files of a complete run of a submission, and the sample; return their folder, `out`/output.
 
-    The files are submission.csv, ledger.csv and usage.json, the run's log, and the competition's sample_submission.csv.
+    The files are submission.csv, ledger.csv and usage.json, the run's log, and the competition's sample submission.
     Raises KernelError if the run is not complete, or has not written submission.csv.
     """
     folder, pushed = Path(out) / OUTPUT, _read_complete(out)
     if folder.is_dir():
         return folder
-    client = KaggleClient()
+    client, sample = KaggleClient(), choose_competition(pushed.competition)[0].sample
     with tempfile.TemporaryDirectory(dir=out, prefix=".output-") as temporary_folder:
         unfinished = Path(temporary_folder) / OUTPUT
         logger.info("downloading the output of %s", pushed.name)
@@ -91,9 +91,9 @@ def fetch_output(out: str | Path) -> Path:
             )
         if not (unfinished / SUBMISSION).is_file():
             raise KernelError(f"{pushed.name} has written no {SUBMISSION}; see {pushed.url}")
-        with client.calling(f"downloading {SAMPLE} of {pushed.competition}"):
+        with client.calling(f"downloading {sample} of {pushed.competition}"):
             client.api.competition_download_file(
-                pushed.competition, SAMPLE, str(unfinished), force=True, quiet=True, unzip=True
+                pushed.competition, sample, str(unfinished), force=True, quiet=True, unzip=True
             )
         unfinished.rename(folder)
     return folder
@@ -108,7 +108,7 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
     folder = Path(out) / OUTPUT
     pushed = read_pushed(out)
     competition, _ = choose_competition(pushed.competition)
-    faults = [str(fault) for fault in competition.validate_file(folder / SUBMISSION, sample=folder / SAMPLE)]
+    faults = [str(fault) for fault in competition.validate_file(folder / SUBMISSION, sample=folder / competition.sample)]
     if not allow_placeholders:
         faults += find_unused_bundles(pushed.bundles, folder / USAGE)
     if faults:
@@ -124,6 +124,8 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
 def submit_version(out: str | Path, message: str = "") -> Pushed:
     """Submit the pushed version to its competition; return its state, which has the number of the submission.
 
+    If the competition takes a file instead of a notebook, the version's submission.csv is uploaded, downloaded first if that
+    has not been done.
     The submission's description is `message` with the kernel's name and version, by which a submission that was made before
     an interruption is found. Raises KernelError if the run is not complete or Kaggle refuses the submission.
     """
@@ -139,7 +141,7 @@ def submit_version(out: str | Path, message: str = "") -> Pushed:
         version = f"{pushed.kernel.split('/')[1]} version {pushed.version}"
         pushed = dataclasses.replace(pushed, description=f"{message} ({version})" if message else version)
         write_pushed(out, pushed)
-        number = _submit(client, pushed)
+        number = _submit(client, pushed, out)
     pushed = dataclasses.replace(pushed, submission=number, submitted=_now())
     write_pushed(out, pushed)
     logger.info("submitted %s to %s: submission %d", pushed.name, pushed.competition, number)
@@ -247,12 +249,15 @@ def _find_submission(client: KaggleClient, pushed: Pushed) -> int:
     return next((entry.ref for entry in found if entry.status.name.lower() not in FAILED), 0)
 
 
-def _submit(client: KaggleClient, pushed: Pushed) -> int:
-    action = f"submitting {pushed.name} to {pushed.competition}"
+def _submit(client: KaggleClient, pushed: Pushed, out: str | Path) -> int:
+    action, to = f"submitting {pushed.name} to {pushed.competition}", (pushed.description, pushed.competition)
+    is_notebook = choose_competition(pushed.competition)[0].is_notebook
+    file = SUBMISSION if is_notebook else str(fetch_output(out) / SUBMISSION)
     with client.calling(action):
-        answer = client.api.competition_submit_code(
-            SUBMISSION, pushed.description, pushed.competition, pushed.kernel, pushed.version, quiet=True
-        )
+        if is_notebook:
+            answer = client.api.competition_submit_code(file, *to, pushed.kernel, pushed.version, quiet=True)
+        else:
+            answer = client.api.competition_submit(file, *to, quiet=True)
     if client.complaints() or not answer.ref:
         raise KernelError(f"{action}: Kaggle answered {answer.message or 'nothing'}{client.quote_output()}")
     return answer.ref

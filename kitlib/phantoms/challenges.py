@@ -58,7 +58,6 @@ class _Layout:
     draw: Callable[[Path, Planned, int], Any]
     tables: Callable[[Written], dict[str, Any]]
     label_table: str
-    sample: str = "sample_submission.csv"
     side: int | None = None  # of all images, pixels; None: free
 
 
@@ -91,7 +90,7 @@ def write_challenge(
     """
     if name not in LAYOUTS:
         raise ValueError(f"unknown competition {name!r}; valid: {', '.join(LAYOUTS)}")
-    layout = LAYOUTS[name]
+    layout, competition = LAYOUTS[name], find_competition(name)
     if layout.side and side not in (None, layout.side):
         raise ValueError(f"side is {side}, but the images of {name} always have {layout.side} pixels a side; leave it out")
     if test_images and truth is None:
@@ -99,8 +98,8 @@ def write_challenge(
     side = layout.side or side or DEFAULT_SIDE
     other_files = [Path(truth) / layout.label_table] if truth and test_images else []
     return write_phantoms(
-        Path(folder) / find_competition(name).slug,
-        (layout.label_table, layout.sample),
+        Path(folder) / competition.slug,
+        (layout.label_table, competition.sample),
         {"images": images, "test_images": test_images, "side": side, "seed": seed},
         partial(_plan, name, {"train": images, "test": test_images}, seed),
         partial(_write_image, name=name, side=side),
@@ -150,7 +149,7 @@ def _write_tables(name: str, truth: list[Path], root: Path, planned: list[Planne
     for path in truth:
         write_csv(path, layout.tables(test)[layout.label_table])
         rows = competition.baseline_rows([image.image_id for image, _ in test])
-        write_csv(root / layout.sample, pd.DataFrame(rows, columns=list(competition.header)))
+        write_csv(root / competition.sample, pd.DataFrame(rows, columns=list(competition.header)))
 
 
 def _write_dicom(path: Path, image: Planned, stored: np.ndarray, **options: Any) -> None:
@@ -356,7 +355,6 @@ LAYOUTS = {
         draw=_draw_rsna,
         tables=_rsna_tables,
         label_table=rsna.LABELS,
-        sample="stage_2_sample_submission.csv",
     ),
     "ranzcr-clip": _Layout(
         groups=tuple(
@@ -376,7 +374,6 @@ LAYOUTS = {
         draw=_draw_siim_acr,
         tables=_siim_acr_tables,
         label_table=siim_acr.LABEL_TABLES[0],
-        sample="stage_2_sample_submission.csv",
         side=RUN_LENGTHS_SIDE,
     ),
 }

@@ -27,11 +27,12 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 class Step(Settings):
     """One step of a plan, with exactly one of `notebook` and `command`.
 
-    A step with a matrix has one run for each combination of the matrix's values. In any text, `{name}` is replaced by the
-    value of the plan's variable `name`, or of the step's own matrix. `{run}` is replaced by the run's own folder. If `name`
-    is another step, it is replaced by the folder of that step's run, which is then executed first. If both steps have a
-    matrix with the same names, it is the run with the same values. If the other step's matrix has additional names, `{name}`
-    is replaced by a list of the folders of all matching runs; inside a list, the folders are inserted into that list.
+    A step with a matrix has one run for each combination of the matrix's values; a placeholder of a variable of the plan may
+    stand for the list of values. In any text, `{name}` is replaced by the value of the plan's variable `name`, or of the
+    step's own matrix. `{run}` is replaced by the run's own folder. If `name` is another step, it is replaced by the folder
+    of that step's run, which is then executed first. If both steps have a matrix with the same names, it is the run with the
+    same values. If the other step's matrix has additional names, `{name}` is replaced by a list of the folders of all
+    matching runs; inside a list, the folders are inserted into that list.
     """
 
     notebook: str = ""  # the notebook's name in notebooks/, such as 30_train_study
@@ -194,7 +195,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
     _check_names(path, steps, variables)
     planned: dict[str, PlannedRun] = {}
     for name in _sort_steps(path, steps, variables):
-        for values in _expand_matrix(path, name, steps[name].matrix):
+        for values in _expand_matrix(path, name, steps[name].matrix, variables):
             try:
                 run = _plan_run(name, steps, values, variables, folder, planned)
             except RecursionError as error:
@@ -294,11 +295,13 @@ def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -
         raise PlanError(f"{path}: steps need each other: {' -> '.join(error.args[1])}") from error
 
 
-def _expand_matrix(path: Path, name: str, matrix: dict[str, Any]) -> list[dict[str, Any]]:
+def _expand_matrix(path: Path, name: str, matrix: dict[str, Any], variables: dict[str, Any]) -> list[dict[str, Any]]:
     """Return all combinations of a matrix's values, each as a dictionary from the matrix's names to one value per name.
 
-    Raises PlanError if a name's values are not a list of different numbers or words.
+    Raises PlanError if a name's values are not a list of different numbers or words, or a variable with such a list.
     """
+    placeholders = {key: PLACEHOLDER.fullmatch(values) for key, values in matrix.items() if isinstance(values, str)}
+    matrix = matrix | {key: variables.get(match[1], matrix[key]) for key, match in placeholders.items() if match}
     for key, values in matrix.items():
         texts = [str(value) for value in values] if isinstance(values, list) else []
         if not texts or len(set(texts)) < len(texts) or not all(re.fullmatch(r"[\w.]+", text) for text in texts):

@@ -37,6 +37,26 @@ _HEIDELBERG_BOXES: dict[str, Any] = {
     "blur_p": 0.25,
     "cutouts": 6,
 }
+# RSNA Pneumonia, 3rd place (pmcheng/rsna-pneumonia on GitHub), which uses two RetinaNets and no classifier: images of 224
+# pixels, 25 epochs of 2,500 batches, which is nearly all images. Without its scaling by 0.8 to 1.2, which the kit's
+# RetinaNet lacks. The rate falls by cosine; Keras' `decay` of 1e-4 per batch lets it fall to an eighth.
+_LEAN_RSNA = DetectorRecipe(
+    family="retinanet",
+    backbone="resnet50",
+    channels=3,
+    image_size=224,
+    epochs=25,
+    batch_size=8,
+    learning_rate=0.01,
+    gradient_clip=1.0,
+    negatives=4.0,  # 20,672 images without and 6,012 with a box: all
+    horizontal_flip=0.5,
+    rotate_degrees=2.9,  # 0.05 radians
+    shift=0.1,
+    turn_p=1.0,
+    brightness_contrast=0.0,
+    **_ALL_EPOCHS,
+)
 _HEIDELBERG_YOLO = DetectorRecipe(
     family="yolo",
     backbone="yolov5lu",
@@ -154,6 +174,83 @@ RECIPES: dict[str, TrainingRecipe] = {
         blur_p=0.2,
         **_ALL_EPOCHS,
     ),
+    # VinBigData, 91st place (sunghyunjun/kaggle-vinbigdata-chest-xray-abnormalities-detection on GitHub), the first of its
+    # classifiers of images with and without a finding (ROC AUC 0.993). Here it learns all 15 labels, of which only
+    # `No finding` is used. Without its scaling by 0.1 to 2.
+    "lean_vinbigdata_classifier": FindingsRecipe(
+        backbone="tf_efficientnet_b5",
+        image_size=600,
+        placement="stretch",
+        hidden=0,
+        dropout=0.0,
+        epochs=50,
+        batch_size=6,  # 12 would need 14.3 GiB
+        nominal_batch=12,
+        optimizer="adamw",
+        learning_rate=7.5e-5,
+        weight_decay=1e-4,
+        rotate_degrees=0.0,
+        brightness_contrast=0.2,
+        brightness_contrast_p=0.8,
+        erase_p=0.0,
+    ),
+    "lean_rsna_retinanet50": _LEAN_RSNA,
+    "lean_rsna_retinanet101": dataclasses.replace(_LEAN_RSNA, backbone="resnet101"),
+    # RSNA Pneumonia, 1st place, the classifier of its simple variant (i-pan/kaggle-rsna18 on GitHub, TrainOneClassifier.py),
+    # whose score multiplies those of the boxes. Here it learns the three classes, as others of that ensemble do. Its 15
+    # epochs have 8,000 images each. Without inverted images and gamma; it was published as starting from NIH's classes.
+    "lean_rsna_classifier": FindingsRecipe(
+        backbone="inception_resnet_v2",
+        image_size=256,
+        placement="stretch",
+        hidden=0,
+        dropout=0.0,
+        multi_label=False,
+        class_weights=True,
+        judged_by="macro_f1",
+        epochs=6,
+        batch_size=16,
+        optimizer="adam",
+        learning_rate=5e-5,
+        schedule="step",
+        milestones=(2, 3, 4),  # after 6, 9 and 12 of the 15
+        step_factor=0.5,
+        views=("full", "flip"),
+        rotate_degrees=15.0,
+        scale_x=(1.0, 1.18),
+        scale_y=(1.0, 1.18),
+        turn_p=0.25,
+        blur_p=0.125,
+        erase_p=0.0,
+    ),
+    # RANZCR CLiP, 71st place, silver (kozodoi/Kaggle_RANZCR_Challenge on GitHub, model_1), one of its seven networks, which
+    # scores 0.971 together; AdamW for AdamP, no optical or grid distortion, and scales of 0.9 to 1.1 for random crops.
+    "lean_ranzcr": FindingsRecipe(
+        backbone="tf_efficientnet_b7",
+        image_size=600,
+        placement="stretch",
+        hidden=0,
+        dropout=0.0,
+        epochs=15,
+        batch_size=4,  # 12 would need 25 GiB
+        nominal_batch=36,
+        optimizer="adamw",
+        learning_rate=1e-3,
+        weight_decay=1e-6,
+        warmup_epochs=1.0,
+        schedule_every=0,
+        views=("full", "flip"),
+        rotate_degrees=5.0,
+        shift=0.05,
+        scale_x=(0.9, 1.1),
+        scale_y=(0.9, 1.1),
+        turn_p=0.5,
+        brightness_contrast=0.11,
+        blur_p=0.5,
+        cutouts=5,
+        cutouts_p=0.5,
+        erase_p=0.0,
+    ),
     # Methods common to the strongest solutions: auxiliary segmentation, moving averages, lung crops.
     "strong_study": StudyRecipe(
         backbone="tf_efficientnetv2_m",
@@ -238,9 +335,9 @@ RECIPES: dict[str, TrainingRecipe] = {
         blur_p=0.0,
         noise_p=0.0,
     ),
-    # SIIM-ACR Pneumothorax, 1st place: first from a resnet34's weights (`starting_weights`) at 512 pixels, then from that
-    # run, with overrides {"image_size": 1024, "starting_weights": RUN, "learning_rate": 1e-5, "positives": [0.4, 0.4]}.
-    "lean_pneumothorax": SparseSegmenterRecipe(),
+    # SIIM-ACR Pneumothorax, 1st place (sneddy/pneumothorax-segmentation on GitHub): first from a resnet34's weights at 512
+    # pixels, then from that run at 1,024 pixels, with the overrides in submissions/plans/siim_acr_lean.yaml.
+    "lean_pneumothorax": SparseSegmenterRecipe(gradient_clip=0.1),
     **LEARNERS,
     "small_lungs": SegmenterRecipe(
         width=0.25,

@@ -32,6 +32,15 @@ def test_files_are_found_and_what_is_missing_or_more_is_counted(tmp_path):
     ]
 
 
+def test_an_id_may_be_the_name_of_a_file(tmp_path):
+    for name in ("test1/a.jpg", "test1/b.jpg", "train1/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    images, faults = read_test_images(tmp_path, ["a.jpg", "d.jpg"])
+    assert images[["image_id", "path"]].to_numpy().tolist() == [["a.jpg", f"{tmp_path}/test1/a.jpg"]]
+    assert faults["row"].tolist() == ["test1/b.jpg", "d.jpg"]
+
+
 def test_without_any_file_there_is_an_empty_table_and_without_a_folder_an_error(tmp_path):
     images, faults = read_test_images(tmp_path, ["a"])
     assert images.empty and len(faults) == 1

@@ -92,6 +92,21 @@ def test_from_push_to_score(finished, run, tmp_path):
     assert current_score(kaggle_scores, {"started": "2999-01-01T00:00:00+00:00"}) == {}
 
 
+def test_a_file_is_uploaded_to_a_competition_that_takes_no_notebook(finished, run, tmp_path):
+    rows = b"patientId,PredictionString\na,0.5 0 0 9 9\nb,\n"
+    finished.output["submission.csv"], finished.competition_files = rows, {"stage_2_sample_submission.csv": rows}
+    rsna = {"title": "Small RSNA kernel", "slug": "small-rsna-kernel", "competition": "rsna-pneumonia-detection-challenge"}
+    detector = str(make_run(tmp_path / "detector", family="yolo"))
+    kernel = make_submission(tmp_path / "rsna", "print(1)", runs=[detector], **rsna)
+    code, printed = run("--push", "--submit", "--quick-save", "2", kernel=kernel)
+    assert code == 2 and "rsna-pneumonia takes a file, which must have all predictions; leave --quick-save out" in printed
+    code, printed = run("--push", "--submit", kernel=kernel)
+    assert code == 0 and "public score: 0.612" in printed, printed
+    assert finished.uploads["submission.csv"] == rows and calls(finished, "CreateCodeSubmission") == []
+    (submitted,) = finished.requests("CreateSubmission")
+    assert submitted["submissionDescription"] == "small-rsna-kernel version 3"
+
+
 def test_what_is_logged_during_a_call_is_not_the_clients_complaint(finished, run, monkeypatch):
     def warn(body):
         logging.getLogger("urllib3.connectionpool").warning("Retrying after the connection was broken")

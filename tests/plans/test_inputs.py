@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 from kitlib.__main__ import app
 from kitlib.errors import PlanError
 from kitlib.paths import project_root
-from kitlib.plans.inputs import check_inputs
+from kitlib.plans.inputs import check_inputs, missing_inputs
 from kitlib.plans.plan import read_plan
-from kitlib.plans.trainings import count_trainings, describe_trainings
+from kitlib.plans.trainings import count_trainings, describe_trainings, starts_from_scratch
 
 
 def write_plan(folder, steps, **more):
@@ -97,6 +97,16 @@ def test_plans_of_the_documents_say_what_they_train_and_what_it_took(name, train
     path = project_root() / "submissions" / "plans" / f"{name}.yaml"
     shown = CliRunner().invoke(app, ["run", str(path), "--dry-run"]).output
     assert f"{trainings} trainings in " in shown and f"; published duration: {stated}" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(("name", "trainings"), [("vinbigdata", 15), ("rsna", 15), ("ranzcr", 5), ("siim_acr", 10)])
+def test_plans_of_the_further_competitions_lack_only_data_and_weights(name, trainings):
+    path = project_root() / "submissions" / "plans" / f"{name}_lean.yaml"
+    plan = read_plan(path, runs="runs/of-a-test")
+    missing = missing_inputs(plan, plan.planned)
+    assert all("no input " in line or "weights file " in line for line in missing), missing
+    assert sum(map(count_trainings, plan.planned.values())) == trainings
+    assert not any(map(starts_from_scratch, plan.planned.values()))
 
 
 def test_the_demos_need_nothing_from_outside():

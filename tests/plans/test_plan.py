@@ -65,6 +65,15 @@ def test_a_placeholder_selects_the_run_with_the_same_matrix_values(tmp_path):
     assert planned["both-a-1"].command == ("echo", f"{tmp_path}/runs/study-1/fold1", "1")
 
 
+def test_a_variable_is_the_list_of_a_matrix(tmp_path):
+    steps = {"study": STUDY | {"matrix": {"fold": "{folds}"}}}
+    path = write_plan(tmp_path, variables={"data": "siim", "folds": [0, 2]}, steps=steps)
+    assert list(read_plan(path).planned) == ["prepare", "study-0", "study-2", "fuse"]
+    assert list(read_plan(path, changes={"folds": [4]}).planned) == ["prepare", "study-4", "fuse"]
+    with pytest.raises(PlanError, match="matrix fold must be a list of different numbers or words, got 4"):
+        read_plan(path, changes={"folds": 4})
+
+
 def test_a_plan_extends_another_and_variables_change(tmp_path):
     write_plan(tmp_path, "base")
     (tmp_path / "more.yaml").write_text(
@@ -146,6 +155,10 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
         ({"steps": {"x": {"command": ["{y}"]}, "y": {"command": ["{x}"]}}}, "steps need each other: "),
         ({"steps": {"x": {"command": ["true"], "matrix": {"fold": [0, 0]}}}}, "matrix fold must be a list of different"),
         ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix fold must be a list of different"),
+        (
+            {"steps": {"x": {"command": ["true"], "matrix": {"fold": "{no}"}}}},
+            "must be a list of different numbers or words",
+        ),
         ({"steps": {"data": {"command": ["true"]}}}, "data: steps, variables and matrix keys need different names"),
         ({"steps": {"X": {"command": ["true"]}}}, "invalid step name 'X'"),
         (
