@@ -70,9 +70,12 @@ SCHEMAS: dict[str, dict[str, str]] = {
     # A segmenter's probabilities of a structure that most images do not have, for one image: an 8-bit grey PNG, in which 255
     # is a probability of 1, of any size; it shows the whole image and nothing else.
     "mask_maps": {"image_id": "id", "model": "text", "fold": "integer", "finding": "id", "map": "bytes"},
-    # One row per image that a detector has predicted, even if it predicted no box.
+    # One row per image that a detector has predicted, even if it predicted no box. A column `findings` may have the classes
+    # of the detector, joined by FINDINGS_SEPARATOR.
     "coverage": {"image_id": "id", "model": "text", "fold": "integer"},
 }
+
+FINDINGS_SEPARATOR = "; "
 
 # Tables whose further columns are all classes (probabilities); at least one is required, except in `labels`.
 OPEN = ("labels", "class_scores", "nested_scores")

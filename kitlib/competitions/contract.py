@@ -173,11 +173,10 @@ class Competition(Settings):
 
         Raises SubmissionError if the sample cannot be read or has no rows.
         """
-        rows = self.baseline_rows(list(self.read_sample(Path(sample))))
-        if not rows:
+        ids = list(self.read_sample(Path(sample)))
+        if not ids:
             raise SubmissionError(f"{sample} has no rows; copy the competition's file again")
-        write_text(path, "".join(f"{','.join(cells)}\n" for cells in [self.header, *rows]))
-        return len(rows)
+        return len(self.write(path, ids, None))
 
 
 def fill_rows(baseline: list[list[str]], answers: Mapping[str, list[str]]) -> tuple[list[list[str]], list[str]]:

@@ -21,12 +21,16 @@ class FusionSettings(Settings):
     """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no calibration.
 
     GRIDS maps the name of a tuning step to the names of the fields that it sets together, and the values that it tries.
+    FIRST names the steps that are also taken before those of the boxes, because these depend on them.
     """
 
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    BOX_IOUS: ClassVar[tuple[float, ...]] = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # tried for box_iou; published: 0.55 to 0.625
 
     model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; default 1, and 0 excludes a model
-    # detector -> slope and offset of its calibration (kitlib.fusion.box_fusion); other detectors' scores stay unchanged
+    # detector -> slope and offset of its calibration (kitlib.fusion.box_fusion), for each finding if there are several; see
+    # calibration_key in kitlib.fusion.model_fusion. Other detectors' scores stay unchanged.
     calibration: dict[str, tuple[Positive, float]] = field(default_factory=dict)
     box_method: Method = "wbf"  # applies to images with two or more lists of boxes
     box_iou: Probability = 0.6  # IoU above which boxes are merged (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)

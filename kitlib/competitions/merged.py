@@ -36,13 +36,10 @@ class MergedPredictions:
             return np.full(len(self.images), np.nan)
         return self.scores.set_index("image_id")[name].reindex(self.images["image_id"]).to_numpy(float)
 
-    def no_box(self, score: np.ndarray | None = None) -> np.ndarray:
-        """Return 1 - the highest box score (n,) of each image, NaN for images that no detector has predicted.
-
-        `score` (boxes,) replaces the scores of the boxes.
-        """
+    def no_box(self) -> np.ndarray:
+        """Return 1 - the highest box score (n,) of each image, NaN for images that no detector has predicted."""
         highest = np.zeros(len(self.images))
-        np.maximum.at(highest, self.boxes["row"].to_numpy(), self.boxes["score"].to_numpy() if score is None else score)
+        np.maximum.at(highest, self.boxes["row"].to_numpy(), self.boxes["score"].to_numpy())
         return np.where(self.seen, 1 - highest, np.nan)
 
     def part(self, chosen: np.ndarray) -> "MergedPredictions":

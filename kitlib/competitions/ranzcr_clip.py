@@ -97,8 +97,12 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 
 def decide(merged: MergedPredictions, settings: FusionSettings) -> pd.DataFrame:
-    """Return the probabilities of the images that any model has predicted: a table with image_id and LABELS."""
-    return merged.scores.reindex(columns=["image_id", *LABELS]).dropna()
+    """Return the probabilities of the images that any model has predicted: a table with image_id and LABELS.
+
+    A label that no model has predicted gets its share of the training images.
+    """
+    shares = {label: PUBLISHED[label] / PUBLISHED["images"] for label in LABELS}
+    return merged.scores.reindex(columns=["image_id", *LABELS]).dropna(how="all", subset=list(LABELS)).fillna(shares)
 
 
 def fill(ids: list[str], scores: pd.DataFrame) -> tuple[list[list[str]], list[str]]:

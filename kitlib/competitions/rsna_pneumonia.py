@@ -226,7 +226,7 @@ RSNA_PNEUMONIA = Competition(
     fill=fill,
     read_test=read_listed(ROWS),
     sample="stage_2_sample_submission.csv",
-    helping_classes=RSNA_CLASSES[-1:],
+    helping_classes=RSNA_CLASSES,
     side=SIDE,
     box_classes=(ONE_FINDING,),
 )

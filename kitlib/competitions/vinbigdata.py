@@ -144,6 +144,8 @@ class VinBigDataFusion(FusionSettings):
         "least_abnormal": (("least_abnormal",), (0.0, 0.02, 0.05, 0.08, 0.15, 0.3)),
     }
 
+    BOX_IOUS: ClassVar = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6)
+
     box_iou: Probability = 0.4
     # `No finding` is the weighted mean of the available ones of two parts; these are the parts' weights:
     classifier_weight: NotNegative = 1.0  # its probability as a classifier of images predicts it

@@ -25,7 +25,7 @@ from kitlib.fusion.mask_maps import fuse_maps
 from kitlib.fusion.weighted_boxes import ImageLists
 from kitlib.letterbox import clip_boxes
 from kitlib.settings import from_dict
-from kitlib.tables import BOX, check_table, empty_table, findings_of
+from kitlib.tables import BOX, FINDINGS_SEPARATOR, check_table, empty_table, findings_of
 
 # Schemas of the tables of ModelPredictions whose name is not the schema's name.
 KINDS = {"image_scores": "class_scores"}
@@ -33,7 +33,7 @@ KINDS = {"image_scores": "class_scores"}
 
 @dataclass(frozen=True)
 class ModelPredictions:
-    """ModelPredictions of one or more models; a table is empty if no model makes such predictions.
+    """Predictions of one or more models; a table is empty if no model makes such predictions.
 
     `image_scores` may have the probabilities of any classes of images: it is a `class_scores` table. `coverage` has one row
     for each image and each detector that has looked at it, so that images without a predicted box are listed too; it is None
@@ -53,6 +53,15 @@ class ModelPredictions:
         empty = {name: empty_table(name) for name in ("study_scores", "image_scores", "detections", "mask_maps")}
         return cls(**empty | given)
 
+    def wanted(self, competition: Competition) -> "ModelPredictions":
+        """Return the predictions without boxes and masks of findings that the competition does not have."""
+        boxes, masks = self.detections, self.mask_maps
+        return replace(
+            self,
+            detections=boxes[boxes["finding"].isin(competition.box_classes)],
+            mask_maps=masks[masks["finding"].isin(competition.mask_classes)],
+        )
+
     def only(self, image_ids: pd.Series) -> "ModelPredictions":
         """Return the predictions without the boxes, masks and coverage of images that are not in `image_ids`."""
         tables = {name: getattr(self, name) for name in ("detections", "mask_maps", "coverage")}
@@ -62,7 +71,7 @@ class ModelPredictions:
 
 def fuse(predictions: ModelPredictions, images: pd.DataFrame, settings: Any, competition: Competition = SIIM_COVID19) -> Any:
     """Merge the predictions of all models for `images`, and return what the competition decides to answer."""
-    return competition.decide(merge(predictions, images, settings), settings)
+    return competition.decide(merge(predictions.wanted(competition), images, settings), settings)
 
 
 def merge(predictions: ModelPredictions, images: pd.DataFrame, settings: FusionSettings) -> MergedPredictions:
@@ -137,10 +146,10 @@ class BoxLists:
         """Return BoxLists of the `detections`, clipped to their image; drops boxes outside of it or with score 0.
 
         `coverage` has one row per detector, fold and predicted image, so that a model that was stopped early does not lower
-        the scores on images it never predicted; a model that never predicts a finding does not lower this finding's scores.
-        Without `coverage`, each model is assumed to have predicted every image, with as many folds as on the image where it
-        has most. Raises ValueError for an image whose size is unknown or that is not in `images`, and for a score that is
-        NaN.
+        the scores on images it never predicted. If it has the column `findings`, a model does not lower the scores of
+        findings that are not its classes. Without `coverage`, each model is assumed to have predicted every image, with as
+        many folds as on the image where it has most. Raises ValueError for an image whose size is unknown or that is not in
+        `images`, and for a score that is NaN.
         """
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
@@ -160,14 +169,18 @@ class BoxLists:
         corners = boxes[list(BOX)].to_numpy()[order] / sides[group]
         covered = None
         if coverage is not None:
-            coverage = coverage[["image_id", "model", "fold"]].drop_duplicates()
+            whole_coverage, coverage = coverage, coverage[["image_id", "model", "fold"]].drop_duplicates()
             of_image = pd.Index(images["image_id"]).get_indexer(coverage["image_id"])
             covered = _count(of_image, models.get_indexer(coverage["model"]), (len(images), len(models)))
             covered = covered.repeat(len(findings), axis=0)
-            if len(findings) > 1:
-                predicts = _count(finding[order], model, (len(findings), len(models))) > 0
-                covered *= np.tile(predicts, (len(images), 1))
+            if "findings" in whole_coverage:
+                covered *= np.tile(_predicted_findings(whole_coverage, findings, models), (len(images), 1))
         return cls(group, model, rank, score[order], corners, sides, tuple(models), findings, covered)
+
+
+def calibration_key(model: str, finding: str, findings: tuple[str, ...]) -> str:
+    """Return the key of a detector's calibration for a finding: the model's name, with the finding if there are several."""
+    return f"{model}: {finding}" if len(findings) > 1 else model
 
 
 def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -175,8 +188,11 @@ def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, n
     weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
     is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
     for number, name in enumerate(lists.models):
-        if name in settings.calibration:
-            score = np.where(lists.model == number, calibrate_scores(score, *settings.calibration[name]), score)
+        for code, finding in enumerate(lists.findings):
+            key = calibration_key(name, finding, lists.findings)
+            if key in settings.calibration:
+                is_of = (lists.model == number) & (lists.group % len(lists.findings) == code)
+                score = np.where(is_of, calibrate_scores(score, *settings.calibration[key]), score)
     is_first = is_used & (lists.rank == 0)
     filled = _count(lists.group[is_first], lists.model[is_first], (len(lists.sides), len(weight)))  # lists with boxes
     totals = np.maximum(filled, filled.max(axis=0, initial=0) if lists.covered is None else lists.covered) * (weight > 0)
@@ -228,20 +244,26 @@ def seen_images(
     return images["image_id"].isin(predicted["image_id"]).to_numpy()
 
 
-def write_settings(settings: FusionSettings, path: str | Path) -> None:
-    """Write the settings to `path` as JSON."""
-    write_json(path, asdict(settings))
+def write_settings(settings: FusionSettings, path: str | Path, competition: Competition = SIIM_COVID19) -> None:
+    """Write the settings to `path` as JSON, with the name of the competition unless it is SIIM-COVID."""
+    name = {} if competition is SIIM_COVID19 else {"competition": competition.name}
+    write_json(path, name | asdict(settings))
 
 
 def read_settings(path: str | Path, competition: Competition = SIIM_COVID19) -> Any:
     """Return a competition's settings from a JSON file.
 
-    Raises SettingsError for invalid JSON, unknown fields, such as those of another competition, and invalid values.
+    Raises SettingsError for invalid JSON, settings of another competition, unknown fields, and invalid values.
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"{path} cannot be read as JSON ({error}); run notebook 60 again") from error
+    name = values.pop("competition", SIIM_COVID19.name) if isinstance(values, dict) else competition.name
+    if name != competition.name:
+        raise SettingsError(
+            f"{path} has settings of {name}, but the submission is to {competition.name}; run notebook 60 for it"
+        )
     return from_dict(competition.settings, values)
 
 
@@ -267,6 +289,18 @@ def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd
     boxes[list(BOX)] = clipped
     is_kept = is_inside & (boxes["score"].to_numpy() > 0)
     return boxes[is_kept], image_index[is_kept]
+
+
+def _predicted_findings(coverage: pd.DataFrame, findings: tuple[str, ...], models: pd.Index) -> np.ndarray:
+    """Return a boolean array (findings, models) that says which findings are classes of which models.
+
+    Models whose classes `coverage` does not say are taken to predict all findings.
+    """
+    predicts = np.ones((len(findings), len(models)), dtype=bool)
+    for model, texts in coverage.dropna(subset="findings").groupby("model")["findings"]:
+        classes = {name for text in texts.unique() for name in str(text).split(FINDINGS_SEPARATOR)}
+        predicts[:, models.get_loc(model)] = [name in classes for name in findings]
+    return predicts
 
 
 def _count(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

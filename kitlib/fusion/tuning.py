@@ -1,8 +1,10 @@
 """Tunes a competition's fusion settings on out-of-fold predictions for its score, one setting after another."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import FusionError
 from kitlib.fusion.box_fusion import fit_calibration
 from kitlib.fusion.mask_maps import fuse_maps
-from kitlib.fusion.model_fusion import BoxLists, ModelPredictions, fuse_boxes, fuse_scores, seen_images
+from kitlib.fusion.model_fusion import BoxLists, ModelPredictions, calibration_key, fuse_boxes, fuse_scores, seen_images
 from kitlib.scoring.average_precision import match_boxes
 from kitlib.tables import BOX, check_table
 
@@ -22,7 +24,6 @@ logger = logging.getLogger(__name__)
 LEAST_GAIN = 1e-4  # smallest gain in score for which a setting is changed; smaller gains are noise
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
 BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
-BOX_IOUS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # published: 0.55 to 0.625
 BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
 
 KEPT_FUSIONS = 3  # each tuning step needs the fusion of the current settings again; other fusions are rarely needed twice
@@ -71,14 +72,20 @@ def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
 def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.DataFrame]:
     settings = judge.competition.settings()
     best = judge.score(settings, part)
+    if math.isnan(best):
+        raise FusionError("the score is undefined: the ground truth of these images has no positive; nothing is tuned")
     calibration = judge.calibration(part)
     rows = [("0 default", "", best, 0.0)]
     for number in range(rounds):
         before = best
-        boxes_first = _box_grids(judge.detectors, calibration) if number == 0 else []
-        for name, change, values in boxes_first + _score_grids(judge.classifiers, judge.competition):
+        grids = _score_grids(judge.classifiers, judge.competition)
+        if number == 0:
+            first = [grid for grid in grids if grid[0] in judge.competition.settings.FIRST]
+            grids = first + _box_grids(judge.detectors, calibration, judge.competition) + grids
+        for name, change, values in grids:
             candidates = {value: change(settings, value) for value in values}
-            tried = {value: judge.score(new, part) for value, new in candidates.items() if new != settings}
+            scores = {value: judge.score(new, part) for value, new in candidates.items() if new != settings}
+            tried = {value: -math.inf if math.isnan(score) else score for value, score in scores.items()}
             value = max(tried, key=tried.__getitem__)
             gain = tried[value] - best
             if gain < LEAST_GAIN:
@@ -114,6 +121,7 @@ class Judge:
     ) -> None:
         self.competition = competition
         _check_wanted(predictions, competition)
+        predictions = predictions.wanted(competition)
         self.images = images = _scored_images(predictions, tables["images"], tables["folds"])
         image_ids = images["image_id"]
         self.labels, self.masks = tables["labels"], masks
@@ -149,9 +157,9 @@ class Judge:
         return MergedPredictions(self.images, studies, scores, self._boxes(settings), self.seen, masks)
 
     def calibration(self, part: Part) -> dict[str, tuple[float, float]]:
-        """Fit each detector's calibration on a part of the images; return slope and offset, keyed by detector.
+        """Fit each detector's calibration, for each finding, on a part of the images; return slopes and offsets.
 
-        Detectors that cannot be calibrated are omitted.
+        The keys are those of `calibration_key`. Detectors and findings that cannot be calibrated are omitted.
         """
         lists = self.lists
         row = lists.group // len(lists.findings)
@@ -161,11 +169,11 @@ class Judge:
         calibration = {}
         chosen = np.ones(len(row), bool) if part.chosen is None else part.chosen[row]
         chosen &= lists.score >= self.competition.settings().box_min_score  # lower scores are never fused
-        for number, model in enumerate(lists.models):
-            of_model = chosen & (lists.model == number)
-            coefficients = fit_calibration(lists.score[of_model], self.raw_hits[of_model])
+        for (number, model), (code, finding) in product(enumerate(lists.models), enumerate(lists.findings)):
+            is_of = chosen & (lists.model == number) & (lists.group % len(lists.findings) == code)
+            coefficients = fit_calibration(lists.score[is_of], self.raw_hits[is_of])
             if coefficients:
-                calibration[model] = coefficients
+                calibration[calibration_key(model, finding, lists.findings)] = coefficients
         return calibration
 
     def _truth_of(self, images: pd.DataFrame) -> Any:
@@ -209,7 +217,7 @@ class Judge:
         return self.merged[key]
 
 
-def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]) -> list[Grid]:
+def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]], competition: Competition) -> list[Grid]:
     """Return the grids of the box fusion settings, which take ten times as long to try as other settings.
 
     For a single detector the only grid is its calibration, which helps even without box fusion: when boxes are rescored by
@@ -221,7 +229,7 @@ def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]
     ways: list[Grid] = [
         ("box_method", _field("box_method"), BOX_METHODS),
         ("box_confidence", _field("box_confidence"), BOX_CONFIDENCES),
-        ("box_iou", _field("box_iou"), BOX_IOUS),
+        ("box_iou", _field("box_iou"), competition.settings.BOX_IOUS),
     ]
     weights: list[Grid] = [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors]
     return first + weights + ways
@@ -260,16 +268,17 @@ def _weigh(model: str, models: list[str]) -> Change:
 
 def _check_wanted(predictions: ModelPredictions, competition: Competition) -> None:
     """Raise FusionError for a model whose predictions the competition does not want."""
-    wanted = {*competition.image_classes, *competition.helping_classes}
+    helping = set(competition.helping_classes)
     for table, classes, kind in (
         (predictions.study_scores, set(competition.study_classes), "studies"),
-        (predictions.image_scores, wanted, "images"),
+        (predictions.image_scores, set(competition.image_classes), "images"),
         (predictions.detections, set(competition.box_classes), "boxes"),
         (predictions.mask_maps, set(competition.mask_classes), "masks"),
     ):
         for model, rows in table.groupby("model"):
             predicted = set(rows["finding"]) if "finding" in rows else set(rows.columns[rows.notna().any()])
-            if len(rows) and not predicted & classes:
+            helps = kind == "images" and helping and helping <= predicted
+            if len(rows) and not predicted & classes and not helps:
                 raise FusionError(
                     f"{competition.name} wants no {kind} of the classes that {model} predicts; it wants of {kind}: "
                     f"{', '.join(sorted(classes)) or 'nothing'}. Leave its run out, or name the right competition"

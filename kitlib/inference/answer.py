@@ -36,8 +36,8 @@ class AnsweringModel:
     folder: Path
     model: str
     fold: int
-    # What the model predicts: a subset of "study", "none" and "boxes"; or "classes" or "lungs", which are not part of a
-    # submission.
+    # What the model predicts: a subset of "study", "none" and "boxes"; or "classes", "masks", or "lungs", which no
+    # submission contains.
     answers: frozenset[str]
     longest_side: int  # longest side, in pixels, of the decoded training images
     wants_masks: bool  # whether a segmenter must find the lungs
@@ -80,17 +80,18 @@ def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
     `record` is that of the model's bundle. The text continues a sentence that begins with the model.
     """
     answers, classes = recorded_family(record).answers, set(record["classes"])
+    helping = set(competition.helping_classes)
     wanted = {
         STUDIES: classes if competition.study_classes else set(),  # they all predict SIIM's classes
-        CLASSES: {*competition.image_classes, *competition.helping_classes},
+        CLASSES: {*competition.image_classes, *(helping if helping <= classes else ())},
         BOXES: set(competition.box_classes),
         LUNGS: set(),
         MASKS: set(competition.mask_classes),
     }[answers]
     if not classes & wanted:
-        named = ", ".join(map(str, record["classes"][:3]))
+        named = ", ".join([*map(str, record["classes"][:3]), *(["..."] if len(record["classes"]) > 3 else [])])
         advice = "give its run in the kernel's key `lungs`" if answers == LUNGS else "leave it out, or start another from it"
-        return f"predicts {answers} ({named}, ...), of which a submission to {competition.name} contains none; {advice}"
+        return f"predicts {answers} ({named}), of which a submission to {competition.name} contains none; {advice}"
     return ""
 
 

@@ -17,7 +17,7 @@ from kitlib.inference.answer import AnsweringModel, fused_answer
 from kitlib.inference.cached_lungs import CachedLungs
 from kitlib.inference.predict import AnyPredictor, load_predictor
 from kitlib.inference.systems import FUSED, System
-from kitlib.tables import concatenate
+from kitlib.tables import FINDINGS_SEPARATOR, concatenate
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import decode_grey
 
@@ -162,7 +162,8 @@ class LoadedModels:
             if "boxes" in model.answers:
                 asked.detections += chunks
                 rows = {"image_id": predictor.seen, "model": predictor.model, "fold": predictor.fold}
-                asked.coverage.append(pd.DataFrame(rows))
+                findings = FINDINGS_SEPARATOR.join(model.classes)
+                asked.coverage.append(pd.DataFrame({**rows, "findings": findings}))
             else:
                 tables = {"classes": asked.classes, "masks": asked.mask_maps}
                 tables.get("".join(model.answers), asked.probabilities).extend(chunks)

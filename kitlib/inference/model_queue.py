@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import pandas as pd
 
 from kitlib.deadline import Deadline
+from kitlib.tables import FINDINGS_SEPARATOR
 
 if TYPE_CHECKING:
     from kitlib.inference.answer import AnsweringModel
@@ -33,10 +34,6 @@ class Predicted:
     seen: tuple[str, ...] = ()  # image_ids, including those of images without boxes
     lungs_missed: int = 0  # number of images that were used uncropped because no lungs were found
     overflowed: int = 0  # number of images that were predicted again in float32
-
-    def coverage(self) -> pd.DataFrame:
-        """Return a `coverage` table: image_id, model and fold of each image that the model has predicted."""
-        return pd.DataFrame({"image_id": self.seen, "model": self.model, "fold": self.fold})
 
 
 @dataclass(eq=False)
@@ -64,6 +61,11 @@ class Model:
     def may_be_fused(self) -> bool:
         """Whether its predictions are part of the submission: those of a first turn only once it has ended."""
         return not self.dropped and (not self.running or self.turns > 1)
+
+    def coverage(self) -> pd.DataFrame:
+        """Return a `coverage` table: image_id, model, fold and findings, for each image that the model has predicted."""
+        seen = {"image_id": self.predicted.seen, "model": self.predicted.model, "fold": self.predicted.fold}
+        return pd.DataFrame({**seen, "findings": FINDINGS_SEPARATOR.join(self.record.classes)})
 
     def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
         """Add a batch's predictions, unless the model was dropped; `predictor` has counted since `before`."""

@@ -394,7 +394,7 @@ class SubmissionRun:
                 fused, self.stacked = fused_answer(
                     [chunk for predicted in classifiers for chunk in predicted.chunks],
                     [chunk for predicted in detectors for chunk in predicted.chunks],
-                    [predicted.coverage() for predicted in detectors],
+                    [model.coverage() for model in ready if "boxes" in model.answers],
                     images,
                     fusion,
                     self.ensemble,

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kitlib.classes import ONE_FINDING
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.scoring.average_precision import average_precision, box_hits
 from kitlib.settings import override
-from kitlib.tables import concatenate, findings_of
+from kitlib.tables import FINDINGS_SEPARATOR, concatenate, findings_of
 from kitlib.training.split import with_extra
 from kitlib.training.strategy import Strategy
 from kitlib.training.task import Task
@@ -78,6 +79,8 @@ class DetectorStrategy(Strategy):
         chunks = predictor.predict(map(self.task.cache.read, self.validation_images.image_id))
         self.write("detections", concatenate(chunks, "detections"))
         rows = {"image_id": predictor.seen, "model": self.task.model_name, "fold": self.fold}
+        if tuple(self.classes) != (ONE_FINDING,):
+            rows["findings"] = FINDINGS_SEPARATOR.join(self.classes)
         self.write("coverage", pd.DataFrame(rows))
         return {
             "train_images_with_boxes": sum(len(boxes) > 0 for boxes in self.train.boxes),
