@@ -113,7 +113,7 @@ def two_scales():
 @pytest.fixture
 def few_ways(monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.5, 1.0))
-    monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
+    monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_IOUS", (0.5, 0.6))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_METHODS", ("wbf", "nms"))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_CONFIDENCES", ("avg", "max"))
 
@@ -226,7 +226,7 @@ def test_an_image_that_a_detector_covered_but_found_nothing_on_is_scored(oof):
 
 def test_cross_fit_scores_each_fold_with_settings_tuned_on_the_others(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.0, 1.0, 2.0))
-    monkeypatch.setattr("kitlib.fusion.tuning.BOX_IOUS", (0.5, 0.6))
+    monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_IOUS", (0.5, 0.6))
     by_fold = cross_fit(siim_judge(**oof), rounds=1)
     # The expected values: tune on two folds, fuse and score the third.
     for row in by_fold.itertuples():
