@@ -57,7 +57,7 @@ def test_the_kernel_builds_from_its_runs(path, tmp_path, monkeypatch):
         make_run(tmp_path / run, model=model, fold=fold, family=family, classes=classes)
     if spec.lungs:
         make_run(tmp_path / spec.lungs, family="segmenter")
-    write_settings(spec.rules.settings(box_iou=0.55), tmp_path / spec.fusion)
+    write_settings(spec.rules.settings(box_iou=0.55), tmp_path / spec.fusion, spec.rules)
     parts = build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2", [])])
     bundles = json.loads((parts["weights"] / "weights.json").read_text())["bundles"]
     assert len(bundles) == len(spec.runs)
