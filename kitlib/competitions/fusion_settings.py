@@ -12,7 +12,8 @@ from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Sett
 
 Method = Literal["wbf", "nms", "soft_nms", "nmw"]
 METHODS = get_args(Method)
-Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
+# All but the last are those of ensemble-boxes; for the last see kitlib.fusion.box_fusion.AGREEMENT.
+Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg", "agreed"]
 CONFIDENCES = get_args(Confidence)
 
 

@@ -137,7 +137,7 @@ class Judge:
         self.lists = BoxLists.of(detections, images, predictions.coverage)
         self.merged: dict[tuple[Any, ...], pd.DataFrame] = {}  # the latest one last
         self.raw_hits: np.ndarray | None = None  # mask of the boxes in `lists` that match a ground-truth box
-        self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, ...]] = {}
+        self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, ...]] = {}  # the latest one last
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"], *self.mask_maps["model"]})
         self.detectors = sorted(set(() if predictions.coverage is None else predictions.coverage["model"]))
         self.everything = Part(None, self._truth_of(images))
@@ -194,8 +194,11 @@ class Judge:
             studies = fuse_scores(self.study_scores, "study_id", settings)
             masks = fuse_maps(self.mask_maps, settings.weight)
             if self.competition.compare is not None:
-                masks = self.competition.compare(self.everything.truth, masks)
+                masks = self.competition.compare(self.everything.truth, masks).drop(columns="map")
             self.averaged[key] = studies, fuse_scores(self.image_scores, "image_id", settings), masks
+            if len(self.averaged) > KEPT_FUSIONS:
+                del self.averaged[next(iter(self.averaged))]
+        self.averaged[key] = self.averaged.pop(key)
         return self.averaged[key]
 
     def _boxes(self, settings: Any) -> pd.DataFrame:
