@@ -15,7 +15,7 @@ import pandas as pd
 from kitlib.classes import ONE_FINDING, RSNA_CLASSES
 from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
 from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
-from kitlib.competitions.fusion_settings import Confidence, FusionSettings
+from kitlib.competitions.fusion_settings import AnyConfidence, FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import iou
@@ -168,10 +168,11 @@ class RsnaPneumoniaFusion(FusionSettings):
         "least_score": (("least_score",), tuple(k / 20 for k in range(1, 19))),
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
+    BOX_CONFIDENCES: ClassVar = ("avg", "agreed")  # the others depend on the number of folds
 
-    # least_score is tuned on boxes of one fold for each image, but the test set's are fused from several folds. The mean over
-    # all folds ("avg") falls below it, and with "max" every fold's false positives pass. "agreed" is between them
-    box_confidence: Confidence = "agreed"
+    # least_score is tuned on images with the boxes of one fold, but in the test set those of several folds are fused. With
+    # "avg" too few of them reach it, with "max" the false positives of every fold do; "agreed" lies between.
+    box_confidence: AnyConfidence = "agreed"
     gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
     least_score: Probability = 0.3  # boxes with a lower score are not answered
     # Factor of the sides of each box. The test set's boxes are tighter than those of the training set: winners used 0.875

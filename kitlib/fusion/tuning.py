@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_GAIN = 1e-4  # smallest gain in score for which a setting is changed; smaller gains are noise
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
-BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
 BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
 
 KEPT_FUSIONS = 3  # each tuning step needs the fusion of the current settings again; other fusions are rarely needed twice
@@ -231,7 +230,7 @@ def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]
         return first
     ways: list[Grid] = [
         ("box_method", _field("box_method"), BOX_METHODS),
-        ("box_confidence", _field("box_confidence"), BOX_CONFIDENCES),
+        ("box_confidence", _field("box_confidence"), competition.settings.BOX_CONFIDENCES),
         ("box_iou", _field("box_iou"), competition.settings.BOX_IOUS),
     ]
     weights: list[Grid] = [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors]
