@@ -258,10 +258,8 @@ def test_tuning_judges_the_masks_of_any_weights_and_forgets_old_maps(tmp_path):
         decided = fuse(predictions, images, chosen, SIIM_ACR)
         expected = metric(tuned.everything.truth, decided)["score"]
         assert tuned.score(chosen, tuned.everything) == pytest.approx(expected, abs=1e-12)
-        part = tuned.part(np.array([True, False, False, True]))
-        assert tuned.score(chosen, part) == pytest.approx(
-            metric(part.truth, {name: decided[name] for name in "ad"})["score"]
-        )
+        part, of_part = tuned.part(np.array([True, False, False, True])), {name: decided[name] for name in "ad"}
+        assert tuned.score(chosen, part) == pytest.approx(metric(part.truth, of_part)["score"])
         scores.add(expected)
     assert len(scores) > 2 and len(tuned.averaged) == KEPT_FUSIONS
 
