@@ -12,8 +12,9 @@ from kitlib.settings import AtLeastOne, NotNegative, Positive, Probability, Sett
 
 Method = Literal["wbf", "nms", "soft_nms", "nmw"]
 METHODS = get_args(Method)
-Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]
+Confidence = Literal["avg", "max", "box_and_model_avg", "absent_model_aware_avg"]  # those of ensemble-boxes
 CONFIDENCES = get_args(Confidence)
+AnyConfidence = Literal[Confidence, "agreed"]  # for "agreed" see kitlib.fusion.box_fusion.AGREEMENT
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class FusionSettings(Settings):
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}
     FIRST: ClassVar[tuple[str, ...]] = ()
     BOX_IOUS: ClassVar[tuple[float, ...]] = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # tried for box_iou; published: 0.55 to 0.625
+    BOX_CONFIDENCES: ClassVar[tuple[AnyConfidence, ...]] = ("avg", "max", "box_and_model_avg")  # tried for box_confidence
 
     model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; default 1, and 0 excludes a model
     # detector -> slope and offset of its calibration (kitlib.fusion.box_fusion), for each finding if there are several; see
@@ -37,7 +39,7 @@ class FusionSettings(Settings):
     # boxes with a lower score are dropped before fusion; the limit is low because unlikely boxes still add average precision
     box_min_score: Probability = 0.001
     box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with its square
-    box_confidence: Confidence = "avg"  # applies only to wbf
+    box_confidence: AnyConfidence = "avg"  # applies only to wbf
     # IoU above which the less confident of two fused boxes is dropped; 1: no box is dropped. Heidelberg's code: 0.1
     final_nms_iou: Probability = 1.0
 

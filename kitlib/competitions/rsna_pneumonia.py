@@ -5,7 +5,6 @@ confidence, which only orders the boxes. The rules leave open which of several f
 one with the largest IoU. Equal confidences, and equal IoUs, are ordered by coordinates.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,7 +15,7 @@ import pandas as pd
 from kitlib.classes import ONE_FINDING, RSNA_CLASSES
 from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
 from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
-from kitlib.competitions.fusion_settings import Confidence, FusionSettings
+from kitlib.competitions.fusion_settings import AnyConfidence, FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import ScoringError
 from kitlib.scoring.average_precision import iou
@@ -101,43 +100,58 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
     `detections` has image_id, score, and kitlib.tables.BOX. Images with neither a true nor a predicted box are left out; if
     no image remains, all values are NaN. Raises ScoringError for a detection on an image that is not in the truth.
     """
-    unknown = detections.loc[~detections["image_id"].isin(truth.image_ids), "image_id"]
-    if len(unknown):
-        raise ScoringError(f"{len(unknown)} boxes are on images that are not in the truth, such as {unknown.iloc[0]!r}")
-    # Ties are broken by coordinates, so that the result does not depend on the order of rows.
-    drawn = dict(_group(truth.boxes.sort_values(list(BOX))))
-    ranked = detections.sort_values(["score", *BOX], ascending=[False, True, True, True, True])
-    found, none = dict(_group(ranked)), np.empty((0, 4))
-    images = [name for name in truth.image_ids if name in drawn or name in found]
-    scores = [image_scores(drawn.get(name, none), found.get(name, none)) for name in images]
-    means = np.mean(scores, axis=0) if scores else np.full(len(THRESHOLDS), np.nan)
+    images = pd.Index(truth.image_ids)
+    true_image, image = (images.get_indexer(table["image_id"]) for table in (truth.boxes, detections))
+    if (image < 0).any():
+        first = detections["image_id"].iloc[image.argmin()]
+        raise ScoringError(f"{(image < 0).sum()} boxes are on images that are not in the truth, such as {first!r}")
+    drawn, found = np.bincount(true_image, minlength=len(images)), np.bincount(image, minlength=len(images))
+    hits = _count_hits(
+        *(true_image, truth.boxes[list(BOX)].to_numpy(float)),
+        *(image, detections[list(BOX)].to_numpy(float), detections["score"].to_numpy(float), len(images)),
+    )
+    has_box = drawn + found > 0
+    scores = hits[has_box] / ((drawn + found)[:, None] - hits)[has_box]
+    means = scores.mean(axis=0) if len(scores) else np.full(len(THRESHOLDS), np.nan)
     parts = {f"iou_{threshold:.2f}": float(value) for threshold, value in zip(THRESHOLDS, means, strict=True)}
     return {"score": float(means.mean()), **parts}
 
 
-def _group(table: pd.DataFrame) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each image_id with its boxes (n, 4), in the order of the table."""
-    boxes = table[list(BOX)].to_numpy(float)
-    for name, rows in table.groupby("image_id", sort=False).indices.items():
-        yield name, boxes[rows]
+def _count_hits(
+    true_image: np.ndarray, true_boxes: np.ndarray, image: np.ndarray, boxes: np.ndarray, score: np.ndarray, images: int
+) -> np.ndarray:
+    """Return the number of true boxes that are hit in each image at each of THRESHOLDS; an int array (images, 8).
 
-
-def image_scores(true_boxes: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return TP / (TP + FP + FN) of an image at each of THRESHOLDS; (8,), 0..1.
-
-    `true_boxes` (m, 4) and `boxes` (n, 4), the most confident first, are xmin, ymin, xmax and ymax; m + n is at least 1.
+    `true_image` (m,) and `image` (n,) are the indices of the images of `true_boxes` (m, 4) and `boxes` (n, 4), which are
+    xmin, ymin, xmax and ymax; `score` (n,) has the confidences.
     """
-    overlap = iou(boxes[:, None], true_boxes[None])
-    hits = np.zeros(len(THRESHOLDS))
-    for index, threshold in enumerate(THRESHOLDS):
-        is_free = np.ones(len(true_boxes), dtype=bool)
-        for row in overlap[(overlap > threshold).any(axis=1)]:
-            candidates = np.where(is_free, row, 0.0)
-            best = candidates.argmax()
-            if candidates[best] > threshold:
-                is_free[best] = False
-                hits[index] += 1
-    return hits / (len(true_boxes) + len(boxes) - hits)
+    # Ties are broken by coordinates, so that the result does not depend on the order of rows.
+    order = np.lexsort((*true_boxes.T[::-1], true_image))
+    true_boxes, drawn = true_boxes[order], np.bincount(true_image, minlength=images)
+    hits = np.zeros((images, len(THRESHOLDS)), int)
+    # Only boxes on images with a true box can hit; a row of `overlap` has a box's IoU with each true box, 0 beyond the last.
+    on_drawn = np.flatnonzero(drawn[image])
+    order = on_drawn[np.lexsort((*boxes[on_drawn].T[::-1], -score[on_drawn], image[on_drawn]))]
+    image, boxes = image[order], boxes[order]
+    place = np.arange(drawn.max(initial=0))
+    true_row = (np.cumsum(drawn) - drawn)[image][:, None] + place
+    is_true = place < drawn[image][:, None]
+    overlap = np.where(is_true, iou(boxes[:, None], true_boxes[np.where(is_true, true_row, 0)]), 0.0)
+    may_hit = (overlap > THRESHOLDS[0]).any(axis=1)
+    image, overlap = image[may_hit], overlap[may_hit]
+    first = np.flatnonzero(np.diff(image, prepend=-1))
+    rank = np.arange(len(image)) - np.repeat(first, np.diff(np.append(first, len(image))))
+    is_free = np.ones((images, len(THRESHOLDS), len(place)), bool)
+    # In turn, the best remaining box of every image at once takes the free true box with the largest IoU.
+    for turn in range(rank.max(initial=-1) + 1):
+        rows = np.flatnonzero(rank == turn)
+        candidates = np.where(is_free[image[rows]], overlap[rows, None], 0.0)
+        best = candidates.argmax(axis=2)
+        is_hit = np.take_along_axis(candidates, best[..., None], axis=2)[..., 0] > THRESHOLDS
+        hit, threshold = np.nonzero(is_hit)
+        is_free[image[rows][hit], threshold, best[hit, threshold]] = False
+        hits[image[rows]] += is_hit
+    return hits
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
@@ -154,10 +168,11 @@ class RsnaPneumoniaFusion(FusionSettings):
         "least_score": (("least_score",), tuple(k / 20 for k in range(1, 19))),
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
+    BOX_CONFIDENCES: ClassVar = ("avg", "agreed")  # the others depend on the number of folds
 
-    # A fused box keeps the highest confidence, because least_score is tuned on boxes of one model for each image: in a mean
-    # over the models of several folds, boxes that not all of them find would fall below it.
-    box_confidence: Confidence = "max"
+    # least_score is tuned on images with the boxes of one fold, but in the test set those of several folds are fused. With
+    # "avg" too few of them reach it, with "max" the false positives of every fold do; "agreed" lies between.
+    box_confidence: AnyConfidence = "agreed"
     gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
     least_score: Probability = 0.3  # boxes with a lower score are not answered
     # Factor of the sides of each box. The test set's boxes are tighter than those of the training set: winners used 0.875
@@ -182,24 +197,27 @@ def _on_published_side(corners: np.ndarray, images: pd.DataFrame) -> np.ndarray:
 def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataFrame:
     """Return the boxes to answer, in pixels of the published images: image_id, finding, score, and kitlib.tables.BOX.
 
-    `attrs["answered"]` of the table lists the images that a detector has predicted: the others keep the baseline's row.
+    `image_id` is categorical: its categories are the images that a detector has predicted, which may have no box. The other
+    images keep the baseline's row.
     """
-    gate = np.nan_to_num(merged.probability(RSNA_CLASSES[-1]), nan=1.0)[merged.boxes["row"].to_numpy()]
-    boxes = merged.detections().assign(score=merged.boxes["score"].to_numpy() * gate**settings.gate_power)
-    is_answered = (boxes["score"] >= settings.least_score).to_numpy()
-    sizes = merged.images.iloc[merged.boxes["row"].to_numpy()[is_answered]]
-    boxes = boxes[is_answered].reset_index(drop=True)
-    corners = _on_published_side(boxes[list(BOX)].to_numpy(), sizes)
+    row, score = merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
+    if settings.gate_power:
+        score = score * np.nan_to_num(merged.probability(RSNA_CLASSES[-1]), nan=1.0)[row] ** settings.gate_power
+    is_answered = score >= settings.least_score
+    boxes, row = merged.boxes[is_answered], row[is_answered]
+    corners = _on_published_side(boxes[list(BOX)].to_numpy(), merged.images.iloc[row])
     middle = (corners[:, :2] + corners[:, 2:]) / 2
     half = settings.box_size * (corners[:, 2:] - corners[:, :2]) / 2
-    boxes[list(BOX)] = np.hstack([middle - half, middle + half]).clip(0, SIDE)
-    boxes.attrs["answered"] = merged.images["image_id"][merged.seen].tolist()
-    return boxes
+    corners = np.hstack([middle - half, middle + half]).clip(0, SIDE)
+    ids = merged.images["image_id"].to_numpy(dtype=object)[merged.seen]
+    image_id = pd.Categorical.from_codes((np.cumsum(merged.seen) - 1)[row], categories=ids)
+    table = pd.DataFrame({"image_id": image_id, "finding": boxes["finding"].to_numpy(object), "score": score[is_answered]})
+    return table.assign(**dict(zip(BOX, corners.T, strict=True)))
 
 
 def fill(ids: list[str], boxes: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
     """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
-    groups: dict[str, list[str]] = {name: [] for name in boxes.attrs["answered"]}
+    groups: dict[str, list[str]] = {name: [] for name in boxes["image_id"].cat.categories}
     ranked = boxes.sort_values("score", ascending=False, kind="stable")
     values = ranked[["score", *BOX]].to_numpy(float).tolist()
     for name, (score, xmin, ymin, xmax, ymax) in zip(ranked["image_id"], values, strict=True):

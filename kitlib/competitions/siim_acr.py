@@ -143,10 +143,10 @@ def fill(ids: list[str], decided: Mapping[str, np.ndarray]) -> tuple[list[list[s
 
 
 def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `maps` of images in `truth`, with columns from which `judge` computes any mask's score.
+    """Return the rows of `maps` of images in `truth`, with a column `counts`, from which `judge` computes any mask's score.
 
-    `maps` are the fused maps of MergedPredictions. The columns inside_N and outside_N, for N of 0 .. LEVELS - 1, are the
-    numbers of pixels, of SIDE x SIDE, inside and outside the true mask whose grey level is at least N.
+    `maps` are the fused maps of MergedPredictions. `counts` is an int array (2, LEVELS): the numbers of pixels, of
+    SIDE x SIDE, inside and outside the true mask whose grey level is at least that of the column.
     """
     import cv2
 
@@ -162,25 +162,20 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
 
     maps = maps[maps["image_id"].isin(truth.keys())]
     with ThreadPoolExecutor(usable_cores()) as pool:  # OpenCV works outside Python's lock
-        counts = np.array(list(pool.map(count, maps["image_id"], maps["map"])), np.int32).reshape(len(maps), 2 * LEVELS)
-    names = [f"{part}_{level}" for part in ("inside", "outside") for level in range(LEVELS)]
-    return pd.concat([maps, pd.DataFrame(counts, maps.index, names)], axis=1)
+        return maps.assign(counts=list(pool.map(count, maps["image_id"], maps["map"])))
 
 
 def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
     """Return the mean Dice over the images in `truth` of the masks that `decide` returns; other images have empty masks.
 
-    Takes milliseconds if `merged.masks` has the columns that `compare` adds.
+    Takes milliseconds if `merged.masks` has the column that `compare` adds.
     """
-    maps = merged.masks if "inside_0" in merged.masks else compare(truth, _maps_of(merged))
-    top, bottom = (math.floor(255 * probability) + 1 for probability in (settings.top, settings.bottom))
-    names = [f"{part}_{level}" for level in sorted({top, bottom}) for part in ("inside", "outside")]
-    # Columns first, because choosing rows copies all columns.
-    maps = maps[["image_id", "finding", "inside_0", *names]]
+    maps = merged.masks if "counts" in merged.masks else compare(truth, _maps_of(merged))
     maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]
-    is_kept = maps[f"inside_{top}"] + maps[f"outside_{top}"] >= settings.least_area
-    hits, others = is_kept * maps[f"inside_{bottom}"], is_kept * maps[f"outside_{bottom}"]
-    total = hits + others + maps["inside_0"]
+    top, bottom = (math.floor(255 * probability) + 1 for probability in (settings.top, settings.bottom))
+    counts = np.array([count[:, [0, top, bottom]] for count in maps["counts"]], int).reshape(-1, 2, 3)
+    hits, others = (counts[:, :, 2] * (counts[:, :, 1].sum(axis=1) >= settings.least_area)[:, None]).T
+    total = hits + others + counts[:, 0, 0]
     predicted = np.where(total, 2 * hits / np.maximum(total, 1), 1.0).sum()
     unpredicted = sum(not len(truth[image_id]) for image_id in truth.keys() - set(maps["image_id"]))
     return float(predicted + unpredicted) / len(truth) if truth else float("nan")

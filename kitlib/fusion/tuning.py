@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_GAIN = 1e-4  # smallest gain in score for which a setting is changed; smaller gains are noise
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
-BOX_CONFIDENCES = ("avg", "max", "box_and_model_avg")
 BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
 
 KEPT_FUSIONS = 3  # each tuning step needs the fusion of the current settings again; other fusions are rarely needed twice
@@ -137,7 +136,7 @@ class Judge:
         self.lists = BoxLists.of(detections, images, predictions.coverage)
         self.merged: dict[tuple[Any, ...], pd.DataFrame] = {}  # the latest one last
         self.raw_hits: np.ndarray | None = None  # mask of the boxes in `lists` that match a ground-truth box
-        self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, ...]] = {}
+        self.averaged: dict[tuple[float, ...], tuple[pd.DataFrame, ...]] = {}  # the latest one last
         self.classifiers = sorted({*self.study_scores["model"], *self.image_scores["model"], *self.mask_maps["model"]})
         self.detectors = sorted(set(() if predictions.coverage is None else predictions.coverage["model"]))
         self.everything = Part(None, self._truth_of(images))
@@ -194,8 +193,11 @@ class Judge:
             studies = fuse_scores(self.study_scores, "study_id", settings)
             masks = fuse_maps(self.mask_maps, settings.weight)
             if self.competition.compare is not None:
-                masks = self.competition.compare(self.everything.truth, masks)
+                masks = self.competition.compare(self.everything.truth, masks).drop(columns="map")
             self.averaged[key] = studies, fuse_scores(self.image_scores, "image_id", settings), masks
+            if len(self.averaged) > KEPT_FUSIONS:
+                del self.averaged[next(iter(self.averaged))]
+        self.averaged[key] = self.averaged.pop(key)
         return self.averaged[key]
 
     def _boxes(self, settings: Any) -> pd.DataFrame:
@@ -228,7 +230,7 @@ def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]
         return first
     ways: list[Grid] = [
         ("box_method", _field("box_method"), BOX_METHODS),
-        ("box_confidence", _field("box_confidence"), BOX_CONFIDENCES),
+        ("box_confidence", _field("box_confidence"), competition.settings.BOX_CONFIDENCES),
         ("box_iou", _field("box_iou"), competition.settings.BOX_IOUS),
     ]
     weights: list[Grid] = [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors]

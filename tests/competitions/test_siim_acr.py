@@ -28,7 +28,10 @@ from kitlib.competitions.siim_acr import (
     truth_of,
 )
 from kitlib.errors import MaskError, ScoringError
+from kitlib.fusion.model_fusion import ModelPredictions, fuse
+from kitlib.fusion.tuning import KEPT_FUSIONS, Judge
 from kitlib.scoring.metrics import overlap
+from kitlib.tables import empty_table
 from kitlib.xrays.mask_store import MaskStore, encode_grey
 from kitlib.xrays.run_lengths import NO_RUNS, decode_mask, draw_runs, encode_mask, encode_runs, parse_runs, runs_of
 
@@ -231,6 +234,34 @@ def test_the_judged_score_is_that_of_the_decided_masks(blurred, top, least_area,
     part = {name: truth[name] for name in ("i1", "i2")}
     expected = metric(part, {name: runs for name, runs in decide(merged, chosen).items() if name in part})["score"]
     assert judge(part, compared, chosen) == pytest.approx(expected, abs=1e-12)
+
+
+def test_tuning_judges_the_masks_of_any_weights_and_forgets_old_maps(tmp_path):
+    rng, rows, masks = np.random.default_rng(0), [], MaskStore(tmp_path)
+    ids = ["a", "b", "c", "d"]
+    for number, image_id in enumerate(ids):
+        codes = np.zeros((64, 64), np.uint8)
+        codes[20:40, 20:50] = MASK_CODES["pneumothorax"] * (number < 2)
+        masks.add({image_id: codes})
+        for model in "xy":
+            level = 120 * (codes > 0) + rng.integers(0, 130, codes.shape)
+            rows.append((image_id, model, number % 2, "pneumothorax", encode_grey(level.astype(np.uint8))))
+    maps = pd.DataFrame(rows, columns=["image_id", "model", "fold", "finding", "map"])
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids, "rows": 64, "columns": 64})
+    tables = {"images": images, "labels": pd.DataFrame({"id": ids}), "boxes": empty_table("boxes")}
+    tables["folds"] = pd.DataFrame({"id": ids, "fold": [0, 1, 0, 1]})
+    predictions = ModelPredictions.of(mask_maps=maps)
+    tuned = Judge(SIIM_ACR, predictions, tables, masks)
+    scores = set()
+    for weight in (0.0, 0.5, 1.0, 2.0, 3.0, 0.0):
+        chosen = SiimAcrSettings(model_weights={"x": weight}, top=0.6, least_area=100, bottom=0.5)
+        decided = fuse(predictions, images, chosen, SIIM_ACR)
+        expected = metric(tuned.everything.truth, decided)["score"]
+        assert tuned.score(chosen, tuned.everything) == pytest.approx(expected, abs=1e-12)
+        part, of_part = tuned.part(np.array([True, False, False, True])), {name: decided[name] for name in "ad"}
+        assert tuned.score(chosen, part) == pytest.approx(metric(part.truth, of_part)["score"])
+        scores.add(expected)
+    assert len(scores) > 2 and len(tuned.averaged) == KEPT_FUSIONS
 
 
 def test_the_truth_of_prepared_images_is_their_mask_on_the_grid(tmp_path):

@@ -33,7 +33,27 @@ def test_scores_of_weighted_lists_in_closed_form(method, weights, expected):
     assert sorted(score, reverse=True) == pytest.approx(sorted(expected, reverse=True), abs=1e-6)
 
 
-@pytest.mark.parametrize(("method", "confidence"), [("wbf", name) for name in CONFIDENCES] + [(m, "avg") for m in METHODS])
+WAYS = [("wbf", name) for name in (*CONFIDENCES, "agreed")] + [(method, "avg") for method in METHODS]
+
+
+@pytest.mark.parametrize(
+    ("scores", "lists", "expected"),
+    [
+        ([0.5], 1, 0.5),  # a single list stays as it is
+        ([0.5], 2, 0.5 / 2 / 0.6),
+        ([0.5], 5, 0.5 / 5 / 0.6),
+        ([0.6, 0.5, 0.4], 5, 0.5),  # three of five is a share of 0.6
+        ([0.6, 0.5, 0.4, 0.3, 0.2], 5, 0.4 / 0.6),
+        ([0.9, 0.8], 2, 1),
+    ],
+)
+def test_a_box_that_six_tenths_of_the_lists_find_keeps_its_mean_score(scores, lists, expected):
+    boxes = [np.array([[0.1, 0.1, 0.5, 0.5]])] * len(scores)
+    _, score = merge_boxes(boxes, [np.array([each]) for each in scores], np.ones(lists), confidence="agreed")
+    assert score == pytest.approx([expected])
+
+
+@pytest.mark.parametrize(("method", "confidence"), WAYS)
 @given(st.tuples(*[st.floats(0.1, 10)] * 3), st.floats(0.05, 20))
 def test_only_the_ratios_of_the_weights_matter(method, confidence, weights, factor):
     """`weights` has an entry for a third, empty list."""

@@ -115,7 +115,7 @@ def few_ways(monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.5, 1.0))
     monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_IOUS", (0.5, 0.6))
     monkeypatch.setattr("kitlib.fusion.tuning.BOX_METHODS", ("wbf", "nms"))
-    monkeypatch.setattr("kitlib.fusion.tuning.BOX_CONFIDENCES", ("avg", "max"))
+    monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_CONFIDENCES", ("avg", "max"))
 
 
 def test_calibration_gains_if_detectors_score_on_different_scales(two_scales, few_ways):
