@@ -168,6 +168,7 @@ class RsnaPneumoniaFusion(FusionSettings):
         "least_score": (("least_score",), tuple(k / 20 for k in range(1, 19))),
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
+    FIRST: ClassVar = ("least_score",)  # at a wrong one, no setting of the boxes makes a difference
     BOX_CONFIDENCES: ClassVar = ("avg", "agreed")  # the others depend on the number of folds
 
     # least_score is tuned on images with the boxes of one fold, but in the test set those of several folds are fused. With
