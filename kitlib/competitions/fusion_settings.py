@@ -22,7 +22,7 @@ class FusionSettings(Settings):
     """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no calibration.
 
     GRIDS maps the name of a tuning step to the names of the fields that it sets together, and the values that it tries.
-    FIRST names the steps that are also taken before those of the boxes, because these depend on them.
+    FIRST names the steps that are also taken after the calibration, before those of merging boxes, which depend on them.
     """
 
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}

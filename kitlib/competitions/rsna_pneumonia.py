@@ -106,10 +106,8 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
         first = detections["image_id"].iloc[image.argmin()]
         raise ScoringError(f"{(image < 0).sum()} boxes are on images that are not in the truth, such as {first!r}")
     drawn, found = np.bincount(true_image, minlength=len(images)), np.bincount(image, minlength=len(images))
-    hits = _count_hits(
-        *(true_image, truth.boxes[list(BOX)].to_numpy(float)),
-        *(image, detections[list(BOX)].to_numpy(float), detections["score"].to_numpy(float), len(images)),
-    )
+    true_boxes, boxes = (table[list(BOX)].to_numpy(float) for table in (truth.boxes, detections))
+    hits = _count_hits(true_image, true_boxes, image, boxes, detections["score"].to_numpy(float), len(images))
     has_box = drawn + found > 0
     scores = hits[has_box] / ((drawn + found)[:, None] - hits)[has_box]
     means = scores.mean(axis=0) if len(scores) else np.full(len(THRESHOLDS), np.nan)

@@ -80,7 +80,8 @@ def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.Data
         grids = _score_grids(judge.classifiers, judge.competition)
         if number == 0:
             first = [grid for grid in grids if grid[0] in judge.competition.settings.FIRST]
-            grids = first + _box_grids(judge.detectors, calibration, judge.competition) + grids
+            of_boxes = _box_grids(judge.detectors, calibration, judge.competition)
+            grids = of_boxes[: bool(calibration)] + first + of_boxes[bool(calibration) :] + grids
         for name, change, values in grids:
             candidates = {value: change(settings, value) for value in values}
             scores = {value: judge.score(new, part) for value, new in candidates.items() if new != settings}
