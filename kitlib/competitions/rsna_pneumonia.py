@@ -106,10 +106,8 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
         first = detections["image_id"].iloc[image.argmin()]
         raise ScoringError(f"{(image < 0).sum()} boxes are on images that are not in the truth, such as {first!r}")
     drawn, found = np.bincount(true_image, minlength=len(images)), np.bincount(image, minlength=len(images))
-    hits = _count_hits(
-        *(true_image, truth.boxes[list(BOX)].to_numpy(float)),
-        *(image, detections[list(BOX)].to_numpy(float), detections["score"].to_numpy(float), len(images)),
-    )
+    true_boxes, boxes = (table[list(BOX)].to_numpy(float) for table in (truth.boxes, detections))
+    hits = _count_hits(true_image, true_boxes, image, boxes, detections["score"].to_numpy(float), len(images))
     has_box = drawn + found > 0
     scores = hits[has_box] / ((drawn + found)[:, None] - hits)[has_box]
     means = scores.mean(axis=0) if len(scores) else np.full(len(THRESHOLDS), np.nan)
@@ -169,10 +167,11 @@ class RsnaPneumoniaFusion(FusionSettings):
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
     FIRST: ClassVar = ("least_score",)  # at a wrong one, no setting of the boxes makes a difference
-    BOX_CONFIDENCES: ClassVar = ("avg", "agreed")  # the others depend on the number of folds
+    BOX_METHODS: ClassVar = ("wbf",)
+    BOX_CONFIDENCES: ClassVar = ("agreed",)
 
     # least_score is tuned on images with the boxes of one fold, but in the test set those of several folds are fused. With
-    # "avg" too few of them reach it, with "max" the false positives of every fold do; "agreed" lies between.
+    # "avg" too few of them reach it, with "max" (and nms) the false positives of every fold do; "agreed" lies between.
     box_confidence: AnyConfidence = "agreed"
     gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
     least_score: Probability = 0.3  # boxes with a lower score are not answered
