@@ -28,6 +28,7 @@ class FusionSettings(Settings):
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}
     FIRST: ClassVar[tuple[str, ...]] = ()
     BOX_IOUS: ClassVar[tuple[float, ...]] = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)  # tried for box_iou; published: 0.55 to 0.625
+    BOX_METHODS: ClassVar[tuple[Method, ...]] = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
     BOX_CONFIDENCES: ClassVar[tuple[AnyConfidence, ...]] = ("avg", "max", "box_and_model_avg")  # tried for box_confidence
 
     model_weights: dict[str, NotNegative] = field(default_factory=dict)  # model -> weight; default 1, and 0 excludes a model

@@ -167,10 +167,11 @@ class RsnaPneumoniaFusion(FusionSettings):
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
     FIRST: ClassVar = ("least_score",)  # at a wrong one, no setting of the boxes makes a difference
-    BOX_CONFIDENCES: ClassVar = ("avg", "agreed")  # the others depend on the number of folds
+    BOX_METHODS: ClassVar = ("wbf",)
+    BOX_CONFIDENCES: ClassVar = ("agreed",)
 
     # least_score is tuned on images with the boxes of one fold, but in the test set those of several folds are fused. With
-    # "avg" too few of them reach it, with "max" the false positives of every fold do; "agreed" lies between.
+    # "avg" too few of them reach it, with "max" (and nms) the false positives of every fold do; "agreed" lies between.
     box_confidence: AnyConfidence = "agreed"
     gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
     least_score: Probability = 0.3  # boxes with a lower score are not answered

@@ -173,7 +173,7 @@ def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: 
     maps = merged.masks if "counts" in merged.masks else compare(truth, _maps_of(merged))
     maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]
     top, bottom = (math.floor(255 * probability) + 1 for probability in (settings.top, settings.bottom))
-    counts = np.array([count[:, [0, top, bottom]] for count in maps["counts"]], int).reshape(-1, 2, 3)
+    counts = np.array(maps["counts"].tolist(), int).reshape(-1, 2, LEVELS)[:, :, [0, top, bottom]]
     hits, others = (counts[:, :, 2] * (counts[:, :, 1].sum(axis=1) >= settings.least_area)[:, None]).T
     total = hits + others + counts[:, 0, 0]
     predicted = np.where(total, 2 * hits / np.maximum(total, 1), 1.0).sum()

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 LEAST_GAIN = 1e-4  # smallest gain in score for which a setting is changed; smaller gains are noise
 MODEL_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 3.0)
-BOX_METHODS = ("wbf", "nms")  # soft_nms and nmw are too slow to try on thousands of images
 
 KEPT_FUSIONS = 3  # each tuning step needs the fusion of the current settings again; other fusions are rarely needed twice
 
@@ -189,7 +188,8 @@ class Judge:
         return np.where(findings.get_indexer(finding) >= 0, match, -1)
 
     def _averages(self, settings: Any) -> tuple[pd.DataFrame, ...]:
-        key = tuple(settings.weight(model) for model in self.classifiers)
+        weights = [settings.weight(model) for model in self.classifiers]
+        key = tuple(weight / (max(weights) or 1) for weight in weights)  # only their ratios matter
         if key not in self.averaged:
             studies = fuse_scores(self.study_scores, "study_id", settings)
             masks = fuse_maps(self.mask_maps, settings.weight)
@@ -230,12 +230,12 @@ def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]]
     if len(detectors) < 2:
         return first
     ways: list[Grid] = [
-        ("box_method", _field("box_method"), BOX_METHODS),
+        ("box_method", _field("box_method"), competition.settings.BOX_METHODS),
         ("box_confidence", _field("box_confidence"), competition.settings.BOX_CONFIDENCES),
         ("box_iou", _field("box_iou"), competition.settings.BOX_IOUS),
     ]
     weights: list[Grid] = [(f"weight of {model}", _weigh(model, detectors), MODEL_WEIGHTS) for model in detectors]
-    return first + weights + ways
+    return first + weights + [grid for grid in ways if len(grid[2]) > 1]
 
 
 def _score_grids(classifiers: list[str], competition: Competition) -> list[Grid]:

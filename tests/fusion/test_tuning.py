@@ -114,7 +114,7 @@ def two_scales():
 def few_ways(monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.MODEL_WEIGHTS", (0.5, 1.0))
     monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_IOUS", (0.5, 0.6))
-    monkeypatch.setattr("kitlib.fusion.tuning.BOX_METHODS", ("wbf", "nms"))
+    monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_METHODS", ("wbf", "nms"))
     monkeypatch.setattr("kitlib.competitions.fusion_settings.FusionSettings.BOX_CONFIDENCES", ("avg", "max"))
 
 
