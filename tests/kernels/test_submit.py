@@ -46,7 +46,7 @@ def run(spec, tmp_path, monkeypatch):
     """A function that runs build_kernel.py with the given options and returns its exit code and output."""
     wheel = make_wheel(tmp_path / "wheels", "kit_extra", "1.2")
     monkeypatch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
-    monkeypatch.setattr(command_line, "push", lambda out, run: command_line_push(out, run, **FAST))
+    monkeypatch.setattr(command_line, "push", lambda out, run, rules: command_line_push(out, run, **FAST, rules=rules))
     monkeypatch.setattr(command_line, "wait_for_run", lambda out: wait_for_run(out, **FAST))
     monkeypatch.setattr(command_line, "wait_for_score", lambda out: wait_for_score(out, **FAST))
     app = command_line.typer.Typer()
