@@ -82,8 +82,8 @@ def find_data(dataset: str, folder: str = "") -> tuple[str, str]:
     """Return the reader of a data set, a key of kitlib.datasets.registry.READERS, and the input folder of its files.
 
     `dataset` is a reader, or the name or slug of a competition. An empty `folder` is the slug of that competition, or of the
-    one whose training data the reader reads; a competition's name is its slug, unless there is an input of this name. Raises SettingsError if `folder` is empty and
-    there is no such competition.
+    one whose training data the reader reads; for a competition's name see `choose_folder`. Raises SettingsError if `folder`
+    is empty and there is no such competition.
     """
     known = next((each for each in COMPETITIONS.values() if dataset in (each.name, each.slug, each.dataset)), None)
     if known is None and not folder:
