@@ -99,7 +99,8 @@ def main(
             _run_rehearsal(spec, out, inputs, truth, time_limit, allow_placeholders, docker)
         if should_push:
             console.rule("push")
-            pushed = read_pushed(out) if was_pushed else push(out, spec.fused_run())
+            rules = spec.rules.name if spec.is_submission else ""
+            pushed = read_pushed(out) if was_pushed else push(out, spec.fused_run(), rules=rules)
             _print_pushed(pushed, "pushed before" if was_pushed else "pushed")
         if follows:
             _follow(spec, out, should_submit, message, allow_placeholders)

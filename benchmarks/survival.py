@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kitlib.competitions.siim_covid19 import SIIM_COVID19
 from kitlib.processes import kill_family
-from kitlib.scoring.placeholders import write_placeholders
 from kitlib.scoring.validate import validate
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.writing import WRITABLE, write_xray
@@ -34,9 +34,9 @@ SMALLEST = {"kills": 0, "files": 60}
 # What notebook 70 does, without papermill.
 SUBMIT = """
 import sys
-from kitlib.scoring.placeholders import write_placeholders
+from kitlib.competitions.registry import choose_competition
 competition, output, weights, scratch = sys.argv[1:]
-write_placeholders(f"{competition}/sample_submission.csv", output)
+choose_competition("siim-covid19-detection")[0].write_first(competition, output)
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
 run = SubmissionRun(competition, output, SubmitSettings(longest_side=512))
 run.predict(weights, scratch)
@@ -51,7 +51,7 @@ class Submission:
     def __init__(self, competition: Path, weights: Path, folder: Path, limit_s: float | None = None) -> None:
         self.sample, self.output = competition / "sample_submission.csv", folder / "submission.csv"
         folder.mkdir(parents=True)
-        write_placeholders(self.sample, folder / "placeholders.csv")
+        SIIM_COVID19.write_baseline(self.sample, folder / "placeholders.csv")
         self.placeholders = (folder / "placeholders.csv").read_bytes()
         self.started = time.monotonic()
         limit = {"KIT_TIME_LIMIT_S": f"{limit_s}", "KIT_STARTED": f"{self.started}"} if limit_s else {}

@@ -82,7 +82,8 @@ def page_runs(folder: Path, detectors: tuple[str, ...] = ("yolo", "faster_rcnn")
 def sparse_run(folder: Path) -> Path:
     """Write the run of a segmenter that takes bright pixels for a pneumothorax."""
     bundle = bright_segmenter(folder / "fold0" / "bundle", sparse=True)
-    write_table(empty_table("mask_scores"), "mask_scores", folder / "tables" / "mask_scores.parquet")
+    for name in ("mask_scores", "mask_maps"):
+        write_table(empty_table(name), name, folder / "tables" / f"{name}.parquet")
     recipe = json.loads((bundle / "model.json").read_text())["recipe"]
     write_json(folder / "fold0" / "metrics.json", {"model": "bright", "fold": 0, "recipe": recipe})
     write_json(folder / "metrics.json", {"model": "bright"})

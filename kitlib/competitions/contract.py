@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pandas as pd
 
 from kitlib.atomic import write_text
-from kitlib.competitions.csv_files import find_sample
+from kitlib.competitions.csv_files import SAMPLE, find_sample
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import SettingsError, SubmissionError
@@ -84,7 +84,7 @@ class Competition(Settings):
     judge: Callable[[Any, MergedPredictions, Any], float] | None = None
     compare: Callable[[Any, pd.DataFrame], pd.DataFrame] | None = None
     hit_iou: Positive = 0.5
-    sample: str = "sample_submission.csv"  # name of the sample submission on Kaggle
+    sample: str = SAMPLE  # name of the sample submission on Kaggle
     helping_classes: tuple[str, ...] = ()
     side: AtLeastOne | None = None
     time_limit_hours: Positive | None = None  # of the notebook that submits; None: a file is uploaded
@@ -164,7 +164,7 @@ class Competition(Settings):
         Nothing is written, and 0 returned, if the sample is missing or cannot be read.
         """
         try:
-            return self.write_baseline(find_sample(folder), path)
+            return self.write_baseline(find_sample(folder, self.sample), path)
         except SubmissionError:
             return 0
 

@@ -1,6 +1,8 @@
 """Reads the CSV files of a competition: the ground truth, the sample submission, and a submission row by row."""
 
-from collections.abc import Callable, Sequence
+import filecmp
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -15,16 +17,21 @@ from kitlib.tables import read_text_table
 
 V = TypeVar("V")
 
+SAMPLE = "sample_submission.csv"  # name of the sample submission in most competitions
+MANY_FOLDERS = 100  # a folder with more subfolders has those of studies or images, among which no sample is looked for
+
 
 @dataclass(frozen=True)
 class Rows(Generic[V]):
     """The rows of a submission: their header, whose first column is the id, and the meaning of the other cells.
 
-    `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault.
+    `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault. `sample` is the
+    name of the sample submission on Kaggle.
     """
 
     header: tuple[str, ...]
     parse: Callable[[str, list[str]], tuple[V, list[str]]]
+    sample: str = SAMPLE
 
     def read_sample(self, path: Path) -> list[str]:
         """Return the ids in a sample submission, each once. Raises SubmissionError if it cannot be read or has no ids."""
@@ -67,22 +74,58 @@ class TestSet:
     submission_ids: tuple[str, ...]
 
 
-def find_sample(folder: str | Path) -> Path:
-    """Return the path of the sample submission in a folder or below it. Raises SubmissionError if there is none."""
-    samples = sorted(Path(folder).rglob("*sample_submission*.csv"), key=lambda path: (len(path.parts), path))
-    if not samples:
-        raise SubmissionError(f"{folder} has no sample submission, whose rows a submission must have; attach it")
+def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
+    """Return the path of the sample submission in a folder or below it.
+
+    A file called `name` is preferred, then one with `stage_2` in its name, then any `*sample_submission*.csv`; of several,
+    the one that is fewest folders deep. The search ends there, because image folders below may be large. Raises
+    SubmissionError if there is no such file, or if several on the same level differ.
+    """
+    candidates: list[Path] = []
+    for files in _levels(folder):
+        if found := [path for path in files if path.name == name]:
+            return _only(found)
+        candidates += (path for path in files if "sample_submission" in path.name and path.suffix == ".csv")
+    if not candidates:
+        raise SubmissionError(f"{folder} has no sample submission, whose rows a submission must have; attach {name}")
+    candidates = [path for path in candidates if "stage_2" in path.name] or candidates
+    highest = min(len(path.parts) for path in candidates)
+    return _only([path for path in candidates if len(path.parts) == highest])
+
+
+def _levels(folder: str | Path) -> Iterator[list[Path]]:
+    """Yield the files in a folder, then those in its subfolders, and so on; links to folders are not followed."""
+    folders = [str(folder)] if Path(folder).is_dir() else []
+    while folders:
+        files, below = [], []
+        for place in folders:
+            try:
+                entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            except OSError:  # such a folder is a fault for the reader of the images
+                continue
+            inside = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+            below += inside if len(inside) <= MANY_FOLDERS else []
+            files += [Path(entry.path) for entry in entries if entry.name.endswith(".csv") and entry.is_file()]
+        yield files
+        folders = below
+
+
+def _only(samples: list[Path]) -> Path:
+    """Return the first of several files. Raises SubmissionError, which lists them, if they differ."""
+    if not all(filecmp.cmp(samples[0], path, shallow=False) for path in samples[1:]):
+        listing = "".join(f"\n  {path}" for path in samples)
+        raise SubmissionError(f"{len(samples)} sample submissions differ; give the folder of one of them:{listing}")
     return samples[0]
 
 
 def read_listed(rows: Rows[Any]) -> Callable[[Path], TestSet]:
     """Return a function that lists a folder's test images: those whose ids are in its sample submission.
 
-    The function raises SubmissionError if no file is named like a sample submission, or if it has no ids.
+    The function raises SubmissionError if no file is named like a sample submission, several differ, or it has no ids.
     """
 
     def read_test(folder: Path) -> TestSet:
-        ids = rows.read_sample(find_sample(folder))
+        ids = rows.read_sample(find_sample(folder, rows.sample))
         images, faults = read_test_images(folder, ids)
         return TestSet(images, faults, tuple(ids))
 

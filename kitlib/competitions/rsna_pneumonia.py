@@ -82,7 +82,7 @@ def _parse_row(patient_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]
     return groups, faults
 
 
-ROWS = Rows(("patientId", "PredictionString"), _parse_row)
+ROWS = Rows(("patientId", "PredictionString"), _parse_row, "stage_2_sample_submission.csv")
 
 
 def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
@@ -243,7 +243,7 @@ RSNA_PNEUMONIA = Competition(
     decide=decide,
     fill=fill,
     read_test=read_listed(ROWS),
-    sample="stage_2_sample_submission.csv",
+    sample=ROWS.sample,
     helping_classes=RSNA_CLASSES,
     side=SIDE,
     box_classes=(ONE_FINDING,),

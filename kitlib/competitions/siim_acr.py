@@ -77,7 +77,7 @@ def _parse_row(image_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
     return parse_runs(cells[0])
 
 
-ROWS = Rows(("ImageId", "EncodedPixels"), _parse_row)
+ROWS = Rows(("ImageId", "EncodedPixels"), _parse_row, "stage_2_sample_submission.csv")
 
 
 def metric(truth: Mapping[str, np.ndarray], submission: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -217,7 +217,7 @@ SIIM_ACR = Competition(
     fill=fill,
     side=SIDE,
     read_test=read_listed(ROWS),
-    sample="stage_2_sample_submission.csv",
+    sample=ROWS.sample,
     judge=judge,
     compare=compare,
     mask_classes=(FINDING,),

@@ -213,7 +213,7 @@ def judge(truth: BoxTruth, merged: MergedPredictions, settings: VinBigDataFusion
 def fill(ids: list[str], detections: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
     """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
     boxes = detections.assign(label=detections["finding"].map(dict(zip(CLASSES, LABELS, strict=True))))
-    return fill_rows(baseline_rows(ids), {name: [" ".join(groups)] for name, groups in box_groups(boxes).items()})
+    return fill_rows(baseline_rows(ids), {name: [" ".join(groups)] for name, groups in box_groups(boxes, BOXLESS).items()})
 
 
 VINBIGDATA = Competition(

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +11,7 @@ import pandas as pd
 
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensemble
-from kitlib.fusion.mask_maps import fuse_maps
-from kitlib.fusion.model_fusion import fuse_scores
+from kitlib.fusion.model_fusion import ModelPredictions, fuse_scores, merge
 from kitlib.inference.answer import AnsweringModel, fused_answer
 from kitlib.inference.cached_lungs import CachedLungs
 from kitlib.inference.predict import AnyPredictor, load_predictor
@@ -20,11 +19,13 @@ from kitlib.inference.systems import FUSED, System
 from kitlib.tables import FINDINGS_SEPARATOR, concatenate
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.mask_store import decode_grey
+from kitlib.xrays.run_lengths import draw_runs
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16  # SubmitSettings.batch_size
 CACHED_LUNGS = 256  # number of images
+MASK_LEVEL = 0.5  # probability from which a pixel is in a mask, unless a competition's settings decide
 Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator over the same X-rays
 
 
@@ -34,7 +35,8 @@ class Answer:
 
     Study models and detectors have `fused` predictions, with boxes of any findings in original pixels. Classifiers have
     `classes`, a table with the columns image_id and the classes, whose values are probabilities 0..1. Segmenters have
-    `masks`, a table of fused maps (kitlib.fusion.mask_maps), except for a lung segmenter, which has none of these: its masks
+    `masks`, a table of fused maps (kitlib.fusion.mask_maps), and `runs`, from which a tuned fusion's masks are drawn, by
+    image_id (kitlib.xrays.run_lengths), or None, except for a lung segmenter, which has none of these: its masks
     are read from `LoadedModels.segmenter`.
     """
 
@@ -44,6 +46,7 @@ class Answer:
     fused: Fused | None = None
     classes: pd.DataFrame | None = None
     masks: pd.DataFrame | None = None
+    runs: Mapping[str, np.ndarray] | None = None
 
     def maps(self, image_id: str) -> dict[str, np.ndarray]:
         """Return the probability map of each structure in an image: float (h, w) of any size, 0..1; {} if none."""
@@ -51,6 +54,17 @@ class Answer:
             return {}
         of_image = self.masks[self.masks["image_id"] == image_id]
         return {name: decode_grey(png) / 255 for name, png in zip(of_image["finding"], of_image["map"], strict=True)}
+
+    def mask(self, image_id: str) -> np.ndarray | None:
+        """Return the mask of all structures in an image: bool (h, w) of any size; None if it has no map.
+
+        It is the one that the submission of a tuned fusion has, and otherwise every pixel with a probability of at least
+        MASK_LEVEL.
+        """
+        if self.runs is not None:
+            return draw_runs(self.runs[image_id]) if image_id in self.runs else None
+        maps = self.maps(image_id)
+        return np.any([each >= MASK_LEVEL for each in maps.values()], axis=0) if maps else None
 
 
 @dataclass
@@ -93,15 +107,15 @@ class LoadedModels:
             return self._segment(system, xrays)
         asked = self._ask(system, models, xrays)
         classes = self._classify(system, asked) if asked.classes else None
-        masks = fuse_maps(concatenate(asked.mask_maps, "mask_maps"), system.fusion.weight) if asked.mask_maps else None
+        masks, runs = self._draw(system, asked, images) if asked.mask_maps else (None, None)
         if not system.answers & FUSED:
-            return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), classes=classes, masks=masks)
+            return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), None, classes, masks, runs)
         ensemble = self._ensemble(system, asked)
         tables = asked.probabilities, asked.detections, asked.coverage
         fused, stacked = fused_answer(*tables, images, system.fusion, ensemble)
         if stacked and stacked.note:
             asked.add_fault(f"The ensemble: {stacked.note}.")
-        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused, classes, masks)
+        return Answer(asked.table(), tuple(asked.remarks), tuple(asked.faults), fused, classes, masks, runs)
 
     def _classify(self, system: System, asked: _Asked) -> pd.DataFrame:
         """Return a table of class probabilities, with the columns image_id and the classes.
@@ -120,6 +134,15 @@ class LoadedModels:
         if incomplete:
             asked.add_fault(f"{incomplete} images lack a learner; they get the plain mean of the other learners.")
         return table[["image_id", *classes]]
+
+    def _draw(
+        self, system: System, asked: _Asked, images: pd.DataFrame
+    ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray] | None]:
+        """Return the fused maps, and the runs of the masks that the system's competition decides on, if it wants masks."""
+        predictions = ModelPredictions.of(mask_maps=concatenate(asked.mask_maps, "mask_maps"))
+        merged, competition = merge(predictions, images, system.fusion), system.competition
+        wants_masks = competition is not None and competition.mask_classes
+        return merged.masks, competition.decide(merged, system.settings) if competition and wants_masks else None
 
     def _segment(self, system: System, xrays: Stream) -> Answer:
         """Find the lungs in each image, so that `segmenter` has them cached."""

@@ -54,7 +54,7 @@ class Model:
 
     @property
     def answers(self) -> frozenset[str]:
-        """What the model predicts: a subset of "study", "none" and "boxes"."""
+        """What the model predicts: a subset of "study", "none", "boxes", "classes" and "masks"."""
         return self.record.answers
 
     @property

@@ -38,7 +38,6 @@ BOXES, VERDICT, AREA, WARNING, ERROR = "boxes", "lungs", "lung_area", "warning",
 PART = CACHED_LUNGS  # number of images that are decoded and predicted together, then removed from memory
 FILE_TIMEOUT_S = 20.0  # SubmitSettings.file_timeout_s
 DRAWN_SCORE = 0.2  # boxes with a lower score are not drawn, because they would cover the picture
-MASK_LEVEL = 0.5  # probability from which a pixel is in a mask of other structures than lungs
 PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can be read
 
 
@@ -103,9 +102,9 @@ def predict_parts(
 
     If `pictures` is a folder, each image is written to IMAGE_ID.png in this folder, in the size of its decoded copy or
     larger, with its boxes of a score of 0.2 or more. A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the
-    original image, with the value 255 inside the lungs or another structure. `workers` is the number of decoding processes;
-    0: one per core. Raises BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if
-    files cannot be written.
+    original image, with the value 255 inside the lungs or another structure (see Answer.mask). `workers` is the number of
+    decoding processes; 0: one per core. Raises BundleError if a segmenter or an ensemble of classifiers is damaged,
+    CacheError or OSError if files cannot be written.
     """
     columns = table_columns(system)
     is_segmenter = "lungs" in system.answers
@@ -174,9 +173,9 @@ class _Predicting:
             rows = {name: {of: float(each.max()) for of, each in of_image.items()} for name, of_image in maps.items()}
             classes = pd.DataFrame.from_dict(rows, orient="index").join(classes)
             if self.pictures is not None:
-                for xray in (xray for xray in part.read() if maps[xray.image_id]):
-                    mask = np.any([each >= MASK_LEVEL for each in maps[xray.image_id].values()], axis=0)
-                    _write_mask(self.pictures, xray, mask)
+                for xray in part.read():
+                    if (mask := answer.mask(xray.image_id)) is not None:
+                        _write_mask(self.pictures, xray, mask)
         if answer.fused is None:
             return classes, (*self.system.notes, *answer.faults)
         studies = answer.fused.studies.set_index("study_id")

@@ -96,6 +96,7 @@ class SubmissionRun:
         self._note = self._ledger.note
         self.faults: list[Fault] = []  # of the submission, found by `finish`
         self.models: list[Model] = []
+        self.has_answers = False  # whether any row of the submission is not a placeholder prediction
         self.listed: list[str] = []  # folders of the bundles in weights.json
 
         self.lungs: CachedLungs | None = None  # None if other processes find the lungs
@@ -177,9 +178,10 @@ class SubmissionRun:
     def usage(self) -> list[dict[str, Any]]:
         """Return one dictionary per bundle in weights.json: its name `bundle`, and the numbers `predicted` and `readable`.
 
-        `predicted` is the number of test images that it has predicted, `readable` the number of readable test files.
+        `predicted` is the number of test images that it has predicted, 0 if all rows of the submission are placeholder
+        predictions nevertheless; `readable` is the number of readable test files.
         """
-        predicted = {model.folder.name: model.count_predicted() for model in self.models}
+        predicted = {model.folder.name: model.count_predicted() * self.has_answers for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
@@ -194,19 +196,21 @@ class SubmissionRun:
         return self.ledger
 
     def check(self, allow_placeholders: bool) -> None:
-        """Raise SubmissionError if `finish` has found a fault, or if no bundle has predicted any file.
+        """Raise SubmissionError if `finish` has found a fault, or if all rows are placeholder predictions.
 
-        A submission without predictions is accepted with `allow_placeholders`. Nothing is raised on Kaggle, where any file
+        Such a submission is accepted with `allow_placeholders`. Nothing is raised on Kaggle, where any file
         is worth more than an error.
         """
         if on_kaggle():
             return
         if self.faults:
             raise SubmissionError(f"Kaggle would reject {self.output}: {len(self.faults)} faults, first {self.faults[0]}")
-        if not (allow_placeholders or any(bundle["predicted"] for bundle in self.usage())):
+        if not (allow_placeholders or self.has_answers):
+            used = ", ".join(model.folder.name for model in self.models if model.count_predicted())
+            reason = f"what {used} predicted decides no row" if used else "no model has predicted any file"
             raise SubmissionError(
-                f"{self.output} contains only placeholder predictions, because no model has predicted any file; the ledger "
-                "says why. If that is intended, set allow_placeholders to true"
+                f"{self.output} contains only placeholder predictions, because {reason}; the ledger says why. If that is "
+                "intended, set allow_placeholders to true"
             )
 
     def _find_studies(self) -> None:
@@ -402,6 +406,7 @@ class SubmissionRun:
                     [chunk for predicted in segmenters for chunk in predicted.chunks],
                 )
                 on_priors = self.competition.write(self.output, self.ids, fused)
+                self.has_answers = len(on_priors) < len(self.ids)
                 note = f"{len(on_priors)} rows keep placeholder predictions"
                 self._note("fuse and write", len(self.ids) - len(on_priors), began, note)
         except (OutOfTime, OSError, MemoryError) as error:  # no model's fault; the previous file remains

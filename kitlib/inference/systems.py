@@ -32,7 +32,7 @@ NO_MODELS = (
 )
 FUSED = {"study", "none", "boxes"}  # what the models of a system predict if it is no fusion for another competition
 # Kinds of runs that can predict, the preferred kind first: a combination is preferred to the runs that it combines.
-PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "lungs", "applied lungs")
+PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "masks", "lungs", "applied lungs")
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class System:
     """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
     The models predict any of "study", "none", "boxes", "classes" and "masks", or the single model predicts "lungs". Their
-    predictions are merged with `fusion`; what another competition than SIIM's decides from them is left to its submission.
-    `name` is shown to users: the name of the run, followed by the names of the runs that it combines.
+    predictions are merged with `fusion`. Of a fusion that was tuned for a `competition`, `settings` are the competition's:
+    they decide on masks, but what they decide on boxes and classes is left to its submission. `name` is shown to users: the
+    name of the run, followed by the names of the runs that it combines.
     """
 
     name: str
@@ -50,6 +51,8 @@ class System:
     ensemble: Path | None = None  # bundle that stacks the study models or classifiers
     lungs: Path | None = None  # bundle of a segmenter, for models that use lung masks and for the page's layer "lungs"
     notes: tuple[str, ...] = ()  # sentences to show with the predictions, such as which bundles are not used, and why
+    competition: Competition | None = None
+    settings: Any = None  # of the class competition.settings
 
     @property
     def longest_side(self) -> int:
@@ -77,8 +80,10 @@ class System:
 
     @property
     def fills_siim(self) -> bool:
-        """Whether the predictions fill rows of SIIM's submission: the detectors, if any, predict only its finding."""
-        return set(self.findings) <= {ONE_FINDING} and self.answers <= FUSED
+        """Whether the predictions fill rows of SIIM's submission: those of its fusions, and of study models without one."""
+        if self.competition is not None:
+            return self.competition is SIIM_COVID19
+        return bool({"study", "none"} & self.answers) and set(self.findings) <= {ONE_FINDING} and self.answers <= FUSED
 
     def with_detector(self, name: str) -> "System":
         """Return a system with `name` as its only detector, together with all models that are not detectors."""
@@ -123,7 +128,7 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
     of lung segmenters to bundles (see `find_segmenters`). Folds that are not trained yet are left out. Raises RunError if
     a run that this run combines does not exist or has no model, BundleError or SettingsError if a file is invalid.
     """
-    if kind in ("lungs", "applied lungs"):
+    if kind in ("masks", "lungs", "applied lungs"):
         bundles = _bundles(run)
         if not bundles:
             raise RunError(f"{run} has no trained model (fold*/bundle)")
@@ -134,12 +139,14 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
         return System(run.name, models[:1], lungs=bundles[0], notes=tuple(others))
     if kind == "fusion":
         competition = find_competition(parameters.get("competition") or SIIM_COVID19.name)
-        folders, fusion = _named_runs(run, parameters), read_settings(run / "fusion.json", competition)
-        if competition is not SIIM_COVID19:
-            fusion = SiimFusion(**{each.name: getattr(fusion, each.name) for each in fields(FusionSettings)})
+        folders, settings = _named_runs(run, parameters), read_settings(run / "fusion.json", competition)
+        merging = {each.name: getattr(settings, each.name) for each in fields(FusionSettings)}
+        fusion = settings if isinstance(settings, SiimFusion) else SiimFusion(**merging)
         ensemble = _named_run(parameters["study_ensemble"], run) if parameters.get("study_ensemble") else None
         name = f"{run.name}: {' + '.join(folder.name for folder in folders)}"
-        return build_system(name, folders, fusion, ensemble / "ensemble" if ensemble else None, segmenters, competition)
+        bundle = ensemble / "ensemble" if ensemble else None
+        system = build_system(name, folders, fusion, bundle, segmenters, competition)
+        return replace(system, competition=competition, settings=settings)
     if kind == "ensemble":
         folders = _named_runs(run, parameters)
         build = build_system if read_ensemble(run / "ensemble").key == "study_id" else _build_classifiers
@@ -244,7 +251,7 @@ def _choose_run(root: Path) -> Path:
     """
     kinds = {run: find_kind(run) for run in walk_runs(root)}
     finished = [run for run, kind in kinds.items() if kind in PREDICTING and (run / METRICS).is_file()]
-    for wanted in (PREDICTING[:1], PREDICTING[1:2], PREDICTING[2:5], PREDICTING[5:]):
+    for wanted in (PREDICTING[:1], PREDICTING[1:2], PREDICTING[2:6], PREDICTING[6:]):
         chosen = [run for run in finished if kinds[run] in wanted]
         if len(chosen) == 1:
             return chosen[0]

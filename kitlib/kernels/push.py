@@ -28,13 +28,16 @@ COMPLAINTS = {
 }
 
 
-def push(out: str | Path, fused_run: Path | None = None, wait_s: float = 3600.0, poll_s: float = 5.0) -> Pushed:
+def push(
+    out: str | Path, fused_run: Path | None = None, wait_s: float = 3600.0, poll_s: float = 5.0, rules: str = ""
+) -> Pushed:
     """Push `out`/wheels and `out`/weights, wait until both are ready, then push `out`/kernel, which starts the kernel.
 
     An existing dataset gets a new version; a wheels dataset is left as it is if its files have the same names and sizes.
     Each dataset's status is checked every `poll_s` seconds, for at most `wait_s` seconds. The result is also written to
     `out`/pushed.json, where the later steps go on; that of an earlier push is kept as pushed-VERSION.json, and stays as it
-    is if this push fails. `fused_run` is the run whose fusion the kernel uses; it gets the score. Raises KernelError if the
+    is if this push fails. `fused_run` is the run whose fusion the kernel uses; it gets the score. `rules` is the name of the
+    competition whose rows a submission has. Raises KernelError if the
     kernel is not built, if signing in fails, if Kaggle refuses a dataset or the kernel, if a dataset is not ready in time,
     or if pushed.json is damaged.
     """
@@ -60,6 +63,7 @@ def push(out: str | Path, fused_run: Path | None = None, wait_s: float = 3600.0,
         fused_run=str(fused_run.absolute()) if fused_run else "",
         datasets=datasets,
         competition=next(iter(metadata["competition_sources"]), ""),
+        rules=rules,
         digest=digest,
         pushed=datetime.now(UTC).isoformat(timespec="seconds"),
     )

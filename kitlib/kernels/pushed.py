@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kitlib.atomic import write_json
+from kitlib.competitions.contract import Competition
+from kitlib.competitions.registry import find_competition
 from kitlib.errors import KernelError, SettingsError
 from kitlib.settings import Settings, from_dict
 
@@ -26,7 +28,8 @@ class Pushed(Settings):
     bundles: tuple[str, ...]  # folders of the bundles in the weights dataset; () for a kernel without weights
     fused_run: str  # absolute path of the run whose fusion the kernel uses, or ""
     datasets: dict[str, str] = field(default_factory=dict)  # OWNER/SLUG -> "created", "new version" or "unchanged"
-    competition: str = ""
+    competition: str = ""  # slug of the competition whose data are attached
+    rules: str = ""  # name of the competition whose rows a submission has; "": that of the data
     digest: str = ""  # SHA-256 digest of the pushed files
     pushed: str = ""  # time of the push
     status: str = ""  # how the run ended: "complete" or another status of Kaggle's
@@ -41,6 +44,11 @@ class Pushed(Settings):
     def name(self) -> str:
         """OWNER/SLUG/VERSION, by which Kaggle's client knows this version."""
         return f"{self.kernel}/{self.version}"
+
+    @property
+    def challenge(self) -> Competition:
+        """The competition whose rows a submission has. Raises SettingsError for one that the kit does not know."""
+        return find_competition(self.rules or self.competition)
 
 
 def read_pushed(out: str | Path) -> Pushed:

@@ -10,7 +10,7 @@ from typing import Any
 from slugify import slugify
 
 from kitlib.competitions.contract import Competition
-from kitlib.competitions.registry import choose_competition
+from kitlib.competitions.registry import choose_competition, find_competition
 from kitlib.errors import KernelError, NotebookError, SettingsError
 from kitlib.kernels.accelerators import NONE, find_fault
 from kitlib.parameters import check_parameters, read_parameters
@@ -74,8 +74,12 @@ class KernelSpec(Settings):
 
     @property
     def rules(self) -> Competition:
-        """The competition whose rows the kernel writes: that of the parameter `rules`, or else of its data."""
-        return choose_competition(self.competition, self.parameters.get("rules", ""))[0]
+        """The competition whose rows the kernel writes: that of the parameter `rules`, or else of its data.
+
+        Raises SettingsError if the data are of no competition that the kit knows, and `rules` is not set.
+        """
+        rules = self.parameters.get("rules", "")
+        return choose_competition(self.competition, rules)[0] if rules else find_competition(self.competition)
 
     @property
     def time_limit_s(self) -> float:
@@ -242,6 +246,11 @@ def _find_faults(spec: KernelSpec) -> list[str]:
         faults.append(f"competition is {spec.competition!r}; write only its name, such as {name}")
     elif spec.competition:
         faults += [f"competition: {fault}" for fault in _find_slug_faults(spec.competition, COMPETITION)]
+        if is_submission and not faults:
+            try:
+                _ = spec.rules
+            except SettingsError as error:
+                faults.append(f"competition: {error}; or name the one whose rules hold in the parameter `rules`")
     if spec.owner and not re.fullmatch(r"[a-z0-9-]+", spec.owner):
         faults.append(f"owner {spec.owner!r} is not a Kaggle user name; use lower-case letters, digits and hyphens")
     if fault := find_fault(spec.accelerator):

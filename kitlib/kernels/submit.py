@@ -18,7 +18,6 @@ from typing import Any
 import requests
 
 from kitlib.atomic import write_text
-from kitlib.competitions.registry import choose_competition
 from kitlib.errors import KaggleUnreachable, KernelError
 from kitlib.kernels.client import KaggleClient, poll
 from kitlib.kernels.pushed import COMPLETE, OUTPUT, Pushed, read_pushed, write_pushed
@@ -81,7 +80,7 @@ def fetch_output(out: str | Path) -> Path:
     folder, pushed = Path(out) / OUTPUT, _read_complete(out)
     if folder.is_dir():
         return folder
-    client, sample = KaggleClient(), choose_competition(pushed.competition)[0].sample
+    client, sample = KaggleClient(), pushed.challenge.sample
     with tempfile.TemporaryDirectory(dir=out, prefix=".output-") as temporary_folder:
         unfinished = Path(temporary_folder) / OUTPUT
         logger.info("downloading the output of %s", pushed.name)
@@ -107,8 +106,8 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
     """
     folder = Path(out) / OUTPUT
     pushed = read_pushed(out)
-    competition, _ = choose_competition(pushed.competition)
-    faults = [str(fault) for fault in competition.validate_file(folder / SUBMISSION, sample=folder / competition.sample)]
+    sample = folder / pushed.challenge.sample
+    faults = [str(fault) for fault in pushed.challenge.validate_file(folder / SUBMISSION, sample)]
     if not allow_placeholders:
         faults += find_unused_bundles(pushed.bundles, folder / USAGE)
     if faults:
@@ -251,7 +250,7 @@ def _find_submission(client: KaggleClient, pushed: Pushed) -> int:
 
 def _submit(client: KaggleClient, pushed: Pushed, out: str | Path) -> int:
     action, to = f"submitting {pushed.name} to {pushed.competition}", (pushed.description, pushed.competition)
-    is_notebook = choose_competition(pushed.competition)[0].is_notebook
+    is_notebook = pushed.challenge.is_notebook
     file = SUBMISSION if is_notebook else str(fetch_output(out) / SUBMISSION)
     with client.calling(action):
         if is_notebook:

@@ -16,7 +16,8 @@ from kitlib.leaderboard.listing import ListedRun
 logger = logging.getLogger(__name__)
 
 TRAINED = ("study", "detector")  # kinds of runs whose models predict rows of a submission
-OTHERS = ("ensemble", "findings", "lungs", "applied lungs")  # kinds of runs that are offered as systems of their own
+# Kinds of runs that are offered as systems of their own.
+OTHERS = ("ensemble", "findings", "masks", "lungs", "applied lungs")
 SCORES = {"auc": "mean ROC AUC", "accuracy": "accuracy", "macro_f1": "macro F1"}  # by the recipe's `judged_by`
 
 

@@ -9,13 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import PageError, UnreadableXray
 from kitlib.inference.loaded_models import Answer
-from kitlib.inference.predict_files import MASK_LEVEL
 from kitlib.inference.systems import System
 from kitlib.page.answer_files import write_answer, write_rows
 from kitlib.page.gallery import Gallery
@@ -143,8 +141,7 @@ class Viewer:
         system, captions, mask, heat, structure = view.system, [], None, None, LUNGS
         pixels = view.study.read(image, system.longest_side).pixels
         if maps := view.answer.maps(image.key):
-            structure = ", ".join(maps)
-            mask = np.any([each >= MASK_LEVEL for each in maps.values()], axis=0)
+            structure, mask = ", ".join(maps), view.answer.mask(image.key)
         elif LUNGS in layers or "lungs" in system.answers:
             try:
                 mask, reason = self.models.lungs(system, view.study, image)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kitlib.competitions.registry import choose_competition, find_data
+from kitlib.competitions.registry import choose_folder, find_data
 from kitlib.errors import BundleError, InputNotFound, PlanError
 from kitlib.parameters import read_parameters
 from kitlib.paths import find_input, find_run, find_starting_weights, project_root
@@ -51,7 +51,7 @@ def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
     reads = values.get("truth", "read") and not values.get("source_run") and run.notebook.stem != "60_fuse"
     if "competition" in values and reads:
         named = values["competition"]
-        yield "competition", find_data(values["dataset"], named)[1] if "dataset" in values else choose_competition(named)[1]
+        yield "competition", find_data(values["dataset"], named)[1] if "dataset" in values else choose_folder(named)
     yield from (("competition", folder) for folder in (*values.get("pool", {}).values(), *values.get("beside", [])))
     if weights := values["overrides"].get("starting_weights") if "recipe" in values else "":
         yield "starting_weights", weights

@@ -1,15 +1,8 @@
-"""Placeholder predictions of submission.csv: the class frequencies, for rows without a prediction.
-
-No module imported here needs a package, so that a submission's first file is written before anything slow is imported.
-"""
+"""Placeholder predictions of submission.csv: the class frequencies, for rows without a prediction."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from kitlib.atomic import write_text
 from kitlib.classes import STUDY_CLASSES
-from kitlib.datasets.sample_submission import HEADER, read_sample
-from kitlib.errors import SubmissionError
 
 # Class frequencies in SIIM's train tables (6,054 studies, 6,334 images).
 PRIORS = {
@@ -21,22 +14,6 @@ PRIORS = {
 }
 # The labels of a row that are not boxes, keyed by the suffix of the row's id.
 ONE_PIXEL_LABELS = {"study": STUDY_CLASSES, "image": ("none",)}
-
-
-def write_placeholders(sample: str | Path, path: str | Path) -> int:
-    """Write a submission with placeholder predictions for the ids in sample_submission.csv; return the number of rows.
-
-    Nothing is written, and 0 returned, if the sample cannot be read; `SubmissionRun`, which writes the file again, then
-    uses the ids of the test files. The file is replaced atomically.
-    """
-    try:
-        ids = read_sample(sample).ids
-    except SubmissionError:
-        return 0
-    lines = [",".join(HEADER)]
-    lines += [f"{submission_id},{placeholder(submission_id)}" for submission_id in ids]
-    write_text(path, "".join(f"{line}\n" for line in lines))
-    return len(ids)
 
 
 def placeholder(submission_id: str) -> str:

@@ -7,7 +7,7 @@ ymax. Study classes and `none` have the one-pixel box `0 0 1 1`; `opacity` boxes
 import csv
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,10 +218,11 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
     return dict(zip(table[key], values, strict=True))
 
 
-def box_groups(detections: pd.DataFrame) -> dict[str, list[str]]:
+def box_groups(detections: pd.DataFrame, boxless: Collection[str] = ()) -> dict[str, list[str]]:
     """Return each image's groups of label, confidence and box for its prediction string, highest score first, by image_id.
 
-    `detections` has image_id, label, score, xmin, ymin, xmax and ymax. Raises ValueError for scores outside 0..1 and boxes
+    `detections` has image_id, label, score, xmin, ymin, xmax and ymax. `boxless` are labels of whole images, whose
+    box is written as `0 0 1 1`. Raises ValueError for scores outside 0..1 and boxes
     that are not finite.
     """
     values = detections[["score", *BOX]].to_numpy(dtype=float)
@@ -234,6 +235,6 @@ def box_groups(detections: pd.DataFrame) -> dict[str, list[str]]:
     ids, labels = (detections[name].to_numpy(dtype=object)[order] for name in ("image_id", "label"))
     groups: dict[str, list[str]] = {}
     for name, label, (score, *corners) in zip(ids, labels, values[order].tolist(), strict=True):
-        box = "0 0 1 1" if corners == list(ONE_PIXEL) else " ".join(f"{corner:.1f}" for corner in corners)
+        box = "0 0 1 1" if label in boxless else " ".join(f"{corner:.1f}" for corner in corners)
         groups.setdefault(name, []).append(f"{label} {format_confidence(score)} {box}")
     return groups

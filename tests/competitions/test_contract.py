@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
-from kitlib.competitions.registry import COMPETITIONS, find_competition, find_data
+from kitlib.competitions.csv_files import SAMPLE, find_sample
+from kitlib.competitions.registry import COMPETITIONS, choose_competition, find_competition, find_data
 from kitlib.datasets.registry import READERS
 from kitlib.errors import KitError, ScoringError, SettingsError, SubmissionError
 
+STAGE_2 = "stage_2_sample_submission.csv"
 NEW = [competition for name, competition in COMPETITIONS.items() if name != "siim-covid19"]
 every_competition = pytest.mark.parametrize("competition", COMPETITIONS.values(), ids=lambda competition: competition.name)
 every_new = pytest.mark.parametrize("competition", NEW, ids=lambda competition: competition.name)
@@ -147,4 +149,61 @@ def test_every_competitions_data_set_has_a_reader_and_others_need_a_folder():
 def test_a_first_file_needs_no_package_for_images_or_models():
     code = "import sys, kitlib.competitions.registry; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert "pandas" in loaded and not loaded & {"torch", "pydicom", "pebble", "sklearn", "safetensors", "ensemble_boxes"}
+    assert "pandas" in loaded and not loaded & {
+        "torch",
+        "cv2",
+        "pydicom",
+        "pebble",
+        "sklearn",
+        "safetensors",
+        "ensemble_boxes",
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "found"),
+    [
+        ({"stage_1_sample_submission.csv": "a", "stage_2_sample_submission.csv": "b"}, STAGE_2, STAGE_2),
+        ({"sample_submission.csv": "a", "x/y/stage_2_sample_submission.csv": "b"}, STAGE_2, f"x/y/{STAGE_2}"),
+        ({"x/sample_submission.csv": "a", "x/y/sample_submission.csv": "b"}, SAMPLE, "x/sample_submission.csv"),
+        ({"x/sample_submission.csv": "a", "y/sample_submission.csv": "a"}, SAMPLE, "x/sample_submission.csv"),
+        ({"new_sample_submission.csv": "a", "x/stage_2_sample_submission.csv": "b"}, SAMPLE, f"x/{STAGE_2}"),
+        ({"my_sample_submission.csv": "a", "x/a_sample_submission.csv": "b"}, STAGE_2, "my_sample_submission.csv"),
+        ({"x/sample_submission.csv": "a", "y/sample_submission.csv": "b"}, SAMPLE, None),
+        ({"a_sample_submission.csv": "a", "b_sample_submission.csv": "b"}, SAMPLE, None),
+        ({f"{number:03}/sample_submission.csv": "a" for number in range(101)}, SAMPLE, ""),  # folders of 101 studies
+    ],
+)
+def test_the_sample_of_the_competition_is_found(files, name, found, tmp_path):
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+    if found:
+        assert find_sample(tmp_path, name) == tmp_path / found
+    else:
+        with pytest.raises(SubmissionError, match="no sample submission" if found == "" else "2 sample submissions differ"):
+            find_sample(tmp_path, name)
+
+
+@every_competition
+def test_the_header_of_the_sample_says_whose_rules_hold(competition, tmp_path):
+    sample_of(competition, tmp_path, ["a_image"]).rename(tmp_path / "my_sample_submission.csv")
+    assert choose_competition(f"{tmp_path}") == (competition, str(tmp_path))
+    assert choose_competition(f"{tmp_path}", "siim-acr")[0].name == "siim-acr"
+
+
+def test_data_that_do_not_say_whose_they_are_are_siims_or_an_error(tmp_path, caplog):
+    assert choose_competition(f"{tmp_path}/absent")[0].name == "siim-covid19" and "no readable sample" in caplog.text
+    (tmp_path / "sample_submission.csv").write_text("a_study\nb_image\n")  # a copy of SIIM's without its header
+    assert choose_competition(str(tmp_path))[0].name == "siim-covid19"
+    (tmp_path / "sample_submission.csv").write_text("name,value\na,1\n")
+    with pytest.raises(SettingsError, match=r"has the header name,value, .* set `rules` to one of siim-covid19, vinbigdata"):
+        choose_competition(str(tmp_path))
+
+
+def test_an_input_called_like_a_competition_is_preferred_to_its_slug(tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.paths.inputs_root", lambda: tmp_path)
+    assert choose_competition("siim-acr")[1] == "siim-acr-pneumothorax-segmentation"
+    (tmp_path / "siim-acr").mkdir()
+    assert choose_competition("siim-acr") == (COMPETITIONS["siim-acr"], "siim-acr")
+    assert find_data("siim-acr", "siim-acr") == ("siim_acr", "siim-acr")

@@ -17,9 +17,11 @@ from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
 from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
+from kitlib.competitions.rsna_pneumonia import RSNA_PNEUMONIA
+from kitlib.competitions.siim_acr import SIIM_ACR, SiimAcrSettings
 from kitlib.competitions.vinbigdata import VINBIGDATA
 from kitlib.errors import DatasetError, RunError, RunNotFound
-from kitlib.fusion.model_fusion import write_settings
+from kitlib.fusion.model_fusion import ModelPredictions, merge, write_settings
 from kitlib.inference import predict_files
 from kitlib.inference.listed_files import list_files
 from kitlib.inference.loaded_models import LoadedModels
@@ -29,11 +31,13 @@ from kitlib.inference.submit import SubmissionRun, SubmitSettings
 from kitlib.inference.systems import find_system
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.paths import project_root
+from kitlib.runs.run_kinds import find_kind
 from kitlib.scoring.score import score_files
 from kitlib.scoring.submission_csv import as_tables, read_submission, write_all_negative
 from kitlib.tables import BOX
 from kitlib.xrays.cache import CachedXray
 from kitlib.xrays.image_file import read_xray
+from kitlib.xrays.run_lengths import draw_runs
 from tests.small_bundles import edit_record
 from tests.small_page import CLASSES, CLASSIFIER, page_runs, sparse_run, write_classifiers
 
@@ -188,12 +192,17 @@ def test_a_fusion_for_another_competition_has_its_findings_and_classes(folder, t
     (tmp_path / "fuse" / "metrics.json").write_text("{}")
     system = find_system(tmp_path / "fuse")
     assert system.findings == ("Cardiomegaly", "ILD") and system.classes() == ["No finding", "other"]
+    assert (system.competition, system.settings) == (VINBIGDATA, settings)
     assert system.fusion.box_iou == 0.4 and not system.fills_siim and "study/fold0 is left out" in system.notes[0]
     columns = ["file", "image_id", "study_id", "none", "No finding", "other", "boxes", "warning", "error"]
     assert predict_files.table_columns(system) == columns
     alone = find_system(tmp_path / "faster_rcnn")
     assert alone.findings == ("Cardiomegaly", "ILD") and not alone.fills_siim
-    assert find_system(folder / "runs" / "fuse").fills_siim and find_system(folder / "runs" / "first").findings == ()
+    # A finding called opacity does not make a detector one of SIIM's: RSNA's detectors have it too.
+    fuse, detector = (find_system(folder / "runs" / name) for name in ("fuse", "faster_rcnn"))
+    assert fuse.findings == detector.findings == ("opacity",) and fuse.fills_siim
+    assert not detector.fills_siim and not replace(fuse, competition=RSNA_PNEUMONIA).fills_siim
+    assert find_system(folder / "runs" / "first").findings == ()
 
 
 def test_boxes_of_several_findings_are_named(folder, tmp_path, monkeypatch):
@@ -229,6 +238,32 @@ def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
     (frame,) = json.loads(table.boxes[0])
     assert frame["finding"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
     assert cv2.imread(str(tmp_path / "drawn" / "lungs.png")).shape[2] == 3
+
+
+def test_masks_of_a_tuned_fusion_are_those_of_its_submission(folder, tmp_path):
+    caps = sparse_run(tmp_path / "caps")
+    rows, columns = np.mgrid[:32, :48]  # not larger than the copies that the model reads
+    image = np.where(columns < 24, 60 + 2 * rows, 250).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "x.png"), image)
+    settings = SiimAcrSettings(top=0.9, least_area=1000, bottom=0.75)
+    for name, tuned in (("fuse", settings), ("strict", replace(settings, least_area=1024 * 1024))):
+        write_settings(tuned, tmp_path / name / "fusion.json")
+        parameters = {"competition": "siim-acr", "runs": ["caps"]}
+        (tmp_path / name / "record.json").write_text(json.dumps({"parameters": parameters}))
+        (tmp_path / name / "metrics.json").write_text("{}")
+    masks, tables = {}, {}
+    for name in ("caps", "fuse", "strict"):
+        tables[name] = predict(tmp_path / "x.png", tmp_path / name, pictures=tmp_path / "drawn" / name)
+        masks[name] = cv2.imread(str(tmp_path / "drawn" / name / "masks" / "x.png"), cv2.IMREAD_UNCHANGED) > 0
+    assert find_kind(caps) == "masks" and (tables["fuse"].pneumothorax == tables["caps"].pneumothorax).all()
+    xray = CachedXray("x", read_xray(tmp_path / "x.png"), 32, 48)
+    (maps,) = load_predictor(caps / "fold0" / "bundle").predict([xray])
+    images = pd.DataFrame({"image_id": ["x"], "study_id": ["x"], "rows": [32], "columns": [48]})
+    merged = merge(ModelPredictions.of(mask_maps=maps), images, settings)
+    submitted = draw_runs(SIIM_ACR.decide(merged, settings)["x"]).astype(np.uint8)
+    expected = cv2.resize(submitted, (48, 32), interpolation=cv2.INTER_NEAREST) > 0
+    assert expected.any() and (masks["fuse"] == expected).all()
+    assert masks["caps"].sum() > masks["fuse"].sum() and not masks["strict"].any()
 
 
 def test_the_command_writes_what_it_prints_and_fails_only_if_nothing_is_predicted(folder, pngs, tmp_path):

@@ -23,7 +23,7 @@ from pydicom import dcmread
 from kitlib.bundle import STATED, save_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.contract import Competition
-from kitlib.competitions.siim_covid19 import SiimFusion
+from kitlib.competitions.siim_covid19 import SIIM_COVID19, SiimFusion
 from kitlib.deadline import Deadline
 from kitlib.errors import CacheError, PredictionError, SubmissionError, UnreadableXray
 from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensemble
@@ -173,6 +173,18 @@ def test_placeholders_alone_are_an_error_unless_asked_for_or_on_kaggle(competiti
     (tmp_path / "kaggle" / "working").mkdir(parents=True)
     monkeypatch.setenv("KIT_KAGGLE_ROOT", str(tmp_path / "kaggle"))
     SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS).check(allow_placeholders=False)
+
+
+def test_predictions_that_decide_no_row_are_an_error_too(competition, weights, tmp_path):
+    """The competition takes nothing from what the two models have predicted."""
+    none_answered = replace(SIIM_COVID19, fill=lambda ids, fused: (SIIM_COVID19.baseline_rows(ids), ids))
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS, none_answered)
+    run.predict(str(weights), tmp_path / "scratch")
+    run.finish()
+    with pytest.raises(SubmissionError, match=r"because what small-fold0, small-fold1 predicted decides no row; the ledger"):
+        run.check(allow_placeholders=False)
+    run.check(allow_placeholders=True)
+    assert [bundle["predicted"] for bundle in run.usage()] == [0, 0]  # a rehearsal, which runs as on Kaggle, fails by this
 
 
 def test_a_submission_ends_in_time_even_if_models_hang(competition, weights, tmp_path, monkeypatch):

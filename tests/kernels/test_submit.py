@@ -15,7 +15,7 @@ from kitlib.kernels import submit as steps
 from kitlib.kernels.pushed import read_pushed
 from kitlib.kernels.submit import check_output, fetch_output, submit_version, wait_for_run, wait_for_score
 from kitlib.runs.kaggle_scores import current_score
-from tests.small_kernels import make_notebook, make_run, make_submission, make_training, make_wheel
+from tests.small_kernels import PARAMETERS, make_notebook, make_run, make_submission, make_training, make_wheel
 
 KERNEL, COMPETITION = "somebody/small-test-kernel", "siim-covid19-detection"
 SUBMISSION = b"id,PredictionString\na_study,negative 1 0 0 1 1\nb_image,none 1 0 0 1 1\n"
@@ -46,7 +46,7 @@ def run(spec, tmp_path, monkeypatch):
     """A function that runs build_kernel.py with the given options and returns its exit code and output."""
     wheel = make_wheel(tmp_path / "wheels", "kit_extra", "1.2")
     monkeypatch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
-    monkeypatch.setattr(command_line, "push", lambda out, run: command_line_push(out, run, **FAST))
+    monkeypatch.setattr(command_line, "push", lambda out, run, rules: command_line_push(out, run, **FAST, rules=rules))
     monkeypatch.setattr(command_line, "wait_for_run", lambda out: wait_for_run(out, **FAST))
     monkeypatch.setattr(command_line, "wait_for_score", lambda out: wait_for_score(out, **FAST))
     app = command_line.typer.Typer()
@@ -105,6 +105,23 @@ def test_a_file_is_uploaded_to_a_competition_that_takes_no_notebook(finished, ru
     assert finished.uploads["submission.csv"] == rows and calls(finished, "CreateCodeSubmission") == []
     (submitted,) = finished.requests("CreateSubmission")
     assert submitted["submissionDescription"] == "small-rsna-kernel version 3"
+
+
+def test_the_rules_of_a_copy_of_the_data_are_kept_with_the_version(finished, run, tmp_path):
+    """A kernel on a competition that the kit does not know names its rules, by which the file is checked."""
+    (tmp_path / "copy").mkdir()
+    parameters = PARAMETERS + '\nrules = ""'
+    copy = {"competition": "copy-of-siim-acr", "runs": [str(make_run(tmp_path / "detector", family="yolo"))]}
+    notebook = str(make_notebook(tmp_path / "copy" / "rules.ipynb", "print(1)", parameters=parameters))
+    kernel = make_submission(tmp_path / "copy", notebook=notebook, **copy)
+    code, printed = run("--push", kernel=kernel)
+    assert code == 2 and "unknown competition 'copy-of-siim-acr'" in printed and "in the parameter `rules`" in printed
+    rows = b"patientId,PredictionString\na,0.5 0 0 9 9\nb,\n"
+    finished.output["submission.csv"], finished.competition_files = rows, {"stage_2_sample_submission.csv": rows}
+    kernel = make_submission(tmp_path / "copy", notebook=notebook, parameters={"rules": "rsna-pneumonia"}, **copy)
+    code, printed = run("--push", "--submit", kernel=kernel)
+    assert code == 0 and read_pushed(tmp_path / "out").rules == "rsna-pneumonia", printed
+    assert finished.uploads["submission.csv"] == rows
 
 
 def test_what_is_logged_during_a_call_is_not_the_clients_complaint(finished, run, monkeypatch):

@@ -182,7 +182,7 @@ def test_detectors_of_other_findings_show_them_by_name_and_no_study_class(viewer
     detections = view.answer.fused.detections
     named = detections.assign(finding=np.where(np.arange(len(detections)) % 2, "mass", "effusion"))
     answer = replace(view.answer, fused=replace(view.answer.fused, detections=named))
-    other = replace(view, system=replace(view.system, models=tuple(detectors)), answer=answer)
+    other = replace(view, system=replace(view.system, models=tuple(detectors), competition=None), answer=answer)
     image = other.study.images[0]
     assert other.findings == ("effusion", "mass", "opacity") and other.classes(image) == {}
     assert re.findall(r'aria-label="([^"]+)" aria-valuemin', viewer.bars(other, image)) == ["no finding in this image"]

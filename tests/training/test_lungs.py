@@ -16,6 +16,7 @@ from kitlib.errors import BundleError, MaskError, TrainingError
 from kitlib.inference.answer import read_answering_model
 from kitlib.inference.predict import load_predictor
 from kitlib.inference.segment_lungs import load_segmenter
+from kitlib.inference.systems import read_system
 from kitlib.letterbox import letterbox
 from kitlib.models.segmenter import Segmenter
 from kitlib.runs.run_kinds import find_kind
@@ -160,6 +161,8 @@ def test_a_structure_that_most_images_lack_is_learnt(sparse_run, sparse):
     for image_id in scores.image_id[has]:
         assert set(np.unique(sparse_run.masks.read(image_id))) == {0, MASK_CODES["pneumothorax"]}
     assert find_kind(sparse_run.run_folder) == "masks"
+    (model,) = read_system(sparse_run.run_folder, "masks", {}, {}).models
+    assert model.answers == {"masks"} and model.classes == ("pneumothorax",)
 
 
 @pytest.mark.gpu
