@@ -35,7 +35,7 @@ def main(
     ] = False,
     inputs: Annotated[Path | None, typer.Option(help="folder with a subfolder SLUG for each input")] = None,
     truth: Annotated[
-        Path | None, typer.Option(help="folder with the two ground-truth CSV files, to score the rehearsal")
+        Path | None, typer.Option(help="ground truth of the test images (see docs/competitions.md), to score the rehearsal")
     ] = None,
     time_limit: Annotated[
         float | None, typer.Option(min=1, help="seconds for the rehearsal; default: the kernel's limit")

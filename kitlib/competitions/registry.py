@@ -4,6 +4,7 @@ A sixth is added as a file that makes a Competition, and a line here.
 """
 
 import logging
+from pathlib import Path
 
 from kitlib.competitions.contract import Competition
 from kitlib.competitions.csv_files import find_sample
@@ -35,11 +36,13 @@ def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
     """Return a competition, and the name or path of the input with its data, from two parameters of a notebook.
 
     `data` is the slug or name of a competition, or another input or path. A name stands for the input of its slug, unless
-    there is an input of this name. `rules` is the name of the competition; if it is empty, `data` says it, or else the
-    header of the sample submission in the data; data without a readable sample are those of siim-covid19, with a warning.
-    Raises SettingsError for an unknown name in `rules`, if `data` is another competition, and for a sample of none.
+    there is an input of this name. `rules` is the name of the competition; if it is empty, `data` says it, also a path whose
+    last folder is a slug, or else the header of the sample submission in the data; data without a readable sample are those
+    of siim-covid19, with a warning. Raises SettingsError for an unknown name in `rules`, if `data` is another competition,
+    and for a sample of none.
     """
     known = next((each for each in COMPETITIONS.values() if data in (each.name, each.slug)), None)
+    known = known or next((each for each in COMPETITIONS.values() if not rules and Path(data).name == each.slug), None)
     if rules and known and find_competition(rules) is not known:
         raise SettingsError(f"rules is {rules}, but the data are those of {known.name}; leave rules empty")
     competition = known or (find_competition(rules) if rules else _competition_of_sample(data))

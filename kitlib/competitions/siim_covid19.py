@@ -16,7 +16,7 @@ from kitlib.competitions.contract import Competition
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions, weighted_mean
 from kitlib.datasets.sample_submission import HEADER, read_sample
-from kitlib.datasets.siim import read_test
+from kitlib.datasets.siim import STUDY_TABLE, read_test
 from kitlib.errors import ScoringError, SettingsError
 from kitlib.scoring import score
 from kitlib.scoring.placeholders import PRIORS, placeholder
@@ -143,6 +143,12 @@ def read_truth(path: Path) -> score.Truth:
         raise ScoringError(
             f"{path} is a file; expected the folder with train_study_level.csv and train_image_level.csv, because this "
             "competition scores studies and images together"
+        )
+    if path.is_dir() and not (path / STUDY_TABLE).is_file():
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:9]) or "no file"
+        raise ScoringError(
+            f"{path} has no {STUDY_TABLE}, which is part of SIIM-COVID's ground truth; it has {names}. For another competition, "
+            "name it with --competition"
         )
     return score.read_truth(path)
 

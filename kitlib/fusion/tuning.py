@@ -120,6 +120,7 @@ class Judge:
     ) -> None:
         self.competition = competition
         _check_wanted(predictions, competition)
+        _check_answers(predictions, competition)
         predictions = predictions.wanted(competition)
         self.images = images = _scored_images(predictions, tables["images"], tables["folds"])
         image_ids = images["image_id"]
@@ -286,6 +287,17 @@ def _check_wanted(predictions: ModelPredictions, competition: Competition) -> No
                     f"{competition.name} wants no {kind} of the classes that {model} predicts; it wants of {kind}: "
                     f"{', '.join(sorted(classes)) or 'nothing'}. Leave its run out, or name the right competition"
                 )
+
+
+def _check_answers(predictions: ModelPredictions, competition: Competition) -> None:
+    """Raise FusionError if no model predicts what a competition without classes of studies wants first."""
+    has_boxes = len(predictions.detections) or (predictions.coverage is not None and len(predictions.coverage))
+    for is_wanted, is_predicted, kind, notebook in (
+        (competition.box_classes, has_boxes, "boxes", "40"),
+        (competition.mask_classes, len(predictions.mask_maps), "masks", "12"),
+    ):
+        if is_wanted and not is_predicted and not competition.study_classes:
+            raise FusionError(f"{competition.name} wants {kind}, but no run predicts any; add a run of notebook {notebook}")
 
 
 def _scored_images(predictions: ModelPredictions, images: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
