@@ -147,8 +147,8 @@ def read_truth(path: Path) -> score.Truth:
     if path.is_dir() and not (path / STUDY_TABLE).is_file():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:9]) or "no file"
         raise ScoringError(
-            f"{path} has no {STUDY_TABLE}, which is part of SIIM-COVID's ground truth; it has {names}. For another competition, "
-            "name it with --competition"
+            f"{path} has no {STUDY_TABLE}, which is part of SIIM-COVID's ground truth; it has {names}. For another "
+            "competition, name it with --competition"
         )
     return score.read_truth(path)
 
