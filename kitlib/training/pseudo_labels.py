@@ -13,9 +13,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from kitlib.classes import STUDY_CLASSES
-from kitlib.competitions.siim_covid19 import SiimFusion
+from kitlib.competitions.siim_covid19 import SiimFusion, decide
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
-from kitlib.fusion.model_fusion import ModelPredictions, fuse
+from kitlib.fusion.model_fusion import ModelPredictions, merge
 from kitlib.inference.predict import load_predictor, study_and_image_scores
 from kitlib.inference.segment_lungs import LungSegmenter
 from kitlib.lungs.finders import StoredLungs
@@ -192,7 +192,7 @@ def pseudo_labels(
     )
     study_scores, image_scores = study_and_image_scores([probabilities], images)
     tables = {"study_scores": study_scores, "image_scores": image_scores, "detections": detections, "coverage": coverage}
-    fused = fuse(ModelPredictions.of(**tables), images, settings)
+    fused = decide(merge(ModelPredictions.of(**tables), images, settings), settings)
     nones = fused.nones.set_index("image_id")
     is_predicted = ~images["image_id"].map(nones["prior"])
     is_seen = images["image_id"].isin(seen["image_id"])

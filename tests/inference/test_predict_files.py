@@ -186,7 +186,7 @@ def test_a_fusion_for_another_competition_has_its_findings_and_classes(folder, t
         for bundle in tmp_path.glob(f"{name}/fold*/bundle") if classes else ():
             edit_record(bundle, classes=classes)
     settings = VINBIGDATA.settings(box_iou=0.4)
-    write_settings(settings, tmp_path / "fuse" / "fusion.json")
+    write_settings(settings, tmp_path / "fuse" / "fusion.json", VINBIGDATA)
     parameters = {"competition": "vinbigdata", "runs": ["faster_rcnn", "first", "study"]}
     (tmp_path / "fuse" / "record.json").write_text(json.dumps({"parameters": parameters}))
     (tmp_path / "fuse" / "metrics.json").write_text("{}")
@@ -247,7 +247,7 @@ def test_masks_of_a_tuned_fusion_are_those_of_its_submission(folder, tmp_path):
     cv2.imwrite(str(tmp_path / "x.png"), image)
     settings = SiimAcrSettings(top=0.9, least_area=1000, bottom=0.75)
     for name, tuned in (("fuse", settings), ("strict", replace(settings, least_area=1024 * 1024))):
-        write_settings(tuned, tmp_path / name / "fusion.json")
+        write_settings(tuned, tmp_path / name / "fusion.json", SIIM_ACR)
         parameters = {"competition": "siim-acr", "runs": ["caps"]}
         (tmp_path / name / "record.json").write_text(json.dumps({"parameters": parameters}))
         (tmp_path / name / "metrics.json").write_text("{}")

@@ -392,7 +392,7 @@ def test_findings_and_unreadable_bundles_are_refused_and_noted(competition, weig
     (other / "weights.json").write_text(json.dumps(manifest))
     path, ledger = submit(competition, other, tmp_path)
     notes = ledger.set_index("stage").note
-    assert "small predicts classes (Mass, ...), of which a submission" in notes["small-fold0"]
+    assert "small predicts classes (Mass), of which a submission" in notes["small-fold0"]
     assert notes["gone"].startswith("failed: BundleError") and "gone/model.json is missing" in notes["gone"]
     assert notes["small-fold1"] == "" and len(on_priors(path)) <= DAMAGED
 
@@ -503,7 +503,7 @@ def test_a_segmenter_is_no_model_of_a_submission(competition, weights, tmp_path)
     contents["bundles"].insert(0, {"folder": "lungs"})
     (other / "weights.json").write_text(json.dumps(contents))
     path, ledger = submit(competition, other, tmp_path)
-    assert "unet predicts lungs (lungs, ...), of which a submission" in ledger.set_index("stage").note["lungs"]
+    assert "unet predicts lungs (lungs), of which a submission" in ledger.set_index("stage").note["lungs"]
     assert len(on_priors(path)) <= DAMAGED
 
 

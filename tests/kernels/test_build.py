@@ -316,7 +316,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
         ),
         (
             {"runs": [segmenter]},
-            r"unet/bundle predicts lungs .a, ...., of which a submission to siim-covid19 contains none; give its run in the",
+            r"unet/bundle predicts lungs .a., of which a submission to siim-covid19 contains none; give its run in the",
         ),
         ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle is a study model; give a run of notebook 14"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),

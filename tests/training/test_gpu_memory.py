@@ -35,7 +35,7 @@ def documented():
 
 # The others would fit with twice their batch; benchmarks/memory.py computes them, too.
 LARGE = ("heidelberg_faster_rcnn", "lean_study", "lean_faster_rcnn", "lean_vinbigdata_yolo", "lean_vinbigdata_faster_rcnn")
-LARGE += ("strong_study", "strong_faster_rcnn", "strong_yolo")
+LARGE += ("lean_vinbigdata_classifier", "lean_ranzcr", "strong_study", "strong_faster_rcnn", "strong_yolo")
 
 
 def test_every_published_recipe_fits_a_t4(documented):
