@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import pandas as pd
 
 from kitlib.atomic import write_text
-from kitlib.competitions.csv_files import SAMPLE, find_sample
+from kitlib.competitions.csv_files import SAMPLE, Rows, find_sample, read_listed
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import SettingsError, SubmissionError
@@ -92,6 +92,12 @@ class Competition(Settings):
     image_classes: tuple[str, ...] = ()
     box_classes: tuple[str, ...] = ()
     mask_classes: tuple[str, ...] = ()
+
+    @classmethod
+    def with_rows(cls, rows: Rows[Any], **fields: Any) -> "Competition":
+        """Return a competition whose submissions have `rows`, one for each test image; `fields` are its other fields."""
+        fields |= {"header": rows.header, "sample": rows.sample, "read_sample": rows.read_sample}
+        return cls(find_faults=rows.find_faults, read_test=read_listed(rows), **fields)
 
     def __post_init__(self) -> None:
         super().__post_init__()

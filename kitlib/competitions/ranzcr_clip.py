@@ -14,7 +14,7 @@ import pandas as pd
 
 from kitlib.classes import RANZCR_LABELS
 from kitlib.competitions.contract import Competition, fill_rows
-from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.datasets.ranzcr import ID, PUBLISHED
@@ -112,16 +112,14 @@ def fill(ids: list[str], scores: pd.DataFrame) -> tuple[list[list[str]], list[st
     return fill_rows(baseline_rows(ids), cells)
 
 
-RANZCR_CLIP = Competition(
+RANZCR_CLIP = Competition.with_rows(
+    ROWS,
     name="ranzcr-clip",
     slug="ranzcr-clip-catheter-line-classification",
     title="RANZCR CLiP - Catheter and Line Position Challenge",
-    header=ROWS.header,
     read_truth=read_truth,
     truth_ids=lambda truth: truth["image_id"],
-    read_sample=ROWS.read_sample,
     read_submission=read_submission,
-    find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
     dataset="ranzcr",
@@ -129,7 +127,6 @@ RANZCR_CLIP = Competition(
     truth_of=truth_of,
     decide=decide,
     fill=fill,
-    read_test=read_listed(ROWS),
     time_limit_hours=9.0,
     image_classes=LABELS,
 )

@@ -14,7 +14,7 @@ import pandas as pd
 
 from kitlib.classes import ONE_FINDING, RSNA_CLASSES
 from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
-from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
 from kitlib.competitions.fusion_settings import AnyConfidence, FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import ScoringError
@@ -225,16 +225,14 @@ def fill(ids: list[str], boxes: pd.DataFrame) -> tuple[list[list[str]], list[str
     return fill_rows(baseline_rows(ids), {name: [" ".join(parts)] for name, parts in groups.items()})
 
 
-RSNA_PNEUMONIA = Competition(
+RSNA_PNEUMONIA = Competition.with_rows(
+    ROWS,
     name="rsna-pneumonia",
     slug="rsna-pneumonia-detection-challenge",
     title="RSNA Pneumonia Detection Challenge",
-    header=ROWS.header,
     read_truth=read_truth,
     truth_ids=lambda truth: truth.image_ids,
-    read_sample=ROWS.read_sample,
     read_submission=read_submission,
-    find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
     dataset="rsna",
@@ -242,8 +240,6 @@ RSNA_PNEUMONIA = Competition(
     truth_of=truth_of,
     decide=decide,
     fill=fill,
-    read_test=read_listed(ROWS),
-    sample=ROWS.sample,
     helping_classes=RSNA_CLASSES,
     side=SIDE,
     box_classes=(ONE_FINDING,),

@@ -19,7 +19,7 @@ import pandas as pd
 
 from kitlib.classes import MASK_CODES
 from kitlib.competitions.contract import Competition, fill_rows
-from kitlib.competitions.csv_files import Rows, read_listed, read_truth_table, refuse
+from kitlib.competitions.csv_files import Rows, read_truth_table, refuse
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
 from kitlib.errors import MaskError, ScoringError
@@ -198,16 +198,14 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
     return [[name, EMPTY] for name in ids]
 
 
-SIIM_ACR = Competition(
+SIIM_ACR = Competition.with_rows(
+    ROWS,
     name="siim-acr",
     slug="siim-acr-pneumothorax-segmentation",
     title="SIIM-ACR Pneumothorax Segmentation",
-    header=ROWS.header,
     read_truth=read_truth,
     truth_ids=lambda truth: truth.keys(),
-    read_sample=ROWS.read_sample,
     read_submission=ROWS.read,
-    find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
     dataset="siim_acr",
@@ -216,8 +214,6 @@ SIIM_ACR = Competition(
     decide=decide,
     fill=fill,
     side=SIDE,
-    read_test=read_listed(ROWS),
-    sample=ROWS.sample,
     judge=judge,
     compare=compare,
     mask_classes=(FINDING,),

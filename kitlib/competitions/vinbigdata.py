@@ -16,7 +16,7 @@ import pandas as pd
 
 from kitlib.classes import NO_FINDING, VINBIGDATA_FINDINGS
 from kitlib.competitions.contract import BoxTruth, Competition, fill_rows
-from kitlib.competitions.csv_files import Rows, join_rows, read_listed, read_numbers, read_truth_table, refuse_rows
+from kitlib.competitions.csv_files import Rows, join_rows, read_numbers, read_truth_table, refuse_rows
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions, weighted_mean
 from kitlib.datasets.vinbigdata import CORNERS, PUBLISHED
@@ -216,16 +216,14 @@ def fill(ids: list[str], detections: pd.DataFrame) -> tuple[list[list[str]], lis
     return fill_rows(baseline_rows(ids), {name: [" ".join(groups)] for name, groups in box_groups(boxes, BOXLESS).items()})
 
 
-VINBIGDATA = Competition(
+VINBIGDATA = Competition.with_rows(
+    ROWS,
     name="vinbigdata",
     slug="vinbigdata-chest-xray-abnormalities-detection",
     title="VinBigData Chest X-ray Abnormalities Detection",
-    header=ROWS.header,
     read_truth=read_truth,
     truth_ids=lambda truth: truth.image_ids,
-    read_sample=ROWS.read_sample,
     read_submission=read_submission,
-    find_faults=ROWS.find_faults,
     metric=metric,
     baseline_rows=baseline_rows,
     dataset="vinbigdata",
@@ -233,7 +231,6 @@ VINBIGDATA = Competition(
     truth_of=truth_of,
     decide=decide,
     fill=fill,
-    read_test=read_listed(ROWS),
     judge=judge,
     hit_iou=OVERLAP,
     image_classes=(NO_FINDING,),

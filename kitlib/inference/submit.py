@@ -207,7 +207,7 @@ class SubmissionRun:
             raise SubmissionError(f"Kaggle would reject {self.output}: {len(self.faults)} faults, first {self.faults[0]}")
         if not (allow_placeholders or self.has_answers):
             used = ", ".join(model.folder.name for model in self.models if model.count_predicted())
-            reason = f"what {used} predicted decides no row" if used else "no model has predicted any file"
+            reason = f"no row follows from the predictions of {used}" if used else "no model has predicted any file"
             raise SubmissionError(
                 f"{self.output} contains only placeholder predictions, because {reason}; the ledger says why. If that is "
                 "intended, set allow_placeholders to true"
