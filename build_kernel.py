@@ -25,15 +25,17 @@ console = Console()
 
 
 def main(
-    kernel: Annotated[Path, typer.Argument(help="submissions/NAME.yaml or submissions/kernels/NAME.yaml")],
-    out: Annotated[Path, typer.Option(help="folder for kernel/, wheels/ and, for a submission, weights/")],
+    kernel: Annotated[
+        Path, typer.Argument(help="the kernel's YAML file, submissions/NAME.yaml or submissions/kernels/NAME.yaml")
+    ],
+    out: Annotated[Path, typer.Option(help="folder to write: kernel/, wheels/ and, for a submission, weights/")],
     should_rehearse: Annotated[
         bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")
     ] = False,
     docker: Annotated[
         bool, typer.Option("--docker", help="rehearse in Kaggle's public image, with Docker, instead of the stand-in")
     ] = False,
-    inputs: Annotated[Path | None, typer.Option(help="folder with a subfolder SLUG for each input")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="folder with one subfolder per input, named by its slug")] = None,
     truth: Annotated[
         Path | None, typer.Option(help="ground truth of the test images (see docs/competitions.md), to score the rehearsal")
     ] = None,
@@ -43,7 +45,9 @@ def main(
     allow_placeholders: Annotated[
         bool, typer.Option("--allow-placeholders", help="accept a result for which models were dropped or failed")
     ] = False,
-    owner: Annotated[str | None, typer.Option(help="Kaggle user name; default: KAGGLE_USERNAME, else the file's")] = None,
+    owner: Annotated[
+        str | None, typer.Option(help="Kaggle user name; default: $KAGGLE_USERNAME, else the owner in the YAML file")
+    ] = None,
     should_push: Annotated[
         bool, typer.Option("--push", help="push the kernel and its datasets; needs an API token")
     ] = False,
@@ -53,20 +57,20 @@ def main(
     should_submit: Annotated[
         bool, typer.Option("--submit", help="wait for the pushed run, submit it, and wait for the score")
     ] = False,
-    message: Annotated[str, typer.Option(help="description of the submission; its version is added")] = "",
+    message: Annotated[str, typer.Option(help="description of the submission; the kernel's version is added")] = "",
     quick_save: Annotated[
         int,
-        typer.Option(min=0, help="the saved version predicts only this many files, the scored rerun all; 0: both all"),
+        typer.Option(min=0, help="the saved version predicts only this many files, the scored rerun all files; 0: no limit"),
     ] = 0,
 ) -> None:
     """Build OUT/kernel, OUT/wheels and OUT/weights, then rehearse, push and submit them if requested.
 
-    Without --push, --wait and --submit go on with what was pushed from OUT, and build nothing. Together with --push, they go
-    on with a build that was pushed before, unless its run has failed. They can be interrupted and run again: OUT/pushed.json
-    says what is done.
+    Without --push, the options --wait and --submit build nothing and use the version that was last pushed from OUT. If they
+    are given with --push, an unchanged build is not pushed again, unless its run has failed. After an interruption, repeat
+    the command: OUT/pushed.json records the steps that are done.
 
     Exit codes: 0 everything succeeded; 1 the rehearsal failed; 2 an error, which is printed; 3 the rehearsal's session ended
-    before its training did. A kernel that does not pass its rehearsal is not pushed.
+    before the training was finished. A kernel that does not pass its rehearsal is not pushed.
     """
     # A console without `file` would log into the redirected stdout, whose lines KaggleClient takes for Kaggle's complaints.
     handler = RichHandler(console=Console(file=sys.stdout), show_path=False)
@@ -85,7 +89,7 @@ def main(
         if should_submit and not spec.is_submission:
             raise KernelError(f"{spec.slug} makes no submission; leave --submit out")
         if quick_save and not spec.rules.is_notebook:
-            raise KernelError(f"{spec.rules.name} takes a file, which must have all predictions; leave --quick-save out")
+            raise KernelError(f"{spec.rules.name} takes a file with all predictions, not a notebook; leave --quick-save out")
         if quick_save:
             logging.warning(
                 "quick save: the saved version predicts only %d files; the scored rerun predicts all", quick_save
@@ -142,7 +146,8 @@ def _follow(spec: KernelSpec, out: Path, should_submit: bool, message: str, allo
     """Wait for the run that was pushed from `out` and check a submission's file; then submit it, if requested."""
     console.rule("wait")
     if (pushed := read_pushed(out)).kernel != f"{spec.owner}/{spec.slug}":
-        raise KernelError(f"{pushed.kernel} was pushed from {out}, not {spec.owner}/{spec.slug}; give its own --out")
+        name = f"{spec.owner}/{spec.slug}"
+        raise KernelError(f"{pushed.kernel} was pushed from {out}, not {name}; set --out to the folder of {name}")
     wait_for_run(out)
     if not spec.is_submission:
         return

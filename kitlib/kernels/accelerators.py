@@ -13,15 +13,15 @@ NONE = "none"  # a session on the CPU
 _TPU = "the kit computes with PyTorch on GPUs and CPUs, not on TPUs; use NvidiaTeslaT4, or none for the CPU"
 # Name -> why the kit refuses it.
 REFUSED = {
-    "NvidiaTeslaP100": "Kaggle has retired it and runs such kernels on T4 x2, and its torch does not support P100; use "
-    "NvidiaTeslaT4",
+    "NvidiaTeslaP100": "Kaggle has retired the P100 and runs these kernels on T4 x2; its torch does not support the P100 "
+    "either. Use NvidiaTeslaT4",
     "NvidiaTeslaT4Highmem": "only Kaggle's staff can use it; use NvidiaTeslaT4",
     **dict.fromkeys(("TpuV5E8", "TpuV6E8", "TpuV38", "Tpu1VmV38", "TpuV232", "TpuV2256"), _TPU),
 }
 
 
 def find_fault(name: str) -> str:
-    """Return why a kernel cannot have the accelerator `name`, "" if it can. Names are compared exactly, as Kaggle does."""
+    """Return the reason why a kernel cannot use the accelerator `name`, or "" if it can. Names are case-sensitive."""
     if name in (*GPUS, NONE):
         return ""
     valid = ", ".join([*GPUS, NONE])

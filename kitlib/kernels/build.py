@@ -36,7 +36,7 @@ from kitlib.lungs.finders import segmenter_digest
 from kitlib.models.families import BOXES, CLASSES, LUNGS, MASKS, STUDIES, recorded_family
 from kitlib.paths import project_root
 
-# What weights.json calls a model, by what its family predicts.
+# What the models of a family predict -> the kind of the model in weights.json.
 KINDS = {STUDIES: "study", BOXES: "detector", CLASSES: "classifier", MASKS: "segmenter"}
 # Kaggle refuses a larger notebook.
 NOTEBOOK_BYTES = 1_000_000
@@ -45,12 +45,12 @@ DATASET_BYTES = 200 * 10**9
 
 
 def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> dict[str, Path]:
-    """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return these folders, keyed by their names.
+    """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return the folders as {"kernel": path, ...}.
 
     `wheels` are the wheel files to copy. The folders of an earlier build are replaced or removed; if anything fails, they
-    stay as they were. Raises KernelError for a parameter that the notebook does not have, a run without a bundle, a model
-    trained with another segmenter than the kernel's `lungs`, a wheel that the image cannot install, and a notebook or
-    dataset above Kaggle's size limit. Raises BundleError for a damaged bundle.
+    stay as they were. Raises KernelError for a parameter that the notebook does not have, a run without a bundle (its
+    trained model), a model trained with a different segmenter from the kernel's `lungs`, a wheel that Kaggle's image cannot
+    install, and a notebook or dataset above Kaggle's size limit. Raises BundleError for a damaged bundle.
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
@@ -80,8 +80,8 @@ def sum_file_sizes(folder: str | Path) -> int:
 def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     """Return the kernel's notebook: a start cell with the packed library, then the source notebook's cells without outputs.
 
-    Parameters are injected in papermill's way, into a cell after the one tagged `parameters`. Cell ids are numbered, so that
-    builds are reproducible.
+    As papermill does, parameters are written to a new cell after the cell tagged `parameters`. Cell ids are numbered, so
+    that builds are reproducible.
     """
     parameters = spec.injected_parameters()
     spec.run_folder(rehearsed=True)  # raises KernelError for a folder outside of /kaggle/working
@@ -159,10 +159,10 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 
 
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
-    """Write the weights dataset: one subfolder per bundle, weights.json, which lists the bundles, and optional parts.
+    """Write the weights dataset to `folder`: one subfolder per bundle (trained model), and weights.json, which lists them.
 
-    The optional parts are the subfolders `ensemble` and `lungs` and the file fusion.json, written if the kernel has these
-    keys. weights.json lists the bundles in the kernel's order, the most valuable first.
+    weights.json lists the bundles in the kernel's order, the most valuable first. The subfolders `ensemble` and `lungs` and
+    the file fusion.json are written if the kernel's YAML file has the keys `ensemble`, `lungs` and `fusion`.
     """
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
@@ -175,16 +175,16 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
                 f"{bundle}: the model name {record.get('model')!r} cannot be a folder name; use letters, digits, . _ -"
             )
         if any(entry["folder"] == name for entry in manifest):
-            raise KernelError(f"runs: {bundle} is a second {name}; list only one run for each model and fold")
+            raise KernelError(f"runs: {bundle} is a second bundle of {name}; list only one run for each model and fold")
         record = copy_bundle(bundle, folder / name)
         family = recorded_family(record, bundle)
         if problem := unwanted(record, spec.rules):
             raise KernelError(f"runs: {bundle} {problem}")
         if needs_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
-                f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` is "
-                f"{'another segmenter or clean-up' if segmenter else 'empty'}; set it to the run of notebook 14 that was "
-                "the model's lungs_run"
+                f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` "
+                f"{'names a different segmenter or mask clean-up' if segmenter else 'is empty'}; set it to the run of "
+                "notebook 14 that was the parameter lungs_run of the model's training"
             )
         kind = KINDS[family.answers]
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
@@ -221,8 +221,8 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
         )
     if set(ensemble.learners) != study_models:
         raise KernelError(
-            f"ensemble: {bundle} combines {', '.join(sorted(ensemble.learners))}, but runs has the study models "
-            f"{', '.join(sorted(study_models)) or 'none'}; list the same models in both"
+            f"ensemble: {bundle} combines {', '.join(sorted(ensemble.learners))}, but `runs` has the study models "
+            f"{', '.join(sorted(study_models)) or 'none'}; change `runs` or the ensemble so that both have the same models"
         )
     (folder / "ensemble").mkdir()
     for file in (ENSEMBLE_WEIGHTS, ENSEMBLE_RECORD):
@@ -245,9 +245,9 @@ def _write_lungs(spec: KernelSpec, folder: Path) -> str:
 
 
 def copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
-    """Copy a bundle into the new folder `folder`, whose parents are made as well; return the bundle's record.
+    """Copy a bundle (a model's weights and record) into the new folder `folder`, and return the record.
 
-    The record is read from the copy, which verifies the copied weights.
+    Missing parent folders are created. Reading the record from the copy also verifies the copied weights.
     """
     folder.mkdir(parents=True)
     for file in (WEIGHTS, RECORD):

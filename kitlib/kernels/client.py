@@ -1,4 +1,4 @@
-"""Kaggle's own client, signed in: its errors, and problems that it only prints, become errors of the kit."""
+"""Sign in to Kaggle's own Python client, and turn its errors, and problems that it only prints, into the kit's errors."""
 
 import contextlib
 import io
@@ -31,12 +31,12 @@ HARMLESS_OUTPUT = (
     "Warning: Your Kaggle API key is readable",
     "Request failed:",
 )
-# While the kit waits for Kaggle, failures to reach it are ignored for so long.
+# While the kit waits for Kaggle, it ignores connection failures for this long.
 PATIENCE_S = 900.0
 
 
 class KaggleClient:
-    """Kaggle's client, signed in; `api` is the client itself, which may only be called inside `calling`.
+    """Kaggle's Python client after signing in. Its methods, below `api`, may only be called inside `with calling(...)`.
 
     Raises KernelError if there is no valid token.
     """
@@ -54,7 +54,10 @@ class KaggleClient:
                 raise KernelError(TOKEN)
 
     def check_owner(self, kind: str, name: str) -> None:
-        """Raise KernelError unless `name` (OWNER/SLUG) of the given kind, such as "dataset", belongs to the user."""
+        """Raise KernelError if the owner in `name` (OWNER/SLUG) is not the signed-in user.
+
+        `kind`, such as "dataset", is only used in the error message.
+        """
         if name.split("/")[0] != self.user.lower():
             raise KernelError(
                 f"the {kind} is {name}, but the token belongs to {self.user}; build it with --owner {self.user.lower()}"
@@ -97,9 +100,10 @@ class KaggleClient:
 
 
 def poll(ask: Callable[[], T | None], wait_s: float, poll_s: float) -> T | None:
-    """Call `ask` every `poll_s` seconds until it returns something other than None, and return that.
+    """Call `ask` every `poll_s` seconds until it returns a value other than None; return this value.
 
-    Returns None after `wait_s` seconds. KaggleUnreachable is only logged, unless it lasts for PATIENCE_S seconds.
+    Returns None after `wait_s` seconds. The error KaggleUnreachable is logged, and raised only if it lasts for more than
+    PATIENCE_S seconds.
     """
     started = reached = time.monotonic()
     while True:

@@ -28,11 +28,11 @@ KEY = "key.json"
 
 
 def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
-    """Fill `folder` (default `build/stand-in`) with hard links to the installed packages that the image has; return it.
+    """Fill `folder` with hard links to the installed packages that Kaggle's image has too; return `folder`.
 
-    An existing folder is reused if Python, the packages and this module are unchanged. `image` maps canonical package names
-    to versions (default: Kaggle's image). Raises KernelError if a package that kernels may import is installed at another
-    version than the image's, or if a package that rehearsals need is not installed.
+    The default is `build/stand-in`. An existing folder is reused if Python, the packages and this module are unchanged.
+    `image` maps canonical package names to versions (default: Kaggle's image). Raises KernelError if a package that kernels
+    may import is installed at another version than the image's, or if a package that rehearsals need is not installed.
     """
     folder = Path(folder or project_root() / "build" / "stand-in")
     image = image_pins() if image is None else image
@@ -76,7 +76,7 @@ def _site_packages() -> Path:
 
 
 def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Return the packages installed at the image's version, those of UNTIED, and torch's dependencies that the list lacks.
+    """Return the installed packages to link: at the image's version, in UNTIED, or required by torch and not in `image`.
 
     Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) is installed at another
     version than the image's, or if a package that rehearsals need is not installed. Other packages at another version are

@@ -23,7 +23,7 @@ INSTALLED_FROM = re.compile(r"([A-Za-z0-9][\w.-]*) @ \S*?([^\s/#]+)(#\S*)?")
 
 @dataclass(frozen=True)
 class Difference:
-    """A package whose version differs between two lists; "" stands for a list that lacks it."""
+    """A package whose version differs between two lists of packages; the version is "" if a list lacks the package."""
 
     name: str
     before: str
@@ -36,10 +36,10 @@ class Difference:
 
 
 def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> list[Difference]:
-    """Replace `image_list` by the packages in `frozen`, a file that pip printed; return the differences.
+    """Rewrite the file `image_list` with the packages in `frozen`, a saved output of pip; return the differences.
 
-    Local versions, such as +cu128, are left out. Raises KernelError for a line without a version, and for a list that lacks
-    most of the packages of the present one and is therefore not from a Kaggle session.
+    Local versions, such as +cu128, are left out. Raises KernelError for a line without a version, and if `frozen` lacks more
+    than half of the packages in `image_list`, because it is then not from a Kaggle session.
     """
     versions = _read_frozen(Path(frozen))
     before = read_pins(image_list)
@@ -60,10 +60,10 @@ def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> li
 
 
 def list_changes(requirements: str | Path | None = None, image: Mapping[str, str] | None = None) -> list[str]:
-    """Return what has to be changed in requirements.txt so that it agrees with the image; [] if nothing has to.
+    """Return one message for each change that requirements.txt needs to agree with Kaggle's image.
 
-    `requirements` is another file instead of requirements.txt, `image` maps canonical names to versions (default: those of
-    kaggle_image.txt).
+    `requirements` is the path of another file to check instead. `image` maps canonical package names to versions (default:
+    those in kaggle_image.txt).
     """
     path, image = Path(requirements or project_root() / "requirements.txt"), image_pins() if image is None else image
     starred = {
@@ -75,18 +75,21 @@ def list_changes(requirements: str | Path | None = None, image: Mapping[str, str
     for name, version in read_pins(path).items():
         if name in starred and name in image:
             changes.append(
-                f"{name}: the image has it now; write {name}=={image[name]} without the star, and remove it from INFERENCE "
-                "in kitlib/kernels/wheels.py"
+                f"{name}: Kaggle's image now has this package; write {name}=={image[name]} without `# *`, and remove {name} "
+                "from INFERENCE in kitlib/kernels/wheels.py"
             )
         elif name not in starred and name not in image:
-            changes.append(f"{name}: the image lacks it now; add `# *`, and add it to INFERENCE in kitlib/kernels/wheels.py")
+            changes.append(
+                f"{name}: Kaggle's image no longer has this package; add `# *` to its line, and add {name} to INFERENCE in "
+                "kitlib/kernels/wheels.py"
+            )
         elif name not in starred and version != image[name]:
             changes.append(f"{name}: write {name}=={image[name]} instead of {version}")
     return changes
 
 
 def _read_frozen(path: Path) -> dict[str, str]:
-    """Return the versions of the packages in pip's list, without local versions, keyed by written name."""
+    """Return the versions of the packages in pip's list, without local versions, keyed by the names as written."""
     versions, unknown = {}, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip() or line.startswith("#"):
@@ -106,6 +109,6 @@ def _read_frozen(path: Path) -> dict[str, str]:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise KernelError(
             f"{path}: lines without a version: {'; '.join(unknown[:5])}{more}; save the list with "
-            "`pip list --format=freeze`, or write them as NAME==VERSION"
+            "`pip list --format=freeze`, or write these lines as NAME==VERSION"
         )
     return versions

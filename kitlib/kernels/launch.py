@@ -38,7 +38,7 @@ SHARED_MEMORY = "8g"  # Docker's default of 64 MB is too small for the workers o
 
 @dataclass(frozen=True)
 class BuiltNotebook:
-    """A built notebook and the folders of its run; `temporary_folder` exists, and the caller removes it."""
+    """A built notebook and the folders that its run uses. The caller creates and removes `temporary_folder`."""
 
     path: Path
     inputs: dict[str, Path]  # path below /kaggle/input -> folder
@@ -49,12 +49,15 @@ class BuiltNotebook:
 
 
 def stand_in_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook with `packages`, in a sandbox if possible, and its environment variables."""
+    """Return the command that runs the notebook with the packages in a folder, and the command's environment variables.
+
+    The command runs the notebook in a sandbox if this system has one.
+    """
     return (_unisolated_command if no_sandbox_reason() else _isolated_command)(notebook, packages)
 
 
 def docker_command(notebook: BuiltNotebook, image: str, name: str, gpu: bool) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook in a container called `name`, and environment variables for the command.
+    """Return the command that runs the notebook in a container called `name`, and the command's environment variables.
 
     The container has no network, and the inputs are mounted read-only. Raises KernelError if Docker is not installed or does
     not run, or if the image was not pulled.
@@ -86,7 +89,7 @@ def docker_command(notebook: BuiltNotebook, image: str, name: str, gpu: bool) ->
 
 
 def container_name() -> str:
-    """Return a new name for a rehearsal's container."""
+    """Return a new, unique name for the Docker container of a rehearsal."""
     return f"kit-rehearsal-{uuid.uuid4().hex[:12]}"
 
 

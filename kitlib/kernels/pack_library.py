@@ -36,8 +36,9 @@ def find_needed_files(sources: Iterable[str]) -> list[str]:
 def pack_library(sources: Iterable[str], files: Mapping[str, bytes]) -> str:
     """Return, as base64 text, a tar.bz2 of `files`, the kitlib files that `sources` need, and kitlib's digest.
 
-    `find_needed_files` finds kitlib's files; `files` maps further paths to contents. The same library and files always
-    produce the same bytes. The compression is bzip2, because zlib's output differs between implementations.
+    `sources` are source texts, see `find_needed_files`. `files` maps paths in the archive to contents. The same arguments
+    and library always produce the same bytes. The compression is bzip2, because zlib's output differs between
+    implementations.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:
@@ -65,9 +66,9 @@ def _imported_names(source: str) -> Iterator[str]:
 
 
 def _find_module_file(name: str) -> str:
-    """Return the path of the module `name` or, if that is no module but "module.attribute", of the module before the dot.
+    """Return the path of the file of the module `name`; if `name` is "module.attribute", of the module before the last dot.
 
-    Raises ImportError if there is neither.
+    Paths are relative to the project's root. Raises ImportError if no such module exists.
     """
     for module in (name, name.rpartition(".")[0]):
         for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):

@@ -45,9 +45,9 @@ def write_publication(
         metrics = read_metrics(run)
         bundles = {path.parent.name: path for path in sorted(run.glob("fold*/bundle"))} or {"": run / "bundle"}
         if not all((bundle / RECORD).is_file() for bundle in bundles.values()):
-            raise KernelError(f"{run} has no bundle of a model; give runs of notebooks that train one")
+            raise KernelError(f"{run} has no bundle, which is a trained model; give runs of notebooks that train models")
         if run.name in parts:
-            raise KernelError(f"two runs are called {run.name}; rename the folder of one")
+            raise KernelError(f"two runs are called {run.name}; rename one of their folders")
         parts[run.name] = (run, metrics, bundles)
     if not parts:
         raise KernelError("no run was given")
@@ -68,9 +68,7 @@ def write_publication(
 def publish(folder: str | Path) -> str:
     """Upload a folder written by `write_publication` as a private Kaggle dataset; return the dataset's OWNER/SLUG.
 
-    If the dataset exists, it gets a new version.
-
-    Raises KernelError if signing in fails or Kaggle refuses the dataset.
+    If the dataset exists, it gets a new version. Raises KernelError if signing in fails or Kaggle refuses the dataset.
     """
     name = json.loads((Path(folder) / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
     push_dataset(name, Path(folder))

@@ -1,4 +1,4 @@
-"""What is known of a pushed kernel, from its version to its score; kept as pushed.json beside the built kernel."""
+"""The record of a pushed kernel, from its version to its score, stored as pushed.json next to the built kernel."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ class Pushed(Settings):
     fused_run: str  # absolute path of the run whose fusion the kernel uses, or ""
     datasets: dict[str, str] = field(default_factory=dict)  # OWNER/SLUG -> "created", "new version" or "unchanged"
     competition: str = ""  # slug of the competition whose data are attached
-    rules: str = ""  # name of the competition whose rows a submission has; "": that of the data
+    rules: str = ""  # name of the competition whose submission format is written; "": that of `competition`
     digest: str = ""  # SHA-256 digest of the pushed files
     pushed: str = ""  # time of the push
     status: str = ""  # how the run ended: "complete" or another status of Kaggle's
@@ -47,14 +47,14 @@ class Pushed(Settings):
 
     @property
     def challenge(self) -> Competition:
-        """The competition whose rows a submission has. Raises SettingsError for one that the kit does not know."""
+        """The competition whose submission format the kernel writes. Raises SettingsError if the kit does not know it."""
         return find_competition(self.rules or self.competition)
 
 
 def read_pushed(out: str | Path) -> Pushed:
     """Return the last pushed version of the kernel that was built in `out`.
 
-    Raises KernelError if none was pushed, or if `out`/pushed.json is damaged.
+    Raises KernelError if no version was pushed, or if `out`/pushed.json is damaged.
     """
     path = Path(out) / PUSHED
     if not path.is_file():
@@ -66,12 +66,15 @@ def read_pushed(out: str | Path) -> Pushed:
 
 
 def write_pushed(out: str | Path, pushed: Pushed) -> None:
-    """Replace `out`/pushed.json."""
+    """Write the record `pushed` to `out`/pushed.json, replacing the file."""
     write_json(Path(out) / PUSHED, dataclasses.asdict(pushed))
 
 
 def write_new_version(out: Path, pushed: Pushed, previous: Pushed | None) -> None:
-    """Write pushed.json of a new version: keep that of `previous` as pushed-VERSION.json, and remove its run's output."""
+    """Write `out`/pushed.json for a new version, and delete the output that was downloaded for the version before.
+
+    The pushed.json of the version `previous` is renamed to pushed-VERSION.json.
+    """
     shutil.rmtree(out / OUTPUT, ignore_errors=True)
     if previous is not None:
         (out / PUSHED).replace(out / f"pushed-{previous.version}.json")
@@ -79,7 +82,7 @@ def write_new_version(out: Path, pushed: Pushed, previous: Pushed | None) -> Non
 
 
 def is_pushed(out: str | Path) -> bool:
-    """Return whether the kernel in `out` was pushed as it is now built, and whether that version's run has not failed."""
+    """Return True if the kernel was pushed exactly as it is now built in `out`, and its run has not failed."""
     if not (Path(out) / PUSHED).is_file():
         return False
     pushed = read_pushed(out)
@@ -87,7 +90,7 @@ def is_pushed(out: str | Path) -> bool:
 
 
 def digest_build(out: Path) -> str:
-    """Return the SHA-256 digest of all files of the built kernel and its datasets."""
+    """Return the SHA-256 digest of the names and contents of all files of the built kernel and its datasets."""
     digest = hashlib.sha256()
     paths = (path for part in ("kernel", "wheels", "weights") for path in (out / part).rglob("*") if path.is_file())
     for path in sorted(paths):

@@ -47,7 +47,7 @@ LAYOUTS = {
 }
 
 
-# Imports of every kernel before its first stage. Starting, writing a file and ending takes STARTS times as long as these.
+# Imports of every kernel before its first stage. A kernel that only writes a file takes STARTS times as long as its imports.
 IMPORTS, STARTS = "import papermill.cli, ipykernel.kernelapp, pandas", 1.5
 LONGEST_START_S = 120.0  # upper limit for the time to start, even with a cold disk
 
@@ -98,14 +98,16 @@ def rehearse(
     `inputs` is a folder with one subfolder per input, named by the input's slug. Only the inputs in the kernel's metadata
     are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, a key of LAYOUTS, decides where they
     are mounted. The kernel is killed after `time_limit_s` seconds. `on_line` is called with each line that the kernel
-    prints. `truth`, only for a submission, is the ground truth (see Competition) against which it is scored. It is a fault
-    if a bundle in `out`/weights has not predicted every readable file, because a valid file of placeholder predictions would
-    pass otherwise; `allow_placeholders` turns this check off. The submission notebook writes usage.json for the check.
+    prints. `truth`, only for a submission, is the ground truth (see Competition) with which the submission is scored. It is
+    a fault if a bundle (trained model) in `out`/weights has not predicted every readable file, because a valid file of
+    placeholder predictions would pass otherwise; `allow_placeholders` turns this check off. The check reads usage.json,
+    which the submission notebook writes.
 
-    The kernel runs in a sandbox with those installed packages that Kaggle's image has too or, if `docker`, in a container of
-    the kernel's `docker_image`, else of Kaggle's public image, which must have been pulled. Replaces `out`/working,
-    `out`/rehearsal.log and `out`/rehearsal.ipynb. The project's folder and /tmp are hidden from the kernel, so links in
-    inputs that lead there are broken. Raises KernelError if the rehearsal cannot start, for example if an input is missing.
+    The kernel runs in a sandbox with the installed packages that Kaggle's image has too. If `docker` is True, the kernel
+    runs in a container of its `docker_image` or, by default, of Kaggle's public image; the image must have been pulled.
+    Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. The project's folder and /tmp are hidden from the
+    kernel, so links from inputs to these folders are broken. Raises KernelError if the rehearsal cannot start, for example
+    if an input is missing.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
     metadata = _read_metadata(spec, out)
@@ -194,7 +196,8 @@ def _find_inputs(
             folder = inputs / slug
             if source in built_datasets and folder.is_dir():
                 raise KernelError(
-                    f"there are two copies of {source}: the one that was built, and one in {inputs}; remove one"
+                    f"there are two copies of {source}: {built_datasets[source]}, which was built with the kernel, and "
+                    f"{folder}; remove one of them"
                 )
             folder = built_datasets.get(source, folder)
             if not folder.is_dir():
@@ -226,11 +229,11 @@ def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
 
 
 def _find_submission_ids(competition: Competition, folder: Path) -> tuple[str, ...]:
-    """Return the ids that a submission must have, read from a folder of data. Raises KernelError if it has none."""
+    """Return the ids that a submission must have, read from the data in `folder`. Raises KernelError if that fails."""
     try:
         return tuple(competition.read_test(folder).submission_ids)
     except (DatasetError, SubmissionError) as error:
-        raise KernelError(f"the rows of a submission are unknown: {error}") from error
+        raise KernelError(f"the ids that a submission must have cannot be read: {error}") from error
 
 
 def run_with_limit(
@@ -241,10 +244,10 @@ def run_with_limit(
     log: Path,
     on_line: Callable[[str], None] | None,
 ) -> tuple[int, float]:
-    """Run a command in the folder `working`, copying its output to the file `log`; return its exit code and its seconds.
+    """Run a command in the folder `working`, copying its output to the file `log`; return its exit code and its duration.
 
-    After `time_limit_s` seconds the command and all its child processes are killed. `on_line` is called with each line of
-    output.
+    The duration is in seconds. After `time_limit_s` seconds the command and all its child processes are killed. `on_line` is
+    called with each line of output.
     """
     started = time.monotonic()
     variables = {"KIT_STARTED": str(started), "KIT_TIME_LIMIT_S": f"{time_limit_s:g}"}

@@ -1,4 +1,4 @@
-"""Checks of what a kernel has written into its output folder, in a rehearsal or on Kaggle."""
+"""Check the files that a kernel has written to its output folder, in a rehearsal or on Kaggle."""
 
 import json
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ USAGE = "usage.json"  # in the kernel's output: how many files each bundle has p
 
 
 def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple[str, bool, tuple[str, ...]]:
-    """Return the path of the result below `working`, whether the run can be resumed, and a tuple of the result's faults.
+    """Check the kernel's result file; return its path below `working`, whether the run can be resumed, and its faults.
 
-    The result is submission.csv of a submission, metrics.json of another run, or "" for a notebook that makes no run.
-    `ids` are the ids that a submission must have.
+    The result file is submission.csv for a submission and RUN/metrics.json for another run; a missing file is a fault. For a
+    notebook that makes no run, the path is "". `ids` are the ids that a submission must have.
     """
     if spec.is_submission:
         result = working / "submission.csv"
@@ -35,7 +35,7 @@ def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple
 
 
 def list_bundles(weights: Path) -> tuple[str, ...]:
-    """Return the names of the bundles in the built folder `weights`, () if the kernel has no weights."""
+    """Return the names of the bundles (trained models) in the folder `weights`; () if the folder does not exist."""
     if not weights.is_dir():
         return ()
     manifest = json.loads((weights / "weights.json").read_text(encoding="utf-8"))
@@ -43,11 +43,12 @@ def list_bundles(weights: Path) -> tuple[str, ...]:
 
 
 def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
-    """Return a fault for each of the bundles `names` that has not predicted every readable file.
+    """Return a message for each bundle (trained model) in `names` that has not predicted every readable file.
 
-    A file `usage` that is missing or damaged is a fault too.
+    The counts are read from the file `usage`, the usage.json of the kernel's output. If it is missing or damaged, there is
+    one message about that.
     """
-    unknown = f"so it is unknown which of {', '.join(names)} were used"
+    unknown = f"so it is unknown which of the models {', '.join(names)} were used"
     if not usage.is_file():
         return (f"{usage.name} does not exist in {usage.parent}, {unknown}",)
     try:
@@ -57,7 +58,7 @@ def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
         return (f"{usage} is damaged ({error!r}), {unknown}",)
     counts = [(name, *used.get(name, (0, 0))) for name in names]
     return tuple(
-        f"{name} predicted {predicted} of {readable} readable files; the ledger says why"
+        f"{name} predicted {predicted} of {readable} readable files; ledger.csv says why"
         for name, predicted, readable in counts
         if not 0 < predicted == readable
     )

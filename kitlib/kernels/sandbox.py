@@ -39,8 +39,8 @@ def sandbox_command(
 
     `root` is an empty folder on which the sandbox's file system is mounted. `read_only` and `writable` map absolute paths in
     the sandbox to files and folders outside. The rest of this machine's file system is visible and read-only, except the
-    folders in `hidden`. The only network is the loopback. `folder` is the working directory. Killing the process of the
-    returned command kills every process in the sandbox. Raises RuntimeError if this system has no private namespaces.
+    folders in `hidden`. The only network interface is the loopback. `folder` is the working directory. Killing the process
+    of the returned command kills every process in the sandbox. Raises RuntimeError if this system has no private namespaces.
     """
     unshare, reason = _find_unshare()
     if unshare is None:

@@ -22,7 +22,7 @@ from kitlib.yaml_reader import read_yaml
 # Kaggle's minimum and maximum lengths; Kaggle's client requires longer slugs for new datasets and for attached kernels.
 TITLE, SLUG = (6, 50), (3, 50)
 NEW_DATASET, KERNEL_SOURCE, COMPETITION = (6, 50), (5, 50), (1, 100)
-# Key of a run -> the subfolder of the bundle in that run, and which runs have such a bundle.
+# Key of the YAML file that names a run -> the subfolder of the run with the bundle, and which runs have this subfolder.
 BUNDLE_KEYS = {
     "lungs": ("bundle", "a run of notebook 14, or a fold of notebook 12"),
     "ensemble": ("ensemble", "a run of notebook 65 on study models"),
@@ -64,26 +64,26 @@ class KernelSpec(Settings):
 
     @property
     def weights_slug(self) -> str:
-        """Slug of the weights dataset."""
+        """Slug of the Kaggle dataset with the kernel's trained models."""
         return f"{self.slug}-weights"
 
     @property
     def wheels_slug(self) -> str:
-        """Slug of the wheels dataset."""
+        """Slug of the Kaggle dataset with the Python wheels that the kernel installs."""
         return self.wheels or f"{self.slug}-wheels"
 
     @property
     def rules(self) -> Competition:
-        """The competition whose rows the kernel writes: that of the parameter `rules`, or else of its data.
+        """The competition whose submission format the kernel writes, named by the parameter `rules` or else by its data.
 
-        Raises SettingsError if the data are of no competition that the kit knows, and `rules` is not set.
+        Raises SettingsError if the kit does not know the competition, or if `rules` contradicts the data.
         """
         rules = self.parameters.get("rules", "")
         return choose_competition(self.competition, rules)[0] if rules else find_competition(self.competition)
 
     @property
     def time_limit_s(self) -> float:
-        """Time limit in seconds."""
+        """Time limit of the kernel's session, in seconds."""
         return self.time_limit_hours * 3600
 
     @property
@@ -112,7 +112,7 @@ class KernelSpec(Settings):
             raise KernelError(f"notebook: {error}") from error
 
     def injected_parameters(self, rehearsed: bool = False) -> dict[str, Any]:
-        """Return all parameters that are passed to the notebook, if `rehearsed` including those for rehearsals.
+        """Return all parameters to pass to the notebook; if `rehearsed`, `rehearsal` overrides `parameters`.
 
         The parameters `competition`, `weights`, `wheels` and `time_limit_s` are set from the kernel's own keys if the
         notebook has them. Raises KernelError if `parameters` or `rehearsal` contains one of these four, a parameter that the
@@ -208,8 +208,8 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
     try:
         spec = from_dict(KernelSpec, values)
         spec = dataclasses.replace(spec, owner=owner or os.environ.get("KAGGLE_USERNAME") or spec.owner)
-        # The YAML file may be a stranger's, and a push uploads what it names. Runs and fusion settings are read before they
-        # are copied, so they cannot be other files.
+        # The YAML file may come from a stranger, and a push uploads the files that it names. Runs and fusion settings are
+        # parsed before they are copied, so other files cannot be passed off as these.
         notebook = os.path.abspath(spec.notebook_path)
         if not any(Path(notebook).is_relative_to(os.path.abspath(root)) for root in (project_root(), path.parent)):
             raise KernelError(f"notebook: {notebook} is outside the project and the folder of this YAML file")
@@ -232,7 +232,7 @@ def _find_faults(spec: KernelSpec) -> list[str]:
         )
     # Kaggle's client makes slugs of titles with this function too.
     if spec.title and slugify(spec.title) != spec.slug:
-        faults.append(f"slug is {spec.slug!r}, but Kaggle makes {slugify(spec.title)!r} of the title {spec.title!r}")
+        faults.append(f"slug is {spec.slug!r}, but Kaggle derives {slugify(spec.title)!r} from the title {spec.title!r}")
     built_datasets = (["weights"] if is_submission else []) + ([] if spec.wheels else ["wheels"])
     for title in (spec.title, *(f"{spec.title} {word}" for word in built_datasets)):
         if spec.title and not TITLE[0] <= len(title) <= TITLE[1]:
@@ -250,7 +250,7 @@ def _find_faults(spec: KernelSpec) -> list[str]:
             try:
                 _ = spec.rules
             except SettingsError as error:
-                faults.append(f"competition: {error}; or name the one whose rules hold in the parameter `rules`")
+                faults.append(f"competition: {error}; or set the parameter `rules` to the competition's name")
     if spec.owner and not re.fullmatch(r"[a-z0-9-]+", spec.owner):
         faults.append(f"owner {spec.owner!r} is not a Kaggle user name; use lower-case letters, digits and hyphens")
     if fault := find_fault(spec.accelerator):
@@ -266,7 +266,7 @@ def _find_faults(spec: KernelSpec) -> list[str]:
 
 
 def _without_address(entry: str) -> list[str]:
-    """Return the parts between slashes of an input's name; `entry` is the name, a Kaggle page's address or a mount path."""
+    """Return an input's name, split at slashes. `entry` is the name, the address of its Kaggle page, or its mount path."""
     name = entry.partition("?")[0].partition("#")[0]
     prefix = ADDRESS.match(name)
     return [part for part in name[prefix.end() if prefix else 0 :].split("/") if part]
@@ -274,14 +274,14 @@ def _without_address(entry: str) -> list[str]:
 
 def _find_slug_faults(slug: str, characters: tuple[int, int]) -> list[str]:
     if not SLUG_LETTERS.fullmatch(slug):
-        return [f"the slug {slug!r} has other characters than letters, digits, - and _"]
+        return [f"the slug {slug!r} may only contain letters, digits, - and _"]
     if not characters[0] <= len(slug) <= characters[1]:
         return [f"the slug {slug!r} has {len(slug)} characters, but Kaggle allows {characters[0]} to {characters[1]}"]
     return []
 
 
 def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
-    """Return messages about faults of the inputs to attach, [] if there are none.
+    """Return messages about faults in the keys that name the inputs to attach, or [] if there are none.
 
     Two inputs with equal slugs are a fault, because Kaggle would mount them at the same path.
     """
@@ -291,7 +291,7 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
             name = _without_address(entry)
             if entry != "/".join(name) or len(name) > 2:
                 faults.append(
-                    f"{key}: {entry!r} is neither SLUG, an input of the owner, nor OWNER/SLUG; write "
+                    f"{key}: {entry!r} is neither SLUG (an input of the kernel's owner) nor OWNER/SLUG; write "
                     f"{'/'.join(name[:2]) or 'OWNER/SLUG'}"
                 )
                 continue
@@ -305,6 +305,6 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
                 "timm/resnext/pytorch/resnext101-32x8d/1"
             )
         else:
-            slugs.append("/".join(parts[1:]))  # variations of one Model lie side by side
+            slugs.append("/".join(parts[1:]))  # Kaggle mounts each variation of a Model in its own folder
     repeated = sorted({slug for slug in slugs if slug and slugs.count(slug) > 1})
-    return faults + [f"two inputs have the slug {slug}" for slug in repeated]
+    return faults + [f"two inputs have the slug {slug}, but Kaggle mounts both at one path; remove one" for slug in repeated]

@@ -1,7 +1,7 @@
 """From a pushed kernel to its score: wait for the run, download and check its file, submit it, wait for the score.
 
-Each step reads and extends pushed.json beside the built kernel (kitlib.kernels.pushed), so that each can be called alone and
-goes on after an interruption; a step that is done returns at once.
+Each step reads pushed.json next to the built kernel (kitlib.kernels.pushed) and adds its result. Therefore each step can be
+called alone, and again after an interruption; a step that is already done returns at once.
 """
 
 import dataclasses
@@ -39,10 +39,11 @@ SUBMISSIONS = 100  # number of latest submissions among which an interrupted one
 
 
 def wait_for_run(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
-    """Wait until the run of the kernel pushed from `out` has ended; return its state, whose status is "complete".
+    """Wait until the pushed kernel's run on Kaggle has ended; return its record, whose status is "complete".
 
-    Raises KernelError if nothing was pushed, if the run has failed, with the end of its log (the whole log is written to
-    `out`/kaggle.log), or if it has not ended after `wait_s` seconds.
+    `out` is the folder that the kernel was pushed from. Raises KernelError if nothing was pushed, if the run has failed, or
+    if it has not ended after `wait_s` seconds. The log of a failed run is written to `out`/kaggle.log, and the error quotes
+    its last lines.
     """
     pushed = read_pushed(out)
     if pushed.status == COMPLETE:
@@ -72,10 +73,10 @@ def wait_for_run(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S
 
 
 def fetch_output(out: str | Path) -> Path:
-    """Download the output files of a complete run of a submission, and the sample; return their folder, `out`/output.
+    """Download the output of a submission kernel's complete run; return the folder with the files, `out`/output.
 
-    The files are submission.csv, ledger.csv and usage.json, the run's log, and the competition's sample submission.
-    Raises KernelError if the run is not complete, or has not written submission.csv.
+    The files are submission.csv, ledger.csv and usage.json, the run's log, and the competition's sample submission. If the
+    folder exists, nothing is downloaded. Raises KernelError if the run is not complete, or has not written submission.csv.
     """
     folder, pushed = Path(out) / OUTPUT, _read_complete(out)
     if folder.is_dir():
@@ -114,19 +115,19 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
         listing = "".join(f"\n  {fault}" for fault in faults[:20])
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise KernelError(
-            f"{folder / SUBMISSION} is not submitted because of {count}; ledger.csv beside it says what the "
-            f"kernel did (--allow-placeholders accepts unused models):{listing}"
+            f"{folder / SUBMISSION} is not submitted because of {count}; ledger.csv in the same folder says "
+            f"what the kernel did (--allow-placeholders accepts unused models):{listing}"
         )
     logger.info("%s is valid", folder / SUBMISSION)
 
 
 def submit_version(out: str | Path, message: str = "") -> Pushed:
-    """Submit the pushed version to its competition; return its state, which has the number of the submission.
+    """Submit the pushed version to its competition; return its record, which has the number of the submission.
 
-    If the competition takes a file instead of a notebook, the version's submission.csv is uploaded, downloaded first if that
-    has not been done.
-    The submission's description is `message` with the kernel's name and version, by which a submission that was made before
-    an interruption is found. Raises KernelError if the run is not complete or Kaggle refuses the submission.
+    If the competition takes a file instead of a notebook, the version's submission.csv is downloaded, if necessary, and
+    uploaded. The submission's description is `message` with the kernel's name and version. A submission that was made before
+    an interruption is recognised by its description. Raises KernelError if the run is not complete or Kaggle refuses the
+    submission.
     """
     pushed = _read_complete(out)
     if pushed.submission:
@@ -148,11 +149,11 @@ def submit_version(out: str | Path, message: str = "") -> Pushed:
 
 
 def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
-    """Wait until Kaggle has scored the submission; return its state, which has the scores.
+    """Wait until Kaggle has scored the submission; return the record of the pushed version, which has the scores.
 
-    The scores are also written into kaggle.json of the run whose fusion was pushed, which the leaderboard shows beside the
+    The scores are also written to kaggle.json of the run whose fusion was pushed; the leaderboard shows them next to the
     out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was submitted, if Kaggle
-    could not score the file, which can then be submitted again, or if it has not done so after `wait_s` seconds.
+    could not score the file (it can then be submitted again), or if there is no score after `wait_s` seconds.
     """
     pushed = read_pushed(out)
     if not pushed.submission:
@@ -176,7 +177,7 @@ def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL
 
 
 def _wait_for_answer(pushed: Pushed, wait_s: float, poll_s: float) -> Any:
-    """Return Kaggle's record of the submission after Kaggle has scored it or has failed to."""
+    """Wait until Kaggle has scored the submission or has failed to; return Kaggle's record of the submission."""
     client, report = KaggleClient(), _reporter(f"submission {pushed.submission}")
 
     def ask() -> Any:
@@ -216,7 +217,7 @@ def _read_complete(out: str | Path) -> Pushed:
 
 
 def _ask(client: KaggleClient, action: str, call: Callable[[], Any]) -> Any:
-    """Return the answer of `call`; a version or submission that Kaggle does not list yet counts as unreachable."""
+    """Return the result of `call()`. Raises KaggleUnreachable, too, if Kaggle does not yet list what `call` asks for."""
     with client.calling(action):
         try:
             return call()
@@ -241,7 +242,7 @@ def _reporter(name: str) -> Callable[[str], None]:
 
 
 def _find_submission(client: KaggleClient, pushed: Pushed) -> int:
-    """Return the number of the submission with the recorded description, 0 if there is none that Kaggle could score."""
+    """Return the number of the submission with the description in `pushed`; 0 if none exists or its scoring failed."""
     with client.calling(f"asking for the submissions to {pushed.competition}"):
         listed = client.api.competition_submissions(pushed.competition, page_size=SUBMISSIONS) or []
     found = (entry for entry in listed if entry and entry.description == pushed.description)
@@ -263,7 +264,7 @@ def _submit(client: KaggleClient, pushed: Pushed, out: str | Path) -> int:
 
 
 def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
-    """Write the run's log to `path`; return its last lines for an error message, or why there is no log."""
+    """Write the run's log to `path`; return a text for an error message: its last lines, or why there is no log."""
     try:
         with client.calling(f"downloading the log of {pushed.name}"):
             log = client.api.kernels_logs(pushed.name)
@@ -276,13 +277,13 @@ def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
         text = log
     write_text(path, text)
     lines = "".join(f"\n  {line}" for line in text.rstrip().splitlines()[-LOG_LINES:])
-    return f" The log is in {path} and ends with:{lines}" if lines else " It has printed nothing."
+    return f" The log is in {path} and ends with:{lines}" if lines else " The run has printed nothing."
 
 
 def _record_score(run: Path, pushed: Pushed) -> None:
     """Write the scores into the run's kaggle.json, unless the run was removed or made again since the push."""
     if not (run / RECORD).is_file():
-        logger.warning("%s no longer has a run, so no run gets the score of %s", run, pushed.name)
+        logger.warning("%s no longer has a run, so the score of %s is not written to a run", run, pushed.name)
         return
     try:
         started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))

@@ -35,7 +35,7 @@ INFERENCE = (
     "imagecodecs",
     "pebble",
 )
-# (wheel, its requirement) -> why kernels do not need it. Neither is imported when a detector is trained or predicts.
+# (wheel, its requirement) -> why kernels do not need the required package. Training and prediction do not import it.
 UNNEEDED = {
     (
         "ultralytics",
@@ -129,10 +129,10 @@ def are_installable(wheels: Iterable[Path]) -> bool:
 
 
 def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
-    """Raise KernelError if the image cannot install a wheel, or if nothing meets one of a wheel's requirements.
+    """Raise KernelError if Kaggle's image cannot install a wheel, or if a requirement of a wheel is not met.
 
-    The message lists all such faults. `image` maps canonical package names to versions. A requirement is met by the image or
-    by another wheel; markers are evaluated for the image, and requirements of extras are ignored.
+    The message lists all these faults. `image` maps canonical package names to versions. A requirement is met by the image
+    or by another wheel; markers are evaluated for the image, and requirements of extras are ignored.
     """
     wheels = sorted(wheels)
     attached = parse_pins(wheels)

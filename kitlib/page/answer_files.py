@@ -1,4 +1,4 @@
-"""Predictions as downloadable files: the study's rows of a submission or a table of classes, and JSON for programs."""
+"""Writes a study's predictions to files for download: a CSV with submission rows, boxes or classes, and JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
 
 
 def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System) -> Path | None:
-    """Write the study's predictions as CSV to a file in `folder`, and return its path; None for a segmenter's answer.
+    """Write the study's predictions as a CSV file in `folder` and return its path; return None if the models only segment.
 
-    The file is submission.csv with the rows of the study and its images in SIIM's submission; boxes.csv if the detectors
-    predict other findings; or predictions.csv with the class probabilities of each image. Rows of a submission that no model
-    has predicted get the placeholder prediction (the class frequencies).
+    The file is submission.csv, with the rows of the study and its images in SIIM's format; boxes.csv, if the detectors
+    predict other findings than SIIM's; or predictions.csv, with the class probabilities of each image. Rows of a submission
+    that no model has predicted get the placeholder prediction (the class frequencies).
     """
     if answer.classes is not None and answer.fused is None:
         names = answer.classes["image_id"].map({image.key: image.image_id for image in study.images})
@@ -52,8 +52,8 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System)
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
     """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
-    Values that no model has predicted are null. `masks` has the highest probability in the map of each structure; a lung
-    segmenter has no values. Only SIIM's systems have classes of the study.
+    Values that no model has predicted are null. `masks` is the highest probability of each segmented structure in the image;
+    lung segmenters have no such value. Only models for SIIM's submission have class probabilities of the study.
     """
     of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, {})
     of_study, classes = of_study if system.fills_siim else {}, _classes(answer.classes)
@@ -84,7 +84,7 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
 
 
 def _fused(fused: Fused, study: OpenedStudy) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the values of the study, and a dict from each image's key to the values of the image."""
+    """Return the study's class probabilities, and a dict from each image's key to its `none` probability and its boxes."""
     study_row, nones = fused.studies.iloc[0], fused.nones.set_index("image_id")
     classes = None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES}
     of_image = {

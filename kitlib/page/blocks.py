@@ -95,7 +95,7 @@ class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
 
 
 class _Visit:
-    """Holds a visitor's latest request, so that results of earlier ones are dropped. Gradio copies it for each visitor."""
+    """A visitor's latest request, so that results of earlier requests are dropped. Gradio makes a copy for each visitor."""
 
     turn: object = None
 
@@ -115,7 +115,7 @@ class _Page:
                     names,
                     value=names[0],
                     label="Models",
-                    info="A single detector is combined with the same study models. Other runs predict on their own.",
+                    info="A single detector is combined with the fusion's study models. Other runs predict on their own.",
                     elem_id="models",
                 )
                 with gr.Tabs():
@@ -249,7 +249,7 @@ class _Page:
         return self._handler(self.viewer.pick, self._open)(visit, image_id, system)
 
     def _switch_models(self, visit: _Visit, view: View | str, system: str) -> dict:
-        """Return the updates that show the open study as predicted by `system`, or none if it is shown already."""
+        """Return updates that show the predictions of `system` for the open study; no updates if they are shown already."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
 
@@ -302,7 +302,7 @@ class _Page:
     def _hide(self, status: str) -> dict:
         """Return the updates that show the text `status` and hide the earlier result, which belongs to another study.
 
-        They leave the visitor's state alone, which a later request may have changed in the meantime.
+        They do not change the visitor's state, because a later request may have changed it in the meantime.
         """
         hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {

@@ -14,7 +14,7 @@ from kitlib.xrays.dicom import read_stored_values
 from kitlib.xrays.header import header_of, read_elements
 from kitlib.xrays.image_file import image_format, open_image
 
-# After lossy compression, the channels of a grey image differ by less, those of a coloured arrow or tinted paper by more.
+# In a grey image, lossy compression makes colour channels differ by less than this; coloured arrows or paper by more.
 COLOURED_SHARE = 1 / 16  # of the range of grey levels
 ILLEGIBLE = "ILLEGIBLE"
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")  # modes of Pillow
@@ -44,7 +44,7 @@ FOREIGN_FORMATS = {  # start of the file (a regular expression) -> what the file
 
 @dataclass(frozen=True)
 class FileFacts:
-    """The format of a file, and what its header states about the image; a text is empty if the header does not state it.
+    """The format of a file, and what its header states about the image; "" stands for what the header does not state.
 
     The ids only serve to tell studies and patients apart and must not be shown.
     """
@@ -60,7 +60,7 @@ class FileFacts:
 
 
 def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
-    """Return two texts, what the file is and what to do, if it cannot be an X-ray; or None if it may be one.
+    """Return None if the file may be an X-ray, otherwise two texts: what the file is, and what the visitor should do.
 
     Raises OSError if the file cannot be opened.
     """

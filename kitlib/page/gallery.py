@@ -62,14 +62,14 @@ class Gallery:
         self._thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
 
     def choices(self) -> list[str]:
-        """Return what can be chosen: "all", the classes and findings that occur, and "test" if there are test images."""
+        """Return the valid choices: "all", each class and finding that occurs, and "test" if there are test images."""
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
-        """Return the tiles on page `number` (from 1) of the images in `choice`, and the number of pages of `choice`.
+        """Return two values: the thumbnails on page `number` (from 1) of the images in `choice`, and the number of pages.
 
-        A tile is a thumbnail, uint8 (h, w) with at most THUMBNAIL pixels a side, and a caption in plain text. The thumbnail
-        is plain grey if the image has no decoded copy. Raises ValueError if the choice or the page does not exist.
+        Each thumbnail is a pair of an array, uint8 (h, w) with at most THUMBNAIL pixels a side, and a caption in plain text.
+        The array is plain grey if the image has no decoded copy. Raises ValueError if the choice or the page does not exist.
         """
         if choice not in self._choices:
             raise ValueError(f"choice {choice!r} does not exist; choices: {', '.join(self._choices)}")
@@ -103,7 +103,7 @@ class Gallery:
         if len(set(folds)) > 1:
             remarks.append(
                 "The images of this study are in several folds: models that were not trained on the first image may have "
-                "been trained on others."
+                "been trained on the other images."
             )
         return OpenedStudy(
             study_id=chosen["study_id"].iloc[0],
@@ -118,7 +118,7 @@ class Gallery:
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
-        """Return the thumbnail and the caption of one image; `row` is one of `_describe_images`, from itertuples."""
+        """Return the thumbnail and the caption of one image; `row` is its row of `_describe_images`, from itertuples."""
         caption, count = list(row.true_classes), sum(row.boxes.values())
         if row.marked and count and len(self.findings) > 1:
             caption = [name for name in caption if name not in row.boxes]
@@ -165,9 +165,9 @@ class Gallery:
             raise UnreadableXray(path, str(error)) from error
 
     def _is_decoded(self, path: Path, key: str) -> bool:
-        """Return False if the decoded copy called `key` was certainly not made from the file `path` as it is now.
+        """Return False if the file `path` has changed since the decoded copy called `key` was made from it.
 
-        Size and samples of the content are compared, but not the path, because the file may have been moved since.
+        Compares the file's size and samples of its content, but not the path, because the file may have been moved.
         """
         try:
             metadata = self._xrays.facts(key)
@@ -198,9 +198,10 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 
 
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """Return the `images` table with true_classes (a tuple), fold (NaN if none), marked and boxes added.
+    """Return the table `images` with four more columns: true_classes, fold, marked and boxes.
 
-    `boxes` is a Counter of the findings of the image's boxes. `marked` says whether boxes were annotated. Rows are sorted by
+    true_classes is a tuple of the annotated classes. fold is NaN if the image is in no fold. marked says whether boxes were
+    annotated on the image. boxes is a Counter of the findings of its boxes. patient_id is removed. Rows are sorted by
     hashed id, so that the order is always the same, and mixed even if ids are sorted by class or patient.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]

@@ -21,7 +21,7 @@ MAX_COPIES = 500  # of each size; older copies are deleted, and decoded again wh
 
 
 class DecodedCopies:
-    """Decodes each file once per size into `folder`, in long-running processes; may be shared between threads.
+    """Decodes image files in worker processes and keeps the decoded copies in `folder`; may be shared between threads.
 
     If a malicious file hangs, crashes its process or fills the memory, only that file fails; while it hangs, the other
     processes continue. `close` terminates the processes.
@@ -35,9 +35,9 @@ class DecodedCopies:
         self._tidying = threading.Lock()
 
     def read(self, key: str, path: str | Path, longest_side: int) -> CachedXray:
-        """Return the decoded copy, called `key`, of the file `path`, with at most `longest_side` pixels a side.
+        """Return the copy of the file `path` with at most `longest_side` pixels a side; decode the file if there is none.
 
-        Raises UnreadableXray if the file cannot be decoded.
+        `key` is the name of the copy. Raises UnreadableXray if the file cannot be decoded.
         """
         cache = XrayCache(self.folder, longest_side)
         if key not in cache and (outcome := self.decode(key, path, longest_side)).status == "failed":
@@ -59,10 +59,10 @@ class DecodedCopies:
         return outcome
 
     def run(self, question: Callable[[str], T], path: str | Path) -> T:
-        """Return the result of `question(path)`, called in one of the processes. `question` must be a module-level function.
+        """Return the result of `question(path)`, called in a worker process, where a malicious file can do no harm.
 
-        Raises UnreadableXray if the process takes too long, crashes or runs out of memory. Errors that `question` raises are
-        passed on.
+        `question` must be a module-level function. Raises UnreadableXray if the process takes too long, crashes or runs out
+        of memory. Errors that `question` raises are passed on.
         """
         try:
             return self._pool.schedule(question, args=(str(path),), timeout=TIMEOUT_S).result()
@@ -102,7 +102,8 @@ class OpenedImage:
 class OpenedStudy:
     """Images of one study, which are predicted together.
 
-    A decoded copy is read from `run_cache`, the cache of a prepared run, if it is in there, otherwise from `copies`.
+    A decoded copy is read from `run_cache`, the cache of a prepared run (notebook 10), if it has the copy, otherwise from
+    `copies`.
     """
 
     study_id: str
@@ -112,11 +113,14 @@ class OpenedStudy:
     trained_on: str = ""  # data fingerprint of the prepared run that contains the study; "" if none does
     fold: int | None = None  # the study's fold in that run; only the models of this fold were not trained on the study
     true_classes: tuple[str, ...] = ()  # annotated classes; () if unknown or none
-    findings: tuple[str, ...] = ()  # of all boxes of that run
+    findings: tuple[str, ...] = ()  # of all annotated boxes in that run
     remarks: tuple[str, ...] = ()  # sentences about the whole study
 
     def read(self, image: OpenedImage, longest_side: int) -> CachedXray:
-        """Return the decoded copy of an image. Raises UnreadableXray if there is no copy and the file cannot be decoded."""
+        """Return the decoded copy of an image with at most `longest_side` pixels a side.
+
+        Raises UnreadableXray if there is no copy and the file cannot be decoded.
+        """
         if self.run_cache is not None and self.run_cache.longest_side == longest_side and image.key in self.run_cache:
             return self.run_cache.read(image.key)
         return self.copies.read(image.key, image.path, longest_side)

@@ -31,7 +31,7 @@ EXTERNAL_TAGS = re.compile(
 
 
 UPLOAD_ROUTES = ("/gradio_api/upload", "/upload")
-# Gradio would fetch these for the browser.
+# Paths with an address of another server, from which Gradio would fetch the file.
 REMOTE_FILE = re.compile(r"/(?:file|proxy)[=/]\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 # An event of the page sends the values of its controls: a few kilobytes.
 MAX_EVENT_BYTES = 1_000_000
@@ -41,8 +41,9 @@ class Guarded:
     """ASGI middleware that rejects requests unless they come from this server's page, opened under a name of this computer.
 
     A page of another site can send requests from its own address (visible in the Origin header), or under a name of its own
-    that points to 127.0.0.1 (visible in the Host header). Both get status 403 and a sentence that says why. The headers of
-    each response keep the browser from contacting other servers, and tags that name other servers are removed from HTML.
+    that points to 127.0.0.1 (visible in the Host header). Both requests get status 403 and a sentence that says why. The
+    headers of each response keep the browser from contacting other servers, and tags that name other servers are removed
+    from HTML.
 
     Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app. So
     events may contain only paths of files below `upload_folder`, and no request may name a file of another server; other
@@ -86,7 +87,7 @@ class Guarded:
     def _check_upload(self, content_length: str) -> PlainTextResponse | None:
         if not content_length.isdecimal():
             return _refusal("An upload must state its length.", 411)
-        # Files that are still arriving, or whose upload was aborted, are in the folder above that of uploads.
+        # Files that are still arriving, or whose upload was aborted, are in the parent folder of `upload_folder`.
         present = sum(path.stat().st_size for path in self.upload_folder.parent.rglob("*") if path.is_file())
         if present + self.arriving_bytes + int(content_length) > self.max_total_bytes:
             sentence = (
@@ -98,7 +99,7 @@ class Guarded:
 
     def _check_event(self, body: bytes | None) -> PlainTextResponse | None:
         if body is None:
-            return _refusal(f"A request may have {MAX_EVENT_BYTES:,} bytes, except for uploads.", 413)
+            return _refusal(f"A request may have at most {MAX_EVENT_BYTES:,} bytes, except for uploads.", 413)
         try:
             event = json.loads(body) if body else None
             paths = list(_paths(event))
@@ -116,7 +117,7 @@ class Guarded:
 
 
 def _paths(value: Any) -> Iterator[Any]:
-    """Yield every value under a key `path` in parsed JSON, because Gradio takes an object with such a key for a file."""
+    """Yield every value under a key `path` in parsed JSON, because Gradio treats an object with this key as a file."""
     if isinstance(value, dict):
         yield from (item for key, item in value.items() if key == "path" and item is not None)
     if isinstance(value, dict | list):
@@ -137,7 +138,7 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 class _Replay:
-    """Gives the app the body that was already read from the request, then the messages that follow (the disconnection)."""
+    """ASGI receive function that returns the request's body, which was already read, and then the messages after it."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self.body: bytes | None = body
@@ -163,7 +164,10 @@ def _refusal(sentence: str, status: int = 403) -> PlainTextResponse:
 
 
 class _FilteredSend:
-    """Sends one response chunk by chunk, but HTML in one piece, because a tag may be split between two chunks."""
+    """ASGI send function that adds HEADERS to a response and removes tags that name other servers from HTML.
+
+    HTML is sent in one piece, because a tag may be split between two chunks; other content is sent chunk by chunk.
+    """
 
     def __init__(self, send: Send) -> None:
         self.send = send

@@ -36,7 +36,7 @@ GRACE_S = 1.0  # time for the server to stop
 
 @contextlib.contextmanager
 def quiet_gradio() -> Iterator[Path]:
-    """Keep Gradio from contacting other servers and let it write only to the folder yielded, which is deleted at the end.
+    """Keep Gradio from contacting other servers, and yield the only folder it writes to, which is deleted at the end.
 
     Enter this before gradio is imported. SIGTERM and a closed terminal also end the block: in the main thread they raise
     SystemExit.
@@ -67,7 +67,7 @@ def page_app(
     theme: "gradio.Theme | None" = None,
     css: str | None = None,
 ) -> Guarded:
-    """Return an app with `blocks` at / and the text "ok" at /healthz.
+    """Return a web app (ASGI) that serves `blocks` at / and the text "ok" at /healthz.
 
     An uploaded file gets status 413 if it is larger than `max_upload_bytes`, or if all uploads together would exceed
     `max_total_bytes`. Call this within `quiet_gradio`, which sets the folder of uploads.

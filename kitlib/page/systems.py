@@ -1,4 +1,4 @@
-"""Finds the systems of models that the page offers, and what border probes say about classifiers."""
+"""Finds the systems (models that predict together) that the page offers, and the scores of their probes."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,17 @@ logger = logging.getLogger(__name__)
 TRAINED = ("study", "detector")  # kinds of runs whose models predict rows of a submission
 # Kinds of runs that are offered as systems of their own.
 OTHERS = ("ensemble", "findings", "masks", "lungs", "applied lungs")
-SCORES = {"auc": "mean ROC AUC", "accuracy": "accuracy", "macro_f1": "macro F1"}  # by the recipe's `judged_by`
+# The recipe's `judged_by` -> the metric's name on the page.
+SCORES = {"auc": "mean ROC AUC", "accuracy": "accuracy", "macro_f1": "macro F1"}
 
 
 def find_systems(listed: Sequence[ListedRun]) -> list[System]:
-    """Return the systems of the finished runs in `listed`: fusions and variants, then ensembles, classifiers, segmenters.
+    """Return the systems (models that predict together) of the finished runs in `listed`, in the order of the page.
 
-    Each fusion is followed by its variants with a single detector. If there is no usable fusion, all study models and
-    detectors form one system with equal weights. A classifier trained as a probe, which sees only a part of each image, is
-    not offered; what it reaches is in the notes of the classifiers trained on the same images. Raises RunError if there are
-    no models.
+    Fusions come first, each followed by its variants with a single detector; then ensembles, classifiers and segmenters. If
+    there is no usable fusion, all study models and detectors form one system with equal weights. A classifier trained as a
+    probe, which sees only a part of each image, is not offered; the notes of the classifiers trained on the same images
+    state its score. Raises RunError if there are no models.
     """
     segmenters = find_segmenters((run.kind, run.folder) for run in listed)
     finished = [run for run in listed if run.state == "finished"]
@@ -56,7 +57,7 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
 
 
 def _read_runs(runs: Sequence[ListedRun], segmenters: Mapping[str, Path]) -> list[System]:
-    """Return the systems of these runs, called by the runs' names; logs runs that cannot be read."""
+    """Return one system per run, named after the run. Logs and leaves out runs that cannot be read."""
     systems = []
     for run in runs:
         try:
@@ -68,23 +69,26 @@ def _read_runs(runs: Sequence[ListedRun], segmenters: Mapping[str, Path]) -> lis
 
 
 def _draws_lungs(run: ListedRun) -> bool:
-    """Return False if the run's segmenters draw structures that most images do not have."""
+    """Return False if the run's segmenters draw only structures that most images do not have, such as a pneumothorax."""
     structures = {name for fold in run.folds.values() for name in fold.get("recipe", {}).get("structures", ())}
     return not structures or not structures <= set(SPARSE_STRUCTURES)
 
 
 def _holds_one_of(run: ListedRun, segmenters: Mapping[str, Path]) -> bool:
-    """Return False if all segmenters of a run are also those of other runs, which applied them."""
+    """Return whether a bundle in `segmenters` is in the run's folder, rather than in a run that applied the segmenter."""
     return any(bundle.is_relative_to(run.folder) for bundle in segmenters.values())
 
 
 def _probe(run: ListedRun) -> str:
-    """Return the part of each image that the run's models see as a probe, "border" or "outside_lungs"; "" for all of it."""
+    """Return the part of each image that the run's models see: "border", "outside_lungs", or "" for the whole image."""
     return next((str(fold.get("recipe", {}).get("probe", "")) for fold in run.folds.values()), "")
 
 
 def _with_probes(system: System, finished: Sequence[ListedRun]) -> System:
-    """Return a system of classifiers with a note for each probe that was trained on the same prepared run."""
+    """Return `system` with a note for each probe that was trained on the same prepared run.
+
+    A probe is a classifier that sees only a part of each image. The note states its mean validation score over the folds.
+    """
     trained_on = {model.data_fingerprint for model in system.models if "classes" in model.answers}
     notes = []
     for run in finished:

@@ -209,7 +209,7 @@ def _remarks(upload: _Accepted) -> Iterator[str]:
 def _study_id(files: list[FileFacts], first_image: str) -> tuple[str, list[str]]:
     """Return the study's id, and remarks if the headers state different studies or patients.
 
-    The remarks do not contain the differing values, because they identify patients.
+    The remarks leave out the differing values, which identify patients.
     """
     studies, patients = ({getattr(facts, name) for facts in files} - {""} for name in ("study_id", "patient_id"))
     remarks = [

@@ -47,7 +47,10 @@ class View:
         return next((image for image in self.study.images if image.image_id == image_id), self.study.images[0])
 
     def classes(self, image: OpenedImage) -> dict[str, float]:
-        """Return the probability of each class, of the study or, if the models classify images, of an image; {} if none."""
+        """Return the class probabilities keyed by class, or {} if no model predicts classes.
+
+        They are those of the study or, if the models classify single images, those of `image`.
+        """
         answer = self.answer
         if answer.fused is not None and self.system.fills_siim:
             study = answer.fused.studies.iloc[0]
@@ -59,12 +62,12 @@ class View:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """Findings of all boxes of the models and of the study's prepared run, on which the colours of boxes depend."""
+        """Findings of the models' boxes and of the annotated boxes in the study's prepared run, sorted; they set colours."""
         return tuple(sorted({*self.system.findings, *self.study.findings}))
 
     @property
     def heat_classes(self) -> list[str]:
-        """Names of the classes for which heat can be drawn."""
+        """Names of the classes for which a heat map can be drawn."""
         return [*self.classes(self.study.images[0]), *(["none"] if self.answer.fused is not None else [])]
 
     @property
@@ -183,9 +186,9 @@ class Viewer:
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """Return HTML bars for the class probabilities, `none`, and the highest probability in each map of a structure.
+        """Return HTML with bars for the class probabilities, `none`, and the highest probability of each structure.
 
-        From a lung segmenter, it is the share of lung in the image.
+        For a lung segmenter, the HTML is a sentence with the share of the image that is lung.
         """
         fused, classes, annotated = view.answer.fused, view.classes(image), view.study.true_classes
         if "lungs" in view.system.answers:
@@ -228,8 +231,8 @@ class Viewer:
     def files(self, view: View) -> tuple[Path | None, Path]:
         """Write the table of predictions and the JSON file to a new folder and return their paths; deletes old folders.
 
-        The table has the submission's rows, boxes of any findings, or the class probabilities of each image; a segmenter has
-        none.
+        The table has rows of the submission, boxes, or the class probabilities of each image; its path is None if the models
+        only segment.
         """
         answers = self.folder / "answers"
         answers.mkdir(parents=True, exist_ok=True)

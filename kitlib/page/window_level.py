@@ -1,4 +1,4 @@
-"""Window and level: shows the values of a DICOM file with another window than that of its decoded copy."""
+"""Window and level: draws the values of a DICOM file with a window that the visitor chooses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from kitlib.xrays.worker import shrink
 
 @dataclass(frozen=True)
 class Windowed:
-    """A reduced X-ray with its full range of values, after the modality LUT or rescale and before any window.
+    """The values of an X-ray, reduced in size, after the modality LUT or rescale and before any window.
 
     The values of a chest X-ray have no physical unit, so the windows of two files cannot be compared. The centre and the
     width of a window are those of DICOM's function LINEAR.
@@ -50,7 +50,7 @@ class Windowed:
 
 
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
-    """Return the values of a DICOM file, in exactly the size of its decoded copy with at most `longest_side` pixels a side.
+    """Return the values of a DICOM file before windowing, reduced to at most `longest_side` pixels a side.
 
     Decodes in this process, so it must be used only for a file that a decoding process has read before. For a file with
     colours, a palette or float values, the values are its greys as in `decode_xray`, without a window. Raises UnreadableXray
@@ -74,7 +74,7 @@ def read_windowed(path: str | Path, longest_side: int) -> Windowed:
 
 
 def _as_linear(voi: Lut | Window | None) -> tuple[float, float] | None:
-    """Return the centre and width with which LINEAR has the effect of `voi`, or None if `voi` is not a window.
+    """Return the centre and width with which DICOM's function LINEAR acts like `voi`, or None if `voi` is not a window.
 
     For a SIGMOID window, they are those of the tangent at its centre.
     """

@@ -57,10 +57,11 @@ def draw_picture(
 
     `pixels`, uint8 (h, w), `mask`, bool (h, w), and `heat`, float 0..1 (h, w), are copies of the image at any size; an
     all-zero mask or heat map is not drawn. `boxes` (finding, score, xmin, ymin, xmax, ymax) are drawn if their score is at
-    least `threshold`, and listed in a table; `truth` (finding, xmin, ymin, xmax, ymax) is always drawn; both are in original
-    pixels. `findings` are all findings of the run, on which the colours depend; () means those of the two tables. The
-    picture fills the width of its column, up to three quarters of the window's height. `caption` is plain text, and
-    `structure` the name of what the mask shows. Raises ValueError if pixels, mask or heat have another type, shape or range.
+    least `threshold`, and listed in a table. The annotated boxes `truth` (finding, xmin, ymin, xmax, ymax) are always drawn.
+    Both tables are in original pixels. `findings` are the findings to which colours are assigned, by default those of the
+    two tables. The picture fills the width of its column, up to three quarters of the window's height. `caption` is plain
+    text, and `structure` is the name of what the mask shows. Raises ValueError if pixels, mask or heat have another type,
+    shape or range.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size or rows < 1 or columns < 1:
         raise ValueError(
@@ -195,17 +196,17 @@ def _rectangle(name: str, box: np.ndarray, colour: str) -> list[str]:
 def _labels(
     boxes: pd.DataFrame | None, truth: pd.DataFrame | None, colours: Mapping[str, str], rows: int, columns: int
 ) -> list[str]:
-    """Return the SVG texts of the boxes' scores and, if there are `colours` of findings, of their names.
+    """Return SVG texts at the boxes: the scores of predicted boxes and, if `colours` is not empty, the findings' names.
 
-    `boxes` are in the order of their scores. Annotated boxes have the names alone.
+    `boxes` are in ascending order of their scores. Annotated boxes have names only.
     """
     size = max(rows, columns) / (60 if colours else 40)
-    labels = []  # the lowest in importance first: kind, finding, text, corners
+    labels = []  # kind, finding, text, corners; the least important label first
     for kind, table in (("name", truth if colours else None), ("score", boxes)):
         if table is not None:
             scores = [f"{score:.2f}" for score in table.score] if kind == "score" else [""] * len(table)
             corners = table[list(BOX)].to_numpy(float)
-            if kind == "name":  # below the box, because the score of a box that was found is above it
+            if kind == "name":  # below the box, because the score of a predicted box is above the box
                 corners[:, 1] = np.minimum(corners[:, 3] + 1.3 * size, rows)
             for name, score, box in zip(_findings(table), scores, corners, strict=True):
                 labels.append((kind, name, f"{name if colours else ''} {score}".strip(), box))

@@ -268,7 +268,7 @@ def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
     assert json.loads((weights / "weights.json").read_text())["ensemble"] == "ensemble"
     assert contents(weights / "ensemble") == contents(tmp_path / "stack" / "ensemble")
     for keys, message in (
-        ({"runs": runs[1:], "ensemble": stack}, r"combines one, two, but runs has the study models two; list the same"),
+        ({"runs": runs[1:], "ensemble": stack}, r"combines one, two, but `runs` has the study models two; change"),
         (
             {"runs": runs, "ensemble": str(tmp_path / "images")},
             r"images/ensemble predicts negative, .* give an ensemble of study",
@@ -312,7 +312,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
         ),
         (
             {"runs": [crops], "lungs": other},
-            r"but the key `lungs` is another segmenter or clean-up; set it to the run of notebook 14",
+            r"but the key `lungs` names a different segmenter or mask clean-up; set it to the run of notebook 14",
         ),
         (
             {"runs": [segmenter]},
@@ -333,7 +333,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
 
 def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
     runs = [str(make_run(tmp_path / name)) for name in ("one", "two")]
-    with pytest.raises(KernelError, match="two/bundle is a second effnet-fold0"):
+    with pytest.raises(KernelError, match="two/bundle is a second bundle of effnet-fold0"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
@@ -386,13 +386,13 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
         ({"title": None}, "title is missing"),
         ({"owner": None}, "owner is missing"),
         ({"runs": []}, "runs is missing"),
-        ({"slug": "another-slug"}, "slug is 'another-slug', but Kaggle makes 'small-test-kernel' of the title 'Small test"),
+        ({"slug": "another-slug"}, "slug is 'another-slug', but Kaggle derives 'small-test-kernel' from the title"),
         (
             {"title": "A " * 22 + "end", "slug": "a-" * 22 + "end"},
             "'.*weights' has 55 characters, but Kaggle allows 6 to 50",
         ),
         ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, but Kaggle allows 6 to 50"),
-        ({"accelerator": "NvidiaTeslaP100"}, "Kaggle has retired it and runs such kernels on T4 x2, .*; use NvidiaTeslaT4"),
+        ({"accelerator": "NvidiaTeslaP100"}, "Kaggle has retired the P100 and runs these kernels on T4 x2; .*NvidiaTeslaT4"),
         ({"accelerator": "tpuv5e8"}, "accelerator tpuv5e8: the kit computes with PyTorch on GPUs and CPUs, not on TPUs"),
         ({"accelerator": "nvidiaL4"}, "accelerator 'nvidiaL4' is unknown; write NvidiaL4"),
         ({"accelerator": "T4"}, "accelerator 'T4' is unknown; valid: NvidiaTeslaT4, NvidiaL4, NvidiaL4X1, .*, none"),
@@ -440,7 +440,7 @@ def test_the_owner_comes_from_the_call_the_environment_or_the_file(tmp_path, mon
 def test_slugs_are_made_as_kaggle_makes_them(tmp_path, title, slug):
     """Kaggle's client compares the id with python-slugify's slug of the title."""
     assert read_spec(make_submission(tmp_path, title=title, slug=slug)).slug == slug
-    with pytest.raises(KernelError, match=f"but Kaggle makes '{slug}' of the title"):
+    with pytest.raises(KernelError, match=f"but Kaggle derives '{slug}' from the title"):
         read_spec(make_submission(tmp_path / "other", title=title, slug="something-else"))
 
 
@@ -449,7 +449,7 @@ def test_slugs_are_made_as_kaggle_makes_them(tmp_path, title, slug):
     [
         ({"competition": "c/some-data"}, "competition is 'c/some-data'; write only its name, such as some-data"),
         ({"competition": "https://www.kaggle.com/competitions/some-data/overview?x=1"}, "such as some-data"),
-        ({"competition": "some data"}, "competition: the slug 'some data' has other characters"),
+        ({"competition": "some data"}, "competition: the slug 'some data' may only contain letters"),
         ({"dataset_sources": ["https://www.kaggle.com/datasets/a/data-set"]}, "nor OWNER/SLUG; write a/data-set"),
         ({"dataset_sources": ["datasets/data-set"]}, "nor OWNER/SLUG; write data-set"),
         ({"dataset_sources": ["/kaggle/input/data-set"]}, "nor OWNER/SLUG; write data-set"),
@@ -601,12 +601,12 @@ def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
             {"model_sources": ["timm/resnext"]},
             "model_sources: 'timm/resnext' is not OWNER/MODEL/FRAMEWORK/VARIATION/VERSION",
         ),
-        ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither SLUG, an input of the owner, nor OWNER/SLUG"),
+        ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither SLUG .an input of the kernel's owner. nor"),
         ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; expected a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),
         (
             {"wheels": "mine/wheels-of-all"},
-            "the slug 'mine/wheels-of-all' has other characters than letters, digits, - and _",
+            "the slug 'mine/wheels-of-all' may only contain letters, digits, - and _",
         ),
         ({"wheels": "five5"}, "the slug 'five5' has 5 characters, but Kaggle allows 6 to 50"),
         ({"internet": "yes"}, "internet is 'yes'; expected true or false"),

@@ -281,7 +281,7 @@ def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, whee
         ([{"bundle": "effnet-fold0", "predicted": 0, "readable": 0}], "effnet-fold0 predicted 0 of 0 readable files"),
         ([{"bundle": "other-fold0", "predicted": 10, "readable": 10}], "effnet-fold0 predicted 0 of 0 readable files"),
         ([], "effnet-fold0 predicted 0 of 0 readable files"),
-        (None, "it is unknown which of effnet-fold0 were used"),
+        (None, "it is unknown which of the models effnet-fold0 were used"),
         (
             [{"bundle": "effnet-fold0", "readable": 10}],
             "usage.json is damaged (KeyError('predicted')), so it is unknown which",

@@ -99,7 +99,7 @@ def test_a_file_is_uploaded_to_a_competition_that_takes_no_notebook(finished, ru
     detector = str(make_run(tmp_path / "detector", family="yolo"))
     kernel = make_submission(tmp_path / "rsna", "print(1)", runs=[detector], **rsna)
     code, printed = run("--push", "--submit", "--quick-save", "2", kernel=kernel)
-    assert code == 2 and "rsna-pneumonia takes a file, which must have all predictions; leave --quick-save out" in printed
+    assert code == 2 and "rsna-pneumonia takes a file with all predictions, not a notebook; leave --quick-save" in printed
     code, printed = run("--push", "--submit", kernel=kernel)
     assert code == 0 and "public score: 0.612" in printed, printed
     assert finished.uploads["submission.csv"] == rows and calls(finished, "CreateCodeSubmission") == []

@@ -228,7 +228,7 @@ def test_an_odd_body_gets_a_short_answer_without_a_traceback(app, body):
 
 def test_a_request_that_is_too_long_is_refused(client):
     answer = client.post("/gradio_api/call/steps", json={"data": ["x" * 1_000_001]})
-    assert answer.status_code == 413 and answer.text.startswith("A request may have 1,000,000 bytes")
+    assert answer.status_code == 413 and answer.text.startswith("A request may have at most 1,000,000 bytes")
 
 
 @contextmanager
