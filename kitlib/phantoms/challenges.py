@@ -30,7 +30,7 @@ DEFAULT_SIDE = 320
 
 @dataclass(frozen=True)
 class Planned:
-    """One planned image. `shows` has what it shows of each group of the layout, without "" for nothing."""
+    """One planned image. `shows` has the labels that the image shows, at most one from each group of the layout."""
 
     split: str  # "train" or "test"
     image_id: str
@@ -45,11 +45,12 @@ Written = list[tuple[Planned, Any]]  # the images of a split, and what `draw` ha
 
 @dataclass(frozen=True)
 class _Layout:
-    """What distinguishes a competition's phantoms from those of another.
+    """How the phantoms of one competition are planned, drawn and written.
 
-    `groups` are independent of each other; each maps what an image can show of it to the share of the images. `make_id`
-    gets the split and 64 random hexadecimal digits. `draw` gets a path, an image and its side, writes the file and returns
-    what its rows need. `tables` returns the files of labels, the one that the competition scores first.
+    Each of `groups` maps labels to their shares of the images, with "" for none of them; an image gets one label from each
+    group, independently of the other groups. `make_id` gets the split and 64 random hexadecimal digits. `draw` gets a path,
+    an image and its side, writes the file and returns what `tables` needs to know about it. `tables` returns the contents of
+    the label files, keyed by file name; `label_table` is the name of the file that the competition scores.
     """
 
     groups: tuple[dict[str, float], ...]
@@ -58,7 +59,7 @@ class _Layout:
     draw: Callable[[Path, Planned, int], Any]
     tables: Callable[[Written], dict[str, Any]]
     label_table: str
-    side: int | None = None  # of all images, pixels; None: free
+    side: int | None = None  # fixed side of all images, pixels; None: any side
 
 
 def write_challenge(
@@ -73,20 +74,21 @@ def write_challenge(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` training images and `test_images` to FOLDER/SLUG, with the tables, and return that folder.
+    """Write `images` training phantoms and `test_images` test phantoms of a competition to FOLDER/SLUG; return this folder.
 
-    `name` is a competition of LAYOUTS. With a test set, the folder also has the sample submission, and the test set's labels
-    are written to the folder `truth`, in the format of the training labels. No patient is in both sets.
+    The folder also has the competition's tables. `name` is a competition of LAYOUTS. With a test set, a sample submission is
+    added, and the test set's labels are written to the folder `truth`, in the format of the training labels. No patient is
+    in both sets.
 
     vinbigdata: `train/*.dicom` with five of the 14 findings; three readers draw boxes that differ a little, and one misses
-    some; in the truth there is one opinion. rsna-pneumonia: `stage_2_train_images/*.dcm` with the published shares of the
-    classes, and the mapping to NIH's images. ranzcr-clip: `train/*.jpg` with tubes and lines; what a label says of a line is
-    where its tip lies. siim-acr: DICOM files with a pneumothorax in a quarter of the images, always of 1,024 pixels a side,
-    because the run lengths are of these pixels.
+    some; the ground truth has the true boxes. rsna-pneumonia: `stage_2_train_images/*.dcm` with the published shares of the
+    classes, and the mapping to NIH's images. ranzcr-clip: `train/*.jpg` with tubes and lines; the label of a line depends on
+    the position of its tip. siim-acr: DICOM files with a pneumothorax in a quarter of the images, always of 1024 x 1024
+    pixels, because the run lengths count these pixels.
 
-    `side` is the longer side in pixels (default: DEFAULT_SIDE); in RSNA's images both sides. For the other parameters and
-    errors see `write_phantoms`. Raises ValueError for an unknown name, another side than a layout's, or test images without
-    `truth`.
+    `side` is the longer side in pixels (default: DEFAULT_SIDE); RSNA's images are square. For the other parameters and
+    errors see `write_phantoms`. Raises ValueError for an unknown name, for a `side` that differs from the layout's fixed
+    side, or for test images without `truth`.
     """
     if name not in LAYOUTS:
         raise ValueError(f"unknown competition {name!r}; valid: {', '.join(LAYOUTS)}")
@@ -114,7 +116,7 @@ def write_challenge(
 
 def _plan(name: str, counts: dict[str, int], seed: int) -> list[Planned]:
     """Return the planned images of both splits, each ordered by image_id."""
-    layout, planned, patients = LAYOUTS[name], [], 20001  # larger than in phantoms of NIH's layout, which are other patients
+    layout, planned, patients = LAYOUTS[name], [], 20001  # above the numbers of NIH's phantoms, which are other patients
     for number, (split, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, 50, list(LAYOUTS).index(name), number])
         shown = [rng.permutation(apportion(count, group)) for group in layout.groups] if count else []
@@ -170,15 +172,16 @@ DRAWN = {
     "Cardiomegaly": "Cardiomegaly",
 }
 READERS = ("R8", "R9", "R10")
-JITTER, MISSED = 0.03, 0.3  # of a box's corners, as a share of its sides; share of the boxes that the last reader misses
+JITTER = 0.03  # standard deviation of a reader's corners, as a share of the box's sides
+MISSED = 0.3  # share of the boxes that the last reader misses
 
 
 def _draw_vinbigdata(path: Path, image: Planned, side: int) -> list[tuple[str, np.ndarray]]:
-    """Write the image; return its findings with their boxes: xmin, ymin, xmax, ymax in pixels."""
+    """Draw and write one image; return a list of (finding, box), with the box as xmin, ymin, xmax, ymax in pixels."""
     rng = np.random.default_rng(image.seed)
     patient, names = draw_patient(np.random.default_rng(image.patient_seed)), []
     opacities: tuple[Opacity, ...] = ()
-    for shown in image.shows or ("",):  # the heart is the last group, because other findings limit its size
+    for shown in image.shows or ("",):  # Cardiomegaly is in the last group, because other findings limit the heart's size
         patient, added = draw_finding(rng, DRAWN.get(shown, "No Finding"), patient)
         opacities += tuple(replace(opacity, boxed=True) for opacity in added)
         names += [shown] * len(added)
@@ -202,7 +205,7 @@ def _draw_vinbigdata(path: Path, image: Planned, side: int) -> list[tuple[str, n
 
 
 def _vinbigdata_tables(written: Written) -> dict[str, Any]:
-    """Return train.csv: of training images the boxes of three readers, of test images the true ones."""
+    """Return train.csv, keyed by its name: boxes by three readers for training images, true boxes for test images."""
     classes, rows = (*VINBIGDATA_FINDINGS, NO_FINDING), []
     for image, found in written:
         rng = np.random.default_rng([image.seed, 1])
@@ -229,9 +232,9 @@ SHOWN = {
 
 
 def _draw_rsna(path: Path, image: Planned, side: int) -> np.ndarray:
-    """Write the image; return the boxes of its opacities, (n, 4): x, y, width, height in pixels of the published size.
+    """Draw and write one image; return its boxes, (n, 4): x, y, width, height in pixels of the published 1024 x 1024 images.
 
-    The boxes are whole pixels of the file. Only images of the class Lung Opacity have boxes.
+    The corners of the boxes are at whole pixels of the file. Only images of the class Lung Opacity have boxes.
     """
     rng, (shown,) = np.random.default_rng(image.seed), image.shows
     patient = draw_patient(np.random.default_rng(image.patient_seed))
@@ -246,7 +249,7 @@ def _draw_rsna(path: Path, image: Planned, side: int) -> np.ndarray:
 
 
 def _rsna_tables(written: Written) -> dict[str, Any]:
-    """Return RSNA's two tables, with one row for each box as in the real set, and the mapping to NIH's images."""
+    """Return the label table, with one row per box as in the real set, the class table and the mapping to NIH's images."""
     rows = [
         (image.image_id, *(box if box is not None else (None,) * 4), int(box is not None), *image.shows)
         for image, boxes in written
@@ -262,7 +265,7 @@ def _rsna_tables(written: Written) -> dict[str, Any]:
     return {rsna.LABELS: table.drop(columns="class"), rsna.CLASSES: table[["patientId", "class"]], rsna.MAPPING: mapping}
 
 
-# Label -> points (u, v) of the line, from where it enters to its tip. The carina is at about v = -0.15.
+# Label -> points (u, v) of the line in thorax units, from its entry to its tip. The carina is at about v = -0.15.
 _AIRWAY, _GULLET, _VEIN = ((0, -1.6), (0, -1.0)), ((0.03, -1.6), (0.04, -0.4)), ((-1.3, -0.7), (-0.8, -0.95), (-0.35, -0.75))
 COURSES: dict[str, tuple[tuple[float, float], ...]] = {
     "ETT - Abnormal": (*_AIRWAY, (0, -0.2), (-0.22, 0.08)),
@@ -302,7 +305,7 @@ def _ranzcr_tables(written: Written) -> dict[str, Any]:
 
 
 def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
-    """Write the image; return the run lengths of its pneumothoraces, one or, in one of five images, two."""
+    """Draw and write one image; return the run lengths of its pneumothoraces: none, one or, in one of five images, two."""
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     sides = rng.permutation([-1, 1])[: 1 + int(rng.random() < 0.2)] if image.shows else ()
@@ -314,7 +317,7 @@ def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
 
 
 def _siim_acr_tables(written: Written) -> dict[str, Any]:
-    """Return the table of run lengths, with a row for each lesion, and the mapping to NIH's images."""
+    """Return the table of run lengths, with one row per lesion, and the mapping to NIH's images, keyed by file name."""
     rows = [(image.image_id, runs) for image, lesions in written for runs in lesions or [EMPTY]]
     mapping = [(image.image_id, f"{image.patient}_000.png") for image, _ in written]
     return {
@@ -334,7 +337,7 @@ def _siim_acr_path(image: Planned) -> str:
 
 
 def _evenly(share: float, *labels: str) -> dict[str, float]:
-    """Return a group of which the `share` of the images shows something, each of the `labels` equally often."""
+    """Return a group (see _Layout) in which `share` of the images have one of `labels`, each label equally often."""
     return {"": 1 - share, **dict.fromkeys(labels, share / len(labels))}
 
 

@@ -138,7 +138,7 @@ def plan_diagnoses(layout: str, images: int, seed: int) -> list[Planned]:
                 planned.append(plan_image(number=len(planned) + 1, follow_up=follow_up, seed=image_seed))
             remaining -= size
     # The near-duplicate and the damaged file are taken from the end of the first diagnosis, which has many patients with one
-    # image, so that the rarer diagnoses lose no images. The last image becomes a copy of the one before it.
+    # image, so that the rarer diagnoses lose no images. Its last image becomes a copy of the image before it.
     copy = diagnoses.count(diagnoses[0]) - 1
     planned[copy] = replace(
         planned[copy], is_copy=True, patient_seed=planned[copy - 1].patient_seed, seed=planned[copy - 1].seed

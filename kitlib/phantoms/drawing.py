@@ -191,7 +191,7 @@ def _fill(outline: np.ndarray, patient: Patient, exposure: Exposure) -> np.ndarr
 
 
 def _pleura(patient: Patient, pneumothorax: Pneumothorax) -> tuple[np.ndarray, np.ndarray]:
-    """Return the outlines of the space that a lung leaves and of the lung, each an array (points, 2) in thorax units."""
+    """Return the outlines of the whole pleural space and of the collapsed lung, arrays (points, 2) in thorax units."""
     chest = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))[max(0, pneumothorax.side)]
     return chest, chest + pneumothorax.collapse * ((0.2 * pneumothorax.side, 0.95) - chest)
 
@@ -295,9 +295,9 @@ def _bones(view: _View, rng: np.random.Generator) -> np.ndarray:
 
 
 def _bars(view: _View, canvas: np.ndarray, curves: np.ndarray, width: float, value: float) -> None:
-    """Draw long bones, as `_View.lines` draws curves, but with rims brighter than the middles.
+    """Draw long bones along curves (see `_View.lines`), brighter at their edges than in the middle.
 
-    The dense wall of a long bone is seen edge-on at its rims.
+    The dense wall of a long bone is seen edge-on at its edges.
     """
     view.lines(canvas, curves, width, value)
     view.lines(canvas, curves, 0.65 * width, 0.6 * value)
@@ -344,7 +344,7 @@ def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
 
 
 def _mirrored(points: np.ndarray, side: int) -> np.ndarray:
-    """Return points with u counted from the midline as an array (1, points, 2), on the side -1 (right) or 1 (left)."""
+    """Return `points`, whose u counts from the midline, on the side -1 (right) or 1 (left), as an array (1, points, 2)."""
     return (np.asarray(points) * (side, 1))[None]
 
 
@@ -355,7 +355,7 @@ def _ellipse(u: float, v: float, radius_u: float, radius_v: float) -> np.ndarray
 
 
 def _smooth(points: np.ndarray) -> np.ndarray:
-    """Return a curve (n, 2) from the first to the last of `points`, with the corners between cut thrice (Chaikin 1974)."""
+    """Return a smooth curve (n, 2) from the first to the last of `points`, by cutting corners three times (Chaikin 1974)."""
     for _ in range(3):
         start, end = points[:-1], points[1:]
         cut = np.stack([0.75 * start + 0.25 * end, 0.25 * start + 0.75 * end], axis=1).reshape(-1, 2)
@@ -364,7 +364,7 @@ def _smooth(points: np.ndarray) -> np.ndarray:
 
 
 def _rounded(points: list[tuple[float, float]] | np.ndarray) -> np.ndarray:
-    """Return a closed outline, an array (4 * points, 2), which is `points` with the corners cut twice (Chaikin 1974)."""
+    """Return the closed outline `points` with its corners cut twice (Chaikin 1974), as an array (4 * points, 2)."""
     points = np.asarray(points, dtype=float)
     for _ in range(2):
         following = np.roll(points, -1, axis=0)

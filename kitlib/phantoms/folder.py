@@ -95,11 +95,12 @@ def write_phantoms(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a set of phantoms to `folder`, unless it exists and was made with the same parameters and code; return `folder`.
+    """Write phantoms to `folder`, unless it already has phantoms made with the same parameters and code; return `folder`.
 
     `plan` returns the items to write. `write` gets a temporary folder and an item, and writes the item, possibly in another
     process. `finish` then gets the temporary folder, all items, and what `write` returned for them. `parameters` contains
-    `side` in pixels and, for most sets, `images`, the number of images. `least` is their smallest values, (images, side).
+    `side` in pixels and, for most sets, `images`, the number of images. `least` has their smallest valid values, (images,
+    side).
     The same parameters and code (the modules in `code` and the drawing modules) give the same bytes, for any number of
     `workers` (default: one per core, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name of the
     marker file next to the folder, by default `.NAME.json`. The folder appears only when it is complete; after an
@@ -109,7 +110,7 @@ def write_phantoms(
     """
     images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:
-        raise ValueError(f"expected at least {least[0]} images of {least[1]} pixels, got {images} of {side}")
+        raise ValueError(f"expected at least {least[0]} images of {least[1]} pixels, got {images} images of {side}")
     parameters = parameters | {"generator": hash_code(*code)}
     target = PhantomFolder(folder, folder.with_name(marker or f".{folder.name}.json"), tables)
     if target.is_made_with(parameters) and all(path.is_file() for path in other_files):

@@ -24,7 +24,7 @@ from kitlib.xrays.image_file import JSRT_BITS, JSRT_SIDE
 
 SCR_SIDE = 1024  # side of SCR's masks, pixels
 MASKED_SHARE = 566 / 662  # share of Shenzhen's images with a mask
-LATERAL_SHARE = 0.02  # share of Darwin's images, at least one, tagged as lateral; they are drawn frontal all the same
+LATERAL_SHARE = 0.02  # share of Darwin's images, at least one, tagged as lateral, but drawn as frontal images
 FIRST_DARWIN_ID = 965322
 
 
@@ -100,7 +100,7 @@ def write_lungs(
 
 
 def _plan(layout: str, images: int, seed: int) -> list[_Planned]:
-    """Return the planned images of a layout, ordered by class, because JSRT and the two tuberculosis sets number them so."""
+    """Return the planned images of a layout, ordered by class as in JSRT, Montgomery and Shenzhen."""
     rng = np.random.default_rng([seed, 40, list(LAYOUTS).index(layout)])
     shown = apportion(images, {name: share for name, (share, _) in LAYOUTS[layout].classes.items()})
     seeds = rng.integers(2**31, size=(images, 2))

@@ -47,7 +47,7 @@ def write_nih(
 
     The folder has `images_001/images/*.png` to `images_012/images/*.png` (`side` x `side` pixels, where the real images have
     1024; one in 200, and at least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for
-    test images, `BBox_List_2017.csv`. Patients have up to four images, all in the same one of the two lists. An image shows
+    test images, `BBox_List_2017.csv`. Patients have up to four images, all in the same list. An image shows
     one of `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur.
     `images` is at least 16 and `side` at least 32; for the other parameters and errors see `write_phantoms`.
     """

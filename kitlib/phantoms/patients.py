@@ -130,12 +130,12 @@ def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposur
 
 
 def draw_opacities(rng: np.random.Generator, study_class: str) -> tuple[Opacity, ...]:
-    """Return random opacities for a study class, following the definitions of the classes for reporting.
+    """Return random opacities for one of SIIM's study classes, following the published definitions for reporting.
 
-    negative: no opacities. typical: two or more of ground glass, peripheral and low, in both lungs. indeterminate: diffuse
-    and perihilar ones, in one lung or both. atypical: one sharp lobar consolidation, or two nodules in the upper zones, or a
-    pleural effusion, which has no box. Source: Litmanovich et al., Journal of Thoracic Imaging 2020. Raises ValueError for
-    an unknown class.
+    negative: no opacities. typical: peripheral ground-glass opacities low in both lungs, sometimes another one higher up.
+    indeterminate: diffuse perihilar opacities in one lung or both. atypical: one sharp lobar consolidation, or two nodules
+    in the upper zones, or a pleural effusion, which has no box. Source: Litmanovich et al., Journal of Thoracic Imaging
+    2020. Raises ValueError for an unknown class.
     """
     side = float(rng.choice([-1, 1]))
     if study_class == "negative":
@@ -168,7 +168,7 @@ DRAWN_FINDINGS = ("Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", 
 
 
 def draw_finding(rng: np.random.Generator, finding: str, patient: Patient) -> tuple[Patient, tuple[Opacity, ...]]:
-    """Return the patient, with a heart to fit the finding, and random opacities that show the finding.
+    """Return the patient, with the heart's size adapted to the finding, and random opacities that show the finding.
 
     `finding` is one of DRAWN_FINDINGS. Cardiomegaly is a heart larger than that of patients without it. Infiltration is
     ground glass in the middle zones, in both lungs in half of the images. Pneumonia is a half-dense, half-sharp patch low in

@@ -112,7 +112,7 @@ def apportion(count: int, shares: dict[str, float]) -> list[str]:
 
 
 def draw_patient_numbers(studies: int, rng: np.random.Generator) -> list[int]:
-    """Return the number of each study's patient, at random, ascending from 0.
+    """Return random patient numbers, one per study, ascending from 0; studies of one patient have the same number.
 
     Six patients in ten have one study, the others up to four.
     """

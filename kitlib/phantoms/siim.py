@@ -66,15 +66,15 @@ def write_competition(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write FOLDER/siim-covid19-detection and return it; write the test set's two label tables to the folder `truth`.
+    """Write phantoms of SIIM's competition to FOLDER/siim-covid19-detection and return this folder.
 
     The competition's folder contains only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
-    `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. `side` is the longer side of an image in
-    pixels. As in the real set, a near-duplicate image of a positive study has no box in the training table; it has boxes in
-    the test set's ground truth, because the hidden labels were corrected. `damaged_test_files` is the number of test images
-    that cannot be read completely; the tables keep their rows. The marker is FOLDER/.phantom.json. For the other parameters
-    and errors see `write_phantoms`. Raises ValueError if a split has fewer than four studies, if `side` is less than 32, or
-    if more than half of the test images are damaged.
+    `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. The test set's two label tables are written
+    to the folder `truth`. `side` is the longer side of an image in pixels. As in the real set, a near-duplicate image of a
+    positive study has no box in the training table; it has boxes in the test set's ground truth, because the hidden labels
+    were corrected. `damaged_test_files` is the number of test images that cannot be read completely; the tables keep their
+    rows. The marker is FOLDER/.phantom.json. For the other parameters and errors see `write_phantoms`. Raises ValueError if
+    a split has fewer than four studies, if `side` is less than 32, or if more than half of the test images are damaged.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(
