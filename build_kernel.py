@@ -33,7 +33,7 @@ def main(
         bool, typer.Option("--rehearse", help="run the built kernel offline, as Kaggle would")
     ] = False,
     docker: Annotated[
-        bool, typer.Option("--docker", help="rehearse in Kaggle's public image, with Docker, instead of the stand-in")
+        bool, typer.Option("--docker", help="rehearse with Docker in Kaggle's public image, not in a sandbox")
     ] = False,
     inputs: Annotated[Path | None, typer.Option(help="folder with one subfolder per input, named by its slug")] = None,
     truth: Annotated[
@@ -43,7 +43,7 @@ def main(
         float | None, typer.Option(min=1, help="seconds for the rehearsal; default: the kernel's limit")
     ] = None,
     allow_placeholders: Annotated[
-        bool, typer.Option("--allow-placeholders", help="accept a result for which models were dropped or failed")
+        bool, typer.Option("--allow-placeholders", help="accept a result although models were dropped or failed")
     ] = False,
     owner: Annotated[
         str | None, typer.Option(help="Kaggle user name; default: $KAGGLE_USERNAME, else the owner in the YAML file")
@@ -176,7 +176,7 @@ def _push_instructions(spec: KernelSpec, parts: dict[str, Path]) -> str:
     submit = "; to submit its result too, --push --submit" if spec.is_submission else ""
     lines = [f"To push the kernel with its datasets, add --push{submit}."]
     if spec.owner == "your-kaggle-name":
-        lines.insert(0, "Build it again with --owner and your Kaggle user name first; the file has only a stand-in.")
+        lines.insert(0, "Build it again with --owner and your Kaggle user name first; the YAML file has a placeholder.")
     if spec.kernel_sources:
         lines.append("These kernels must have run on Kaggle before: " + ", ".join(spec.sources(spec.kernel_sources)))
     lines.append("To push by hand (datasets first; `version -m NOTE` instead of `create` for an existing dataset):")

@@ -50,7 +50,7 @@ def write_publication(
             raise KernelError(f"two runs are called {run.name}; rename one of their folders")
         parts[run.name] = (run, metrics, bundles)
     if not parts:
-        raise KernelError("no run was given")
+        raise KernelError("no run was given; give the folder of at least one finished run")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         unfinished = Path(name) / folder.name

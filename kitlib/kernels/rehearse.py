@@ -54,7 +54,7 @@ LONGEST_START_S = 120.0  # upper limit for the time to start, even with a cold d
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The result of a rehearsal.
+    """The result of a rehearsal, which runs a built kernel on this machine as Kaggle would.
 
     `working` is the folder with the kernel's output, `log` has its printed lines and `executed` is its executed notebook.
     """

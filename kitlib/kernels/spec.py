@@ -158,7 +158,7 @@ class KernelSpec(Settings):
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
     def fused_run(self) -> Path | None:
-        """Return the folder of the run whose tuned fusion the kernel uses, or None if `fusion` is not in a run's folder."""
+        """Return the folder of the run that tuned the kernel's `fusion` settings; None if they are not in a run's folder."""
         run = (project_root() / self.fusion).parent if self.fusion else None
         return run if run and (run / RUN_RECORD).is_file() else None
 
@@ -176,7 +176,7 @@ class KernelSpec(Settings):
         return bundle
 
     def bundles(self) -> list[Path]:
-        """Return the bundle folders of the kernel's `runs`, in order and without duplicates.
+        """Return the bundle folders (trained models) of the kernel's `runs`, in order and without duplicates.
 
         Raises KernelError if an entry of `runs` has no bundle.
         """

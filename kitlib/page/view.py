@@ -62,7 +62,7 @@ class View:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """Findings of the models' boxes and of the annotated boxes in the study's prepared run, sorted; they set colours."""
+        """Findings of the models' boxes and of the boxes in the study's prepared run, sorted; they set the colours."""
         return tuple(sorted({*self.system.findings, *self.study.findings}))
 
     @property
@@ -222,7 +222,7 @@ class Viewer:
         return f'<table class="facts">{rows}</table><ul class="remarks">{points}</ul>'
 
     def summary(self, view: View) -> str:
-        """Return the text of the status line: the study, its number of images, the number of models and their time."""
+        """Return the text of the status line: the study, its number of images, the number of models, their time."""
         images, models = len(view.study.images), view.answer.models
         several = f" of {images} images" if images > 1 else ""
         count = "1 model" if len(models) == 1 else f"{len(models)} models"

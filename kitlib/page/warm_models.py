@@ -22,7 +22,7 @@ CACHED_HEATS = 16  # up to 4 MB each
 
 
 class WarmModels:
-    """Predicts studies with systems of models; loads each model at its first use, and caches predictions.
+    """Predicts studies; loads each model at its first use, keeps it loaded, and caches predictions.
 
     May be shared between threads; predictions run one at a time.
     """
@@ -71,7 +71,7 @@ class WarmModels:
         return mask, "" if mask is not None else f"The segmenter {segmenter.fault or 'finds no lungs'}."
 
     def heat(self, system: System, study: OpenedStudy, image: OpenedImage, class_name: str) -> tuple[str, np.ndarray]:
-        """Return a heat map of an image for the class `class_name`, preceded by the name of the model that it explains.
+        """Return two values: the name of the explained model, and its heat map of an image for the class `class_name`.
 
         The heat map has the size of the decoded copy (see kitlib.reports.heat_maps). The model is the first one that
         predicts both this study and this class. Raises ValueError if no model predicts the class, and ImportError if the
@@ -100,7 +100,7 @@ class WarmModels:
 
 
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
-    """Return the models of `system` that predict `study`, and a list of sentences that say which were trained on the study.
+    """Return the models of `system` that predict `study`, and remarks on which models were trained on the study.
 
     A model that was trained on the study is used only if all models of the study's prepared run were trained on it.
     """
@@ -123,7 +123,7 @@ def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringMod
 
 
 def _classes(model: AnsweringModel) -> tuple[str, ...]:
-    """Return the classes that the model predicts; `none` is one of a study model's classes if it predicts it."""
+    """Return the classes that the model predicts, with `none` (no finding) if a study model predicts this too."""
     if "classes" in model.answers:
         return model.classes
     return (*(STUDY_CLASSES if "study" in model.answers else ()), *(["none"] if "none" in model.answers else []))

@@ -175,7 +175,7 @@ def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
 
 
 def _line_with_halo(element: str, geometry: str, name: str, colour: str = "") -> list[str]:
-    """Return the SVG of a line in the style MARKS[name], on a wider dark line to be visible on white and black."""
+    """Return the SVG of a wide dark line and a line on it in the style MARKS[name], to be visible on white and black."""
     mark, drawn = (
         MARKS[name],
         'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke-linejoin="round"',

@@ -74,11 +74,11 @@ def write_challenge(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` training phantoms and `test_images` test phantoms of a competition to FOLDER/SLUG; return this folder.
+    """Write `images` training and `test_images` test X-rays, all synthetic, in a competition's layout; return their folder.
 
-    The folder also has the competition's tables. `name` is a competition of LAYOUTS. With a test set, a sample submission is
-    added, and the test set's labels are written to the folder `truth`, in the format of the training labels. No patient is
-    in both sets.
+    `name` is a competition of LAYOUTS. The folder, FOLDER/SLUG, also has the competition's tables. With a test set, it has
+    the sample submission, and the test set's labels are written to the folder `truth`, in the format of the training labels.
+    No patient is in both sets.
 
     vinbigdata: `train/*.dicom` with five of the 14 findings; three readers draw boxes that differ a little, and one misses
     some; the ground truth has the true boxes. rsna-pneumonia: `stage_2_train_images/*.dcm` with the published shares of the

@@ -46,7 +46,7 @@ FINDINGS = {
 
 @dataclass(frozen=True)
 class Planned:
-    """One planned image.
+    """One image of a data set of phantoms, before it is drawn.
 
     `number` counts images from 1, `patient` counts patients from 1 over all diagnoses, and `follow_up` counts a patient's
     images from 0.
@@ -84,7 +84,7 @@ def write_diagnoses(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` image files, one of them damaged, in the layout of a data set; return their folder, FOLDER/LAYOUT.
+    """Write `images` synthetic X-rays, one of them damaged, in the layout of a data set; return their folder, FOLDER/LAYOUT.
 
     `layout` is one of LAYOUTS. "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray" has
     `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose

@@ -31,7 +31,7 @@ Written = TypeVar("Written")
 
 @dataclass(frozen=True)
 class PhantomFolder:
-    """A folder of phantoms, and a marker: a JSON file that records the parameters that the phantoms were made with.
+    """A folder of phantoms (synthetic X-rays), and a marker: a JSON file that records how the phantoms were made.
 
     `folder` contains only files of the data set's layout; `marker` is outside of it. `tables` are the names of files in
     `folder` whose digest is recorded in the marker. The digest distinguishes phantoms from a real data set.
@@ -143,10 +143,10 @@ def choose_workers(images: int) -> int:
 
 
 def map_in_order(write: Callable[[Item], Written], items: Sequence[Item], workers: int, side: int) -> Iterator[Written]:
-    """Yield the result of `write` for each item, in the order of `items`, from `workers` processes or from this one.
+    """Yield the result of `write` for each item, in the order of `items`, computed in `workers` processes.
 
-    With several processes, `write` and the items are pickled. `side`, the images' longer side in pixels, sets how many items
-    a process gets at once.
+    If `workers` is at most 1, this process computes them. Otherwise `write` and the items are pickled. `side`, the images'
+    longer side in pixels, sets how many items a process gets at once.
     """
     if workers <= 1:
         yield from map(write, items)

@@ -51,7 +51,7 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Layout:
-    """One data set's layout.
+    """How the phantoms of one data set are planned and written.
 
     `classes` maps each class to its share of the images and a tuple of findings, one of which is chosen for each image.
     """
@@ -71,7 +71,7 @@ def write_lungs(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` images and their masks in the layout of a data set; return their folder, FOLDER/LAYOUT.
+    """Write `images` synthetic X-rays and their lung masks in the layout of a data set; return their folder, FOLDER/LAYOUT.
 
     `layout` is one of LAYOUTS. "jsrt" has `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and
     `scratch/fold1` and `fold2` with masks of heart, left and right lung as GIF files of 1024 x 1024 pixels. "montgomery" has

@@ -43,7 +43,7 @@ class _Planned:
 def write_nih(
     folder: str | Path, *, images: int, side: int, seed: int, workers: int | None = None, progress: bool = True
 ) -> Path:
-    """Write `images` images and the tables to FOLDER/nih-chest-xrays, and return that folder.
+    """Write `images` synthetic X-rays and NIH's tables to FOLDER/nih-chest-xrays, and return this folder.
 
     The folder has `images_001/images/*.png` to `images_012/images/*.png` (`side` x `side` pixels, where the real images have
     1024; one in 200, and at least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for

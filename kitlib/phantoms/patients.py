@@ -15,7 +15,7 @@ LUNG_ASPECT = 1.17  # width over height of the pair of lungs, the median of SIIM
 
 @dataclass(frozen=True)
 class Opacity:
-    """One opacity: an ellipse with a wavy rim. Centre (u, v) and radii are in thorax units."""
+    """One opacity: an ellipse with a wavy rim. Centre and radii are in thorax units; the lungs are within about -1..1."""
 
     u: float
     v: float
@@ -37,7 +37,7 @@ class Pneumothorax:
 
 @dataclass(frozen=True)
 class Tube:
-    """A catheter, tube or line along a smooth curve through `points`, an array (n, 2) of (u, v)."""
+    """A catheter, tube or line along a smoothed curve of `points`, an array (n, 2) of (u, v) in thorax units."""
 
     points: np.ndarray
     width: float  # thorax units
@@ -78,7 +78,7 @@ class Exposure:
 
 
 def draw_patient(rng: np.random.Generator) -> Patient:
-    """Return a random patient."""
+    """Return a patient with random anatomy."""
     return Patient(
         width=rng.uniform(0.92, 1.08),
         height=rng.uniform(0.9, 1.08),

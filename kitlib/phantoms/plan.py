@@ -16,7 +16,7 @@ DAMAGES = ("truncated", "garbage", "empty")
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One planned image. `oddity` is one of ODDITIES or empty, `damage` one of DAMAGES or empty."""
+    """One image of a PlannedStudy. `oddity` is one of ODDITIES or empty, `damage` is one of DAMAGES or empty."""
 
     image_id: str
     series_id: str
@@ -27,7 +27,7 @@ class PlannedImage:
 
 @dataclass(frozen=True)
 class PlannedStudy:
-    """One planned study of a patient."""
+    """One study of a phantom competition, before its images are drawn."""
 
     split: str  # "train" or "test"
     study_id: str
@@ -39,7 +39,7 @@ class PlannedStudy:
 
 
 def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[PlannedStudy]:
-    """Return the planned studies of a split, which is "train" or "test". No patient is in both splits.
+    """Return the studies to draw for a split of SIIM's competition, "train" or "test". No patient is in both splits.
 
     `damaged` is the number of images that cannot be read. Raises ValueError if it is more than half of the images.
     """
