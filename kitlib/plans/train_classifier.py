@@ -39,14 +39,14 @@ def train_classifier(
     source = Path(data) if Path(data).is_dir() else find_run(data, "notebook 10_prepare")
     if find_kind(source) == "prepared":
         if prepare:
-            raise RunError(f"{source} is prepared already, so `prepare` would be ignored; give the folder of the images")
+            raise RunError(f"{source} is already a prepared run; leave out `prepare`, or give the folder of the images")
         prepared = source.resolve()
     elif prepare:
         prepared = folder.with_name(f"{folder.name}_prepared")
         _run("10_prepare", prepared, {"dataset": "table", "competition": str(source.resolve()), **prepare})
     else:
         raise RunError(
-            f'{source} is not a prepared run; for own images, give `prepare`, such as {{"class_folders": True}} or '
+            f'{source} is not a prepared run; for your own images, give `prepare`, such as {{"class_folders": True}} or '
             '{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}'
         )
     chosen = sorted(set(read_prepared(prepared)["folds"]["fold"].tolist())) if folds is None else list(folds)
