@@ -249,7 +249,9 @@ def run(
     engine: Annotated[list[str] | None, typer.Argument(help="Arguments for Snakemake, after --.")] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value (NAME=: to empty); repeatable."),
+        typer.Option(
+            "--set", help="NAME=VALUE: set a variable of the plan to a YAML value, or NAME= to empty text; repeatable."
+        ),
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="The folder for the run folders (default: the plan's).")] = None,
     only: Annotated[

@@ -94,7 +94,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
-            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
+            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "nothing (no such folder)"
             raise BundleError(
                 f"{path} is missing; {folder} contains: {available}. Give the `bundle` folder of a finished run"
             )
@@ -107,8 +107,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     if "record_sha256" not in record and "weights_sha256" in record:
         raise BundleError(
-            f"{path} has no record_sha256: it was written by an older version of kitlib, which did not hash records; "
-            "train the model again"
+            f"{path} has no record_sha256: an older version of kitlib wrote it, which did not hash records; train the "
+            "model again"
         )
     _check_record(record, STATED | ADDED, str(path))
     if record["record_sha256"] != record_digest(record):
@@ -120,7 +120,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def record_digest(record: dict[str, Any]) -> str:
-    """Return the SHA-256 (hex) of a record without its `record_sha256`. The order of the keys does not matter."""
+    """Return the SHA-256 (hex) of a bundle's record without `record_sha256`. The order of the keys does not matter."""
     content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -165,7 +165,7 @@ def versions() -> dict[str, str]:
 def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], where: str) -> None:
     missing, unknown = [key for key in kinds if key not in record], [key for key in record if key not in kinds]
     if missing == ["precision"] and not unknown:
-        raise BundleError(f"{where}: the key precision is missing: an older kitlib wrote the file; train the model again")
+        raise BundleError(f"{where}: the key precision is missing: an older kitlib wrote it; train the model again")
     if missing or unknown:
         raise BundleError(
             f"{where}: missing keys {missing}, unknown keys {unknown}; read it with the kitlib version that wrote it "

@@ -64,8 +64,8 @@ def session_start() -> float | None:
 def session_deadline(hours: float) -> Deadline | None:
     """Return the deadline of the session, or None if there is no limit.
 
-    It is `hours` (0: no limit) after the session's start, or KIT_TIME_LIMIT_S (see `session_limit`) after it, if that is
-    earlier. Raises ValueError if `hours` is negative.
+    The deadline is `hours` (0: no limit) or KIT_TIME_LIMIT_S seconds after the session's start, whichever is earlier. Raises
+    ValueError if `hours` is negative.
     """
     if hours < 0:
         raise ValueError(f"invalid session length: {hours} hours; use a positive number, or 0 for no limit")

@@ -150,7 +150,7 @@ def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
 
     `trained` is a value of RECORDED, or "" if unknown. On a GPU, a model trained in float16 predicts in float16, in which
     its scores were measured. All other models predict in the GPU's own precision: bfloat16 or, on a GPU without
-    bfloat16, float16, which has a smaller range. KIT_PRECISION overrides both. On a CPU all models predict in float32.
+    bfloat16, float16, which has a smaller range. KIT_PRECISION overrides both rules. On a CPU all models predict in float32.
     """
     dtype = DTYPES.get(precision(device))
     if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):

@@ -202,7 +202,7 @@ def _mounted(root: Path) -> list[tuple[str, Path]]:
 
 
 def _find_attached_run(name: str) -> list[Path]:
-    """Return the folders of runs in inputs that `name` may refer to: inputs, or folders with one of the files RUN_MARKS."""
+    """Return the run folders in inputs that `name` may refer to: an input itself, or a folder with one of RUN_MARKS."""
     mounted = {folder for _, folder in _mounted(inputs_root())}
     for folders in _find_folders(name, inputs_root()):
         if runs := [path for path in folders if "/" in name or path in mounted or _holds_run(path)]:

@@ -275,7 +275,9 @@ def read_table(name: str, path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.is_file():
-        available = sorted(entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
+        available = (
+            sorted(file.name for file in path.parent.glob("*")) if path.parent.is_dir() else "nothing (no such folder)"
+        )
         raise TableError(f"{path} is missing (table {name}); {path.parent} contains: {available}")
     try:
         table = pd.read_parquet(path)

@@ -100,7 +100,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare_folder(run: PlannedRun) -> None:
-    """Make the run's folder ready: write the run's key into it, after removing what was made with another key.
+    """Write the run's key (hash of parameters and inputs) into the run's folder, after removing what has another key.
 
     A folder that was completed with another key is renamed; one that was only started with another key is deleted.
     """

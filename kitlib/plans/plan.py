@@ -60,7 +60,7 @@ class _PlanFile(Settings):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a plan. Except for paths, its fields are the same on every machine."""
+    """One run of a plan: what to execute, and with which resources. Except for paths, fields are equal on all machines."""
 
     name: str  # the step's name, followed by its values: study-0
     step: str
@@ -89,8 +89,8 @@ class PlannedRun:
     def state(self) -> str:
         """Return the run's state: "done", "new", "resumes" or "changed".
 
-        "resumes" means that the folder was started with the run's key, but not completed; "changed", that it was started or
-        completed with another key.
+        "resumes" means that the folder was started with the run's key (hash of parameters and inputs), but not completed;
+        "changed", that it was started or completed with another key.
         """
         if self.done_file.is_file():
             return "done"
@@ -98,7 +98,7 @@ class PlannedRun:
         return "new" if key is None else "resumes" if key == self.key else "changed"
 
     def read_key(self) -> str | None:
-        """Return the key with which the run's folder was started; None if the folder is missing or empty.
+        """Return the key (hash of parameters and inputs) in the run's folder, or None if the folder is missing or empty.
 
         Raises PlanError for a folder that no plan has made, because starting over would delete its files.
         """
@@ -117,7 +117,7 @@ class PlannedRun:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PlannedRun":
-        """Return the run whose `as_json` is `values`."""
+        """Return the run that `as_json` has turned into the dictionary `values`."""
         paths = {name: Path(values[name]) for name in ("folder", "result")}
         notebook = Path(values["notebook"]) if values["notebook"] else None
         lists = {name: tuple(values[name]) for name in ("command", "needs")}
@@ -234,7 +234,7 @@ def _make_plan_file(path: Path, values: dict[str, Any]) -> _PlanFile:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes`; where both have a mapping under the same key, the two mappings are merged too."""
+    """Return `base` updated with `changes`; if both have a mapping under the same key, the two mappings are merged too."""
     both = [key for key in base if isinstance(base[key], dict) and isinstance(changes.get(key), dict)]
     return base | changes | {key: _merge(base[key], changes[key]) for key in both}
 

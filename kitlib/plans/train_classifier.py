@@ -25,8 +25,8 @@ def train_classifier(
     """Train a classifier for the classes of a data set; return the folder of the training run, which `predict` accepts.
 
     `data` is the name or folder of a prepared run, or a folder of your own images. Your own images are first prepared by
-    notebook 10, in a new run called like `run` with `_prepared` added; `prepare` has the parameters of notebook 10, such as
-    `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
+    notebook 10, in a new run with the name `run` and the ending `_prepared`; `prepare` has the parameters of notebook 10,
+    such as `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
     docs/own_images.md). Notebook 25 then trains one model for each of `folds` (default: all folds of the prepared run) with
     the recipe called `recipe`, for `epochs` epochs (0: as in the recipe). `run` is the name of the new run, a folder below
     runs/, or an absolute path. `parameters` are further parameters of notebook 25.

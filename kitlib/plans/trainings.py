@@ -17,7 +17,7 @@ def count_trainings(run: PlannedRun) -> int:
 
 
 def starts_from_scratch(run: PlannedRun) -> bool:
-    """Return whether a run trains networks whose weights are all random at first."""
+    """Return whether a run trains networks that start with random weights only."""
     values = read_parameters(run.notebook) | run.parameters if run.notebook else {}
     if not count_trainings(run):
         return False

@@ -57,7 +57,7 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
     """Return the content of a run's metrics.json, which its notebook writes last. Raises RunError if the file is missing."""
     path = Path(run) / "metrics.json"
     if not path.is_file():
-        available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
+        available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "nothing (no such folder)"
         raise RunError(
             f"{path} is missing: the run is not finished (run its notebook again to continue), or this is not its folder; "
             f"{run} contains: {available}"
@@ -83,7 +83,8 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
     """Return the out-of-fold predictions in training runs: those of each model for the images in its held-out fold.
 
     A model's folds may come from several runs. The scores of image classifiers are added to `image_scores`. Raises RunError
-    if a run has no predictions, or detections without coverage, or if two runs have the same fold of the same model.
+    if a run has no predictions, or has detections but no table `coverage` of the predicted images, or if two runs have the
+    same fold of the same model.
     """
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
     run_of: dict[tuple[str | None, int], Path] = {}
