@@ -151,7 +151,7 @@ def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, 
     sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
     if np.isnan(sizes).any():
         unknown = boxes["image_id"].to_numpy()[np.isnan(sizes).any(axis=1)][0]
-        raise TableError(f"a box belongs to the image {unknown!r}, which is not in the `images` table, or has no size there")
+        raise TableError(f"a box belongs to {unknown!r}, which is not in the `images` table, or has no size there")
     low, high = boxes[["xmin", "ymin"]].to_numpy(float), boxes[["xmax", "ymax"]].to_numpy(float)
     cut = boxes.copy()
     cut[list(BOX)] = np.hstack([low.clip(min=0), np.minimum(high, sizes)])
