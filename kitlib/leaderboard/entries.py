@@ -155,7 +155,7 @@ def _read_entry(
             entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=data_fingerprint(**tables))
         else:
             if len(fingerprints) != 1:
-                raise LeaderboardError(f"its models were trained on {len(fingerprints)} different data sets instead of one")
+                raise LeaderboardError(f"its models were trained on {len(fingerprints)} sets of data instead of one")
             match = prepared.find(fingerprints[0], run)
             if match is None:
                 raise LeaderboardError(
