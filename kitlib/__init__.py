@@ -5,8 +5,8 @@ sub-packages called rooms, each named for its task. A room imports only from the
 scoring, competitions, phantoms, lungs, fusion, models, runs, inference, training, reports, kernels, plans, leaderboard, page
 (checked by `tests/test_rooms.py`).
 
-Five calls can be imported from kitlib itself: read_xray, predict, train_classifier, draw_boxes and score. Their modules are
-imported when they are first used, so that `import kitlib` stays fast.
+Five functions can be imported from kitlib itself: read_xray, predict, train_classifier, draw_boxes and score. The module of
+a function is imported when the function is first used, so that `import kitlib` stays fast.
 """
 
 import importlib
@@ -23,9 +23,9 @@ _CALLS = {
 
 
 def __getattr__(name: str) -> object:
-    """Import and return one of the five calls, such as `kitlib.predict`. Raises AttributeError for any other name."""
+    """Import and return one of kitlib's public functions, such as `predict`. Raises AttributeError for any other name."""
     if name not in _CALLS:
-        raise AttributeError(f"module 'kitlib' has no attribute {name!r}; its calls are: {', '.join(_CALLS)}")
+        raise AttributeError(f"module 'kitlib' has no attribute {name!r}; it has the functions {', '.join(_CALLS)}")
     module, attribute = _CALLS[name]
     return getattr(importlib.import_module(module), attribute)
 

@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 CompetitionName = Annotated[str, typer.Option(help="The competition's name; docs/competitions.md lists them.")]
 Folder = Annotated[Path, typer.Option(exists=True, file_okay=False)]
 File = Annotated[Path, typer.Option(exists=True, dir_okay=False)]
-# Without exists=True, because `validate` reports a missing submission as a fault, not as a wrong call.
+# Without exists=True, because `validate` reports a missing submission as a fault, not as a wrong option.
 Submission = Annotated[Path, typer.Option(help="The submission.csv to read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -38,11 +38,12 @@ def score(
     competition: CompetitionName = "siim-covid19",
     as_json: Json = False,
 ) -> None:
-    """Score SUBMISSION against TRUTH, which has the format of the training data, as the competition does.
+    """Score SUBMISSION against TRUTH with the competition's metric; print the score and its parts.
 
-    Prints the score and its parts, such as the average precision of each class. For siim-covid19, TRUTH is the folder with
-    train_study_level.csv and train_image_level.csv, and opacity_boxed is the average precision of opacity on only the images
-    that have boxes. A part that is undefined, such as a class without positives, is nan, or null with --json.
+    TRUTH has the format of the training data. For siim-covid19, it is the folder with train_study_level.csv and
+    train_image_level.csv; the parts are the average precision of each class, and opacity_boxed: the average precision of
+    opacity on only the images that have boxes. A score that is undefined, such as that of a class without positives, is nan,
+    or null with --json.
     """
     from kitlib.competitions.registry import find_competition
 
@@ -132,17 +133,17 @@ def phantom(
     ] = None,
     test_images: Annotated[int | None, typer.Option(help="Competitions only: number of test images (default: 100).")] = None,
     side: Annotated[
-        int | None, typer.Option(help="Side in pixels (default: 320; jsrt: always 2048, siim-acr: 1024).")
+        int | None, typer.Option(help="Side of the images in pixels (default: 320; jsrt: always 2048, siim-acr: 1024).")
     ] = None,
     seed: int = 0,
 ) -> None:
     """Write a data set of phantoms, that is, simulated X-rays, and print its folder.
 
-    The folder's name is that of the competition on Kaggle, nih-chest-xrays for nih, and the layout's own name for the data
-    sets of lung masks and of diagnoses.
+    The folder has the name of the competition on Kaggle. For nih it is nih-chest-xrays; for data sets of lung masks or of
+    diagnoses it is the layout's name.
     """
     if competition and layout is not Layout.SIIM:
-        raise typer.BadParameter("give either --competition or --layout")
+        raise typer.BadParameter("--competition and --layout cannot be used together; remove one")
     chosen = competition or str(layout)
     has_studies = chosen in ("siim", "siim-covid19")
     options: dict[str, Any] = {"truth": truth, "train_studies": train_studies, "test_studies": test_studies}
@@ -206,7 +207,7 @@ def export(
 ) -> None:
     """Write the boxes of RUN, a run of notebook 10, as OUT/annotations.json (coco) or OUT/labels (yolo), and print OUT.
 
-    Images that had to be left out because they cannot be decoded are listed on standard error.
+    With --images, images that cannot be decoded are left out and listed on standard error.
     """
     from kitlib.runs.export import export_run
 
@@ -248,7 +249,9 @@ def run(
     engine: Annotated[list[str] | None, typer.Argument(help="Arguments for Snakemake, after --.")] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE: set a variable of the plan to a YAML value, or to nothing; repeatable."),
+        typer.Option(
+            "--set", help="NAME=VALUE: set a variable of the plan to a YAML value, or NAME= to empty text; repeatable."
+        ),
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="The folder for the run folders (default: the plan's).")] = None,
     only: Annotated[
@@ -262,7 +265,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be done.")] = False,
     graph: Annotated[Path | None, typer.Option(help="Only draw the plan to this .png or .svg file.")] = None,
 ) -> None:
-    """Carry out PLAN: the runs of notebooks and commands that are not finished yet, on this machine or a cluster."""
+    """Execute the unfinished runs of PLAN, which are runs of notebooks and commands, on this machine or a cluster."""
     from rich.console import Console
 
     from kitlib.atomic import replacing
@@ -296,7 +299,7 @@ def run(
 
 @app.command(hidden=True)
 def run_planned(runs_file: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
-    """Carry out the run NAME of a plan; Snakemake calls this. RUNS_FILE is the plan's runs.json."""
+    """Execute the run NAME of a plan. Snakemake calls this command. RUNS_FILE is the plan's file runs.json."""
     from kitlib.plans.one_run import run_planned as work
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -332,12 +335,12 @@ def convert_weights(
 def publish(
     runs: Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="Folders of finished runs.")],
     out: Annotated[Path, typer.Option(help="New folder for the bundles, the card and the metadata.")],
-    title: Annotated[str, typer.Option(help="Title of the dataset, 6 to 50 characters; Kaggle makes the slug of it.")],
+    title: Annotated[str, typer.Option(help="Title of the dataset, 6 to 50 characters; Kaggle derives the slug from it.")],
     owner: Annotated[str, typer.Option(envvar="KAGGLE_USERNAME", help="Kaggle user name.")],
     licence: Annotated[str, typer.Option(help="Kaggle's name of a licence, such as CC-BY-NC-SA-4.0.")] = "other",
     description: Annotated[str, typer.Option(help="The first paragraph of the card.")] = "",
     should_push: Annotated[
-        bool, typer.Option("--push", help="Upload it, as a private dataset; needs an API token.")
+        bool, typer.Option("--push", help="Upload the dataset as private; requires an API token.")
     ] = False,
 ) -> None:
     """Write the models of RUNS as a Kaggle dataset with a card; with --push, also upload the dataset.
@@ -362,7 +365,7 @@ def publish(
 def kaggle_image(
     frozen: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="List that pip printed in a Kaggle session.")],
 ) -> None:
-    """Refresh kitlib/kernels/kaggle_image.txt, the packages of Kaggle's image, from FROZEN; print the differences.
+    """Rewrite kitlib/kernels/kaggle_image.txt, the list of packages in Kaggle's image, from FROZEN; print the differences.
 
     Also prints what has to be changed in requirements.txt. To make FROZEN, run `!pip list --format=freeze >
     /kaggle/working/freeze.txt` in a notebook on Kaggle and download its output.
@@ -411,16 +414,14 @@ def predict(
         list[str], typer.Argument(help="Image files (DICOM, PNG, JPEG), folders of them, and tables (CSV) that list them.")
     ],
     runs: Annotated[
-        str, typer.Option(help="The run that predicts, such as runs/demo/fuse, or a folder with one fusion in it.")
+        str, typer.Option(help="The run whose models predict, such as runs/demo/fuse, or a folder with only one fusion.")
     ],
     out: Annotated[Path, typer.Option(help="The CSV file to write.")] = Path("predictions.csv"),
     pictures: Annotated[
         Path | None, typer.Option(file_okay=False, help="Also write each image with its boxes to this folder, as PNG.")
     ] = None,
-    file_column: Annotated[str, typer.Option(help="The column of a table with the files.")] = "file",
-    study_column: Annotated[
-        str, typer.Option(help="The column of a table with the study ids, if there is one.")
-    ] = "study_id",
+    file_column: Annotated[str, typer.Option(help="The column with the file paths, if FILES includes tables.")] = "file",
+    study_column: Annotated[str, typer.Option(help="The column with the study ids, in tables that have one.")] = "study_id",
     workers: Annotated[int, typer.Option(min=0, help="Number of decoding processes; 0: one per core.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -451,7 +452,7 @@ def predict(
         rows = [{**row, **({"boxes": json.loads(row["boxes"] or "null")} if "boxes" in row else {})} for row in rows]
         typer.echo(json.dumps({"system": system.name, "predicted": answered, "files": total, "rows": rows}))
     else:
-        more = f"; {total - answered} not, such as {first_error}" if answered < total else ""
+        more = f"; {total - answered} failed, the first: {first_error}" if answered < total else ""
         typer.echo(f"{out}: {answered} of {total} files predicted by {system.name}{more}")
     if not answered:
         raise typer.Exit(1)

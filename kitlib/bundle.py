@@ -44,11 +44,11 @@ ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str
 
 
 def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """Write a bundle: first the weights, then the record. An interrupted write leaves no readable bundle.
+    """Write a trained model to `folder` as a bundle: first weights.safetensors, then the record, model.json.
 
-    The SHA-256 of the weights is added to the record. `record` must have exactly the keys of `STATED`, with values of JSON
-    types (tuples are written as lists). Tensors may be on any device and may be tied: a tensor that appears under several
-    names is stored once, and the other names are listed in `tied`.
+    An interrupted write leaves no readable bundle. The SHA-256 of the weights is added to the record. `record` must have
+    exactly the keys of `STATED`, with values of JSON types (tuples are written as lists). Tensors may be on any device and
+    may be tied: a tensor that appears under several names is stored once, and the other names are listed in `tied`.
     """
     folder = Path(folder)
     record = {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
@@ -94,7 +94,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     for path in (folder / RECORD, folder / WEIGHTS):
         if not path.is_file():
-            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "no such folder"
+            available = sorted(entry.name for entry in folder.glob("*")) if folder.is_dir() else "nothing (no such folder)"
             raise BundleError(
                 f"{path} is missing; {folder} contains: {available}. Give the `bundle` folder of a finished run"
             )
@@ -107,7 +107,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     if "record_sha256" not in record and "weights_sha256" in record:
         raise BundleError(
-            f"{path} has no record_sha256: an older version of kitlib wrote it, which did not protect records; train the "
+            f"{path} has no record_sha256: an older version of kitlib wrote it, which did not hash records; train the "
             "model again"
         )
     _check_record(record, STATED | ADDED, str(path))
@@ -120,7 +120,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def record_digest(record: dict[str, Any]) -> str:
-    """Return the SHA-256 (hex) of a record without its `record_sha256`. The order of the keys does not matter."""
+    """Return the SHA-256 (hex) of a bundle's record without `record_sha256`. The order of the keys does not matter."""
     content = json.loads(json.dumps({key: value for key, value in record.items() if key != "record_sha256"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -140,10 +140,10 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def data_fingerprint(**tables: pd.DataFrame) -> str:
-    """Return the SHA-256 (hex) of training data: ids, labels, boxes and folds, in any order of rows and columns.
+    """Return the SHA-256 (hex) of tables of training data. The order of rows and columns does not matter.
 
-    Pass each table as a keyword argument with the table's name in `kitlib.tables`. Only the id columns of the table `images`
-    are used, because paths, sizes and views may differ between machines.
+    Pass each table as a keyword argument with the table's name in `kitlib.tables`, such as `labels`. Of the table `images`,
+    only image_id, study_id and patient_id are used, because other columns, such as `path`, may differ between machines.
     """
     digest = hashlib.sha256()
     for name in sorted(tables):
@@ -151,7 +151,7 @@ def data_fingerprint(**tables: pd.DataFrame) -> str:
         if name in OPEN:
             columns = sorted(tables[name].columns)
         if "finding" in columns and set(tables[name].get("finding", ())) <= {ONE_FINDING}:
-            columns.remove("finding")  # so that models trained before boxes had a finding still belong to their data
+            columns.remove("finding")  # so that fingerprints of older models, whose boxes had no finding, still match
         rows = tables[name][columns].sort_values(columns).to_csv(index=False, float_format="%.6f", lineterminator="\n")
         digest.update(f"{name}\n{rows}".encode())
     return digest.hexdigest()
@@ -179,7 +179,7 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return two dicts: the distinct tensors by their first names, and a map from all other names to first names."""
+    """Return the distinct tensors, keyed by their first names, and a dict from every other name to the first name."""
     stored, tied = {}, {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():

@@ -82,8 +82,8 @@ VINBIGDATA_FINDINGS = (
 )
 NO_FINDING = "No finding"
 
-# RANZCR CLiP: the labels in the order of the columns. Several lines in an image can have different labels, so that no group
-# of labels excludes each other.
+# RANZCR CLiP: the labels in the order of the columns. An image can show several tubes and catheters with different labels,
+# so the labels do not exclude each other.
 RANZCR_LABELS = (
     "ETT - Abnormal",
     "ETT - Borderline",
@@ -123,7 +123,7 @@ CLASS_SCHEMES: dict[str, dict[str, str]] = {
 
 
 def scheme_classes(scheme: str) -> tuple[str, ...]:
-    """Return the class names of `scheme`, in order. Raises ValueError if `scheme` is not a key of CLASS_SCHEMES."""
+    """Return the ordered classes of a scheme that maps diagnoses to classes. Raises ValueError for an unknown scheme."""
     if scheme not in CLASS_SCHEMES:
         raise ValueError(f"unknown class scheme {scheme!r}; available: {', '.join(CLASS_SCHEMES)}")
     return tuple(dict.fromkeys(CLASS_SCHEMES[scheme].values()))

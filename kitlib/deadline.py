@@ -52,7 +52,7 @@ class Deadline:
 
 
 def session_limit(seconds: float) -> float:
-    """Return `seconds`, or the environment variable KIT_TIME_LIMIT_S if it is lower; a rehearsal sets it."""
+    """Return `seconds` or, if lower, the environment variable KIT_TIME_LIMIT_S, which a kernel's rehearsal sets."""
     return min(seconds, float(os.environ.get("KIT_TIME_LIMIT_S", seconds)))
 
 
@@ -62,7 +62,11 @@ def session_start() -> float | None:
 
 
 def session_deadline(hours: float) -> Deadline | None:
-    """Return the deadline of a session, `hours` after its start, or None if `hours` is 0, which means no limit."""
+    """Return the deadline of the session, or None if there is no limit.
+
+    The deadline is `hours` (0: no limit) or KIT_TIME_LIMIT_S seconds after the session's start, whichever is earlier. Raises
+    ValueError if `hours` is negative.
+    """
     if hours < 0:
         raise ValueError(f"invalid session length: {hours} hours; use a positive number, or 0 for no limit")
     limit = session_limit(hours * 3600 or math.inf)
@@ -81,5 +85,5 @@ class SessionOver(RuntimeError):
 
 
 def epoch_fits(deadline: Deadline | None, seconds: list[float]) -> bool:
-    """Return True if 1.5 times the longest epoch so far fits before the deadline; `seconds` has the time of each epoch."""
+    """Return whether enough time remains for an epoch: 1.5 times the longest of `seconds`, the durations of past epochs."""
     return deadline is None or deadline.left() > 1.5 * max(seconds, default=0.0)

@@ -29,11 +29,11 @@ BACKENDS = ("gloo", "nccl")
 
 
 def pick_device() -> torch.device:
-    """Return a GPU if this build of torch can compute on it, otherwise the CPU; a warning in the log says why.
+    """Return a GPU if this build of torch can compute on it, otherwise the CPU.
 
-    The GPU is the first one, or, if several processes train one model together, the one that belongs to this process.
-    `torch.cuda.is_available()` is not enough: for a P100 it returns True even if the build lacks its architecture, and the
-    first operation fails.
+    If there is a GPU that cannot be used, a warning in the log says why. The GPU is the first one, or, if several processes
+    train one model together, the one that belongs to this process. `torch.cuda.is_available()` is not enough: for a P100 it
+    returns True even if the build lacks its architecture, and the first operation fails.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -63,7 +63,7 @@ def _own_gpu() -> torch.device:
 
 
 def visible_gpus() -> list[str]:
-    """Return the values of CUDA_VISIBLE_DEVICES that each select one of this process's GPUs; [""] if there is none."""
+    """Return, for each GPU of this process, the value of CUDA_VISIBLE_DEVICES that selects only it; [""] without a GPU."""
     count = torch.cuda.device_count()
     every = ",".join(map(str, range(count)))
     return os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")[:count] or [""]
@@ -78,8 +78,8 @@ def gpu_of(process: int) -> torch.device:
 def process_group_backend() -> str:
     """Return the backend for exchanging gradients between processes: "gloo", "nccl", or "" for torch's default.
 
-    It is the value of the environment variable KIT_BACKEND. With "gloo" there may be more processes than GPUs. Raises
-    ValueError for any other value.
+    The environment variable KIT_BACKEND selects it. With "gloo" there may be more processes than GPUs. Raises ValueError if
+    KIT_BACKEND has any other value.
     """
     chosen = os.environ.get(BACKEND, "")
     if chosen not in ("", *BACKENDS):
@@ -120,8 +120,8 @@ def precision(device: torch.device) -> Precision:
     """Return Lightning's name of the fastest safe precision: "bf16-mixed", "16-mixed", or on the CPU "32-true".
 
     GPUs that only emulate bf16, such as the T4, get "16-mixed". On a GPU, the environment variable KIT_PRECISION overrides
-    the choice; inside of `computing_in`, its argument does. Raises ValueError, even for a CPU, if KIT_PRECISION is not one
-    of PRECISIONS.
+    this choice. Inside a `computing_in` block, the block's precision overrides everything. Raises ValueError, even for a
+    CPU, if KIT_PRECISION is not one of PRECISIONS.
     """
     chosen = os.environ.get(PRECISION, "")
     if chosen and chosen not in PRECISIONS:
@@ -137,7 +137,7 @@ def precision(device: torch.device) -> Precision:
 
 @contextmanager
 def computing_in(precision: Precision) -> Iterator[None]:
-    """Compute in this thread, on any device, as on a GPU whose own precision is `precision`: shows its rounding on a CPU."""
+    """Make this thread compute in `precision` inside the block, on any device, so that a CPU rounds as a GPU does."""
     token = _chosen_precision.set(precision)
     try:
         yield
@@ -146,11 +146,11 @@ def computing_in(precision: Precision) -> Iterator[None]:
 
 
 def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
-    """Return the autocast context for predictions of a model trained in `trained`, a value of RECORDED, "" if unknown.
+    """Return the autocast context in which a model predicts; `trained` is the precision in which it was trained.
 
-    On a GPU a classifier or segmenter trained in float16 predicts in float16, in which its scores were measured. Any other
-    predicts in the GPU's own precision, so one trained in bfloat16, whose range is larger than float16's, does so in float16
-    only on a GPU without bfloat16. KIT_PRECISION overrides both. On a CPU all models predict in float32.
+    `trained` is a value of RECORDED, or "" if unknown. On a GPU, a model trained in float16 predicts in float16, in which
+    its scores were measured. All other models predict in the GPU's own precision: bfloat16 or, on a GPU without
+    bfloat16, float16, which has a smaller range. KIT_PRECISION overrides both rules. On a CPU all models predict in float32.
     """
     dtype = DTYPES.get(precision(device))
     if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):
@@ -159,9 +159,9 @@ def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
 
 
 def finite_or_float32(compute: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, bool]:
-    """Return what `compute` returns, computed again in float32 if autocast has made a number infinite or NaN.
+    """Return the result of `compute`, repeated in float32 if autocast made it infinite or NaN; and whether it was repeated.
 
-    float16 ends at 65,504. The second value is True if it was computed again.
+    Numbers above 65,504 are infinite in float16.
     """
     result = compute()
     if not torch.is_autocast_enabled(device.type) or result.isfinite().all():

@@ -31,7 +31,7 @@ class TableError(KitError, ValueError):
 
 
 class BundleError(KitError, ValueError):
-    """Raised when a bundle or a weights file is missing, damaged, or does not match its record."""
+    """Raised when a bundle (a trained model's folder) or weights file is missing, damaged, or does not match its record."""
 
 
 class UnreadableXray(KitError):
@@ -66,7 +66,7 @@ class SubmissionError(KitError, ValueError):
 
 
 class FusionError(KitError, ValueError):
-    """Raised when predictions do not fit together or cannot be learned from, for example if they are not out-of-fold."""
+    """Raised when predictions cannot be fused or stacked, for example because they are not out of fold."""
 
 
 class TrainingError(KitError, RuntimeError):

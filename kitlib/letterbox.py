@@ -55,8 +55,8 @@ class Placement:
         """Draw `pixels` on a new canvas and return the canvas (uint8).
 
         `pixels` is a uint8 copy of the original; it may be smaller than `rows` x `columns`, because the cache of decoded
-        X-rays stores reduced copies. `fill` is the grey level of the padding. Pixels are resized by area, or linearly if
-        the image grows; or, with `bicubic`, by Pillow's bicubic filter.
+        X-rays stores reduced copies. `fill` is the grey level of the padding. Images are reduced by area averaging
+        and enlarged by linear interpolation; with `bicubic`, Pillow's bicubic filter does both.
         """
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame
@@ -77,9 +77,9 @@ class Placement:
         return canvas
 
     def back(self, canvas: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Return the canvas (uint8) mapped back to an image of `rows` x `columns`, a copy of the original at any size.
+        """Map a canvas (uint8) back to the whole image and return it, resized to `rows` x `columns` pixels.
 
-        This is the inverse of `image`, with linear interpolation. Pixels outside the canvas are 0.
+        This is the inverse of `image`, with linear interpolation. Pixels that the canvas does not show are 0.
         """
         x, y = self.scale[:2] * [self.columns / columns, self.rows / rows]
         # OpenCV places the centre of the first pixel at 0; here its left edge is at 0.
@@ -108,7 +108,7 @@ class Placement:
 
 
 def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Place the whole image centred and padded, with its aspect ratio. `size` is the canvas's side or (rows, columns)."""
+    """Return a Placement of the whole image: centred, padded, aspect ratio kept. `size`: canvas side or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     scale = min(canvas_rows / rows, canvas_columns / columns)
@@ -119,14 +119,14 @@ def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Place
 
 
 def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Stretch the image to fill the canvas, ignoring its aspect ratio. `size` is the canvas's side or (rows, columns)."""
+    """Return a Placement that stretches the image to fill the canvas. `size` is the canvas's side or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     return Placement(rows, columns, canvas_rows, canvas_columns, canvas_rows, canvas_columns, 0, 0)
 
 
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Place the image with its aspect ratio, the shorter side at 256/224 of the canvas, and crop the edges.
+    """Return a Placement that resizes the shorter side to 256/224 of the canvas, keeps the aspect ratio and crops the edges.
 
     From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side or (rows, columns).
     """
@@ -143,7 +143,7 @@ PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "cen
 
 
 def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
-    """Return the placement of one part of an image: `place` is applied to the part inside `frame`.
+    """Return a Placement that draws only the part of an image inside `frame`; `place` is applied to that part.
 
     `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the frame is cut from a reduced copy, the cut is
     exact only where the frame's edges are edges of the copy's pixels. Raises ValueError if the frame has no area or extends
@@ -151,7 +151,7 @@ def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int |
     """
     xmin, ymin, xmax, ymax = map(float, frame)
     if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
-        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} does not lie in an image of {rows} x {columns} pixels")
+        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} has no area, or exceeds the image of {rows} x {columns} pixels")
     return replace(place(ymax - ymin, xmax - xmin, size), rows=rows, columns=columns, frame=(xmin, ymin, xmax, ymax))
 
 
@@ -171,4 +171,4 @@ def flip_boxes(boxes: np.ndarray, columns: int) -> np.ndarray:
 
 def _check_size(rows: float, columns: float) -> None:
     if rows < 1 or columns < 1:
-        raise ValueError(f"an image of {rows} x {columns} pixels cannot be drawn on a canvas; read its size first")
+        raise ValueError(f"an image of {rows} x {columns} pixels cannot be drawn; read its size from the file first")

@@ -1,7 +1,7 @@
 """Run one notebook through papermill, and report success only if every check agrees.
 
-Papermill alone is not enough: it injects an unknown parameter with only a log line, and `sys.exit(0)` in a cell or a killed
-kernel leaves a notebook that looks finished.
+Papermill alone is not enough: it accepts an unknown parameter with only a line in the log, and `sys.exit(0)` in a cell or a
+killed kernel leaves a notebook that looks finished.
 """
 
 import json
@@ -45,9 +45,9 @@ def run_notebook(
 
     `result` is the file that the notebook's last cell writes. It is removed before the run if it exists, and the run counts
     as failed if it is not written. `on_cell(done, total)` is called when a cell starts, `on_epoch` with each line that a
-    training logs about its epochs. `threads` limits the CPU threads of the notebook's libraries, `variables` are added to
-    the environment of the notebook, which is killed after `time_limit_s` seconds. Raises SettingsError for an unknown
-    parameter or a value of a wrong type, NotebookError for every other failure.
+    training logs about its epochs. `threads` limits the CPU threads of the notebook's libraries. `variables` are added to
+    the notebook's environment. The notebook is killed after `time_limit_s` seconds. Raises SettingsError for an unknown
+    parameter or a value of a wrong type, and NotebookError for every other failure.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)
@@ -94,7 +94,7 @@ def _execute(
     except subprocess.TimeoutExpired as expired:
         return -1, f"stopped at its time limit of {expired.timeout / 60:g} minutes"
     finally:
-        # Also if this process is told to exit: the notebook's kernel would keep running.
+        # Also when this process is told to exit, because the notebook's kernel would keep running.
         kill_family(process.pid)
         process.wait()
         reader.join()
@@ -134,10 +134,10 @@ def first_problem(executed: Path) -> str:
         if errors:
             return f"cell {number} raised {errors[0]['ename']}: {errors[0]['evalue']}"
         if cell["cell_type"] == "code" and status != "completed":
-            return f"cell {number} is {status}"
+            return f"cell {number} did not complete (status: {status})"
     return ""
 
 
 def log_tail(log: Path, lines: int = 15) -> str:
-    """Return the last `lines` lines of a log, each marked as a quotation."""
+    """Return the last `lines` lines of a log file as one text, with "  | " before each line."""
     return "\n".join("  | " + line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])

@@ -1,4 +1,4 @@
-"""Parameters of notebooks: reads a notebook's `parameters` cell, and checks names and types of the values given for it."""
+"""Parameters of notebooks: reads the defaults in a notebook's `parameters` cell, and checks names and types of values."""
 
 import ast
 import difflib
@@ -23,7 +23,7 @@ INJECTED = "# Parameters"  # first line of the cell in which papermill, or the b
 
 
 def read_parameters(notebook: str | Path) -> dict[str, Any]:
-    """Return the parameters of a notebook with their defaults, in the order of its cell tagged `parameters`.
+    """Return a notebook's parameters and their defaults, in the order of the cell tagged `parameters`.
 
     A notebook without such a cell has no parameters. Raises NotebookError if the file is missing or is not a notebook, or if
     a default is not a literal such as 1, "text" or [1, 2].
@@ -42,9 +42,9 @@ def read_parameters(notebook: str | Path) -> dict[str, Any]:
 def check_parameters(notebook: str | Path, parameters: Mapping[str, Any], as_option: bool = False) -> None:
     """Raise SettingsError unless the notebook has all of `parameters`, and each has the type of its default.
 
-    The message lists the notebook's parameters, the closest one first, or gives a valid value, as YAML or `as_option` of the
-    papermill command. An int is valid for a float. Any value is valid if the default is None, and a list of any
-    values if the default is an empty list.
+    For an unknown name, the message lists the notebook's parameters, the most similar name first. For a wrong type, it gives
+    a valid value as YAML or, with `as_option`, as an option of the papermill command. An int is valid for a float. Any value
+    is valid if the default is None, and a list of any values if the default is an empty list.
     """
     defaults, name_of_notebook = read_parameters(notebook), Path(notebook).name
     for name in parameters:
@@ -58,15 +58,15 @@ def check_parameters(notebook: str | Path, parameters: Mapping[str, Any], as_opt
             # JSON, because its strings need no escaping in a shell.
             valid = f"{{{name}: {json.dumps(_closest_valid(value, kind, defaults[name]))}}}"
             advice = f"give -y {shlex.quote(valid)}" if as_option else f"write {valid}"
-            raise SettingsError(f"{name_of_notebook}: {name} wants {describe(kind)}, got {value!r}: {advice}")
+            raise SettingsError(f"{name_of_notebook}: {name} must be {describe(kind)}, got {value!r}: {advice}")
 
 
 def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
-    """Check a running notebook's parameters, and let it show kitlib's log and uncut tables. Each notebook calls this first.
+    """Check a running notebook's parameters, and make it show kitlib's log and full tables. Each notebook calls this first.
 
-    `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. Their types are checked
-    whether they were set by papermill, in a Kaggle kernel or by hand. Unknown names are found in injected cells. Raises
-    SettingsError as `check_parameters` does.
+    `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. Types are
+    checked whether papermill, the build of a Kaggle kernel or a person has set the values. Unknown names are found only in
+    cells that papermill or the build has inserted. Raises SettingsError as `check_parameters` does.
     """
     notebook = project_root() / "notebooks" / f"{name}.ipynb"
     # IPython keeps the source of all executed cells in `In`.
@@ -93,7 +93,7 @@ def _assignments(source: str) -> dict[str, ast.expr]:
 
 
 def _kind(default: Any) -> Any:
-    """Return the annotation, as in kitlib.settings, of the values that can replace a default."""
+    """Return the type annotation that a value must match to replace `default`; see kitlib.settings."""
     if isinstance(default, list | tuple):
         kinds = {type(item) for item in default}
         return tuple[kinds.pop() if len(kinds) == 1 else Any, ...]  # type: ignore[misc]
@@ -109,7 +109,7 @@ def _is_valid(value: Any, kind: Any) -> bool:
 
 
 def _closest_valid(value: Any, kind: Any, default: Any) -> Any:
-    """Return what was probably meant by an invalid value: the value that its text describes, a list of it, or its text."""
+    """Return a valid value like the invalid `value`: parsed as YAML, put in a list, or as text; else `default`."""
     candidates: Iterable[Any] = [[value], str(value)]
     if isinstance(value, str):
         with suppress(SettingsError):

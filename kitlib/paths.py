@@ -17,7 +17,7 @@ RUN_MARKS = (RUN_RECORD, "metrics.json", "bundle", "model.json")  # a folder of 
 
 
 def kaggle_root() -> Path:
-    """Return /kaggle, or the folder in KIT_KAGGLE_ROOT, a variable that a rehearsal sets if it cannot create /kaggle."""
+    """Return /kaggle, or the environment variable KIT_KAGGLE_ROOT, which a rehearsal sets if it cannot create /kaggle."""
     return Path(os.environ.get("KIT_KAGGLE_ROOT", "/kaggle"))
 
 
@@ -27,7 +27,7 @@ def on_kaggle() -> bool:
 
 
 def is_saved_version() -> bool:
-    """Return True in a version of a kernel that Kaggle saves and runs, False in the rerun of it that is scored.
+    """Return True while Kaggle runs a kernel to save a version of it, False in the rerun of that version that is scored.
 
     Also returns False in a rehearsal, which runs as a rerun, and outside Kaggle.
     """
@@ -62,14 +62,14 @@ def run_path(name: str | Path) -> Path:
 def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> Path:
     """Return the folder of the existing run `name`, in `runs_root()` or in an attached input.
 
-    `made_by` is the notebook that makes such runs, for messages. Raises RunNotFound if the run does not exist, or
+    `made_by` is the notebook that makes such runs, for the error message. Raises RunNotFound if the run does not exist, or
     if several inputs have a run of this name.
     """
     found = [run_path(name)] if run_path(name).is_dir() else _find_attached_run(str(name))
     if len(found) > 1:
         listing = "\n  ".join(map(str, found))
         raise RunNotFound(
-            f"{len(found)} inputs have a run {str(name)!r}; give KERNEL/{name}, or the path of one:\n  {listing}"
+            f"{len(found)} inputs have a run {str(name)!r}; give KERNEL/{name}, or one of these paths:\n  {listing}"
         )
     if not found:
         # Only a few levels are searched, because data sets and decoded copies have many thousand folders.
@@ -83,7 +83,7 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
         names = [*names[:50], f"and {len(names) - 50} more"] if len(names) > 50 else names
         listing = "\n  ".join(names) or f"none below {runs_root()} or {inputs_root()}"
         raise RunNotFound(f"no run {str(name)!r}; run {made_by} first, or correct the name. Runs:\n  {listing}")
-    logger.info("reads the run %s", found[0])
+    logger.info("reading the run %s", found[0])
     return found[0]
 
 
@@ -91,9 +91,9 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """Return the folder of the input `slug` below `root` (default: `inputs_root()`), in any of Kaggle's mount layouts.
 
     `slug` is the path of an existing folder, which must contain a `/`; or SLUG or OWNER/SLUG of an input; or a folder in an
-    input, such as SLUG/FOLDER. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG,
-    ROOT/datasets/OWNER/SLUG, ROOT/datasets/organizations/OWNER/SLUG, ROOT/models/OWNER/SLUG or ROOT/notebooks/OWNER/SLUG. If
-    no input has this name, folders directly inside inputs are searched too, such as a run in a kernel's output. Phantoms are
+    input, such as SLUG/FOLDER. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG, ROOT/datasets/OWNER/SLUG,
+    ROOT/datasets/organizations/OWNER/SLUG, ROOT/models/OWNER/SLUG or ROOT/notebooks/OWNER/SLUG. If no input has this name,
+    folders directly inside inputs are searched too, such as a run in a kernel's output. Phantoms (synthetic X-rays) are
     returned only if `slug` contains a `/`, so that nobody trains on phantoms by mistake when the real data are missing.
     Raises InputNotFound if there is no such input, or if there are several; the message lists the available inputs.
     """
@@ -106,9 +106,9 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
             if len(real) > 1:
                 listing = "\n  ".join(str(folder.relative_to(root)) for folder in real)
                 raise InputNotFound(
-                    f"{len(real)} inputs are called {slug!r} below {root}; give OWNER/SLUG, or the path of one:\n  {listing}"
+                    f"{len(real)} inputs are called {slug!r} below {root}; give OWNER/SLUG, or one of these:\n  {listing}"
                 )
-            logger.info("reads the input %s", real[0])
+            logger.info("reading the input %s", real[0])
             return real[0]
     if phantoms:
         raise InputNotFound(
@@ -202,7 +202,7 @@ def _mounted(root: Path) -> list[tuple[str, Path]]:
 
 
 def _find_attached_run(name: str) -> list[Path]:
-    """Return the folders of runs in inputs that `name` may refer to: inputs, or folders with one of the files RUN_MARKS."""
+    """Return the run folders in inputs that `name` may refer to: an input itself, or a folder with one of RUN_MARKS."""
     mounted = {folder for _, folder in _mounted(inputs_root())}
     for folders in _find_folders(name, inputs_root()):
         if runs := [path for path in folders if "/" in name or path in mounted or _holds_run(path)]:

@@ -1,4 +1,4 @@
-"""The marker of a folder of phantoms: a JSON file next to the folder, which tells them from a real data set."""
+"""Markers of phantoms (synthetic X-rays): a JSON file next to a folder says that the folder is not a real data set."""
 
 import hashlib
 import json
@@ -11,16 +11,16 @@ SHARED_MARKER = ".phantom.json"  # name of the phantom competition's marker; tho
 
 
 def digest_tables(folder: Path, names: Sequence[str]) -> str:
-    """Return a digest of the files `names` in `folder`, as far as they exist."""
+    """Return a digest (16 hex digits) of the contents of the files `names` in `folder`, without those that do not exist."""
     tables = [folder / name for name in names]
     return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]
 
 
 def holds_phantoms(folder: Path) -> bool:
-    """Return whether `folder` contains the phantoms that a marker next to it describes.
+    """Return whether `folder` contains phantoms (synthetic X-rays), according to a marker file next to the folder.
 
-    The marker has the folder's name, the names of its tables, and their digest, which changes if a real data set is unpacked
-    where phantoms had been.
+    The marker has the folder's name, the names of the folder's tables, and the tables' digest, which no longer matches if a
+    real data set has been unpacked over the phantoms.
     """
     for marker in (folder.with_name(SHARED_MARKER), folder.with_name(f".{folder.name}.json")):
         if marker.is_file():
@@ -28,7 +28,7 @@ def holds_phantoms(folder: Path) -> bool:
                 recorded = json.loads(marker.read_bytes())
                 names = recorded.get("table_names")
             except (ValueError, AttributeError, OSError) as error:
-                logger.warning("%s is damaged (%s); %s is taken for real data", marker, error, folder)
+                logger.warning("%s is damaged (%s); %s is treated as real data", marker, error, folder)
                 continue
             if recorded.get("folder") == folder.name and names is not None:
                 return digest_tables(folder, names) == recorded.get("tables")

@@ -27,7 +27,7 @@ def kill_family(process: int) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent, with process id `parent`, ends, even if the parent is killed."""
+    """Make Linux kill this process when the parent process, whose id is `parent`, ends, even if the parent is killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
     if os.getppid() != parent:
         sys.exit(1)
@@ -35,7 +35,7 @@ def die_with_parent(parent: int) -> None:
 
 @contextmanager
 def handling(handlers: Mapping[int, Callable]) -> Iterator[None]:
-    """Install signal handlers, keyed by signal, until the block ends. Does nothing in other threads than the main one."""
+    """Install signal handlers, keyed by signal, until the block ends. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -126,7 +126,7 @@ def from_dict(kind: type[R], values: dict[str, Any]) -> R:
 
 
 def describe(kind: Any) -> str:
-    """Return a text that says which values the annotation `kind` allows."""
+    """Return a text that says which values the annotation `kind` allows, such as "a whole number of at least 1"."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         base, *rules = parts

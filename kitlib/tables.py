@@ -1,4 +1,4 @@
-"""The tables that stages exchange: columns, types, validation, reading and writing; also reads text tables of others.
+"""The tables that stages exchange: columns, types, validation, reading and writing; also reads other programs' CSV files.
 
 Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`); only the submission file adds suffixes. Boxes are `xmin,
 ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Additional columns are allowed and kept.
@@ -60,7 +60,7 @@ SCHEMAS: dict[str, dict[str, str]] = {
         **dict.fromkeys(BOX, "pixel"),
     },
     # One row per image that was searched for lungs: "found" or the reason why not, the lungs' share of the canvas, and their
-    # frame, which is the whole image if they were not found.
+    # bounding box, which is the whole image if they were not found.
     "lungs": {"image_id": "id", "verdict": "text", "area": "probability", **dict.fromkeys(BOX, "pixel")},
     # Agreement of a predicted structure (a key of MASK_CODES) with the ground truth, in pixels of the decoded copy.
     "mask_scores": {
@@ -135,18 +135,18 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """Return the names of the columns that are classes, in order. `name` is the table's schema, one of OPEN."""
+    """Return the names of a table's class columns, those not in its schema, in order. `name` is the schema, one of OPEN."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 
 def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
-    """Cut boxes at the edges of their images; return the cut boxes, how far each reached beyond, and which are unusable.
+    """Cut boxes at the edges of their images; return the cut boxes, their overhang, and the reasons why boxes are unusable.
 
-    All three results have the index of `boxes`. The second has the number of pixels by which each box reached beyond its
-    image, 0 for boxes inside. The third has "" for usable boxes and, for others, text that says why: the box is outside the
-    image, reaches beyond it by more than the share MOST_OVERHANG of a side, or is thinner than LEAST_SIDE after the cut.
-    `images` has the images' sizes; raises TableError if it lacks the size of an image with a box. All boxes from annotation
-    files, whatever their source, are cut by this function.
+    All three results have the index of `boxes`. The overhang is the number of pixels by which a box reached beyond its
+    image, 0 for boxes inside. The reason is "" for usable boxes. A box is unusable if it is outside the image, reaches
+    beyond it by more than the share MOST_OVERHANG of a side, or is thinner than LEAST_SIDE pixels after the cut. `images`
+    has the images' sizes; raises TableError if it lacks the size of an image with a box. All boxes from annotation files,
+    whatever their source, are cut by this function.
     """
     sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
     if np.isnan(sizes).any():
@@ -168,7 +168,7 @@ def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, 
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file in UTF-8 or UTF-16, without its byte order mark, which UTF-16 requires.
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark; a byte order mark is removed.
 
     Raises TableError, with file and line, if the file has another encoding; OSError if the file cannot be read.
     """
@@ -217,16 +217,16 @@ def parse_text_table(text: str, where: str, separator: str = ",") -> pd.DataFram
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise TableError(f"{where} is not a CSV file ({error})") from error
     except pd.errors.ParserWarning as error:
-        raise TableError(f"{where}: a line has more cells than the first; correct the file, or fetch it again") from error
+        raise TableError(f"{where}: a line has more cells than the first line; correct the file, or get it again") from error
 
 
 def storable(text: str) -> str:
-    """Return `text` in a form that is valid Unicode: bytes of a file name that are not UTF-8 become text such as \\xff."""
+    """Return `text` as valid Unicode: bytes that are not UTF-8, as in some file names, become text such as \\xff."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def listed_name(cell: str) -> str:
-    """Return the file name, without folders, of a file name or path in a table's cell, in Unicode's composed form.
+    """Return the file name at the end of `cell`, a file name or path in a table, in Unicode's composed form.
 
     Folders may be written as on Windows (`C:\\xrays\\a.png`). The composed form is needed because macOS writes file names
     in the decomposed form, in which the same letters are other characters.
@@ -235,7 +235,7 @@ def listed_name(cell: str) -> str:
 
 
 def findings_of(*tables: pd.DataFrame | None) -> tuple[str, ...]:
-    """Return the findings of `boxes` and `detections` tables in alphabetical order, each once.
+    """Return the different findings (classes of boxes) in `boxes` and `detections` tables, in alphabetical order.
 
     Boxes in a table without the column `finding` have ONE_FINDING; a table that is None has no boxes.
     """
@@ -262,7 +262,7 @@ def empty_table(name: str) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, name: str, path: str | Path) -> None:
-    """Check the table, then write it as Parquet, atomically."""
+    """Check a table against the schema `name`, then write it as Parquet, atomically."""
     checked = check_table(table, name, str(path))
     with replacing(path) as temporary_path:
         checked.to_parquet(temporary_path, index=False)
@@ -275,7 +275,9 @@ def read_table(name: str, path: str | Path) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.is_file():
-        available = sorted(entry.name for entry in path.parent.glob("*")) if path.parent.is_dir() else "no such folder"
+        available = (
+            sorted(file.name for file in path.parent.glob("*")) if path.parent.is_dir() else "nothing (no such folder)"
+        )
         raise TableError(f"{path} is missing (table {name}); {path.parent} contains: {available}")
     try:
         table = pd.read_parquet(path)

@@ -15,7 +15,7 @@ PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool",
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; a date is text, because no setting is a date and JSON has none."""
+    """YAML's safe loader, except that dates are read as text, because no setting is a date and JSON has no dates."""
 
     yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]  # PyYAML's stubs call it an instance variable
         first: [(tag, pattern) for tag, pattern in resolvers if tag in PLAIN]
@@ -24,8 +24,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises SettingsError, which names the file, for anything `parse_yaml` refuses,
-    another encoding than UTF-8 or UTF-16, and a file that is not a mapping.
+    """Return the mapping in a YAML file.
+
+    Raises SettingsError, which names the file, if the encoding is neither UTF-8 nor UTF-16, if `parse_yaml` rejects the
+    text, or if the text is not a mapping.
     """
     try:
         values = parse_yaml(read_text(path), str(path))
@@ -38,10 +40,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text: text, finite numbers, booleans, null, lists, and mappings with different text keys.
+    """Return the value of a YAML text: text, finite numbers, booleans, null, lists, or mappings with unique text keys.
 
-    Raises SettingsError, which starts with `where` and names the line, for invalid YAML, anything else than these values, an
-    alias inside of its own anchor, and more than MOST_VALUES values or DEEPEST levels.
+    Raises SettingsError, which starts with `where` and names the line, for invalid YAML, values of other types, an alias of
+    a value that contains the alias, and more than MOST_VALUES values or DEEPEST levels.
     """
     try:
         loader = _Loader(text)
@@ -65,10 +67,10 @@ def _check_node(loader: _Loader, node: yaml.Node, where: str, count: list[int], 
     place = f"{where}, line {node.start_mark.line + 1}"
     count[0] += 1
     if any(node is parent for parent in parents):
-        raise SettingsError(f"{place}: an alias stands inside of its own anchor; write the value out")
+        raise SettingsError(f"{place}: an alias refers to a value that contains the alias; write the value out")
     if len(parents) > DEEPEST or count[0] > MOST_VALUES:
         raise SettingsError(
-            f"{place}: more than {DEEPEST} levels or {MOST_VALUES:,} values; an alias counts with all that it stands for"
+            f"{place}: more than {DEEPEST} levels or {MOST_VALUES:,} values; an alias counts as all the values it stands for"
         )
     if node.tag not in PLAIN:
         raise SettingsError(f"{place}: {node.tag} is not allowed; use text, numbers, true, false, null, lists and mappings")

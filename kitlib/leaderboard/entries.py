@@ -67,7 +67,7 @@ def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[E
     """Return the leaderboard entries of listed runs, with predictions for images in `folds` (if empty, for all images).
 
     Runs in one folder that hold different folds of the same model become one entry. A run of notebook 65 becomes one entry
-    per ensemble; its learners get entries from their own runs.
+    per ensemble; the models that an ensemble combines (learners) get entries from their own runs.
     """
     runs, scored_folds = list(runs), frozenset(folds)
     prepared = PreparedRuns(runs)
@@ -93,7 +93,7 @@ def _ensemble_names(run: ListedRun) -> list[str]:
 def _group_by_model(runs: list[ListedRun]) -> list[tuple[ListedRun, ...]]:
     """Return the runs in groups: runs in the same folder that differ only in their folds are one group.
 
-    Any other run is a group of its own. The order is kept.
+    Any other run is a group of its own. Groups keep the order of `runs`.
     """
     groups: dict[Any, list[ListedRun]] = {}
     for index, run in enumerate(runs):
@@ -160,7 +160,7 @@ def _read_entry(
             if match is None:
                 raise LeaderboardError(
                     f"the prepared run that it was trained on (data fingerprint {fingerprints[0][:SHORT]}) was not found: "
-                    "list that run's folder too"
+                    "add its folder to the listed folders"
                 )
             folds_digest, tables = match
             entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=fingerprints[0])
@@ -201,7 +201,7 @@ def _read_predictions(
         if not model and any(recipe.get("multi_label", True) for recipe in recipes):
             return Predictions(images, findings=scores)
         if len(scores):
-            judged(scores, images, tables["labels"])  # raises an error now if these scores cannot be evaluated
+            judged(scores, images, tables["labels"])  # raises the error here if these scores cannot be evaluated
         return Predictions(images, classes=scores)
     if runs[0].kind == "lungs":
         parts = [read_table("mask_scores", run.folder / "tables" / "mask_scores.parquet") for run in runs]

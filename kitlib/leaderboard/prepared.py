@@ -1,4 +1,4 @@
-"""Finds the prepared run that the models of a listed run were trained on, and checks the match by fingerprints."""
+"""Finds the prepared run (notebook 10) that the models of a run were trained on, and checks it by fingerprints."""
 
 import pandas as pd
 
@@ -10,10 +10,10 @@ from kitlib.runs.run_kinds import named_folder
 
 
 class PreparedRuns:
-    """Finds the prepared run that a model was trained on.
+    """Finds the prepared run (notebook 10) that a model was trained on.
 
-    Searches the listed runs `runs`, and the prepared run in the parameters of the model's run. `find` reads each prepared
-    run at most once.
+    Searches the listed runs `runs`, and the run that the parameter `prepare_run` of the model's run names. `find` reads each
+    prepared run at most once.
     """
 
     def __init__(self, runs: list[ListedRun]) -> None:
@@ -21,10 +21,10 @@ class PreparedRuns:
         self._by_fingerprint: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
 
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
-        """Return the fingerprint of the folds and the tables of the prepared run with the data fingerprint `fingerprint`.
+        """Find the prepared run whose data have this `fingerprint`; return the fingerprint of its folds, and its tables.
 
-        Searches the run in the parameter `prepare_run` of `run`, even if it is not listed, and the listed runs. Returns None
-        if no run matches.
+        Searches the run that the parameter `prepare_run` of `run` names, even if it is not listed, and the listed runs.
+        Returns None if no run matches.
         """
         named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
@@ -40,7 +40,7 @@ class PreparedRuns:
         return self._by_fingerprint.get(fingerprint)
 
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
-        """Find the prepared run that `runs` were made from; return the fingerprint of its folds, and its tables.
+        """Find the prepared run that `runs` were trained on; return the fingerprint of its folds, and its tables.
 
         `runs` are an ensemble, or learners with nested folds. Their models were trained on only parts of the prepared run,
         so fingerprints cannot find it; the parameter `prepare_run` of the first of `runs` is used. Raises RunError if the
@@ -51,14 +51,14 @@ class PreparedRuns:
         folder = named_folder(run.parameters.get("prepare_run"), run.folder)
         if folder is None:
             name = run.parameters.get("prepare_run")
-            raise RunError(f"the prepared run {name!r}, which the run's parameter prepare_run names, does not exist")
+            raise RunError(f"the parameter prepare_run is {name!r}, but this prepared run does not exist")
         tables = read_prepared(folder)
         fingerprint = data_fingerprint(folds=tables["folds"])
         folds = tables["folds"]
         fingerprint_without: dict[str, str] = {}
         for trained in runs:
             if trained.metrics.get("folds_fingerprint") != fingerprint:
-                raise RunError(f"the folds of {folder} are not those that {trained.name} was made with")
+                raise RunError(f"{trained.name} was trained with other folds than those in {folder}")
             for name, metrics in trained.folds.items():
                 outer = str(name).partition("/")[0]
                 if outer not in fingerprint_without:

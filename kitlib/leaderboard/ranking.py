@@ -1,4 +1,4 @@
-"""Ranking of models by out-of-fold scores, which are recomputed from the tables of their runs.
+"""Ranks models by out-of-fold scores, which are recomputed from the tables in the models' runs.
 
 Models are ranked together if they share the folds' fingerprint, the scored images, the ground truth of these images, and the
 kind of prediction. Scores in different rankings are not comparable.
@@ -86,11 +86,11 @@ class Leaderboard:
 def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderboard:
     """Return the leaderboard of `entries`, with 95 % bootstrap intervals over patients for scores and differences.
 
-    The differences within each ranking are paired. `samples` is the number of bootstrap draws. Raises LeaderboardError if
-    `samples` is below 1.
+    Differences are paired: the two models are scored on the same draws. `samples` is the number of bootstrap draws. Raises
+    LeaderboardError if `samples` is below 1.
     """
     if samples < 1:
-        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 draw, and a few hundred to be stable")
+        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 bootstrap draw, a few hundred to be stable")
     rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame, dict[str, Any]]]] = {}
     unranked = []
     for entry in entries:
@@ -124,9 +124,9 @@ def compare(
     `first` and `second` are names of entries, or of runs in entries. The table has one row for the score and one for each of
     its parts, with the columns figure (name of the score or part), first, second, difference (second minus first), low and
     high (the paired 95 % bootstrap interval of the difference, over patients), and images (the number of images). Raises
-    LeaderboardError if a name is unknown, if a model has no score, if the models share no images or no kind of prediction,
-    or, unless `across_folds` is set, if they were trained with different folds, because training on other patients changes
-    the score too.
+    LeaderboardError if a name is unknown, if a model has no score, or if the models share no images or no kind of
+    prediction. Also raises it if the models were trained with different folds, because training on other patients changes
+    the score too; `across_folds` allows this comparison.
     """
     entries = list(entries)
     (entry, predictions), (other_entry, other_predictions) = _find_entry(entries, first), _find_entry(entries, second)

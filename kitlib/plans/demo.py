@@ -33,7 +33,7 @@ def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict
 
     Scores are keyed by the name of the class or figure. Raises PlanError if a run fails, or if the submission's score is not
     more than `times_the_floor` times that of the all-negative sample submission; a model that ignores its images does not
-    reach that.
+    reach this score.
     """
     started = time.monotonic()
     # The trainings run at the same time with one thread each, because small models gain little from a second thread. The

@@ -53,9 +53,9 @@ def run_plan(
     --jobs 8. Without an executor, the runs share this machine's `cores` (default: all) and `gpus` (default: all visible
     ones). With an executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the
     CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are not executed.
-    `afresh` empties the plan's folder first. SIGTERM and SIGHUP end the runs and raise SystemExit. Raises PlanError if the
-    plan is already being run, if its folder contains files that no plan has made, if an input is missing, if there are fewer
-    GPUs than `gpus`, or, after all other runs have ended, if a run has failed.
+    `afresh` first deletes everything in the folder of the plan's runs. SIGTERM and SIGHUP end the runs and raise SystemExit.
+    Raises PlanError if the plan is already being run, if its folder contains files that no plan has made, if an input is
+    missing, if there are fewer GPUs than `gpus`, or, after all other runs have ended, if a run has failed.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ def run_plan(
         write_json(folder / "config.json", make_configuration(plan, runs_file, targets, limits, retries))
         command = [sys.executable, "-m", "snakemake", "--snakefile", str(Path(__file__).with_name("plan.smk"))]
         command += ["--configfile", str(folder / "config.json"), "--directory", str(folder), "--keep-going", "--nocolor"]
-        # Only done files decide which runs are done, because their names contain the key of all inputs. Snakemake's lock is
-        # off, because it would remain if the process were killed; our lock ends with the process.
+        # Only the done files decide which runs are done, because their names contain a hash of all inputs. Snakemake's lock
+        # is off, because it would remain if the process were killed; our lock ends with the process.
         command += ["--rerun-incomplete", "--rerun-triggers", "input", "--nolock"]
         if is_local:
             command += ["--cores", str(cores or len(os.sched_getaffinity(0)))]
@@ -104,7 +104,7 @@ def _lock(path: Path, plan: Plan, stack: ExitStack) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise PlanError(f"{plan.path} is already being run in {plan.runs}; wait until that has ended") from error
+        raise PlanError(f"{plan.path} is already being run in {plan.runs}; wait until it has ended") from error
 
 
 def _remove_runs(plan: Plan, own_lock: Path, stack: ExitStack) -> None:
@@ -244,7 +244,7 @@ class _ProgressDisplay:
     """Display of a plan's progress.
 
     On a terminal, it shows a bar for the plan and one for each started run; elsewhere it prints a line when a run's state
-    changes. Trainings add a line per epoch to both.
+    changes. In both cases, trainings also print a line per epoch.
     """
 
     def __init__(self, plan: Plan, states: dict[str, str], console: Console) -> None:
@@ -268,10 +268,7 @@ class _ProgressDisplay:
         self.progress.stop()
 
     def show(self, name: str, record: dict[str, Any]) -> None:
-        """Update the display from the state record of the run `name`; an empty record changes nothing.
-
-        A run that has not started has an empty record.
-        """
+        """Update the display from the state record of the run `name`; an empty record (run not started) changes nothing."""
         if not record:
             return
         if name not in self.bars:

@@ -1,4 +1,4 @@
-"""What a plan reads but does not make: data folders, weights files and runs, which must exist before its first run."""
+"""Checks the inputs that a plan does not make itself: data folders, weights and runs must exist before its first run."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -26,10 +26,10 @@ def check_inputs(plan: Plan, names: Iterable[str]) -> None:
 
 
 def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
-    """Return one line of text per missing input of the runs `names`: it does not exist, and no other run will make it.
+    """Return one line of text for each input of the runs `names` that does not exist and that no earlier run will make.
 
-    An input is made by another run if it lies in the folder of an earlier run, or in a folder that is an argument of an
-    earlier command, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.
+    An earlier run makes all inputs in its own folder and, if it is a command, in each folder that is an argument of the
+    command, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.
     """
     readers: dict[str, list[str]] = {}
     for name in names:
@@ -43,11 +43,12 @@ def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
 
 
 def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
-    """Yield the inputs of a notebook's run: "competition", "starting_weights" or "run", and the input's name or path."""
+    """Yield each input of a notebook's run: its kind, "competition", "starting_weights" or "run", and its name or path."""
     if not run.notebook:
         return
     values = read_parameters(run.notebook) | run.parameters
-    # Notebooks 80 and 50 read the competition only with a ground truth, or without images of another run; 60 only its rules.
+    # Notebook 80 reads competition files only if `truth` is set, notebook 50 only if `source_run` is empty, notebook 60
+    # never.
     reads = values.get("truth", "read") and not values.get("source_run") and run.notebook.stem != "60_fuse"
     if "competition" in values and reads:
         named = values["competition"]
@@ -78,7 +79,7 @@ def _made_by(run: PlannedRun) -> list[Path]:
 
 
 def _problem(parameter: str, value: str) -> str:
-    """Return why the input does not exist, or "" if it does. Paths are relative to the project's folder, as in a run."""
+    """Return the reason why an input cannot be used, or "" if it exists. Paths are relative to the project's folder."""
     path = project_root() / value
     try:
         if parameter == "competition":

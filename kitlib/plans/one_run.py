@@ -49,7 +49,7 @@ def state_file(runs_file: str | Path, name: str) -> Path:
 def run_planned(runs_file: str | Path, name: str) -> None:
     """Execute the run `name` of a plan and write its done file, unless the run is already done.
 
-    `runs_file` is the file runs.json. A run's key is a hash of its parameters and inputs. If the run's folder was started
+    `runs_file` is the plan's runs.json. A run's key is a hash of its parameters and inputs. If the run's folder was started
     with the same key, the run is resumed; otherwise it starts over. A folder that was completed with another key is renamed
     to NAME.old-KEY, with a warning, replacing an earlier folder of that name. Raises PlanError if the run fails, or if no
     plan has made the folder.
@@ -100,9 +100,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare_folder(run: PlannedRun) -> None:
-    """Make the run's folder ready: write the run's key into it, after removing what was made with another key.
+    """Write the run's key (hash of parameters and inputs) into the run's folder, after removing what has another key.
 
-    A folder that was completed with another key is renamed; one that was only started with it is deleted.
+    A folder that was completed with another key is renamed; one that was only started with another key is deleted.
     """
     previous_key = run.read_key()
     if previous_key not in (None, run.key):

@@ -25,14 +25,15 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Step(Settings):
-    """One step of a plan, with exactly one of `notebook` and `command`.
+    """One step of a plan: a notebook or a command, which is run once or for several values.
 
-    A step with a matrix has one run for each combination of the matrix's values; a placeholder of a variable of the plan may
-    stand for the list of values. In any text, `{name}` is replaced by the value of the plan's variable `name`, or of the
-    step's own matrix. `{run}` is replaced by the run's own folder. If `name` is another step, it is replaced by the folder
-    of that step's run, which is then executed first. If both steps have a matrix with the same names, it is the run with the
-    same values. If the other step's matrix has additional names, `{name}` is replaced by a list of the folders of all
-    matching runs; inside a list, the folders are inserted into that list.
+    Exactly one of `notebook` and `command` is set. A step with a matrix has one run for each combination of the matrix's
+    values. Instead of a list of values, a matrix may have the placeholder of a variable of the plan that holds the list. In
+    any text, `{name}` is replaced by the value of the plan's variable `name`, or of the step's own matrix. `{run}` is
+    replaced by the run's own folder. If `name` is another step, `{name}` is replaced by the folder of that step's run, which
+    is then executed first. If both steps' matrices have the same names, the run with the same values is meant. If the other
+    step's matrix has additional names, `{name}` is replaced by a list of the folders of all matching runs; inside a list,
+    the folders become items of that list.
     """
 
     notebook: str = ""  # the notebook's name in notebooks/, such as 30_train_study
@@ -59,7 +60,7 @@ class _PlanFile(Settings):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a plan. Except for paths, its fields are the same on every machine."""
+    """One run of a plan: what to execute, and with which resources. Except for paths, fields are equal on all machines."""
 
     name: str  # the step's name, followed by its values: study-0
     step: str
@@ -88,8 +89,8 @@ class PlannedRun:
     def state(self) -> str:
         """Return the run's state: "done", "new", "resumes" or "changed".
 
-        "resumes" means that the folder was started with the run's key, but not completed; "changed", that it was started or
-        completed with another key.
+        "resumes" means that the folder was started with the run's key (hash of parameters and inputs), but not completed;
+        "changed", that it was started or completed with another key.
         """
         if self.done_file.is_file():
             return "done"
@@ -97,7 +98,7 @@ class PlannedRun:
         return "new" if key is None else "resumes" if key == self.key else "changed"
 
     def read_key(self) -> str | None:
-        """Return the key with which the run's folder was started; None if the folder is missing or empty.
+        """Return the key (hash of parameters and inputs) in the run's folder, or None if the folder is missing or empty.
 
         Raises PlanError for a folder that no plan has made, because starting over would delete its files.
         """
@@ -116,7 +117,7 @@ class PlannedRun:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "PlannedRun":
-        """Return the run whose `as_json` is `values`."""
+        """Return the run that `as_json` has turned into the dictionary `values`."""
         paths = {name: Path(values[name]) for name in ("folder", "result")}
         notebook = Path(values["notebook"]) if values["notebook"] else None
         lists = {name: tuple(values[name]) for name in ("command", "needs")}
@@ -179,8 +180,8 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
     """Return the plan that the file at `path` describes.
 
     `changes` maps variables of the plan to new values. `runs` is the folder for the runs, instead of the one in the file.
-    Raises PlanError, which mentions the file and mostly the step, for a missing file, unknown keys, placeholders or
-    variables, parameters that a notebook does not have or of a wrong type, invalid recipes, and steps that need each other.
+    Raises PlanError, which names the file and usually the step, for a missing file, an unknown key, placeholder or variable,
+    a notebook parameter that does not exist or has a wrong type, an invalid recipe, or steps that need each other.
     """
     path = Path(path)
     plan_file = _read_file(path)
@@ -207,7 +208,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
 
 
 def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:
-    """Read a plan's file and those that it extends. `extending` are the files that led here, each extending the next."""
+    """Read a plan's file and merge it into the files that it extends; `extending` are the files that extend it, in order."""
     if not path.is_file():
         available = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
         raise PlanError(f"{path} does not exist; plans in its folder: {available}")
@@ -233,7 +234,7 @@ def _make_plan_file(path: Path, values: dict[str, Any]) -> _PlanFile:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `changes`; where both have a mapping under the same key, the two mappings are merged too."""
+    """Return `base` updated with `changes`; if both have a mapping under the same key, the two mappings are merged too."""
     both = [key for key in base if isinstance(base[key], dict) and isinstance(changes.get(key), dict)]
     return base | changes | {key: _merge(base[key], changes[key]) for key in both}
 
@@ -262,7 +263,7 @@ def _check_names(path: Path, steps: dict[str, Step], variables: dict[str, Any]) 
     names += sorted({name for step in steps.values() for name in step.matrix})
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise PlanError(f"{path}: {', '.join(repeated)}: steps, variables and matrix keys need different names")
+        raise PlanError(f"{path}: names used twice: {', '.join(repeated)}; steps, variables and matrix keys must differ")
 
 
 def _find_names(step: Step, variables: dict[str, Any]) -> set[str]:
@@ -332,7 +333,7 @@ def _plan_run(
     for other in runs_by_step:
         if other in names_used and not runs_by_step[other]:
             available = ", ".join(run for run in planned if planned[run].step == other)
-            raise PlanError(f"{run_name} needs a run of {other} with the same values; available: {available}")
+            raise PlanError(f"{run_name} needs a run of {other} with the same matrix values; available: {available}")
 
     def fill_texts(folders: Mapping[str, str]) -> Any:
         """Return a list of the step's parameters, command and result, with placeholders replaced.
@@ -384,10 +385,7 @@ def _plan_run(
 def _matching_runs(
     planned: Iterable[PlannedRun], step: str, matrix: dict[str, Any], values: dict[str, Any]
 ) -> list[PlannedRun]:
-    """Return the runs of `step` that have the same values as `values` for all names in both.
-
-    `matrix` is the step's matrix.
-    """
+    """Return the runs of `step` whose values equal `values` for each name that `values` and the step's `matrix` share."""
     shared = set(matrix) & set(values)
     candidates = [run for run in planned if run.step == step]
     return [run for run in candidates if all(run.values[key] == values[key] for key in shared)]

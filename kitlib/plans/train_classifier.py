@@ -25,8 +25,8 @@ def train_classifier(
     """Train a classifier for the classes of a data set; return the folder of the training run, which `predict` accepts.
 
     `data` is the name or folder of a prepared run, or a folder of your own images. Your own images are first prepared by
-    notebook 10, in a new run called like `run` with `_prepared` added; `prepare` has the parameters of notebook 10, such as
-    `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
+    notebook 10, in a new run with the name `run` and the ending `_prepared`; `prepare` has the parameters of notebook 10,
+    such as `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
     docs/own_images.md). Notebook 25 then trains one model for each of `folds` (default: all folds of the prepared run) with
     the recipe called `recipe`, for `epochs` epochs (0: as in the recipe). `run` is the name of the new run, a folder below
     runs/, or an absolute path. `parameters` are further parameters of notebook 25.
@@ -39,14 +39,14 @@ def train_classifier(
     source = Path(data) if Path(data).is_dir() else find_run(data, "notebook 10_prepare")
     if find_kind(source) == "prepared":
         if prepare:
-            raise RunError(f"{source} is prepared already, so `prepare` would be ignored; give the folder of the images")
+            raise RunError(f"{source} is already a prepared run; leave out `prepare`, or give the folder of the images")
         prepared = source.resolve()
     elif prepare:
         prepared = folder.with_name(f"{folder.name}_prepared")
         _run("10_prepare", prepared, {"dataset": "table", "competition": str(source.resolve()), **prepare})
     else:
         raise RunError(
-            f'{source} is not a prepared run; for own images, give `prepare`, such as {{"class_folders": True}} or '
+            f'{source} is not a prepared run; for your own images, give `prepare`, such as {{"class_folders": True}} or '
             '{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}'
         )
     chosen = sorted(set(read_prepared(prepared)["folds"]["fold"].tolist())) if folds is None else list(folds)

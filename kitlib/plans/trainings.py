@@ -8,7 +8,7 @@ from kitlib.recipes.named import RECIPES
 
 
 def count_trainings(run: PlannedRun) -> int:
-    """Return how many networks a run trains: one per fold or, with outer folds, one per pair of different folds."""
+    """Return how many networks a run trains: one per fold or, with outer folds, one per pair of outer and inner folds."""
     values = read_parameters(run.notebook) | run.parameters if run.notebook else {}
     if values.get("recipe") not in RECIPES:
         return 0
@@ -17,7 +17,7 @@ def count_trainings(run: PlannedRun) -> int:
 
 
 def starts_from_scratch(run: PlannedRun) -> bool:
-    """Return whether a run trains networks whose weights are all random at first."""
+    """Return whether a run trains networks that start with random weights only."""
     values = read_parameters(run.notebook) | run.parameters if run.notebook else {}
     if not count_trainings(run):
         return False

@@ -114,7 +114,7 @@ class TrainingRecipe(Settings):
 
 @dataclass(frozen=True)
 class WithBackbone(TrainingRecipe):
-    """Recipe fields of a model that has a backbone: which backbone, and whether it is shown whole images or lung crops."""
+    """Recipe fields of a model with a backbone: which backbone, and whether its input is whole images or lung crops."""
 
     backbone: str = "resnext101_32x8d"  # name of a timm model; the default is Heidelberg's NIH backbone
     # Parts that starting weights may lack, besides the head: the beginnings of their names, such as "backbone.pos_embed".
@@ -156,7 +156,7 @@ class WithOcclusions(TrainingRecipe):
         super().__post_init__()
         if self.sharpen_p + self.blur_p > 1:
             raise SettingsError(
-                f"sharpen_p {self.sharpen_p} and blur_p {self.blur_p} add to more than 1, but an image cannot be both "
+                f"sharpen_p {self.sharpen_p} and blur_p {self.blur_p} add up to more than 1, but an image cannot be both "
                 "sharpened and blurred; lower one of them"
             )
 
@@ -243,7 +243,7 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
             )
         if not self.thawed_statistics and not (self.frozen_backbone and self.frozen_statistics):
             raise SettingsError(
-                "thawed_statistics is False, but no statistics are frozen; set frozen_backbone=True and "
+                "thawed_statistics is False, but no batch norm statistics are frozen; set frozen_backbone=True and "
                 "frozen_statistics=True, or thawed_statistics=True"
             )
 
@@ -252,8 +252,8 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
 class StudyRecipe(ClassifierRecipe):
     """Recipe of a classifier of the four study classes and of `none`, the probability that an image has no opacity.
 
-    Epochs, batch size, learning rate and head are those of the Heidelberg report, section 3.4. Its input and augmentation
-    are those of the recipe `heidelberg_study`.
+    Epochs, batch size, learning rate and head are those of the Heidelberg report, section 3.4. The report's input and
+    augmentation are not the defaults; the recipe `heidelberg_study` has them.
     """
 
     outputs: Literal["study", "none", "both"] = "both"  # outputs of the model; 15th place trains a model for each
@@ -305,7 +305,7 @@ class FindingsRecipe(ClassifierRecipe):
 
 @dataclass(frozen=True)
 class PatchRecipe(FindingsRecipe):
-    """Recipe of a classifier of lung patches, which pools its outputs for the patches of an image.
+    """Recipe of a classifier of lung patches. An image's scores combine the outputs for the image's patches.
 
     The image and its lung mask are stretched to `canvas` pixels a side, pixels outside the lungs are blackened, and patches
     of `image_size` pixels a side are cut around lung pixels. The defaults are those of Patched FLANNEL, section 2.2.
@@ -396,7 +396,8 @@ class SegmenterRecipe(WithDistortions):
     """Recipe of a lung segmenter, with the settings for cleaning up its masks.
 
     The defaults are those of the UNet + HRNet paper, sections 3.3 and 4, except for `schedule` and `patience`, which the
-    paper does not state; their defaults are the kit's. The clean-up of masks is off, because only that paper has one.
+    paper does not state; their defaults are the kit's. The paper's clean-up of masks (`dilations`, `closings`, `least_area`)
+    is off by default, because no other publication has one.
     """
 
     network: Literal["unet", "resunet", "fc_densenet103", "albunet"] = "unet"
@@ -424,8 +425,8 @@ class SegmenterRecipe(WithDistortions):
     blur_pixels: Annotated[int, ZeroOrOdd()] = 11
     noise: Probability = 0.05  # the paper states 0.5, without a unit
     noise_p: Probability = 0.3
-    # Clean-up of a mask, at 512 pixels a side. It decides the lungs' frame and whether they can be used; the mask is the one
-    # that the network drew unless it is dilated or closed.
+    # Clean-up of a mask, at 512 pixels a side. The cleaned mask decides the lungs' frame and whether the lungs can be used.
+    # It replaces the network's mask only if it was dilated or closed.
     least_island: Share = 0.01  # smaller components, as a share of the canvas, are removed first (not in the paper)
     dilations: Count = 0  # number of dilations by 3 x 3 pixels
     closings: Count = 0  # number of closings by 3 x 3 pixels, after the dilations
@@ -466,7 +467,7 @@ class SparseSegmenterRecipe(SegmenterRecipe):
     network: Literal["unet", "resunet", "fc_densenet103", "albunet"] = "albunet"
     structures: tuple[SparseStructure] = ("pneumothorax",)  # type: ignore[assignment]  # instead of those of a chest
     placement: Literal["letterbox", "stretch"] = "letterbox"  # nothing is cropped, because a map shows the whole image
-    views: Annotated[tuple[Literal["full", "flip"], ...], Distinct()] = ("full", "flip")  # whose probabilities are averaged
+    views: Annotated[tuple[Literal["full", "flip"], ...], Distinct()] = ("full", "flip")  # views whose maps are averaged
     # Share of images with the structure in the first and in the last epoch, between which it changes linearly. An epoch has
     # as many images as the lower share needs to show each image with the structure once. Empty: all images once.
     positives: tuple[Annotated[float, Range(above=0, at_most=1)], ...] = (0.8, 0.4)
@@ -504,6 +505,6 @@ class SparseSegmenterRecipe(SegmenterRecipe):
         if len(self.positives) not in (0, 2):
             raise SettingsError(f"positives are {list(self.positives)}; expected a first and a last share of images, or []")
         if not sum(self.loss_weights):
-            raise SettingsError("loss_weights are all 0; set one of them, of binary cross entropy, Dice or focal, above 0")
+            raise SettingsError("loss_weights are all 0; set the weight of binary cross entropy, Dice or focal loss above 0")
         if self.bottom > self.top:
             raise SettingsError(f"bottom is {self.bottom}, above top, which is {self.top}; lower bottom or raise top")

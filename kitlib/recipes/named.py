@@ -197,8 +197,9 @@ RECIPES: dict[str, TrainingRecipe] = {
     "lean_rsna_retinanet50": _LEAN_RSNA,
     "lean_rsna_retinanet101": dataclasses.replace(_LEAN_RSNA, backbone="resnet101"),
     # RSNA Pneumonia, 1st place, the classifier of its simple variant (i-pan/kaggle-rsna18 on GitHub, TrainOneClassifier.py),
-    # whose score multiplies those of the boxes. Here it learns the three classes, as others of that ensemble do. Its 15
-    # epochs have 8,000 images each. Without inverted images and gamma; it was published as starting from NIH's classes.
+    # whose score is multiplied with the boxes' scores. Here it learns the three classes, as others of that ensemble do. Its
+    # 15 epochs have 8,000 images each. Without inverted images and gamma; the original starts from weights trained on NIH's
+    # classes.
     "lean_rsna_classifier": FindingsRecipe(
         backbone="inception_resnet_v2",
         image_size=256,
@@ -223,8 +224,8 @@ RECIPES: dict[str, TrainingRecipe] = {
         blur_p=0.125,
         erase_p=0.0,
     ),
-    # RANZCR CLiP, 71st place, silver (kozodoi/Kaggle_RANZCR_Challenge on GitHub, model_1), one of its seven networks, which
-    # scores 0.971 together; AdamW for AdamP, no optical or grid distortion, and scales of 0.9 to 1.1 for random crops.
+    # RANZCR CLiP, 71st place, silver (kozodoi/Kaggle_RANZCR_Challenge on GitHub, model_1), one of seven networks, which
+    # together score 0.971; AdamW for AdamP, no optical or grid distortion, and scales of 0.9 to 1.1 for random crops.
     "lean_ranzcr": FindingsRecipe(
         backbone="tf_efficientnet_b7",
         image_size=600,
@@ -484,7 +485,7 @@ def recipe(name: str, kind: type[R], /, **overrides: Any) -> R:
         fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
         closest = difflib.get_close_matches(name, fitting, 1, cutoff=0.0)
         names = ", ".join([*closest, *(other for other in fitting if other not in closest)])
-        raise SettingsError(f"no recipe is called {name!r}; names of a {kind.__name__}, the closest one first: {names}")
+        raise SettingsError(f"no recipe is called {name!r}; recipes of class {kind.__name__}, most similar first: {names}")
     published = RECIPES[name]
     if not isinstance(published, kind):
         fitting = [other for other, value in RECIPES.items() if isinstance(value, kind)]
@@ -497,8 +498,8 @@ def recipe(name: str, kind: type[R], /, **overrides: Any) -> R:
 def check_recipe(defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """Raise SettingsError unless a training notebook's parameters `recipe`, `overrides` and `epochs` make a valid recipe.
 
-    `defaults` has the notebook's parameters with their defaults, `parameters` replaces some of them. The default recipe
-    tells which kind of recipe the notebook trains; other notebooks have no recipe to check.
+    `defaults` has the notebook's parameters with their defaults, `parameters` replaces some of them. The recipe must be an
+    instance of the default recipe's class. A notebook without a default recipe is not checked.
     """
     if defaults.get("recipe") not in RECIPES:
         return

@@ -31,7 +31,7 @@ def export_run(
     """Write a prepared run as FOLDER/annotations.json or FOLDER/labels; return a message per image that cannot be decoded.
 
     `file_format` is "coco" or "yolo". Images that are not fully annotated (see `annotated_images`) are left out without a
-    message, because other programs would take them for images without an opacity. `with_images` also writes every image to
+    message, because other programs would treat them as images without a finding. `with_images` also writes every image to
     FOLDER/images as an 8-bit grey PNG at its original size; an image that cannot be decoded is then left out of the labels
     too. Raises ValueError if the format is unknown; RunError if `run` is not finished; DatasetError if no image can be
     exported or the tables do not fit the format; FileExistsError if FOLDER/labels exists already.
@@ -71,7 +71,7 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
     if file_format == "yolo" and run is None:
-        raise ValueError("yolo requires a prepared run, whose image sizes convert the labels' fractions to pixels; give one")
+        raise ValueError("yolo requires a prepared run, whose image sizes convert the labels' fractions to pixels")
     if run is None:
         tables = read_coco(source)
     else:

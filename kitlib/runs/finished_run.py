@@ -27,7 +27,7 @@ PREDICTED_TABLES = ("study_scores", "image_scores", "class_scores", "detections"
 
 @dataclass(frozen=True)
 class ExtraImages:
-    """Additional training images, such as pseudo-labelled images or another data set's; no model is validated on them.
+    """Additional training images, such as pseudo-labelled images or those of another data set; never used for validation.
 
     `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). The optional column `none` of `images` is
     the probability of `none` (no opacity), a soft target (see XrayDataset). `cache` reads the decoded images.
@@ -57,16 +57,16 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
     """Return the content of a run's metrics.json, which its notebook writes last. Raises RunError if the file is missing."""
     path = Path(run) / "metrics.json"
     if not path.is_file():
-        available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "no such folder"
+        available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "nothing (no such folder)"
         raise RunError(
-            f"{path} is missing: the run is not finished (its notebook's command continues it), or this is not its folder; "
+            f"{path} is missing: the run is not finished (run its notebook again to continue), or this is not its folder; "
             f"{run} contains: {available}"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
-    """Return the tables of a prepared run, keyed by name: "images", "labels", "boxes" and "folds".
+    """Return the tables of a prepared run (notebook 10), keyed by name: "images", "labels", "boxes" and "folds".
 
     Raises RunError if the run is not finished, and TableError if a table is missing or invalid.
     """
@@ -75,17 +75,16 @@ def read_prepared(run: str | Path) -> dict[str, pd.DataFrame]:
 
 
 def read_masks(run: str | Path) -> MaskStore | None:
-    """Return the ground-truth masks of a prepared run, None if it has none."""
+    """Return the ground-truth masks of a prepared run (notebook 10), or None if the run has no masks."""
     return MaskStore(folder) if (folder := Path(run) / "masks").is_dir() else None
 
 
 def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
-    """Return the out-of-fold predictions of trained runs, gathered: each model predicts the images in its held-out fold.
+    """Return the out-of-fold predictions in training runs: those of each model for the images in its held-out fold.
 
-    A model's folds may come from several runs. The scores of image classifiers are among `image_scores`.
-
-    Raises RunError if a run has no predictions, or detections without coverage, or if two runs have the same fold of the
-    same model.
+    A model's folds may come from several runs. The scores of image classifiers are added to `image_scores`. Raises RunError
+    if a run has no predictions, or has detections but no table `coverage` of the predicted images, or if two runs have the
+    same fold of the same model.
     """
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
     run_of: dict[tuple[str | None, int], Path] = {}
@@ -124,8 +123,8 @@ def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None
         first = wrong.iloc[0]
         raise RunError(
             f"{len(wrong)} predictions are not out of fold; the first is for {first[key]} by model {first['model']} of fold "
-            f"{first['fold']}. Either this model was trained on it, or the run was trained with other folds than this "
-            "prepared run's"
+            f"{first['fold']}. Either this model was trained on {first[key]}, or the run was trained with other "
+            "folds than those of this prepared run"
         )
 
 
@@ -149,10 +148,10 @@ def read_learners(runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame])
 def read_test_split(
     runs: Iterable[str | Path], prepared: dict[str, pd.DataFrame], out_of_fold: LearnerScores
 ) -> TestSplitScores | None:
-    """Return the learners' scores for the prepared run's test images, or None if no run has any.
+    """Return the scores of the models to stack (learners) for the prepared run's test images; None if there are no scores.
 
-    They are read from tables/test_scores.parquet in `runs`. `out_of_fold` is the result of `read_learners` for the same
-    `runs` and `prepared`. Raises FusionError if the test scores do not match these learners (see `gather_test_split`).
+    The scores are read from tables/test_scores.parquet in `runs`. `out_of_fold` is the result of `read_learners` for the
+    same `runs` and `prepared`. Raises FusionError if the test scores do not match these learners (see `gather_test_split`).
     """
     paths = [Path(run) / "tables" / "test_scores.parquet" for run in runs]
     tables = [read_table("class_scores", path) for path in paths if path.is_file()]
@@ -160,11 +159,11 @@ def read_test_split(
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the cross-fitted `study_scores` table of an ensemble, to use instead of the table of its learners.
+    """Return an ensemble's cross-fitted `study_scores` table, to use instead of the table of the models that it combines.
 
-    `run` is the ensemble's run (notebook 65) and `study_scores` the learners' table. Raises RunError if the run is not an
-    ensemble of study models, or if its learners are not exactly the models in `study_scores`, because fusion must be tuned
-    on the models that the submission will use.
+    `run` is the ensemble's run (notebook 65). `study_scores` is the table of these models, which are called learners. Raises
+    RunError if the run is not an ensemble of study models, or if its learners are not exactly the models in `study_scores`,
+    because fusion must be tuned on the models that the submission will use.
     """
     ensemble = read_ensemble(Path(run) / "ensemble")
     path = Path(run) / "tables" / "study_scores.parquet"
@@ -253,7 +252,7 @@ def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -
     """Return one model's out-of-fold predictions for `images`, fused with the default settings.
 
     `runs` is the model's run, or the runs with its folds. Images and studies that the model has not predicted get
-    placeholder predictions (the class frequencies), which are marked `prior` and not `seen`. Raises RunError in the same
+    the class frequencies as placeholder predictions, which have `prior` true and `seen` false. Raises RunError in the same
     cases as `read_out_of_fold`.
     """
     predictions = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
@@ -261,9 +260,9 @@ def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -
 
 
 def read_answers(runs: Iterable[str | Path], images: pd.DataFrame) -> dict[str, Fused]:
-    """Return the out-of-fold predictions of each model in `runs`, keyed by model; see `read_answer`.
+    """Return the fused out-of-fold predictions of each model in `runs`, keyed by model name; see `read_answer`.
 
-    Runs that hold folds of the same model are joined.
+    Runs with different folds of the same model are joined.
     """
     runs_of: dict[str, list[str | Path]] = {}
     for run in runs:
@@ -296,6 +295,6 @@ def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
     if judged.empty:
         raise RunError(
             f"no image has predictions for both `none` and its study's classes ({int(has_none.sum())} have a `none`); "
-            "include among the runs to fuse a study run with the same folds as the detectors"
+            "add a study run with the same folds as the detectors to the runs to fuse"
         )
     return judged.reset_index(drop=True)

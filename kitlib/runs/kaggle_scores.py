@@ -11,7 +11,7 @@ KAGGLE = "kaggle.json"
 
 
 def add_score(run: str | Path, submission: dict[str, Any]) -> None:
-    """Add a submission to kaggle.json in the folder `run`, or replace the one of the same kernel and version.
+    """Add a submission to kaggle.json in the folder `run`; it replaces an entry with the same kernel and version.
 
     `submission` has at least the keys kernel, version, pushed (the time of the push, UTC, in ISO format), public_score and
     private_score. Raises RunError if kaggle.json is damaged.
@@ -26,10 +26,10 @@ def add_score(run: str | Path, submission: dict[str, Any]) -> None:
 
 
 def current_score(kaggle: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Return the last submission in `kaggle` (the contents of kaggle.json), or {} if there is none.
+    """Return the run's last submission in `kaggle` (the contents of kaggle.json), or {} if there is none.
 
-    Submissions pushed before the run began are of an earlier run in the same folder; they are ignored. `record` is the
-    contents of record.json.
+    Submissions pushed before the run began are ignored, because they belong to an earlier run in the same folder. `record`
+    is the contents of record.json.
     """
     submissions = kaggle.get("submissions")
     current = [

@@ -58,7 +58,7 @@ def is_run(folder: Path) -> bool:
 
 
 def walk_runs(root: Path, is_run: Callable[[Path], bool] = is_run) -> Iterator[Path]:
-    """Yield the run folders in and below `root`; `is_run` decides what is one. Folders inside a run are not searched."""
+    """Yield the run folders in and below `root`; `is_run` recognises them. Folders inside a run are not searched."""
     for path, folders, _ in os.walk(root):
         if is_run(Path(path)):
             folders.clear()
@@ -68,9 +68,9 @@ def walk_runs(root: Path, is_run: Callable[[Path], bool] = is_run) -> Iterator[P
 
 
 def named_folder(name: Any, run: Path) -> Path | None:
-    """Return the folder of a run that is called `name` in the parameters of another run, or None if it does not exist.
+    """Return the folder of the run that another run's parameters call `name`, or None if it does not exist.
 
-    `run` is the folder of that other run. Its neighbouring folders are tried first, because both runs may have been moved
+    `run` is the folder of that other run. Folders next to `run` are tried first, because the two runs may have been moved
     together.
     """
     if not name or not isinstance(name, str):

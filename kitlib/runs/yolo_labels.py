@@ -29,10 +29,9 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 
     data.yaml expects the images in FOLDER/images. If `folds` is given, also writes fold0.yaml and so on, each of which
     validates on its fold and trains on all others. Classes are the boxes' findings in alphabetical order, or only
-    ONE_FINDING if there is no box. FOLDER/labels is renamed into place when complete. Raises
-    FileExistsError if FOLDER/labels exists; DatasetError if an image's size is unknown, if a box belongs to none of the
-    images, if an image_id cannot be used as a file name, or if a box exceeds its image, because ultralytics would drop the
-    whole image.
+    ONE_FINDING if there is no box. FOLDER/labels appears only when it is complete. Raises FileExistsError if FOLDER/labels
+    exists; DatasetError if an image's size is unknown, if a box belongs to none of the images, if an image_id cannot be used
+    as a file name, or if a box exceeds its image, because ultralytics would drop the whole image.
     """
     folder = Path(folder)
     labels, temporary_folder = folder / LABELS, folder / f".{LABELS}.partial"

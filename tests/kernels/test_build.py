@@ -551,7 +551,7 @@ def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, 
         KernelError, match=f"{key}: train.ipynb has no parameter epoch; it has: epochs, prepare_run, run_folder"
     ):
         training(tmp_path, wheel, **{key: {"epoch": 1}})
-    with pytest.raises(KernelError, match=rf"{key}: train.ipynb: epochs wants a whole number, got 'ten'"):
+    with pytest.raises(KernelError, match=rf"{key}: train.ipynb: epochs must be a whole number, got 'ten'"):
         training(tmp_path, wheel, **{key: {"epochs": "ten"}})
 
 

@@ -241,7 +241,7 @@ def test_unfrozen_stages_have_their_own_learning_rate():
     ("changes", "message"),
     [
         ({"unfreeze_every": 1}, "unfreeze_every is 1, but the backbone is not frozen; set frozen_backbone=True"),
-        ({"thawed_statistics": False}, "thawed_statistics is False, but no statistics are frozen; set"),
+        ({"thawed_statistics": False}, "thawed_statistics is False, but no batch norm statistics are frozen; set"),
     ],
 )
 def test_settings_without_effect_are_refused(changes, message):

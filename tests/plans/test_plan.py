@@ -139,7 +139,7 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
             {"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}},
             "no parameter fold; it has: n_folds, dataset",
         ),
-        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "seed wants a whole number, got 'x'"),
+        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "seed must be a whole number, got 'x'"),
         (
             {"steps": {"x": {"notebook": "30_train_study", "parameters": {"overrides": {"image_sise": 64}}}}},
             "StudyRecipe has no field 'image_sise'",
@@ -159,15 +159,15 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
             {"steps": {"x": {"command": ["true"], "matrix": {"fold": "{no}"}}}},
             "must be a list of different numbers or words",
         ),
-        ({"steps": {"data": {"command": ["true"]}}}, "data: steps, variables and matrix keys need different names"),
+        ({"steps": {"data": {"command": ["true"]}}}, "names used twice: data; steps, variables and matrix keys must differ"),
         ({"steps": {"X": {"command": ["true"]}}}, "invalid step name 'X'"),
         (
             {"steps": {"x": {"command": ["{study}"], "matrix": {"fold": [1, 2]}}}},
-            "step x: x-2 needs a run of study with the same values; available: study-0, study-1",
+            "step x: x-2 needs a run of study with the same matrix values; available: study-0, study-1",
         ),
         (
             {"steps": {"x": {"command": ["true"], "matrix": {"fold": [2]}, "needs": ["study"]}}},
-            "step x: x-2 needs a run of study with the same values; available: study-0, study-1",
+            "step x: x-2 needs a run of study with the same matrix values; available: study-0, study-1",
         ),
         ({"variables": {"data": "{data}"}}, "step prepare: a variable refers to itself"),
         ({"steps": {"x": {"command": ["true"], "threads": 0}}}, "Step.threads is 0; expected a whole number of at least 1"),

@@ -50,7 +50,7 @@ def test_heidelbergs_frozen_backbone_gets_the_input_that_it_was_trained_on():
     [
         (
             lambda: recipe("heidelberg", StudyRecipe),
-            "names of a StudyRecipe, the closest one first: heidelberg_study, ",
+            "recipes of class StudyRecipe, most similar first: heidelberg_study, ",
         ),
         (lambda: recipe("heidelberg_yolo", StudyRecipe), "is a DetectorRecipe; expected a StudyRecipe, such as heidelberg"),
         (lambda: override(StudyRecipe(), epoch=3), "no field 'epoch'; it has: starting_weights, image_size"),

@@ -99,7 +99,7 @@ def test_judged_images_have_predictions_of_none_and_of_the_study_classes():
     detections = pd.DataFrame(columns=["image_id", "score", *BOX])
     # `b` has placeholder study classes, `c` a placeholder none, and the study of `d` no row at all.
     assert judged_images(images, Fused(studies, nones, detections))["image_id"].tolist() == ["a"]
-    with pytest.raises(RunError, match=r"\(3 have a `none`\); include among the runs to fuse a study run"):
+    with pytest.raises(RunError, match=r"\(3 have a `none`\); add a study run with the same folds"):
         judged_images(images, Fused(studies.assign(prior=True), nones, detections))
 
 
