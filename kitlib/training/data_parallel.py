@@ -40,7 +40,7 @@ def is_first_process() -> bool:
 
 
 class Keys(Protocol):
-    """Protocol of a sampler: has a length, and iterates over the keys of the examples of one epoch."""
+    """Protocol of a sampler: it has a length, and yields the keys with which a data set is indexed during one epoch."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...

@@ -42,7 +42,7 @@ class DetectorStrategy(Strategy):
         if unknown:
             raise ValueError(
                 f"{task.model_name}: the extra images have boxes of {', '.join(unknown)}, but the prepared run has only "
-                f"boxes of {', '.join(self.classes)}; use an extra run with these findings"
+                f"boxes of {', '.join(self.classes)}; use an extra run without other findings"
             )
         self.training_data = sample_negatives(images, boxes, self.recipe.negatives, task.seed), labels, boxes, cache
         for part_images, name in (

@@ -165,7 +165,7 @@ def save_trained(
     """Write the trained model to run_folder/bundle.
 
     `model` has the weights of the kept epoch, a `recipe`, and the `mean` and `std` that normalise its input. `family` is the
-    name of its model family; `identity` describes the run, as in `open_run`; `device` is that of the training.
+    name of its model family; `identity` describes the run, as in `open_run`; `device` is the device used for training.
     """
     recipe, best = model.recipe, fitted.best()
     record = {key: identity[key] for key in ("model", "fold", "recipe", "longest_side", "data_fingerprint")} | {

@@ -37,7 +37,7 @@ MOSAIC_OFF = 10  # number of last epochs without mosaic, as in ultralytics; at m
 
 
 class Canvases(YOLODataset):
-    """Data set of ultralytics that takes its images and boxes from an `XrayDataset`.
+    """Data set for ultralytics' trainer that takes its images and boxes from an `XrayDataset`.
 
     An image is the canvas, repeated in three equal channels. With `augment`, examples depend on the attribute `epoch`, which
     the trainer sets before each epoch, because a recipe may crop images differently in each epoch.
@@ -103,7 +103,7 @@ class Canvases(YOLODataset):
 
 
 class Trainer(DetectionTrainer):
-    """Trainer of ultralytics that can resume an interrupted training with the same result as uninterrupted training.
+    """Subclass of ultralytics' trainer that resumes interrupted training with the same result as uninterrupted training.
 
     Random numbers of an epoch depend on the seed and the epoch number alone. Unlike Lightning, ultralytics accumulates
     gradients across the end of an epoch, so the checkpoint contains gradients.
