@@ -59,7 +59,7 @@ class SiimAcrSettings(FusionSettings):
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
-    """Return the true masks in stage_2_train.csv, or else train-rle.csv: a dict from image_id to the mask's runs (n, 2).
+    """Return the true masks in stage_2_train.csv or, if it is missing, train-rle.csv: a dict from image_id to runs (n, 2).
 
     An image has a row for each lesion; runs of different rows may overlap, because the mask is their union. train-rle.csv
     has blanks before the second column name and before its values; these blanks are ignored.

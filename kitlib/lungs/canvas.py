@@ -54,7 +54,7 @@ class Canvas:
         return blacken_outside(pixels, mask)
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
-        """Return a canvas on which the image `grey` is placed by `place`, uint8 (canvas_rows, canvas_columns of `place`).
+        """Draw the image `grey` on a canvas at `place`, and return the canvas, uint8 (canvas_rows, canvas_columns).
 
         If `probe` is "border", everything but the border of the canvas is black.
         """

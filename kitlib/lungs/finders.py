@@ -82,7 +82,7 @@ class StoredLungs:
         self.fingerprint = hashlib.sha256(f"{file_digest(table_path)} {self.masks.fingerprint()}".encode()).hexdigest()
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return one Lungs per image. Raises ValueError if the run has not segmented an image, or at another size."""
+        """Return one Lungs per image. Raises ValueError if an image was not segmented, or was segmented at another size."""
         return [self.find_one(xray) for xray in xrays]
 
     def find_one(self, xray: CachedXray) -> Lungs:

@@ -1,4 +1,4 @@
-"""Chooses the number of worker processes that load batches: enough for the GPU, as far as their batches fit into /dev/shm.
+"""Chooses the number of worker processes that load batches: enough for the GPU, but no more than fit into /dev/shm.
 
 Workers pass batches to the training process through /dev/shm.
 """
