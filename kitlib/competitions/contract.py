@@ -1,8 +1,8 @@
-"""`Competition`: all that the kit needs to know of a competition, from the reader of its data to its score.
+"""`Competition`: everything that the kit needs to know about a competition, from reading its data to computing its score.
 
 A competition asks for up to four kinds of answers: classes of studies, classes of images, boxes of one or many classes, and
-masks. Ground truth and submissions are values whose type only the competition's own file knows; boxes are in pixels of the
-original image, as in kitlib.tables.
+masks. Each competition's own file chooses the types of its ground truth and submissions. Boxes are in pixels of the original
+image, as in kitlib.tables.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ from kitlib.settings import AtLeastOne, Positive, Settings
 
 
 class Slug:
-    """Rule for a text: lower-case words joined by hyphens, as in the address of a competition."""
+    """Rule for a string setting: lower-case words joined by hyphens, as in a competition's address on Kaggle."""
 
     def allows(self, value: str) -> bool:
         return all(word.isalnum() and word == word.lower() for word in value.split("-"))
@@ -33,7 +33,10 @@ class Slug:
 
 @dataclass(frozen=True)
 class BoxTruth:
-    """True boxes: all `image_ids`, each once, and `boxes`: a table with image_id, finding and kitlib.tables.BOX."""
+    """Ground truth of boxes: the ids of all images, each once, and a table of boxes in original pixels.
+
+    `boxes` has one row per box, with the columns image_id, finding, xmin, ymin, xmax and ymax.
+    """
 
     image_ids: tuple[str, ...]
     boxes: pd.DataFrame
@@ -41,27 +44,30 @@ class BoxTruth:
 
 @dataclass(frozen=True)
 class Competition(Settings):
-    """A competition: its facts, and functions that read and score its files.
+    """Everything that the kit needs to know about a competition: its facts, and functions that read and score its files.
 
-    `read_truth` gets the file with the ground truth in the format of the training data, or the folder that contains it.
-    `read_submission` gets a file and the ids that it must have, and raises SubmissionError at the first fault. `find_faults`
-    gets the ids, the file, and what the ids are from, for messages; it returns every fault and never raises. `metric` is a
-    pure function of a ground truth and a submission; its result is keyed by the names of its parts, `score` first, and NaN
-    where a part is undefined. `baseline_rows` returns a row of cells for each id, which follow from no image but from the
-    frequencies in the training data. Functions that read the ground truth or a sample raise a KitError for a bad file.
+    `read_truth` reads the ground truth from a file in the format of the training data, or from the folder that contains it.
+    `truth_ids` returns the ids that a submission needs to be scored with a ground truth. `read_sample` returns the ids in a
+    sample submission. `read_submission` gets a file and the ids that it must have; it raises SubmissionError if there is a
+    fault. `find_faults` gets the ids, the file, and a text that says where the ids are from; it returns every fault and
+    never raises. `metric` is a pure function of a ground truth and a submission; it returns a dict with `score` first, then
+    its parts by name, NaN if undefined. `baseline_rows` returns a row of cells for each id, based only on frequencies in
+    the training data. Functions that read the ground truth or a sample raise a KitError if the file is invalid.
 
-    From models to a submission: `dataset` is the reader of the training data (kitlib.datasets.registry). `truth_of` returns
-    the ground truth of images, from the tables images, labels and boxes of a prepared run and its masks (or None).
-    `settings` is a class whose fields say how merged predictions become answers, and `decide` does it: it returns a
-    submission, as `read_submission` does, for the images that any model has predicted. `fill` returns the rows of the
-    submission for the given ids, and the ids of those that no model has predicted, which are the rows of the baseline.
-    `read_test` lists the test images in a folder. `judge` returns the score of the settings like `metric` after `decide`,
-    but faster: its boxes have a further column `match`, the row of the true box with the same finding that they overlap by
-    more than `hit_iou`, or -1, and its masks what `compare` adds to them. `helping_classes` are classes of images that
-    `decide` uses but no row contains. `side` is the side in pixels of all published images, if they have the same: the
-    answers are then in pixels of these, also for resized copies.
+    `dataset` is the reader of the training data, a key of kitlib.datasets.registry.READERS. `truth_of` returns the ground
+    truth of images, from the tables images, labels and boxes of a prepared run and its masks (or None). `settings` is a
+    class derived from FusionSettings, whose fields say how merged predictions become answers. `decide` applies these
+    settings: it returns a submission, like `read_submission`, for the images that at least one model has predicted. `fill`
+    returns the submission's rows for given ids, and the ids without a prediction, which get the baseline's rows. `read_test`
+    lists the test images in a folder. `helping_classes` are classes of images that `decide` uses although no submission
+    contains them. `side` is the side in pixels of the published images, if all are squares of this size; answers are then
+    in pixels of the published images, even if smaller copies were prepared.
 
-    Raises SettingsError for an invalid field, a class that occurs twice, or a competition that wants no answers.
+    `judge` and `compare` are optional, for tuning: `judge` returns the same score as `metric` after `decide`, but faster.
+    The merged boxes that `judge` gets have the additional column `match`: the row of the true box with the same finding and
+    the largest IoU above `hit_iou`, or -1. The merged masks have the column that `compare` adds.
+
+    Raises SettingsError for an invalid field, a class that occurs twice, or a competition without classes.
     """
 
     name: Annotated[str, Slug()]
@@ -95,7 +101,10 @@ class Competition(Settings):
 
     @classmethod
     def with_rows(cls, rows: Rows[Any], **fields: Any) -> "Competition":
-        """Return a competition whose submissions have `rows`, one for each test image; `fields` are its other fields."""
+        """Return a competition whose submissions have one row per test image, in the format `rows`.
+
+        `fields` are the other fields of the competition.
+        """
         fields |= {"header": rows.header, "sample": rows.sample, "read_sample": rows.read_sample}
         return cls(find_faults=rows.find_faults, read_test=read_listed(rows), **fields)
 
@@ -103,22 +112,20 @@ class Competition(Settings):
         super().__post_init__()
         answers = self.answers
         if not answers:
-            raise SettingsError(
-                f"{self.name} wants no answers; set study_classes, image_classes, box_classes or mask_classes"
-            )
+            raise SettingsError(f"{self.name} has no classes; set study_classes, image_classes, box_classes or mask_classes")
         for kind, classes in answers.items():
             if len(set(classes)) < len(classes):
                 raise SettingsError(f"{kind} of {self.name} has a class twice: {', '.join(classes)}")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:
-        """The classes of each kind of answer that the competition wants, by the name of the field."""
+        """The classes to predict: the fields study_classes to mask_classes as a dict, without empty ones."""
         kinds = ("study_classes", "image_classes", "box_classes", "mask_classes")
         return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind)}
 
     @property
     def is_notebook(self) -> bool:
-        """Whether a notebook submits, which Kaggle runs offline on the hidden test set; otherwise a file is uploaded."""
+        """Whether a submission is a notebook, which Kaggle runs offline on the hidden test set, and not an uploaded file."""
         return self.time_limit_hours is not None
 
     def judged(self, truth: Any, merged: MergedPredictions, settings: FusionSettings) -> float:
@@ -128,9 +135,9 @@ class Competition(Settings):
         return self.metric(truth, self.decide(merged, settings))["score"]
 
     def write(self, path: str | Path, ids: Iterable[str], decided: Any) -> list[str]:
-        """Write a submission with a row for each id, atomically; return the ids whose rows are the baseline's.
+        """Write a submission file with a row for each id, atomically; return the ids that got the baseline's row.
 
-        `decided` is what `decide` returns, or None: then all rows are the baseline's.
+        `decided` is a result of `decide`, or None: then all rows are the baseline's.
         """
         ids = list(ids)
         rows, without = (self.baseline_rows(ids), ids) if decided is None else self.fill(ids, decided)
@@ -138,7 +145,7 @@ class Competition(Settings):
         return without
 
     def score_files(self, truth: str | Path, submission: str | Path) -> dict[str, float]:
-        """Return the score of a submission file and its parts, by name; for the values see `metric`.
+        """Score a submission file against the ground truth in the file or folder `truth`; return the result of `metric`.
 
         Raises a KitError if a file cannot be read, and SubmissionError or ScoringError if the submission has a fault.
         """
@@ -148,9 +155,9 @@ class Competition(Settings):
     def validate_file(
         self, submission: str | Path, sample: str | Path | None = None, truth: str | Path | None = None
     ) -> list[Fault]:
-        """Return every fault of a submission file, whose ids must be those of the `sample` submission or of the `truth`.
+        """Return every fault of a submission file; its ids must be those of the sample submission or of the ground truth.
 
-        Raises ValueError unless exactly one of `sample` and `truth` is given, and a KitError if it cannot be read.
+        Raises ValueError unless exactly one of `sample` and `truth` is given; a KitError if this file cannot be read.
         """
         if sample is not None and truth is None:
             ids, source = self.read_sample(Path(sample)), "the sample submission"
@@ -161,13 +168,13 @@ class Competition(Settings):
         return self.find_faults(list(ids), Path(submission), source)
 
     def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
-        """Return what `decide` returns as tables, by name; none unless it consists of several tables, as SIIM's does."""
+        """Return the tables in `decided`, a result of `decide`, as a dict; empty unless it is a dataclass (SIIM-COVID's)."""
         return dict(vars(decided)) if is_dataclass(decided) else {}
 
     def write_first(self, folder: str | Path, path: str | Path) -> int:
-        """Write the trivial baseline for the sample submission in a folder of data; return the number of rows.
+        """Write the baseline submission for the sample submission in a folder of data; return the number of rows.
 
-        Nothing is written, and 0 returned, if the sample is missing or cannot be read.
+        If the sample is missing or cannot be read, writes nothing and returns 0.
         """
         try:
             return self.write_baseline(find_sample(folder, self.sample), path)
@@ -175,7 +182,7 @@ class Competition(Settings):
             return 0
 
     def write_baseline(self, sample: str | Path, path: str | Path) -> int:
-        """Write the trivial baseline for the ids of a sample submission, atomically; return the number of rows.
+        """Write the baseline submission for the ids of a sample submission, atomically; return the number of rows.
 
         Raises SubmissionError if the sample cannot be read or has no rows.
         """
@@ -186,9 +193,9 @@ class Competition(Settings):
 
 
 def fill_rows(baseline: list[list[str]], answers: Mapping[str, list[str]]) -> tuple[list[list[str]], list[str]]:
-    """Return rows of cells, and the ids of those that are the baseline's because `answers` lacks them.
+    """Replace the rows of `baseline` for which there are answers; return all rows, and the ids without an answer.
 
-    `baseline` has the rows of all ids; `answers` maps an id to the cells after it.
+    `baseline` has a row for each id: a list of cells that begins with the id. `answers` maps an id to its other cells.
     """
     rows = [[name, *answers[name]] if name in answers else [name, *cells] for name, *cells in baseline]
     return rows, [name for name, *_ in baseline if name not in answers]

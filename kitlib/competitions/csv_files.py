@@ -18,15 +18,15 @@ from kitlib.tables import read_text_table
 V = TypeVar("V")
 
 SAMPLE = "sample_submission.csv"  # name of the sample submission in most competitions
-MANY_FOLDERS = 100  # a folder with more subfolders has those of studies or images, among which no sample is looked for
+MANY_FOLDERS = 100  # a folder with more subfolders holds studies or images, so its subfolders are not searched for a sample
 
 
 @dataclass(frozen=True)
 class Rows(Generic[V]):
-    """The rows of a submission: their header, whose first column is the id, and the meaning of the other cells.
+    """Format of a submission's rows: the header, whose first column is the id, and a function that parses the other cells.
 
-    `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault. `sample` is the
-    name of the sample submission on Kaggle.
+    `parse` gets a row's id and its other cells, and returns the row's value and a list of texts, one per fault. `sample` is
+    the name of the sample submission on Kaggle.
     """
 
     header: tuple[str, ...]
@@ -40,17 +40,18 @@ class Rows(Generic[V]):
         except TableError as error:
             raise SubmissionError(str(error)) from error
         if not len(ids) or (ids == "").any():
-            raise SubmissionError(
-                f"{path} must have an id in each row, and at least one row; copy the competition's file again"
-            )
+            raise SubmissionError(f"{path} needs at least one row, and an id in each row; copy the competition's file again")
         return list(dict.fromkeys(ids))
 
     def find_faults(self, ids: Sequence[str], path: Path, source: str) -> list[Fault]:
-        """Return every fault of a submission, which must have the `ids`; `source` says where they are from."""
+        """Return every fault of the submission file `path`, which must have exactly the ids `ids`.
+
+        `source` is a text for messages that says where the ids are from.
+        """
         return check_rows(path, self.header, ids, self.parse, source)[1]
 
     def read(self, path: Path, ids: Sequence[str]) -> dict[str, V]:
-        """Return the value of each row of a submission, by id.
+        """Read a submission file, and return a dict from each id to the value of its row, as returned by `parse`.
 
         Raises SubmissionError if the file has a fault, or if its ids are not exactly `ids`, those of the ground truth.
         """
@@ -65,7 +66,7 @@ class Rows(Generic[V]):
 
 @dataclass(frozen=True)
 class TestSet:
-    """A test set: its `images`, a table of this name; `faults`, see kitlib.datasets.base; and the ids of a submission."""
+    """Test images of a competition: an `images` table, a table of faults (see Dataset.faults), and a submission's ids."""
 
     __test__ = False  # pytest would collect the class
 
@@ -75,11 +76,11 @@ class TestSet:
 
 
 def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
-    """Return the path of the sample submission in a folder or below it.
+    """Return the path of the sample submission in a folder or its subfolders.
 
-    A file called `name` is preferred, then one with `stage_2` in its name, then any `*sample_submission*.csv`; of several,
-    the one that is fewest folders deep. The search ends there, because image folders below may be large. Raises
-    SubmissionError if there is no such file, or if several on the same level differ.
+    Subfolders are searched level by level, until a level has a file called `name`; deeper folders may contain many images.
+    If no level has this file, a `*sample_submission*.csv` is used: preferably one with `stage_2` in its name, then the one
+    that is fewest folders deep. Raises SubmissionError if there is no such file, or if several on the same level differ.
     """
     candidates: list[Path] = []
     for files in _levels(folder):
@@ -87,21 +88,24 @@ def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
             return _only(found)
         candidates += (path for path in files if "sample_submission" in path.name and path.suffix == ".csv")
     if not candidates:
-        raise SubmissionError(f"{folder} has no sample submission, whose rows a submission must have; attach {name}")
+        raise SubmissionError(f"found no sample submission (the list of ids to predict) in {folder}; add the file {name}")
     candidates = [path for path in candidates if "stage_2" in path.name] or candidates
     highest = min(len(path.parts) for path in candidates)
     return _only([path for path in candidates if len(path.parts) == highest])
 
 
 def _levels(folder: str | Path) -> Iterator[list[Path]]:
-    """Yield the files in a folder, then those in its subfolders, and so on; links to folders are not followed."""
+    """Yield one list of CSV files per level: those in a folder, then those in its subfolders, and so on.
+
+    Links to folders are not followed.
+    """
     folders = [str(folder)] if Path(folder).is_dir() else []
     while folders:
         files, below = [], []
         for place in folders:
             try:
                 entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-            except OSError:  # such a folder is a fault for the reader of the images
+            except OSError:  # the reader of the images reports such a folder
                 continue
             inside = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
             below += inside if len(inside) <= MANY_FOLDERS else []
@@ -111,7 +115,7 @@ def _levels(folder: str | Path) -> Iterator[list[Path]]:
 
 
 def _only(samples: list[Path]) -> Path:
-    """Return the first of several files. Raises SubmissionError, which lists them, if they differ."""
+    """Return the first of several files. Raises SubmissionError, which lists the files, if their contents differ."""
     if not all(filecmp.cmp(samples[0], path, shallow=False) for path in samples[1:]):
         listing = "".join(f"\n  {path}" for path in samples)
         raise SubmissionError(f"{len(samples)} sample submissions differ; give the folder of one of them:{listing}")
@@ -119,9 +123,9 @@ def _only(samples: list[Path]) -> Path:
 
 
 def read_listed(rows: Rows[Any]) -> Callable[[Path], TestSet]:
-    """Return a function that lists a folder's test images: those whose ids are in its sample submission.
+    """Return a function that returns the TestSet of a folder: the images whose ids are in the folder's sample submission.
 
-    The function raises SubmissionError if no file is named like a sample submission, several differ, or it has no ids.
+    The function raises SubmissionError if the folder has no sample submission, several that differ, or one without ids.
     """
 
     def read_test(folder: Path) -> TestSet:
@@ -133,10 +137,11 @@ def read_listed(rows: Rows[Any]) -> Callable[[Path], TestSet]:
 
 
 def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
-    """Return the text table of the ground truth: the file `path`, or the first of `file_names` in the folder `path`.
+    """Read a ground-truth CSV file as a table of strings; `attrs["path"]` of the table is the file's path.
 
-    Blanks around the names of columns are removed. Raises ScoringError if the file is missing, cannot be read, has no rows,
-    or lacks one of `columns`. `attrs["path"]` of the table is the path of the file.
+    `path` is the file, or a folder that contains one of `file_names` (the first is preferred). Blanks around column names
+    are removed. Raises ScoringError if the file is missing, cannot be read, has no rows, lacks one of `columns`, or has an
+    empty cell in the first of `columns`.
     """
     if path.is_dir():
         available = [path / name for name in file_names if (path / name).is_file()]
@@ -161,9 +166,9 @@ def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[st
 
 
 def read_numbers(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
-    """Return the cells of some columns of a ground truth, as numbers (n, columns); NaN for an empty cell.
+    """Convert columns of a ground-truth table to numbers, float (n, columns); an empty cell becomes NaN.
 
-    Raises ScoringError, with the line, for any other cell that is not a finite number.
+    Raises ScoringError, which names the row, for any other cell that is not a finite number.
     """
     cells = table[list(columns)]
     numbers = cells.apply(pd.to_numeric, errors="coerce").to_numpy(float)
@@ -175,18 +180,18 @@ def read_numbers(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
 
 
 def refuse(table: pd.DataFrame, row: int, problem: str) -> NoReturn:
-    """Raise ScoringError for a row, counted from 0, of a ground truth that `read_truth_table` has returned."""
+    """Raise ScoringError about the row `row` (from 0) of a table that `read_truth_table` has returned."""
     raise ScoringError(f"{table.attrs['path']}, row {row + 2} ({table.iloc[row, 0]}): {problem}")
 
 
 def refuse_rows(table: pd.DataFrame, is_wrong: np.ndarray, problem: str) -> None:
-    """Raise ScoringError for the first of the rows in the boolean mask `is_wrong` (n,), if there is one."""
+    """Raise ScoringError about the first row for which the bool array `is_wrong` (n,) is True, if there is one."""
     if is_wrong.any():
         refuse(table, int(np.flatnonzero(is_wrong)[0]), problem)
 
 
 def join_rows(rows: dict[str, np.ndarray], columns: Sequence[str]) -> pd.DataFrame:
-    """Return one table of all images: image_id, and `columns`, from `rows`, which maps an image_id to (k, columns)."""
+    """Join arrays (k, columns), keyed by image_id in `rows`, into one table with the columns image_id and `columns`."""
     numbers = np.concatenate([np.empty((0, len(columns))), *rows.values()])
     table = pd.DataFrame(numbers, columns=list(columns))
     table.insert(0, "image_id", np.repeat(np.array(list(rows), dtype=object), [len(array) for array in rows.values()]))

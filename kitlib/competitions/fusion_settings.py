@@ -1,7 +1,7 @@
-"""`FusionSettings`: how the predictions of many models become one, for any competition.
+"""`FusionSettings`: how the predictions of several models are merged, for any competition.
 
-A competition derives a class from it whose further fields say how it turns these predictions into its answers, and which of
-their values are tried in tuning.
+A competition may derive a class from FusionSettings. Its additional fields say how merged predictions become the
+competition's answers; its GRIDS say which values of these fields are tried in tuning.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ AnyConfidence = Literal[Confidence, "agreed"]  # for "agreed" see kitlib.fusion.
 class FusionSettings(Settings):
     """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no calibration.
 
-    GRIDS maps the name of a tuning step to the names of the fields that it sets together, and the values that it tries.
-    FIRST names the steps that are also taken after the calibration, before those of merging boxes, which depend on them.
+    GRIDS maps the name of each tuning step to a pair: the fields that the step sets together, and the values that it tries.
+    FIRST names steps that are also taken before box merging is tuned, because that tuning depends on their results.
     """
 
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}
@@ -39,7 +39,7 @@ class FusionSettings(Settings):
     box_iou: Probability = 0.6  # IoU above which boxes are merged (1st and 11th place 0.6, Heidelberg 0.55, 5th 0.625)
     # boxes with a lower score are dropped before fusion; the limit is low because unlikely boxes still add average precision
     box_min_score: Probability = 0.001
-    box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with its square
+    box_limit: AtLeastOne = 50  # number of boxes merged per list, the most confident; time grows with this number's square
     box_confidence: AnyConfidence = "avg"  # applies only to wbf
     # IoU above which the less confident of two fused boxes is dropped; 1: no box is dropped. Heidelberg's code: 0.1
     final_nms_iou: Probability = 1.0

@@ -1,4 +1,4 @@
-"""`MergedPredictions`: what all models together predict for a set of images, before a competition decides on its answers."""
+"""`MergedPredictions`: the merged predictions of all models for a set of images, from which answers are computed."""
 
 from dataclasses import dataclass, replace
 
@@ -8,13 +8,14 @@ import pandas as pd
 
 @dataclass(frozen=True)
 class MergedPredictions:
-    """Predictions of all models, merged into one for each image and study. Pure data; boxes are in original pixels.
+    """Predictions of all models, merged into one prediction for each image and study.
 
-    `images` has the n images with image_id, study_id, rows and columns. `studies` has study_id and a probability (0..1) of
-    each class, `scores` image_id and a probability of each class of images; both have no row for what no model has
-    predicted, and NaN for a class that no model predicts. `boxes` has one row per box: `row`, its image's position in
-    `images`, `finding` (categorical), `score` (0..1), xmin, ymin, xmax and ymax. `seen` (n,) says which images a detector
-    has predicted, with or without boxes. `masks` has image_id, finding and `map`, see kitlib.fusion.mask_maps.
+    `images` has the n images with image_id, study_id, rows and columns. `studies` has one row per predicted study: study_id
+    and a probability (0..1) of each study class. `scores` has one row per image that a classifier of images has predicted:
+    image_id and a probability of each image class. A class that no model predicts for a row is NaN. `boxes` has one row per
+    box: `row` (the position of its image in `images`), `finding` (categorical), `score` (0..1), xmin, ymin, xmax and ymax in
+    original pixels. `seen`, bool (n,), is True for images that a detector has predicted, with or without boxes. `masks` has
+    the columns image_id, finding and `map`, see kitlib.fusion.mask_maps.
     """
 
     images: pd.DataFrame
@@ -25,7 +26,7 @@ class MergedPredictions:
     masks: pd.DataFrame
 
     def detections(self) -> pd.DataFrame:
-        """Return the boxes with the column image_id instead of row."""
+        """Return the table `boxes` with the column image_id instead of `row`."""
         boxes = self.boxes.drop(columns="row")
         boxes.insert(0, "image_id", self.images["image_id"].to_numpy(dtype=object)[self.boxes["row"].to_numpy()])
         return boxes
@@ -37,7 +38,7 @@ class MergedPredictions:
         return self.scores.set_index("image_id")[name].reindex(self.images["image_id"]).to_numpy(float)
 
     def no_box(self) -> np.ndarray:
-        """Return 1 - the highest box score (n,) of each image, NaN for images that no detector has predicted."""
+        """Return 1 minus the highest box score of each image, (n,): 1 without boxes, NaN if no detector has predicted it."""
         highest = np.zeros(len(self.images))
         np.maximum.at(highest, self.boxes["row"].to_numpy(), self.boxes["score"].to_numpy())
         return np.where(self.seen, 1 - highest, np.nan)
@@ -59,9 +60,9 @@ class MergedPredictions:
 
 
 def weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the weighted mean (n,) of `parts` (k, n) over those that are not NaN; `weights` is (k,).
+    """Return the weighted mean (n,) over the k rows of `parts` (k, n), ignoring NaN; `weights` (k,) has one weight per row.
 
-    If the weights of these parts are all 0, the result is the first part that is not NaN; it is NaN if all parts are NaN.
+    Where all rows that are not NaN have weight 0, the result is the first of these rows. Where all rows are NaN, it is NaN.
     """
     is_available = ~np.isnan(parts)
     weight = weights[:, None] * is_available

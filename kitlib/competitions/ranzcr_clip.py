@@ -1,7 +1,7 @@
 """RANZCR CLiP, Catheter and Line Position Challenge (2021): the probabilities of eleven labels of an image.
 
-The metric is the mean over the labels of ROC AUC, in which equal values count half. Only the order of the values in a column
-matters, so that they need not be probabilities; ranks are valid, too.
+The metric is ROC AUC, averaged over the labels; equal values count half. Only the order of the values in a column matters,
+so a submission may also contain values that are not probabilities, such as ranks.
 """
 
 import logging
@@ -30,7 +30,7 @@ LABELS = RANZCR_LABELS
 def read_truth(path: Path) -> pd.DataFrame:
     """Return the ground truth in train.csv: a table with image_id and LABELS, each 0 or 1.
 
-    Raises ScoringError if an image has several rows.
+    Raises ScoringError if a label is not 0 or 1, or if an image has several rows.
     """
     table = read_truth_table(path, ("train.csv",), (ID, *LABELS))
     values = read_numbers(table, LABELS)
@@ -40,7 +40,7 @@ def read_truth(path: Path) -> pd.DataFrame:
 
 
 def _parse_row(image_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the values of the labels, (1, 11), and the faults of a row."""
+    """Parse the cells of a submission row; return the labels' values, float (1, 11), and a list of faults."""
     values, faults = np.full((1, len(LABELS)), np.nan), []
     for index, (label, cell) in enumerate(zip(LABELS, cells, strict=True)):
         try:
@@ -59,7 +59,7 @@ ROWS = Rows((ID, *LABELS), _parse_row)
 
 
 def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
-    """Return the values in a submission: a table with image_id and LABELS."""
+    """Read a submission file; return a table with image_id and the value of each of LABELS."""
     return join_rows(ROWS.read(path, ids), LABELS)
 
 
@@ -85,19 +85,19 @@ def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return the share of the training images with each label, for every image."""
+    """Return a row for each id with the same values: the share of the training images that have each label."""
     shares = [format_confidence(PUBLISHED[label] / PUBLISHED["images"]) for label in LABELS]
     return [[name, *shares] for name in ids]
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> pd.DataFrame:
-    """Return the ground truth of prepared images: a table with image_id and LABELS. Images without labels are left out."""
+    """Return the ground truth of prepared images: a table with image_id and LABELS, without images that lack a label."""
     known = images[["image_id", "study_id"]].merge(labels, left_on="study_id", right_on="id")
     return known[["image_id", *LABELS]].dropna().reset_index(drop=True)
 
 
 def decide(merged: MergedPredictions, settings: FusionSettings) -> pd.DataFrame:
-    """Return the probabilities of the images that any model has predicted: a table with image_id and LABELS.
+    """Return a table with image_id and the probability of each of LABELS, for images that at least one model has predicted.
 
     A label that no model has predicted gets its share of the training images.
     """
@@ -106,7 +106,7 @@ def decide(merged: MergedPredictions, settings: FusionSettings) -> pd.DataFrame:
 
 
 def fill(ids: list[str], scores: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
+    """Return the submission's rows for `ids`, and the ids that `scores` lacks, which get the baseline's row."""
     values = scores[list(LABELS)].to_numpy().tolist()
     cells = {name: list(map(format_confidence, row)) for name, row in zip(scores["image_id"], values, strict=True)}
     return fill_rows(baseline_rows(ids), cells)

@@ -1,6 +1,6 @@
 """The competitions that the kit knows, by name.
 
-A sixth is added as a file that makes a Competition, and a line here.
+To add one, write a file that creates a Competition, and add it to COMPETITIONS.
 """
 
 import logging
@@ -25,7 +25,7 @@ COMPETITIONS = {
 
 
 def find_competition(name: str) -> Competition:
-    """Return the competition of this name or Kaggle slug. Raises SettingsError, which lists the names, if there is none."""
+    """Find a competition by its name or Kaggle slug. Raises SettingsError, which lists the names, if it is unknown."""
     for competition in COMPETITIONS.values():
         if name in (competition.name, competition.slug):
             return competition
@@ -33,24 +33,24 @@ def find_competition(name: str) -> Competition:
 
 
 def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
-    """Return a competition, and the name or path of the input with its data, from two parameters of a notebook.
+    """Return the competition that a notebook's parameters choose, and the input or path of its data (`choose_folder`).
 
-    `data` is the slug or name of a competition, or another input or path. A name stands for the input of its slug, unless
-    there is an input of this name. `rules` is the name of the competition; if it is empty, `data` says it, also a path whose
-    last folder is a slug, or else the header of the sample submission in the data; data without a readable sample are those
-    of siim-covid19, with a warning. Raises SettingsError for an unknown name in `rules`, if `data` is another competition,
-    and for a sample of none.
+    `data` is the name or Kaggle slug of a competition, or another input or path. `rules` is the name of the competition. If
+    `rules` is empty, the competition is the one that `data` names (also by a path whose last folder is a slug), or else the
+    one with the header of the sample submission in `data`. Without a readable sample it is siim-covid19, with a warning.
+    Raises SettingsError if `rules` is unknown, if `data` names another competition than `rules`, or if the sample's header
+    is unknown.
     """
     known = next((each for each in COMPETITIONS.values() if data in (each.name, each.slug)), None)
     known = known or next((each for each in COMPETITIONS.values() if not rules and Path(data).name == each.slug), None)
     if rules and known and find_competition(rules) is not known:
-        raise SettingsError(f"rules is {rules}, but the data are those of {known.name}; leave rules empty")
+        raise SettingsError(f"rules is {rules!r}, but {data!r} is the data of {known.name!r}; leave rules empty")
     competition = known or (find_competition(rules) if rules else _competition_of_sample(data))
     return competition, choose_folder(data)
 
 
 def choose_folder(data: str) -> str:
-    """Return the input or path that `data` names: the input of its slug for a competition, unless one is called `data`."""
+    """Return the Kaggle slug if `data` is a competition's name and no input has this name; otherwise return `data`."""
     if data not in COMPETITIONS:
         return data
     try:
@@ -61,35 +61,38 @@ def choose_folder(data: str) -> str:
 
 
 def _competition_of_sample(data: str) -> Competition:
-    """Return the competition whose header the sample submission in the input or folder `data` has."""
+    """Return the competition with the header of the sample submission in `data`, an input or folder.
+
+    Without a readable sample, returns SIIM_COVID19 and logs a warning. Raises SettingsError for an unknown header.
+    """
     try:
         sample = find_sample(find_input(data))
         header = tuple(read_text_table(sample).columns)
     except (InputNotFound, SubmissionError, TableError) as error:
-        logger.warning("the rules are those of %s, because %r has no readable sample: %s", SIIM_COVID19.name, data, error)
+        logger.warning("using the rules of %s, because %r has no readable sample: %s", SIIM_COVID19.name, data, error)
         return SIIM_COVID19
     if found := [each for each in COMPETITIONS.values() if each.header == header]:
         return found[0]
     try:
-        SIIM_COVID19.read_sample(sample)  # reads any header, also none
+        SIIM_COVID19.read_sample(sample)  # accepts any header, or none
     except SubmissionError as error:
         names = ", ".join(COMPETITIONS)
         raise SettingsError(
-            f"{sample} has the header {','.join(header)[:80]}, which is that of no known competition; set `rules` to one of "
-            f"{names}"
+            f"{sample} has the header {','.join(header)[:80]}, which no known competition has; set `rules` to one of {names}"
         ) from error
     return SIIM_COVID19
 
 
 def find_data(dataset: str, folder: str = "") -> tuple[str, str]:
-    """Return the reader of a data set, a key of kitlib.datasets.registry.READERS, and the input folder of its files.
+    """Return the name of a data set's reader (a key of kitlib.datasets.registry.READERS), and the input folder to read.
 
-    `dataset` is a reader, or the name or slug of a competition. An empty `folder` is the slug of that competition, or of the
-    one whose training data the reader reads; for a competition's name see `choose_folder`. Raises SettingsError if `folder`
-    is empty and there is no such competition.
+    `dataset` is a reader's name, or the name or Kaggle slug of a competition, which stands for the reader of its training
+    data. If `folder` is empty, it is the slug of this competition, or of the competition whose training data the reader
+    reads; if `folder` is a competition's name, see `choose_folder`. Raises SettingsError if `folder` is empty and no
+    competition matches `dataset`.
     """
     known = next((each for each in COMPETITIONS.values() if dataset in (each.name, each.slug, each.dataset)), None)
     if known is None and not folder:
         names = ", ".join(COMPETITIONS)
-        raise SettingsError(f"{dataset!r} is no competition, so its folder must be given; the competitions are {names}")
+        raise SettingsError(f"{dataset!r} is not a competition, so also give the folder of its files; competitions: {names}")
     return (known.dataset, choose_folder(folder) or known.slug) if known else (dataset, choose_folder(folder))

@@ -1,8 +1,9 @@
 """RSNA Pneumonia Detection Challenge (2018), stage 2: boxes of lung opacities.
 
-The metric is a mean over images and over eight IoU thresholds of TP / (TP + FP + FN): every box costs, whatever its
-confidence, which only orders the boxes. The rules leave open which of several free true boxes a box takes; here it takes the
-one with the largest IoU. Equal confidences, and equal IoUs, are ordered by coordinates.
+The metric is TP / (TP + FP + FN), averaged over images and eight IoU thresholds. Every false box lowers the score, whatever
+its confidence; confidences only decide the order in which boxes are matched. The rules do not say which of several true
+boxes a box matches; here it is the unmatched one with the largest IoU. Equal confidences, and equal IoUs, are ordered by
+coordinates.
 """
 
 from dataclasses import dataclass
@@ -23,15 +24,15 @@ from kitlib.scoring.placeholders import format_confidence
 from kitlib.settings import NotNegative, Probability, Range
 from kitlib.tables import BOX
 
-THRESHOLDS = tuple(k / 20 for k in range(8, 16))  # 0.40, 0.45 .. 0.75; the IoU of a hit is larger
+THRESHOLDS = tuple(k / 20 for k in range(8, 16))  # 0.40, 0.45 .. 0.75; a hit needs a larger IoU
 SIDE = 1024  # pixels a side of every image
 SIDES = ("x", "y", "width", "height")
 
 
 def read_truth(path: Path) -> BoxTruth:
-    """Return the ground truth in stage_2_train_labels.csv, which has one row for each box, or for an image without boxes.
+    """Return the ground truth in stage_2_train_labels.csv, which has one row per box, and one per image without boxes.
 
-    Raises ScoringError unless Target is 1 in rows with a box, 0 in rows without, and the same in all rows of an image.
+    Raises ScoringError unless Target is 1 in rows with a box, 0 in rows without, and equal in all rows of an image.
     """
     table = read_truth_table(path, ("stage_2_train_labels.csv",), ("patientId", *SIDES, "Target"))
     sides = read_numbers(table, SIDES)
@@ -56,7 +57,7 @@ def _as_corners(image_ids: pd.Series, sides: np.ndarray) -> pd.DataFrame:
 
 
 def _parse_row(patient_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the groups of a prediction string, (n, 5): confidence, x, y, width and height; and its faults."""
+    """Parse a prediction string; return its boxes, float (n, 5): confidence, x, y, width, height; and a list of faults."""
     words = cells[0].split()
     if len(words) % 5:
         hint = "; an image without a box has an empty string" if len(words) == 1 else ""
@@ -86,7 +87,7 @@ ROWS = Rows(("patientId", "PredictionString"), _parse_row, "stage_2_sample_submi
 
 
 def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
-    """Return the detections in a submission: a table with image_id, finding, score, and kitlib.tables.BOX."""
+    """Read a submission file; return a table of its boxes: image_id, finding, score, xmin, ymin, xmax and ymax."""
     rows = join_rows(ROWS.read(path, ids), ("score", *SIDES))
     table = _as_corners(rows["image_id"], rows[list(SIDES)].to_numpy())
     table.insert(1, "finding", ONE_FINDING)
@@ -95,10 +96,11 @@ def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
 
 
 def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
-    """Return `score`, the mean over images and thresholds, and the mean over images at each threshold, as `iou_0.40`; 0..1.
+    """Return the competition's score (0..1): the mean of TP / (TP + FP + FN) over images and IoU thresholds.
 
-    `detections` has image_id, score, and kitlib.tables.BOX. Images with neither a true nor a predicted box are left out; if
-    no image remains, all values are NaN. Raises ScoringError for a detection on an image that is not in the truth.
+    The result is a dict: `score`, then the mean over images at each threshold, as `iou_0.40`. `detections` has the columns
+    image_id, score, xmin, ymin, xmax and ymax. Images with neither a true nor a predicted box are left out; if no image
+    remains, all values are NaN. Raises ScoringError for a detection on an image that is not in the truth.
     """
     images = pd.Index(truth.image_ids)
     true_image, image = (images.get_indexer(table["image_id"]) for table in (truth.boxes, detections))
@@ -153,52 +155,52 @@ def _count_hits(
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return a row without a box for every image: 77 % have none, and a wrong box on one of them adds a zero to the mean."""
+    """Return a row without a box for every image: 77 % of the images have none, and with a false box they would score 0."""
     return [[name, ""] for name in ids]
 
 
 @dataclass(frozen=True)
 class RsnaPneumoniaFusion(FusionSettings):
-    """Fusion settings of RSNA Pneumonia: which boxes are answered, because every box costs, and how large they are."""
+    """Fusion settings of RSNA Pneumonia: which boxes are submitted (a false box lowers the score), and their size."""
 
     GRIDS: ClassVar = {
         "gate_power": (("gate_power",), (0.0, 0.25, 0.5, 1.0)),
         "least_score": (("least_score",), tuple(k / 20 for k in range(1, 19))),
         "box_size": (("box_size",), (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)),
     }
-    FIRST: ClassVar = ("least_score",)  # at a wrong one, no setting of the boxes makes a difference
+    FIRST: ClassVar = ("least_score",)  # with a bad value, no setting of box merging makes a difference
     BOX_METHODS: ClassVar = ("wbf",)
     BOX_CONFIDENCES: ClassVar = ("agreed",)
 
-    # least_score is tuned on images with the boxes of one fold, but in the test set those of several folds are fused. With
-    # "avg" too few of them reach it, with "max" (and nms) the false positives of every fold do; "agreed" lies between.
+    # least_score is tuned on images with the boxes of one fold, but in the test set the boxes of several folds are fused.
+    # With "avg" too few fused boxes reach it, with "max" (and nms) every fold's false positives do; "agreed" lies between.
     box_confidence: AnyConfidence = "agreed"
     gate_power: NotNegative = 0.0  # box score = score * P(Lung Opacity)^gate_power, if a classifier predicts it
-    least_score: Probability = 0.3  # boxes with a lower score are not answered
+    least_score: Probability = 0.3  # boxes with a lower score are not submitted
     # Factor of the sides of each box. The test set's boxes are tighter than those of the training set: winners used 0.875
     box_size: Annotated[float, Range(above=0, at_most=2)] = 1.0
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
-    """Return the ground truth of prepared images."""
+    """Return the ground truth of the prepared `images`, with boxes in pixels of the published images."""
     drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]].reset_index(drop=True)
     corners = _on_published_side(drawn[list(BOX)].to_numpy(), images.set_index("image_id").loc[drawn["image_id"]])
     return BoxTruth(tuple(images["image_id"]), drawn.assign(**dict(zip(BOX, corners.T, strict=True))))
 
 
 def _on_published_side(corners: np.ndarray, images: pd.DataFrame) -> np.ndarray:
-    """Return boxes (n, 4) in pixels of the published images of SIDE pixels; those of `corners` may be of resized images.
+    """Convert boxes (n, 4) from pixels of images that may be resized to pixels of the published images, SIDE x SIDE.
 
-    `images` has the rows and columns of each box's image, (n,).
+    `images` has one row per box, with the number of rows and columns of the box's image.
     """
     return corners * (SIDE / images[["columns", "rows", "columns", "rows"]].to_numpy(float))
 
 
 def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataFrame:
-    """Return the boxes to answer, in pixels of the published images: image_id, finding, score, and kitlib.tables.BOX.
+    """Return a table of the boxes to submit: image_id, finding, score, and the box in pixels of the published images.
 
-    `image_id` is categorical: its categories are the images that a detector has predicted, which may have no box. The other
-    images keep the baseline's row.
+    `image_id` is categorical: its categories are all images that a detector has predicted, also those without a box. Other
+    images get the baseline's row.
     """
     row, score = merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     if settings.gate_power:
@@ -216,7 +218,7 @@ def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataF
 
 
 def fill(ids: list[str], boxes: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
+    """Return the submission's rows for `ids`, and the ids that no detector has predicted, which get the baseline's row."""
     groups: dict[str, list[str]] = {name: [] for name in boxes["image_id"].cat.categories}
     ranked = boxes.sort_values("score", ascending=False, kind="stable")
     values = ranked[["score", *BOX]].to_numpy(float).tolist()

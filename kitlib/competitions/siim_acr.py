@@ -1,7 +1,7 @@
 """SIIM-ACR Pneumothorax Segmentation (2019): a mask of the pneumothorax, which most images do not have.
 
-A mask is written as run lengths, see kitlib.xrays.run_lengths. A run that ends in the last pixel is written like any other;
-the organisers' own encoder loses it.
+A mask is written as run lengths, see kitlib.xrays.run_lengths. A run that ends in the last pixel is written like any other
+run, although the organisers' encoder omits it.
 
 The metric is the mean over images of Dice, 2 |X and Y| / (|X| + |Y|), which is 1 if both masks are empty: one wrong pixel on
 an image without a pneumothorax costs the whole image.
@@ -29,14 +29,15 @@ from kitlib.xrays.run_lengths import EMPTY, SIDE, draw_runs, encode_runs, parse_
 
 FINDING = "pneumothorax"
 CODE = MASK_CODES[FINDING]
-LEVELS = 257  # grey levels of a map, and one above them, which a probability above 1 would have
+LEVELS = 257  # the 256 grey levels of a map, and one more, which no pixel reaches: the threshold for the probability 1
 
 
 @dataclass(frozen=True)
 class SiimAcrSettings(FusionSettings):
-    """Settings of the masks, the rule of the 1st place: see kitlib.scoring.metrics.threshold_map.
+    """Fusion settings of SIIM-ACR: the thresholds that turn a probability map into a mask, by the rule of the 1st place.
 
-    The published triplets are 0.75, 2000, 0.3 and 0.7, 600, 0.3.
+    The rule is kitlib.scoring.metrics.threshold_map. Published values of (top, least_area, bottom) are (0.75, 2000, 0.3) and
+    (0.7, 600, 0.3).
     """
 
     GRIDS: ClassVar = {
@@ -58,10 +59,10 @@ class SiimAcrSettings(FusionSettings):
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
-    """Return the runs (n, 2) of each image, by image_id, from stage_2_train.csv or, if that is missing, train-rle.csv.
+    """Return the true masks in stage_2_train.csv or, if it is missing, train-rle.csv: a dict from image_id to runs (n, 2).
 
     An image has a row for each lesion; runs of different rows may overlap, because the mask is their union. train-rle.csv
-    has blanks before the second name and before its values, which are ignored.
+    has blanks before the second column name and before its values; these blanks are ignored.
     """
     table = read_truth_table(path, ("stage_2_train.csv", "train-rle.csv"), ("ImageId", "EncodedPixels"))
     rows: dict[str, list[np.ndarray]] = {}
@@ -81,10 +82,10 @@ ROWS = Rows(("ImageId", "EncodedPixels"), _parse_row, "stage_2_sample_submission
 
 
 def metric(truth: Mapping[str, np.ndarray], submission: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return `score`, the mean Dice, and its mean on the images `with_pneumothorax` and `without`, all 0..1.
+    """Return the mean Dice coefficient (0..1) of all images as `score`, and of images `with_pneumothorax` and `without`.
 
-    Both arguments map each image_id to its runs (n, 2), as `parse_runs` returns them. A part without images is NaN. Raises
-    ScoringError unless both have the same ids.
+    Both arguments map each image_id to its runs (n, 2), as `parse_runs` returns them. A mean over no images is NaN. Raises
+    ScoringError unless both arguments have the same ids.
     """
     if truth.keys() != submission.keys():
         different = sorted(truth.keys() ^ submission.keys())
@@ -96,22 +97,22 @@ def metric(truth: Mapping[str, np.ndarray], submission: Mapping[str, np.ndarray]
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Dice of two masks, 0..1, given as runs (n, 2), in any order, which may overlap; 1 if both are empty."""
+    """Return the Dice coefficient of two masks: 0..1, and 1 if both are empty. Masks are runs (n, 2), which may overlap."""
     total = count_pixels(first) + count_pixels(second)
     return 2 * (total - count_pixels(np.concatenate([first, second]))) / total if total else 1.0
 
 
 def count_pixels(runs: np.ndarray) -> int:
-    """Return the number of pixels in the union of runs (n, 2), each its first pixel and the pixel after its last."""
+    """Return the number of pixels in the union of runs (n, 2). A run is its first pixel and the pixel after its last."""
     starts, ends = runs[np.argsort(runs[:, 0])].T
     covered = np.maximum.accumulate(np.append(0, ends))
     return int(np.maximum(ends - np.maximum(starts, covered[:-1]), 0).sum())
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> dict[str, np.ndarray]:
-    """Return the runs (n, 2) of the prepared `images` that have a mask in `masks`, a MaskStore, by image_id.
+    """Return the true masks of the prepared `images` as a dict from image_id to runs (n, 2).
 
-    Raises MaskError without `masks`.
+    Images without a mask in `masks`, a MaskStore, are left out. Raises MaskError if `masks` is None.
     """
     if masks is None:
         raise MaskError("the prepared run has no masks, so there is no ground truth; prepare the competition's data again")
@@ -123,7 +124,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 
 def decide(merged: MergedPredictions, settings: SiimAcrSettings) -> dict[str, np.ndarray]:
-    """Return the runs (n, 2) of each image that a model has predicted, by image_id, as `read_submission` does."""
+    """Return a dict from the image_id of each image that a model has predicted to the runs (n, 2) of its mask."""
     # Imported here because a submission writes its first file before packages for images are installed.
     from kitlib.xrays.cache import usable_cores
     from kitlib.xrays.mask_store import decode_grey
@@ -138,15 +139,15 @@ def decide(merged: MergedPredictions, settings: SiimAcrSettings) -> dict[str, np
 
 
 def fill(ids: list[str], decided: Mapping[str, np.ndarray]) -> tuple[list[list[str]], list[str]]:
-    """Return a submission's rows for `ids`, and the ids that `decided` lacks, whose masks are empty."""
+    """Return the submission's rows for `ids`, and the ids that `decided` lacks, which get an empty mask."""
     return fill_rows(baseline_rows(ids), {image_id: [encode_runs(runs)] for image_id, runs in decided.items()})
 
 
 def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `maps` of images in `truth`, with a column `counts`, from which `judge` computes any mask's score.
+    """Return the rows of `maps` for images in `truth`, with a column `counts` from which `judge` computes scores quickly.
 
-    `maps` are the fused maps of MergedPredictions. `counts` is an int array (2, LEVELS): the numbers of pixels, of
-    SIDE x SIDE, inside and outside the true mask whose grey level is at least that of the column.
+    `maps` are the fused maps of MergedPredictions. `counts` is an int array (2, LEVELS): column k has the numbers of pixels
+    inside and outside the true mask, on a grid of SIDE x SIDE, whose grey level is at least k.
     """
     import cv2
 
@@ -166,9 +167,9 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
 
 
 def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
-    """Return the mean Dice over the images in `truth` of the masks that `decide` returns; other images have empty masks.
+    """Return the mean Dice coefficient (0..1) of the masks that `decide` would return, over the images in `truth`.
 
-    Takes milliseconds if `merged.masks` has the column that `compare` adds.
+    Images without a map count as empty masks. Takes milliseconds if `merged.masks` has the column that `compare` adds.
     """
     maps = merged.masks if "counts" in merged.masks else compare(truth, _maps_of(merged))
     maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]
@@ -186,7 +187,7 @@ def _maps_of(merged: MergedPredictions) -> pd.DataFrame:
 
 
 def _on_grid(pixels: np.ndarray) -> np.ndarray:
-    """Return an image uint8 (rows, columns) resized to SIDE x SIDE: by area if it shrinks, else linearly."""
+    """Return a uint8 image (rows, columns) resized to SIDE x SIDE: by area if it shrinks, else linearly."""
     import cv2
 
     method = cv2.INTER_AREA if max(pixels.shape) > SIDE else cv2.INTER_LINEAR
@@ -194,7 +195,7 @@ def _on_grid(pixels: np.ndarray) -> np.ndarray:
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return an empty mask for every image, as 78 % of the training images have."""
+    """Return a row with an empty mask for every id, because 78 % of the training images have an empty mask."""
     return [[name, EMPTY] for name in ids]
 
 

@@ -1,6 +1,6 @@
 """SIIM-FISABIO-RSNA COVID-19 Detection (2021): four classes of studies, images without an opacity, and boxes of opacities.
 
-Its metric, rows and validator are in kitlib.scoring; this file decides from merged predictions what to answer. All published
+Its metric, rows and validator are in kitlib.scoring; this file computes the answers from merged predictions. All published
 formulas are implemented; `SiimFusion` chooses among them.
 """
 
@@ -46,7 +46,10 @@ NONE_MIXTURES = (
 
 @dataclass(frozen=True)
 class SiimFusion(FusionSettings):
-    """Fusion settings of SIIM-COVID: the formula for `none`, and what follows from it. By default nothing is rescored."""
+    """Fusion settings of SIIM-COVID: the formula for `none` (probability of no opacity), and how it changes other scores.
+
+    By default, other scores are not changed.
+    """
 
     GRIDS: ClassVar = {
         "none: " + ", ".join(part.removeprefix("none_") for part in NONE_PARTS): (NONE_PARTS, NONE_MIXTURES),
@@ -73,9 +76,10 @@ class Fused:
     """Fused predictions for every study and image of a table of images.
 
     `studies` has the columns study_id, the four classes and prior; `nones` has image_id, none, prior and seen; `detections`
-    has image_id, finding, score, xmin, ymin, xmax and ymax in original pixels. `prior` is true in rows that no model has
-    predicted; they get a placeholder prediction (the class frequencies). `seen` is true for images that a detector with a
-    nonzero weight has predicted. If `negative_share` is below 1, the four classes need not sum to 1.
+    has image_id, finding, score, xmin, ymin, xmax and ymax in original pixels. `none` is the probability that an image has
+    no opacity. `prior` is True in rows that no model has predicted; these have a placeholder prediction (the class
+    frequencies). `seen` is True for images that a detector with a nonzero weight has predicted. If `negative_share` is below
+    1, the four classes need not sum to 1.
     """
 
     studies: pd.DataFrame
@@ -84,7 +88,7 @@ class Fused:
 
 
 def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
-    """Compute `none` of each image, and adjust box scores and `negative` with it.
+    """Compute `none` (probability of no opacity) of each image, adjust box scores and `negative` with it; return Fused.
 
     Studies and images that no model has predicted get the class frequencies PRIORS.
     """
@@ -93,10 +97,9 @@ def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
 
 
 def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
-    """Return the tables `studies` and `nones` of Fused, and the new scores (boxes,) of the merged boxes.
+    """Return the tables `studies` and `nones` of Fused, and the adjusted scores of the merged boxes, an array (boxes,).
 
-    `none` is the weighted mean of NONE_PARTS; if all available parts of an image have weight 0, it is the first available
-    part.
+    `none` is the weighted mean of an image's available NONE_PARTS; if all of these have weight 0, it is the first of them.
     """
     images, box_image, score = merged.images, merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     study_ids = pd.Index(images["study_id"].unique())
@@ -126,19 +129,19 @@ def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFra
 
 
 def judge(truth: score.Truth, merged: MergedPredictions, settings: SiimFusion) -> float:
-    """Return the score (0..1) of merged predictions whose boxes have been matched; see Competition."""
+    """Return the score (0..1) of merged predictions, whose boxes have the column `match` (see Competition)."""
     studies, nones, box_score = combine(merged, settings)
     image = pd.Index(truth.image_ids).get_indexer(merged.images["image_id"])[merged.boxes["row"].to_numpy()]
     return score.score_matched(truth, studies, nones, image, box_score, merged.boxes["match"].to_numpy())["score"]
 
 
 def fill(ids: list[str], fused: Fused) -> tuple[list[list[str]], list[str]]:
-    """Return the submission's rows for `ids`, and the ids of those that are placeholder predictions."""
+    """Return the submission's rows for `ids`, and the ids that no model has predicted, which get placeholder predictions."""
     return fill_rows(ids, fused.studies[~fused.studies.prior], fused.nones[~fused.nones.prior], fused.detections)
 
 
 def read_truth(path: Path) -> score.Truth:
-    """Return the ground truth in a folder, see kitlib.scoring.score.read_truth. Raises ScoringError for a file."""
+    """Read the ground truth in a folder (see kitlib.scoring.score.read_truth). Raises ScoringError if `path` is a file."""
     if path.is_file():
         raise ScoringError(
             f"{path} is a file; expected the folder with train_study_level.csv and train_image_level.csv, because this "
@@ -147,14 +150,14 @@ def read_truth(path: Path) -> score.Truth:
     if path.is_dir() and not (path / STUDY_TABLE).is_file():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:9]) or "no file"
         raise ScoringError(
-            f"{path} has no {STUDY_TABLE}, which is part of SIIM-COVID's ground truth; it has {names}. For another "
-            "competition, name it with --competition"
+            f"{path} has no {STUDY_TABLE}, which is part of SIIM-COVID's ground truth; it has {names}. To score another "
+            "competition, give its name with --competition"
         )
     return score.read_truth(path)
 
 
 def _read_submission(path: Path, ids: list[str]) -> Submission:
-    """Return a submission; the metric checks its ids."""
+    """Read a submission file. `ids` is not used, because `metric` checks the ids."""
     return read_submission(path)
 
 

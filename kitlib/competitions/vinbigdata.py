@@ -1,9 +1,9 @@
 """VinBigData Chest X-ray Abnormalities Detection (2021): boxes of 14 findings, and images without any.
 
 The metric is PASCAL VOC 2010's mean average precision at an IoU above 0.4, over the 14 findings and `No finding`, whose box
-has one pixel. The rules leave three points open, and this file decides them as kitlib.scoring.average_precision does: no
-pixel is added to the sides of a box, equal confidences enter the curve as one block, and a class that is absent from the
-ground truth is left out of the mean.
+has one pixel. The rules leave three points open, which are decided here as in kitlib.scoring.average_precision: no pixel is
+added to the sides of a box, equal confidences enter the curve as one block, and a class that is absent from the ground truth
+is left out of the mean.
 """
 
 import logging
@@ -34,16 +34,17 @@ FINDINGS = VINBIGDATA_FINDINGS
 CLASSES = (*FINDINGS, NO_FINDING)
 LABELS = tuple(map(str, range(len(CLASSES))))  # of a prediction string
 BOXLESS = LABELS[-1:]  # "14"
-OVERLAP = 0.4  # the IoU of a hit is larger than this
+OVERLAP = 0.4  # a hit needs a larger IoU
 NO_FINDING_SHARE = PUBLISHED[NO_FINDING] / PUBLISHED["images"]
 
 
 def read_truth(path: Path) -> BoxTruth:
-    """Return the ground truth in train.csv: one box for each row, as the readers drew them, without merging.
+    """Return the ground truth in train.csv: one box per row, as the radiologists drew them, without merging.
 
-    A row of `No finding` has empty corners, or the one-pixel box. In the training data three readers saw each image, so that
-    a finding usually has several boxes, and `No finding` has three rows for an image, of which one confidence can only match
-    one. A score on these rows is therefore not comparable with one on the test set, whose readers agreed on their boxes.
+    A row of `No finding` has empty corners, or the one-pixel box. In the training data, three radiologists annotated each
+    image, so a finding usually has several boxes, and an image without findings has three rows of `No finding`, although a
+    prediction can match only one of them. A score on the training data is therefore not comparable with a score on the test
+    set, whose radiologists agreed on their boxes.
     """
     table = read_truth_table(path, ("train.csv",), ("image_id", "class_id", *CORNERS))
     code = table["class_id"].map({label: code for code, label in enumerate(LABELS)}).to_numpy(float)
@@ -61,7 +62,10 @@ def read_truth(path: Path) -> BoxTruth:
 
 
 def _parse_row(image_id: str, cells: list[str]) -> tuple[np.ndarray, list[str]]:
-    """Return the groups of a prediction string, (n, 6): class_id, confidence, xmin, ymin, xmax and ymax; and its faults."""
+    """Parse a prediction string; return its boxes (n, 6) and a list of faults.
+
+    The columns of the boxes are class_id, confidence, xmin, ymin, xmax and ymax.
+    """
     if cells[0].strip() in READ_AS_NAN:
         return np.empty((0, 6)), ["empty prediction string; an image without a finding has 14 1 0 0 1 1"]
     labels, numbers, faults = check_groups(cells[0], LABELS, BOXLESS)
@@ -72,16 +76,16 @@ ROWS = Rows(("image_id", "PredictionString"), _parse_row)
 
 
 def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
-    """Return the detections in a submission: a table with image_id, finding, score, and kitlib.tables.BOX."""
+    """Read a submission file; return a table of its boxes: image_id, finding, score, xmin, ymin, xmax and ymax."""
     table = join_rows(ROWS.read(path, ids), ("finding", "score", *BOX))
     table["finding"] = pd.Categorical.from_codes(table["finding"].astype(int), categories=CLASSES)
     return table
 
 
 def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
-    """Return `score`, the mean average precision, and the average precision of each class of CLASSES by name, all 0..1.
+    """Return a dict: `score`, the mean average precision, and the average precision of each of CLASSES by name, all 0..1.
 
-    `detections` has image_id, finding, score, and kitlib.tables.BOX; the class `No finding` has the box 0 0 1 1. Classes
+    `detections` has image_id, finding, score, xmin, ymin, xmax and ymax; the class `No finding` has the box 0 0 1 1. Classes
     that are absent from the truth get NaN and are not in the mean. Raises ScoringError for a detection of an unknown class,
     or of an image that is not in the truth.
     """
@@ -97,8 +101,8 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
 def _precisions(score: np.ndarray, match: np.ndarray, code: np.ndarray, true_code: np.ndarray) -> dict[str, float]:
     """Return the average precision of each class; NaN for classes without a true box.
 
-    `score`, `match` (see `match_boxes`) and `code` (n,) are of n detections, `true_code` is of the true boxes. A code is a
-    position in CLASSES.
+    `score`, `match` (see `match_boxes`) and `code`, each (n,), describe n detections; `true_code` (m,) describes m true
+    boxes. A code is a position in CLASSES.
     """
     hit, positives = first_hits(score, match), np.bincount(true_code, minlength=len(CLASSES))
     return {
@@ -108,7 +112,7 @@ def _precisions(score: np.ndarray, match: np.ndarray, code: np.ndarray, true_cod
 
 
 def _keys(image_ids: tuple[str, ...], table: pd.DataFrame) -> np.ndarray:
-    """Return a number (n,) for the image and class of each row, so that boxes match only within both."""
+    """Return an integer array (n,) that identifies the image and class of each row; only boxes with equal keys may match."""
     image = pd.Index(image_ids).get_indexer(table["image_id"])
     code = pd.Categorical(table["finding"], categories=CLASSES).codes.astype(int)
     for is_unknown, column, expected in (
@@ -124,15 +128,15 @@ def _keys(image_ids: tuple[str, ...], table: pd.DataFrame) -> np.ndarray:
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return `No finding` for every image, with its share of the training images as confidence."""
+    """Return a row with `No finding` for every id; its confidence is the share of training images without a finding."""
     return [[name, f"{BOXLESS[0]} {format_confidence(NO_FINDING_SHARE)} 0 0 1 1"] for name in ids]
 
 
 @dataclass(frozen=True)
 class VinBigDataFusion(FusionSettings):
-    """Fusion settings of VinBigData: the probability of `No finding`, and what it does to the boxes of an image.
+    """Fusion settings of VinBigData: the formula for the probability of `No finding`, and how it changes box scores.
 
-    Boxes are merged at an IoU above 0.4, which unites what several readers or models draw of one diffuse finding.
+    Boxes are merged at an IoU above 0.4, because different models and radiologists outline a diffuse finding differently.
     """
 
     GRIDS: ClassVar = {
@@ -161,7 +165,7 @@ class VinBigDataFusion(FusionSettings):
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
-    """Return the ground truth of prepared images: their boxes, and `No finding` for images without a box."""
+    """Return the ground truth of the prepared `images`: their boxes, and a box of `No finding` for images without boxes."""
     drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]]
     healthy = images.loc[~images["image_id"].isin(drawn["image_id"]), ["image_id"]]
     healthy = healthy.assign(finding=NO_FINDING, **dict(zip(BOX, ONE_PIXEL, strict=True)))
@@ -169,7 +173,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 
 def _weigh(merged: MergedPredictions, settings: VinBigDataFusion) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probability of `No finding` (n,), NaN where unknown, and the new scores (boxes,), 0 for dropped boxes."""
+    """Return the probability of `No finding` per image, NaN if unknown, and the new score per box, 0 for a dropped box."""
     parts = np.stack([merged.probability(NO_FINDING), merged.no_box()])
     no_finding = weighted_mean(parts, np.array([settings.classifier_weight, settings.no_box_weight]))
     abnormal = (1 - no_finding)[merged.boxes["row"].to_numpy()]
@@ -178,9 +182,10 @@ def _weigh(merged: MergedPredictions, settings: VinBigDataFusion) -> tuple[np.nd
 
 
 def decide(merged: MergedPredictions, settings: VinBigDataFusion) -> pd.DataFrame:
-    """Return the detections of the images that any model has predicted: image_id, finding, score, and kitlib.tables.BOX.
+    """Return a table of the boxes to submit: image_id, finding, score, xmin, ymin, xmax and ymax.
 
-    Each image has a row of `No finding` with its probability, beside its boxes: a further row never lowers the metric.
+    Besides its boxes, each image whose probability of `No finding` is known has a row of this class, which never lowers the
+    metric.
     """
     no_finding, score = _weigh(merged, settings)
     boxes = merged.detections().assign(score=score)
@@ -191,7 +196,7 @@ def decide(merged: MergedPredictions, settings: VinBigDataFusion) -> pd.DataFram
 
 
 def judge(truth: BoxTruth, merged: MergedPredictions, settings: VinBigDataFusion) -> float:
-    """Return the score (0..1) of merged predictions whose boxes have been matched; see Competition."""
+    """Return the score (0..1) of merged predictions, whose boxes have the column `match` (see Competition)."""
     no_finding, score = _weigh(merged, settings)
     is_known = ~np.isnan(no_finding)
     is_healthy = merged.images["image_id"].isin(truth.boxes.loc[truth.boxes["finding"] == NO_FINDING, "image_id"]).to_numpy()
@@ -211,7 +216,7 @@ def judge(truth: BoxTruth, merged: MergedPredictions, settings: VinBigDataFusion
 
 
 def fill(ids: list[str], detections: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """Return the submission's rows for `ids`, and the ids of those that are the baseline's."""
+    """Return the submission's rows for `ids`, and the ids that `detections` lacks, which get the baseline's row."""
     boxes = detections.assign(label=detections["finding"].map(dict(zip(CLASSES, LABELS, strict=True))))
     return fill_rows(baseline_rows(ids), {name: [" ".join(groups)] for name, groups in box_groups(boxes, BOXLESS).items()})
 

@@ -15,7 +15,7 @@ from kitlib.lungs.crop import blacken_outside
 from kitlib.lungs.equalise import adjust_grey
 from kitlib.recipes.fields import TrainingRecipe
 
-# Width of the border that stays visible with the probe "border", as a share of the canvas's side.
+# Width of the border, as a share of the canvas's side. With the recipe's `probe` "border", a model sees only this border.
 BORDER = 0.1
 
 
@@ -42,10 +42,10 @@ class Canvas:
         return self.masked or self.probe == "outside_lungs"
 
     def grey(self, pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """Return `pixels` with adjusted grey levels, and black outside the lungs (inside for the probe "outside_lungs").
+        """Return the image `pixels` with adjusted grey levels and, if `mask` is given, black outside the lungs.
 
-        The result is uint8 (height, width), like `pixels`. `mask`, bool (height, width), is True in the lungs; if it is
-        None, because the lungs were not found, nothing is blackened.
+        If `probe` is "outside_lungs", the lungs are black instead. `pixels` and the result are uint8 (height, width).
+        `mask`, bool (height, width), is True in the lungs; it is None if the lungs are not needed or were not found.
         """
         # Grey levels are adjusted before masking, so that the histogram includes the masked pixels, as in Patched FLANNEL.
         pixels = adjust_grey(pixels, self.equalise, self.gamma) if self.equalise or self.gamma != 1 else pixels
@@ -54,12 +54,15 @@ class Canvas:
         return blacken_outside(pixels, mask)
 
     def lay(self, grey: np.ndarray, place: Placement) -> np.ndarray:
-        """Return a canvas on which `grey` is placed by `place`; for the probe "border", all but its border is black."""
+        """Draw the image `grey` on a canvas at `place`, and return the canvas, uint8 (canvas_rows, canvas_columns).
+
+        If `probe` is "border", everything but the border of the canvas is black.
+        """
         canvas = place.image(grey, bicubic=self.resize == "bicubic")
         return keep_border(canvas) if self.probe == "border" else canvas
 
     def middle(self, place: Placement) -> Placement:
-        """Convert a placement on the whole canvas to one on its central square (`image_size`), which prediction uses."""
+        """Convert a placement on the whole canvas to one on its central square (side `image_size`), used for prediction."""
         edge = (self.whole - self.image_size) // 2
         if not edge and self.whole == self.image_size:
             return place

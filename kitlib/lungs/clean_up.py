@@ -1,4 +1,4 @@
-"""Draws a mask from a segmenter's maps of an image, and cleans up lungs: islands, dilations, closings, plausibility."""
+"""Converts a segmenter's probability maps to masks, and cleans up lung masks: removes islands, dilates, closes, judges."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.scoring.metrics import threshold_map
 from kitlib.xrays.cache import CachedXray
 
-# Version of the masks. Increase it whenever the lungs that models see may change for the same maps: runs and models of
-# another version are then refused, because a submission would show a model other lungs than those it was trained on.
+# Version of the clean-up. Increase it whenever the same maps may give other lungs: runs and models of other versions are
+# then refused, because in a submission a model would get other lungs than those it was trained on.
 CLEAN_UP = 2
 CLEAN_SIDE = 512  # canvas side in pixels during the clean-up; the published dilations and closings refer to this size
 # Verdicts: the lungs can be used, or the reason why not.
@@ -24,7 +24,7 @@ BLANK_SPREAD = 8  # grey levels; an image with a smaller range is blank, but a n
 
 @dataclass(frozen=True)
 class Cleaned:
-    """The lungs of one image that models see: their mask, their frame, and a verdict on whether they can be used."""
+    """Lungs of one image after the clean-up: their mask, their frame, and a verdict on whether they can be used."""
 
     image_id: str
     verdict: str  # FOUND, BLANK, EMPTY, SMALL or NARROW
@@ -48,8 +48,8 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
     """Convert the maps of one image to a label image, uint8 of `shape`, that has a code of MASK_CODES at each pixel.
 
     `maps`, from `TrainedSegmenter.maps`, has one map of probabilities (0..255) per structure of the recipe, on the canvas of
-    `place`. They are interpolated linearly to `shape`, that of the decoded copy. A pixel gets the code of its most probable
-    structure, or 0 if the background is more probable; for a SparseSegmenterRecipe, its thresholds decide.
+    `place`. Maps are interpolated linearly to `shape`, the shape of the cached image. A pixel gets the code of its most
+    probable structure, or 0 if the background is more probable. For a SparseSegmenterRecipe, `threshold_map` decides.
     """
     if isinstance(recipe, SparseSegmenterRecipe):
         mask = threshold_map(place.back(maps[0], *shape), recipe.top, recipe.least_area * shape[0] * shape[1], recipe.bottom)
@@ -65,13 +65,13 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
 
 
 def clean_up_mask(xray: CachedXray, codes: np.ndarray, recipe: SegmenterRecipe) -> Cleaned:
-    """Return the lungs that models see in one image, given the label image `codes` that the network drew (`decode_maps`).
+    """Clean up the lungs of one image, and return their mask, frame and verdict.
 
-    On a canvas of 512 pixels a side, small islands are removed, then the lungs are dilated and closed by 3 x 3 pixels. What
-    remains decides the frame and the verdict: the lungs are rejected if the image is blank, if no lung is found, if their
-    area is below a minimum (UNet + HRNet paper, section 3.2), or if their frame is too narrow for two lungs. It is also the
-    mask; but a recipe without dilations and closings has the mask that the network drew. Depends on `codes` and the recipe
-    alone, so that stored masks give the same lungs as the network.
+    `codes` is the label image that the network predicted, from `decode_maps`. On a canvas of 512 pixels a side, small
+    islands are removed, then the lungs are dilated and closed by 3 x 3 pixels. The result determines frame and verdict: the
+    lungs are rejected if the image is blank, if no lung is found, if their area is below a minimum (UNet + HRNet paper,
+    section 3.2), or if their frame is too narrow for two lungs. The returned mask is the cleaned mask or, if the recipe has
+    neither dilations nor closings, the predicted mask.
     """
     shape, drawn = xray.pixels.shape, np.isin(codes, LUNG_CODES)
     canvas = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)
@@ -95,7 +95,7 @@ def clean_up_mask(xray: CachedXray, codes: np.ndarray, recipe: SegmenterRecipe) 
 
 
 def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
-    """Convert a box xmin, ymin, xmax, ymax (4,) from pixels of the decoded copy to pixels of the original image."""
+    """Convert a box xmin, ymin, xmax, ymax (4,) from pixels of the cached image to pixels of the original image."""
     height, width = xray.pixels.shape
     # The division comes first, so that a rounding error never moves a frame beyond the right or bottom edge.
     return box / [width, height, width, height] * np.array([xray.columns, xray.rows] * 2)
@@ -110,9 +110,9 @@ def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
 
 
 def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:
-    """Return a bool mask (rows, columns) that is dilated `dilations` times, then closed, each time by 3 x 3 pixels.
+    """Dilate a bool mask (rows, columns) `dilations` times by 3 x 3 pixels, then close its gaps; return the new mask.
 
-    A closing is `closings` dilations, then as many erosions.
+    Closing consists of `closings` dilations, then as many erosions.
     """
     square = np.ones((3, 3), np.uint8)
     clean: np.ndarray = lungs.astype(np.uint8)

@@ -33,9 +33,10 @@ def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
 
 
 def needs_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
-    """Return whether a model needs the position of the lungs, to mask the image with them or to crop a view to them.
+    """Return whether a model needs to know where the lungs are, to blacken the image or to crop it to the lungs.
 
-    `recipe` is the recipe in the model's bundle; if `views` is not empty, it replaces the recipe's views.
+    `recipe` is the recipe in the model's bundle, as a dict. `views` are keys of VIEWS, the forms of an image whose
+    predictions are averaged, such as "lungs" for the lung crop; if empty, the recipe's views are used.
     """
     shown = views or recipe.get("views") or ("full",)
     by_mask = recipe.get("masked", False) or recipe.get("probe") == "outside_lungs"
@@ -48,7 +49,7 @@ def needs_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
 
 
 def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) -> None:
-    """Raise ValueError if a training with `recipe` has no finder, but needs one, or has a finder that it would ignore.
+    """Raise ValueError if `recipe` needs a finder but `finder` is None, or if it would ignore `finder`.
 
     A recipe needs a finder if its field `lungs` is "masks". The message starts with `model`, the name of the model.
     """
@@ -76,10 +77,10 @@ def find_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) ->
 
 
 def crop(place: Callable[..., Placement], frame: np.ndarray | None, rows: int, columns: int, side: int) -> Placement:
-    """Return the Placement of a part of an image, or of the whole image, on a square canvas of `side` pixels.
+    """Return the Placement of an image, cropped to `frame` if it is given, on a square canvas of `side` pixels.
 
-    `frame`, float (4,), is the part: xmin, ymin, xmax, ymax in original pixels; None stands for the whole image of `rows` x
-    `columns` pixels. `place` is one of the functions in kitlib.letterbox.PLACEMENTS.
+    `frame`, float (4,), is xmin, ymin, xmax, ymax in original pixels; None stands for the whole image of `rows` x `columns`
+    pixels. `place` is one of the functions in kitlib.letterbox.PLACEMENTS.
     """
     return place(rows, columns, side) if frame is None else within(place, frame, rows, columns, side)
 
@@ -90,11 +91,11 @@ def blacken_outside(pixels: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 
 def clip_boxes_to_canvas(place: Placement, boxes: np.ndarray) -> np.ndarray:
-    """Convert boxes from original pixels to pixels of the canvas of `place`, cut at its edges, without those outside of it.
+    """Convert boxes from original pixels to canvas pixels, clip them to the canvas of `place`, and drop boxes outside it.
 
     `boxes` (n, 4 or more) and the result, float (k, 4 or more), have one row per box: xmin, ymin, xmax, ymax; other columns
-    are kept. Boxes are cut at the edges of the frame that is placed, then at those of the canvas. A box that either cut
-    leaves narrower or lower than a pixel is removed.
+    are kept. Boxes are clipped to the frame of `place`, then to the canvas. A box whose width or height is below one pixel
+    after either step is removed.
     """
     xmin, ymin, xmax, ymax = place.frame or (0.0, 0.0, float(place.columns), float(place.rows))
     corner = np.array([xmin, ymin] * 2)

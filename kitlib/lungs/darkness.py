@@ -23,7 +23,7 @@ LEAST_SIDE = 0.55  # share of the image; a smaller frame is not accepted
 def lung_box(pixels: np.ndarray) -> np.ndarray | None:
     """Return the frame of both lungs with a margin: xmin, ymin, xmax, ymax in whole pixels; None if the lungs are uncertain.
 
-    `pixels` is uint8 (rows, columns), with dark air. Several grey levels are tried, below which pixels count as dark. At
+    `pixels` is uint8 (rows, columns), in which air is dark. Several grey levels are tried as the limit of dark pixels. At
     each level, the lungs are the largest dark areas in the left and in the right half of the image that touch neither the
     top nor the sides. The level at which the smaller lung has the largest area is used.
     """

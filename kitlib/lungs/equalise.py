@@ -4,11 +4,11 @@ import numpy as np
 
 
 def adjust_grey(pixels: np.ndarray, equalise: bool, gamma: float) -> np.ndarray:
-    """Return uint8 pixels, of any shape, equalised if `equalise`, then with each grey x mapped to 255 (x / 255)^gamma.
+    """Equalise the histogram of uint8 pixels if `equalise`, then map each grey level x to 255 (x / 255)^gamma.
 
-    This is Patched FLANNEL, section 2.1. The equalised grey level is the cumulative histogram, minus the number of pixels
-    with the darkest level in the image, rescaled to 0..255 and truncated to integers; an image with a single grey level
-    becomes black. Raises ValueError unless gamma is positive.
+    Returns uint8 pixels of the same shape. The method is that of Patched FLANNEL, section 2.1. The equalised grey level is
+    the cumulative histogram, minus the number of pixels with the darkest level in the image, rescaled to 0..255 and
+    truncated to integers; an image with a single grey level becomes black. Raises ValueError unless gamma is positive.
     """
     if gamma <= 0:
         raise ValueError(f"gamma is {gamma}; expected a positive number, such as 0.5")

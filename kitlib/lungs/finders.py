@@ -1,4 +1,4 @@
-"""Finders, which tell where the lungs are in an image: from their darkness, or from the masks of a finished run."""
+"""Finders, which locate the lungs in images: by their darkness, or from the masks of a finished run."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class Lungs:
 
 
 class LungFinder(Protocol):
-    """Interface of finders: classes that return where the lungs are in each of several images."""
+    """Interface of finders: objects that locate the lungs in images."""
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
         """Return one Lungs per image, in the order of the images."""
@@ -48,7 +48,7 @@ class DarkLungs:
 
 
 def segmenter_digest(record: dict[str, Any]) -> str:
-    """Return a SHA-256 (hex) of a segmenter's weights, its recipe and the clean-up's version, which determine its lungs.
+    """Return a SHA-256 (hex) of everything that determines a segmenter's lungs: weights, recipe and clean-up version.
 
     `record` is the record of the segmenter's bundle.
     """
@@ -59,7 +59,7 @@ def segmenter_digest(record: dict[str, Any]) -> str:
 class StoredLungs:
     """A finder that reads the lungs from a finished run of notebook 14: its `lungs` table and its masks.
 
-    The stored masks are those that the network drew; they are cleaned up when they are read, as a submission does it.
+    The stored masks are those that the network predicted; they are cleaned up when they are read, as in a submission.
     `fingerprint` (hex) changes if a frame or a mask changes. `segmenter` is the digest of the segmenter that found the lungs
     (see `segmenter_digest`). `image_ids` are the ids of the images that it has segmented. Raises BundleError if the run is
     from a version of the kit with another clean-up.
@@ -82,7 +82,7 @@ class StoredLungs:
         self.fingerprint = hashlib.sha256(f"{file_digest(table_path)} {self.masks.fingerprint()}".encode()).hexdigest()
 
     def find(self, xrays: Sequence[CachedXray]) -> list[Lungs]:
-        """Return the lungs of each image. Raises ValueError if the run has not segmented one of the images at its size."""
+        """Return one Lungs per image. Raises ValueError if an image was not segmented, or was segmented at another size."""
         return [self.find_one(xray) for xray in xrays]
 
     def find_one(self, xray: CachedXray) -> Lungs:
@@ -102,7 +102,7 @@ class StoredLungs:
         codes = self.masks.read(xray.image_id)
         if codes.shape != xray.pixels.shape:
             raise ValueError(
-                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but the decoded copy has "
-                f"{xray.pixels.shape}; apply the segmenter to the prepared run that has this copy"
+                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but the decoded image has "
+                f"{xray.pixels.shape}; apply the segmenter to the prepared run that contains this decoded image"
             )
         return Lungs(frame, clean_up_mask(xray, codes, self.recipe).mask)

@@ -1,7 +1,7 @@
 """Segments the lungs in all images of a data set.
 
-Writes the masks that the network drew, the frames to crop to and, optionally, copies of the images that are black outside
-the cleaned lungs.
+Writes the masks that the network predicted, the frames to crop to and, optionally, copies of the images that are black
+outside the cleaned lungs.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from kitlib.xrays.mask_store import MaskStore
 
 logger = logging.getLogger(__name__)
 
-# Part of a run's identity, so that masks from another version of the kit are not reused, with which a submission would crop
+# Part of a run's identity, so that masks from another version of the kit are not reused: a submission would crop images
 # differently.
 CODE_VERSION = f"decoding {DECODING}, clean-up {CLEAN_UP}"
 IMAGES_PER_FILE = 256  # images per file of masks; at most this many are segmented again after an interruption
@@ -53,12 +53,12 @@ def apply_lungs(
     """Segment the lungs of every image and return the `lungs` table, one row per image in the order of `images`.
 
     `bundle` is the folder of the segmenter's bundle. `clean_up` overrides fields of the segmenter's recipe; only those in
-    CLEAN_UP_FIELDS are allowed. Writes to `run_folder`: the `lungs` table; `masks/`, as the network drew them; `bundle/`,
-    the segmenter with the clean-up fields that were applied, so that a submission shows models the same lungs; and, with
+    CLEAN_UP_FIELDS are allowed. Writes to `run_folder`: the `lungs` table; `masks/`, the masks that the network predicted;
+    `bundle/`, the segmenter with the clean-up fields that were applied, so that a submission uses the same lungs; and, with
     `masked_images`, `masked/`, a cache of copies that are black outside the cleaned lungs (an image without detected lungs
     is copied unchanged). With `resume`, an interrupted run continues. Raises TrainingError if the folder contains a run with
     other images, settings or another segmenter; SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS, or
-    if the published minimal area, which is that of grown masks, would judge others.
+    if the published `least_area` is used without the published dilations and closings, for which it is meant.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
@@ -101,27 +101,30 @@ def apply_lungs(
 
 
 def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
-    """Raise SettingsError if masks that are not grown as published are judged by the published area; log inherited growth.
+    """Raise SettingsError if a recipe has the published `least_area` without the published dilations and closings.
 
-    Until clean-up 2, all recipes of segmenters had the clean-up of UNet + HRNet, and their bundles still state it.
+    Logs a warning if a network other than the published unet has all of these settings: until clean-up 2, the recipe of
+    every segmenter had them, and old bundles still do.
     """
     published = {name: getattr(recipe, name) == value for name, value in PUBLISHED_CLEAN_UP.items()}
     if published["least_area"] and not all(published.values()):
         raise SettingsError(
-            f"least_area is {recipe.least_area:.4f}, published for masks grown by 8 dilations and 2 closings, but here are "
-            f"{recipe.dilations} dilations and {recipe.closings} closings; also set least_area in clean_up, to 0 for no rule"
+            f"least_area is {recipe.least_area:.4f}, the minimum published for masks after 8 dilations and 2 closings, but "
+            f"the settings are {recipe.dilations} dilations and {recipe.closings} closings; also set least_area in clean_up "
+            "(0: no minimum)"
         )
     if recipe.network != "unet" and all(published.values()):
         logger.warning(
-            "%s states the clean-up of UNet + HRNet (8 dilations, 2 closings, a minimal area), which a %s has not published "
-            "and which adds a fifth to masks; for masks as drawn, clean_up is {dilations: 0, closings: 0, least_area: 0}",
+            "%s has the clean-up settings published for UNet + HRNet (8 dilations, 2 closings, a minimal area), but its "
+            "network is %s; they enlarge masks by a fifth. To use the masks as predicted, set clean_up to "
+            "{dilations: 0, closings: 0, least_area: 0}",
             bundle,
             recipe.network,
         )
 
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
-    """Return the masks that an interrupted run has stored, and a list of `lungs` tables with the rows of these images."""
+    """Return the masks that an interrupted run has stored, and `lungs` tables with the rows of the images in these masks."""
     store = MaskStore(run_folder / "masks") if resume else MaskStore.create_empty(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
@@ -130,7 +133,7 @@ def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, lis
 def _segment_image(
     segmentation: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> tuple[Cleaned, np.ndarray]:
-    """Return the cleaned lungs of one image, and the label image that the network drew.
+    """Return the cleaned lungs of one image, and the label image that the network predicted.
 
     If `masked` is given, also stores in this cache a copy of the image that is black outside the cleaned lungs, or unchanged
     if no usable lungs were found.

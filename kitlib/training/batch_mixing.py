@@ -9,12 +9,12 @@ import torch
 def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, Any]:
     """Return a copy of a batch in which each image is mixed with another image of the batch, and so are their targets.
 
-    `batch` is a result of `kitlib.training.xray_dataset.collate`. For each batch one share is drawn from Beta(alpha, alpha);
+    `batch` is a result of `kitlib.training.xray_dataset.collate`. One share is drawn per batch from Beta(alpha, alpha);
     `mixup` is MixUp's alpha, `cutmix` is CutMix's alpha. An alpha of 0 switches its method off. If both are 0, the batch is
-    returned unchanged; if neither is 0, one of the methods is drawn for each batch, each with probability 1/2. MixUp adds
-    share times the image to (1 - share) times the partner; the pixels become float32 0..255 (Zhang et al. 2018, section 2).
-    CutMix pastes a rectangle of the partner into the image; the share becomes the part of the image's area that is not
-    covered (Yun et al. 2019, section 3.1). Partners are a permutation of the batch.
+    returned unchanged; if neither is 0, one of the methods is drawn for each batch, each with probability 1/2. Each image's
+    partner is drawn by permuting the batch. MixUp returns share * image + (1 - share) * partner; the pixels become float32
+    0..255 (Zhang et al. 2018, section 2). CutMix pastes a rectangle of the partner into the image; the share becomes the
+    part of the image's area that is not covered (Yun et al. 2019, section 3.1).
 
     `label` and `none` are blended as share * image + (1 - share) * partner; a target that is NaN for either image becomes
     NaN. If the batch has `mask` (n, cells, cells), it is mixed like the pixels, and the rectangle's edges are placed between

@@ -1,4 +1,4 @@
-"""Curves of a training's epochs for TensorBoard, Weights & Biases or MLflow, written by Lightning's loggers."""
+"""Writes the metrics of each epoch for TensorBoard, Weights & Biases or MLflow, with Lightning's loggers."""
 
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from kitlib.errors import TrainingError
 
 PROJECT = "kit"  # name of the project in W&B, of the experiment in MLflow
-# The recipe's field `curves` -> what makes its logger, from a folder and the training's title. Nothing is sent anywhere.
+# Value of the recipe's field `curves` -> function that creates a logger from a folder and a title. All loggers are offline.
 LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
     "tensorboard": lambda folder, title: TensorBoardLogger(folder, name="", version=""),
     "wandb": lambda folder, title: WandbLogger(title, save_dir=folder, project=PROJECT, offline=True),
@@ -20,10 +20,10 @@ LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
 
 @contextmanager
 def open_curves(kind: str, folder: Path, title: str) -> Iterator[Logger | None]:
-    """Yield a logger that writes to `folder` in the format of `kind`, a key of LOGGERS; None if `kind` is "".
+    """Yield a Lightning logger that writes to `folder` in the format of `kind`, a key of LOGGERS; None if `kind` is "".
 
-    At the end the logger is closed, so that the next training in this process has a run of its own. Raises TrainingError if
-    the package of that name is not installed.
+    The logger is closed at the end, so that the next model trained in this process starts a new logger run. Raises
+    TrainingError if the package named `kind` is not installed.
     """
     if not kind:
         yield None

@@ -35,12 +35,12 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def is_first_process() -> bool:
-    """Return whether this process has rank 0. Of the processes that train together, only that one writes files."""
+    """Return whether this process has rank 0. If several processes train together, only rank 0 writes files."""
     return rank_and_world_size()[0] == 0
 
 
 class Keys(Protocol):
-    """Protocol of a sampler: has a length, and iterates over the keys of the examples of one epoch."""
+    """Protocol of a sampler: it has a length, and yields the keys with which a data set is indexed during one epoch."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
@@ -70,7 +70,7 @@ class SharedBatches(Sampler[list[Any]]):
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """Return `rows` completed with the rows that the other processes have computed.
+    """Fill `rows` in place with the rows that the other processes have computed, and return the array.
 
     `rows` has the same shape in all n processes; row i is taken from the process with rank i modulo n.
     """
@@ -150,8 +150,8 @@ def _check_can_share(recipe: TrainingRecipe, processes: int) -> None:
         )
     if family_of(recipe).one_process:
         raise ValueError(
-            f"a {family_of(recipe).name} is trained by one process; set processes to 1 and train its folds side by side, "
-            "one per GPU"
+            f"a {family_of(recipe).name} cannot be trained by several processes; set processes to 1 and train folds side by "
+            "side, one per GPU"
         )
 
 

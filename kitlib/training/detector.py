@@ -42,7 +42,7 @@ class DetectorStrategy(Strategy):
         if unknown:
             raise ValueError(
                 f"{task.model_name}: the extra images have boxes of {', '.join(unknown)}, but the prepared run has only "
-                f"boxes of {', '.join(self.classes)}; use an extra run with these findings"
+                f"boxes of {', '.join(self.classes)}; use an extra run without other findings"
             )
         self.training_data = sample_negatives(images, boxes, self.recipe.negatives, task.seed), labels, boxes, cache
         for part_images, name in (
@@ -50,7 +50,11 @@ class DetectorStrategy(Strategy):
             (self.validation_images, f"validation fold {fold}"),
         ):
             if not part_images.image_id.isin(boxes.image_id).any():
-                advice = "raise its limit" if len(boxes) else "the prepared run has none; own boxes are named in columns"
+                advice = (
+                    "raise limit_train or limit_validation"
+                    if len(boxes)
+                    else "the prepared run has no boxes; in notebook 10, name the columns of your boxes in `columns`"
+                )
                 problem = f"none of the {len(part_images)} images in the {name} has a box"
                 raise ValueError(f"{task.model_name}: {problem}; {advice}")
         # Validation uses the canvas size of prediction; if that is larger, fewer images fit a batch.
@@ -124,6 +128,6 @@ def canvas_precision(
 
 
 def true_rows(batch: dict[str, Any]) -> list[np.ndarray]:
-    """Return the ground truth of a batch for `canvas_precision`: one array (k, 5) per image."""
+    """Return a batch's ground truth for `canvas_precision`: per image an array (k, 5) of xmin, ymin, xmax, ymax, class."""
     pairs = zip(batch["boxes"], batch["findings"], strict=True)
     return [torch.column_stack([boxes, codes]).cpu().numpy() for boxes, codes in pairs]

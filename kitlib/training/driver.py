@@ -1,4 +1,4 @@
-"""Trains one model of any family on one fold: performs the steps from a task to a finished run folder."""
+"""Trains one model of any family on one fold: all steps from a task to a finished run folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +17,8 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
     """Train a model on all folds but `fold`, predict the images in `fold`, and return the results.
 
     Writes to `run_folder`: the bundle with the weights of the kept epoch, tables (among them the predictions), figures and,
-    last, metrics.json. An interrupted run is resumed, with the same result as an uninterrupted run; a finished run is only
-    read. If several processes train together, only the first returns the results, the others return None. Raises
+    last, metrics.json. An interrupted run is resumed, with the same result as an uninterrupted run; for a finished run, the
+    results are only read. If several processes train together, the first returns the results, the others None. Raises
     TrainingError if the folder contains a run with other data or settings, or if the memory is too small for a batch;
     SessionOver at the task's deadline; ValueError, before anything is written, if the task cannot be trained.
     """

@@ -151,10 +151,10 @@ def findings_loss(
     """Return the scalar loss of a batch: binary cross entropy with `multi_label`, else cross entropy.
 
     `logits` and `label` have the shape (n, classes). Labels are 0..1 (soft labels are allowed), or NaN if unknown. Binary
-    cross entropy is averaged over all known labels; cross entropy is averaged over the images whose labels are all known. If
-    there are no such labels or images, the loss is 0. `smoothing` is the share of each target that is spread evenly: over
-    true and false with `multi_label`, else over all classes. `weights`, shape (classes,), is used only for cross entropy:
-    each image's loss is multiplied by the weight of its class, and the sum is divided by the number of images, as in Keras.
+    cross entropy is averaged over all known labels; cross entropy is averaged over the images whose labels are all known.
+    With nothing to average, the loss is 0. `smoothing` is the share of each target that is spread evenly: over true and
+    false with `multi_label`, else over all classes. `weights`, shape (classes,), is used only for cross entropy: each
+    image's loss is multiplied by the weight of its class, and the sum is divided by the number of images, as in Keras.
     """
     logits, is_known, truth = logits.float(), ~label.isnan(), label.nan_to_num()
     if multi_label:

@@ -130,7 +130,7 @@ def continue_from(earlier: Path, run: Path) -> list[str]:
     for fold in folds:
         destination = run / fold.name
         if (destination / "checkpoints").is_dir() and _read_progress(destination) >= _read_progress(fold):
-            lines.append(f"{fold.name}: not copied, because it has no more epochs in {earlier} than in {run}")
+            lines.append(f"{fold.name}: not copied, because {run} already has at least as many of its epochs as {earlier}")
             continue
         temporary_folder = run / f".{fold.name}.copying"
         shutil.rmtree(temporary_folder, ignore_errors=True)
@@ -165,7 +165,7 @@ def save_trained(
     """Write the trained model to run_folder/bundle.
 
     `model` has the weights of the kept epoch, a `recipe`, and the `mean` and `std` that normalise its input. `family` is the
-    name of its model family; `identity` describes the run, as in `open_run`; `device` is that of the training.
+    name of its model family; `identity` describes the run, as in `open_run`; `device` is the device used for training.
     """
     recipe, best = model.recipe, fitted.best()
     record = {key: identity[key] for key in ("model", "fold", "recipe", "longest_side", "data_fingerprint")} | {
@@ -223,7 +223,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
 def mean_curves(histories: Iterable[pd.DataFrame]) -> Figure:
     """Draw losses (left) and validation scores (right) against epochs: the mean over folds, and a band of one SD around it.
 
-    `histories` has the history of each fold (see `FitResult`). A fold that ended early is left out of later epochs. The
+    `histories` has the history of each fold (see `FitResult`). The mean of an epoch is over the folds that reached it. The
     figure corresponds to figure 10 of the UNet + HRNet paper.
     """
     joined = pd.concat(histories)

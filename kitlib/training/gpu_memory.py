@@ -1,4 +1,4 @@
-"""GPU memory of a recipe's training: computed without a GPU, and the error that is raised when it was not enough."""
+"""Estimates the GPU memory that training with a recipe needs, and explains out-of-memory errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,8 +20,8 @@ from kitlib.recipes.fields import TrainingRecipe
 from kitlib.settings import override
 
 GIB = 2**30
-T4_GIB = 14.6  # memory of one of Kaggle's T4s that torch can use
-# Rule of thumb for what the computation leaves out: cuDNN's workspaces, gaps between blocks, and gradients of activations.
+T4_GIB = 14.6  # GiB that torch can use on one of Kaggle's T4 GPUs
+# Rule of thumb for what the estimate leaves out: cuDNN's workspaces, gaps between blocks, and gradients of activations.
 SURCHARGE = 1.1
 # Tensors of the size of the trainable weights that an optimiser keeps.
 OPTIMIZER_STATES = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -29,26 +29,26 @@ CPU = torch.device("cpu")
 
 
 def training_memory_gib(recipe: TrainingRecipe) -> float:
-    """Return the GPU memory in GiB that one process needs to train a model with this recipe in mixed float16.
+    """Estimate the GPU memory in GiB that one process needs to train a model with this recipe in mixed float16.
 
-    It is SURCHARGE times the sum of weights, gradients, optimiser states and moving average, and of what a batch's forward
-    pass keeps for the backward pass. All stages that the recipe ever unfreezes count as trainable. No number is computed:
-    tensors have shapes but no memory, so any recipe takes a second or two.
+    The estimate is SURCHARGE times the memory of the weights, gradients, optimiser states, moving average, and activations
+    that a batch's forward pass keeps for the backward pass. Stages that the recipe unfreezes later count as trainable. Only
+    the shapes of tensors are computed, not their values, so the estimate takes a second or two and needs no GPU.
     """
-    # Imported here, because a training does not need it and torch may move it.
+    # Imported here, because training does not need this private class, which torch may move.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     plain = override(recipe, starting_weights="", **({"random_parts": ()} if hasattr(recipe, "random_parts") else {}))
     family = family_of(plain)
     is_yolo = family.name == "yolo"
-    # Of a YOLO, ultralytics needs some numbers to build it. How many classes there are changes next to nothing.
+    # ultralytics needs tensors with values to build a YOLO. The number of classes hardly changes the memory.
     with nullcontext() if is_yolo else torch.device("meta"):
         model = family.network(plain, ["class 1", "class 2"]).train()
     if isinstance(model, Classifier):
         model.unfreeze(plain.epochs - 1)
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    kept: dict[int, torch.UntypedStorage] = {}  # keyed by address; held, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}  # keyed by address; references are kept, so that no address is reused
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -72,7 +72,10 @@ def training_memory_gib(recipe: TrainingRecipe) -> float:
 
 
 class _TrainingForward(nn.Module):
-    """Runs a network as its training does, but without the parts that depend on the numbers, which need little memory."""
+    """Module that runs a network's forward pass as in training, without steps that depend on tensor values.
+
+    Such steps, for example the choice of regions in a Faster R-CNN, need little memory.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class _TrainingForward(nn.Module):
 
 @contextmanager
 def explaining_memory(recipe: TrainingRecipe) -> Iterator[None]:
-    """Raise TrainingError, which says what to change, if the block runs out of memory."""
+    """Context manager that raises TrainingError, which says what to change, if its block runs out of memory."""
     try:
         yield
     except RuntimeError as error:
@@ -111,7 +114,7 @@ def explaining_memory(recipe: TrainingRecipe) -> Iterator[None]:
         advice = "Lower image_size, or choose a smaller backbone"
         if size > 1:
             changes = f'{{"batch_size": {size // 2}, "nominal_batch": {step}}}'
-            advice = f"Set overrides {changes}, with which gradients are accumulated and a step still has {step} images"
+            advice = f"Set overrides {changes}: gradients are then accumulated, and a step still has {step} images"
         raise TrainingError(
             f"{'out' if 'memory' in str(error) else 'probably out'} of memory with batch_size {size} and nominal_batch "
             f"{recipe.nominal_batch} at image_size {recipe.image_size} ({str(error).splitlines()[0]}). {advice}. "

@@ -1,4 +1,4 @@
-"""Limits the number of canvases kept in memory: all training processes together may use half of the free memory."""
+"""Limits the resized images (canvases) kept in memory: all training processes together may use half of the free memory."""
 
 import logging
 import weakref
@@ -11,7 +11,7 @@ from kitlib.training import data_parallel
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.5  # share of the memory that is free before the first data set is created; training and its workers use the rest
+SHARE = 0.5  # share of the memory that is free when the first data set is created; training and its workers use the rest
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -48,10 +48,10 @@ def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
 
 
 class KeptMemory:
-    """Memory budget for the canvases that this process's data sets keep in memory.
+    """Memory budget for the canvases (resized images) that this process's data sets keep in memory.
 
-    `available` is a function that returns the number of free bytes. `folds_at_once` is the number of folds that train at the
-    same time, each in its own process; all processes get equal shares of the budget.
+    All training processes together may use SHARE of the free memory, each an equal part. `available` is a function that
+    returns the number of free bytes. `folds_at_once` is the number of folds that train at the same time.
     """
 
     def __init__(self, available: Callable[[], int] = available_memory) -> None:
@@ -69,7 +69,8 @@ class KeptMemory:
         fitting = min(count, (self._budget - self._reserved) // max(1, bytes_each))
         if fitting < count:
             logger.warning(
-                "%d of %d canvases fit into the memory for them (%.1f GB); the others are read and resized in each epoch",
+                "%d of %d canvases (resized images) fit into the memory reserved for them (%.1f GB); the others are resized "
+                "again in each epoch",
                 *(fitting, count, self._budget / 1e9),
             )
         self._reserved += fitting * bytes_each

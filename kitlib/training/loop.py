@@ -231,7 +231,7 @@ def _device_arguments(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 class _EpochKeeper(pl.Callback):
-    """Callback that seeds each epoch, records the history, writes checkpoint and best weights, and stops the training."""
+    """Callback that seeds each epoch, records the history, writes the checkpoint and best weights, and ends training."""
 
     def __init__(
         self,

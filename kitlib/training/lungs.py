@@ -51,7 +51,8 @@ def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> t
 def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
     """Raise ValueError if an image in `other` has the same image_id or patient_id as an image in `home`.
 
-    Both are `images` tables: `home` of the training set, `other` of another data set to evaluate on, whose run is `name`.
+    `home` is the `images` table of the training set. `other` is that of another data set, used for evaluation; `name` is
+    the name of the other data set's run, used in messages.
     """
     for column in ("image_id", "patient_id"):
         shared = other.loc[other[column].isin(home[column]), column]
@@ -72,10 +73,10 @@ def score_masks(
 ) -> pd.DataFrame:
     """Segment images, compare the result with their ground-truth masks in `masks`, and return a `mask_scores` table.
 
-    For each image, the table has one row for each of the recipe's structures and, of a lung segmenter, one for "lungs" (both
-    sides together), with the columns image_id, model, fold (always -1), structure, dice and jaccard. Masks are scored as
-    predicted, without clean-up. If `predicted_masks` is given, the predicted masks are added to this store. If
-    `predicted_maps` is given, a MaskPredictor's `mask_maps` tables are added to this list.
+    For each image, the table has one row for each of the recipe's structures and, if the segmenter is a LungSegmenter, one
+    for "lungs" (both sides together). Its columns are image_id, model, fold (always -1), structure, dice and jaccard. Masks
+    are scored as predicted, without clean-up. If `predicted_masks` is given, the predicted masks are added to this store.
+    If `predicted_maps` is given, a MaskPredictor's `mask_maps` tables are added to this list.
     """
     rows, pending = [], {}
     structures = dict.fromkeys([*segmenter.recipe.structures, *(["lungs"] if isinstance(segmenter, LungSegmenter) else [])])
@@ -143,9 +144,9 @@ class LungsTraining(RecipeTraining):
 class SegmenterStrategy(Strategy):
     """Strategy that trains a segmenter on one fold, using only images that have a ground-truth mask, which may be empty.
 
-    Writes the predicted masks for the validation fold to `masks/`, their scores to the `mask_scores` table and, for a
-    structure that most images do not have, the probabilities to the `mask_maps` table. The constructor raises MaskError if
-    no image has a mask, if no mask shows the recipe's structures, or if the masks follow several conventions.
+    Writes the predicted masks for the validation fold to `masks/` and their scores to the `mask_scores` table. With a
+    SparseSegmenterRecipe, also writes probability maps to the `mask_maps` table. The constructor raises MaskError if no
+    image has a mask, if no mask shows the recipe's structures, or if the masks follow several conventions.
     """
 
     uses = ("masks",)
@@ -176,9 +177,9 @@ class SegmenterStrategy(Strategy):
     def start(self, model: Segmenter) -> str:
         """Load the recipe's `starting_weights` into `model`, and return a text that says what was loaded.
 
-        They are the bundle of a segmenter with the same network; an albunet may also start with an encoder's weights, from a
-        classifier with the backbone resnet34 or a file. Returns "from scratch" if there are none. Raises BundleError if they
-        do not fit.
+        `starting_weights` is the bundle of a segmenter with the same network. For an albunet it may also be a classifier
+        with the backbone resnet34, or a file of weights; then only the encoder is loaded. Returns "from scratch" if the
+        recipe has none. Raises BundleError if the weights do not fit.
         """
         name = self.recipe.starting_weights
         if not name:
@@ -187,7 +188,7 @@ class SegmenterStrategy(Strategy):
             report = load_starting_weights(model, name, "network.encoder.")
             if missing := [tensor for tensor in report["random"] if tensor.startswith("network.encoder.")]:
                 raise BundleError(
-                    f"{name} lacks {len(missing)} tensors of a resnet34, such as {missing[0]}; give all of them"
+                    f"{name} lacks {len(missing)} tensors of a resnet34, such as {missing[0]}; use complete weights"
                 )
             return f"{name}: {len(report['loaded'])} tensors of the encoder"
         record, weights = read_bundle(name)

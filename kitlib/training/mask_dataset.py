@@ -59,9 +59,9 @@ class MaskDataset(Examples):
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
 
     def sampler(self, seed: int) -> EpochSampler:
-        """Return the sampler of training: with the recipe's share of images that have the structure, if it states one.
+        """Return the sampler of training examples: a PositivesSampler if the recipe has `positives`, else an EpochSampler.
 
-        Raises MaskError if all images have the structure, or none of them.
+        With `positives`, raises MaskError if all images have the recipe's structure, or none of them.
         """
         if not self.positives:
             return super().sampler(seed)
@@ -91,12 +91,12 @@ class MaskDataset(Examples):
 
 
 class PositivesSampler(EpochSampler):
-    """Sampler of the keys (epoch, index) of epochs in which a given share of the images has a structure.
+    """Sampler of the keys (epoch, index) of training examples, of which a given share shows a structure.
 
-    `has_structure` (n,) says which images have it. `shares` are the shares in the first and in the last of `epochs` epochs,
-    between which the share changes linearly. Every epoch has the same length: the number of images of which the lower share
-    is the number of all images with the structure. Within an epoch, all images with the structure are drawn equally often,
-    but for one; so are all others.
+    `has_structure`, bool (n,), is True for images with the structure. `shares` are the shares in the first and the last of
+    `epochs` epochs; in between, the share changes linearly. All epochs have the same length: at the lower share, an epoch
+    contains each image with the structure once. Within an epoch, the images with the structure are drawn equally often, up
+    to a difference of one; so are the images without it.
     """
 
     def __init__(self, has_structure: np.ndarray, shares: tuple[float, ...], epochs: int, seed: int) -> None:

@@ -25,8 +25,8 @@ class NestedScores:
     """Predictions of all models that a nested cross-validation has trained with one recipe, in three tables.
 
     `nested` is a `nested_scores` table with the predictions of every model. `judged`, for evaluation, is a `class_scores`
-    table with one row per image: the mean prediction of the models that were trained without the image's outer fold, with
-    the outer fold in the column `fold`; if no outer fold was held out, the out-of-fold prediction. `test` is a
+    table with one row per image: the mean prediction of the models that were trained without the image's outer fold. Its
+    column `fold` is the outer fold. If no outer fold was held out, `judged` has the out-of-fold predictions. `test` is a
     `class_scores` table for the images in the split "test", with one row per image and fold: the mean prediction of the
     fold's models over all outer folds.
     """

@@ -1,4 +1,4 @@
-"""How far a training is: a log line for each epoch and, within long epochs, one a minute; curves for other programs."""
+"""Logs training progress: one line per epoch, and one per minute within long epochs; also passes metrics to loggers."""
 
 import logging
 import time
@@ -12,25 +12,28 @@ BETWEEN_LINES_S = 60.0
 
 
 class Progress:
-    """Logs the progress of one training. `title` names the model and the fold, `epochs` is the recipe's number of epochs.
+    """Logs the training progress of one model. `title` names the model and fold, `epochs` is the recipe's number of epochs.
 
-    Each epoch's figures are also passed to `curves`, a logger of Lightning's, if there is one.
+    If `curves`, a Lightning logger, is given, the metrics of each epoch are also passed to it.
     """
 
     def __init__(self, title: str, epochs: int, curves: Logger | None = None) -> None:
         self.title, self.epochs, self.curves, self.latest = title, epochs, curves, time.monotonic()
 
     def log_batch(self, epoch: int, batch: int, batches: int) -> None:
-        """Log that `batch` of an epoch's `batches` is done (both numbers from 1), unless another line is recent."""
+        """Log that a batch is done, unless another line was logged less than BETWEEN_LINES_S seconds ago.
+
+        `epoch` and `batch` are numbers from 1, `batches` is the number of batches per epoch.
+        """
         if time.monotonic() - self.latest >= BETWEEN_LINES_S:
             self.latest = time.monotonic()
             logger.info("%s: epoch %d of %d, batch %d of %d", self.title, epoch, self.epochs, batch, batches)
 
     def log_epoch(self, history: Sequence[dict[str, float]], seconds: Sequence[float]) -> None:
-        """Log loss, score and seconds of the last epoch in `history`, and about how long the others will take.
+        """Log loss, score and duration of the last epoch in `history`, and the estimated time for the remaining epochs.
 
-        `seconds` has the duration of each of this session's epochs; training may end earlier, because of the recipe's
-        `patience`.
+        `seconds` has the duration of each of this session's epochs. Training may end earlier than estimated, because of the
+        recipe's `patience`.
         """
         row, remaining = history[-1], self.epochs - len(history)
         self.latest = time.monotonic()

@@ -14,7 +14,7 @@ from kitlib.training.loop import RecipeTraining
 
 
 class PyramidDetectorTraining(RecipeTraining):
-    """Lightning module that trains and validates a detector with a feature pyramid on batches from an `XrayDataset`.
+    """Lightning module that trains and validates a Faster R-CNN or RetinaNet on batches from an `XrayDataset`.
 
     `score(predictions, ground_truth)` returns the validation scores, keyed by name. Both arguments are lists with one array
     per image: predicted boxes with their scores and classes (k, 6), ground-truth boxes with their classes (m, 5).
@@ -48,7 +48,7 @@ class PyramidDetectorTraining(RecipeTraining):
 
 
 class PyramidDetectorStrategy(DetectorStrategy):
-    """Strategy that trains a detector with a feature pyramid on one fold with Lightning."""
+    """Strategy that trains a Faster R-CNN or RetinaNet on one fold with Lightning."""
 
     def module(self, model: PyramidDetector) -> PyramidDetectorTraining:
         return PyramidDetectorTraining(model, partial(canvas_precision, classes=self.classes))

@@ -1,4 +1,7 @@
-"""How many workers load batches: as many as feed the GPU, and whose batches fit into /dev/shm, through which they pass."""
+"""Chooses the number of worker processes that load batches: enough for the GPU, but no more than fit into /dev/shm.
+
+Workers pass batches to the training process through /dev/shm.
+"""
 
 import logging
 import math
@@ -16,7 +19,7 @@ from kitlib.xrays.cache import usable_cores
 
 logger = logging.getLogger(__name__)
 
-# How long a training waits for a batch. A worker that cannot pass on its batch is only noticed by this.
+# Time limit for a batch to arrive. Without it, a worker that cannot pass on its batch would keep training waiting forever.
 BATCH_TIMEOUT_S = 600.0
 MOST_WORKERS = 8
 PREFETCHED = 2  # batches that each worker of torch's loader has ready
@@ -24,15 +27,15 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def free_shared_memory() -> float:
-    """Return the free bytes of /dev/shm; infinity if it does not exist, as on systems whose shared memory has no folder."""
+    """Return the number of free bytes in /dev/shm, or infinity if the folder does not exist, as on macOS."""
     return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else float("inf")
 
 
 def suitable_workers() -> int:
-    """Return the number of processes that load batches for this process's training: 0 without a GPU.
+    """Return the number of worker processes that should load batches for this process: 0 without a GPU.
 
-    With a GPU the cores are divided among the folds that train at once and the processes of each, at most MOST_WORKERS each,
-    because these prepare more images than a GPU trains on.
+    With a GPU, the cores are divided equally among all processes of all folds that train at once. Each gets at least 1 and
+    at most MOST_WORKERS workers, because MOST_WORKERS load images faster than a GPU can train on them.
     """
     if not torch.cuda.is_available():
         return 0
@@ -41,11 +44,11 @@ def suitable_workers() -> int:
 
 
 def workers_that_fit(workers: int, bytes_per_worker: int, free_bytes: Callable[[], float] = free_shared_memory) -> int:
-    """Return `workers`, or fewer with a warning if the batches that they prefetch do not fit into /dev/shm.
+    """Return `workers`, or a smaller number, with a warning, if the batches that they prefetch do not fit into /dev/shm.
 
-    With fewer workers the training has the same result, but takes longer. Workers whose batches do not fit would be killed,
-    or keep the training waiting for BATCH_TIMEOUT_S. Each has batches of `bytes_per_worker` ready. Folds that train side by
-    side share /dev/shm, which this function does not see.
+    With fewer workers, training has the same result but takes longer. Workers whose batches do not fit would be killed, or
+    keep training waiting for BATCH_TIMEOUT_S. `bytes_per_worker` is the size of the batches that each worker prefetches.
+    Folds that train side by side also use /dev/shm, but this function counts only one fold.
     """
     needed, free = workers * bytes_per_worker, free_bytes() if workers else math.inf
     if needed <= free:
@@ -53,7 +56,7 @@ def workers_that_fit(workers: int, bytes_per_worker: int, free_bytes: Callable[[
     fitting = int(free // bytes_per_worker)
     logger.warning(
         "%s has %.1f MB free, but the batches of %d workers need %.1f MB; training continues more slowly with workers = %d. "
-        "To use all workers, enlarge it (docker run --shm-size=%dm), or lower `workers`, `batch_size` or `image_size`",
+        "To use all workers, enlarge the folder (docker run --shm-size=%dm), or lower `batch_size` or `image_size`",
         *(SHARED_MEMORY, free / 1e6, workers, needed / 1e6, fitting, 2 * needed // 2**20 + 1),
     )
     return fitting
@@ -61,7 +64,7 @@ def workers_that_fit(workers: int, bytes_per_worker: int, free_bytes: Callable[[
 
 @contextmanager
 def explaining_timeouts() -> Iterator[None]:
-    """Raise TrainingError, which says what to do, instead of torch's RuntimeError for a missing batch."""
+    """Context manager that replaces torch's RuntimeError for a missing batch by a TrainingError that says what to do."""
     try:
         yield
     except RuntimeError as error:
@@ -69,6 +72,6 @@ def explaining_timeouts() -> Iterator[None]:
             raise
         raise TrainingError(
             f"no batch arrived ({error}): a worker hangs, or could not pass on its batch because "
-            f"{SHARED_MEMORY} is full ({free_shared_memory() / 1e6:.1f} MB free). Set `workers` to 0, or enlarge it "
-            "(docker run --shm-size=1g); the same run then resumes"
+            f"{SHARED_MEMORY} is full ({free_shared_memory() / 1e6:.1f} MB free). Set `workers` to 0, or enlarge the folder "
+            "(docker run --shm-size=1g), and run again: the training resumes"
         ) from error

@@ -15,10 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def leave_out_rejected(tables: Mapping[str, pd.DataFrame], lungs: StoredLungs | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the `folds` of a prepared run's `tables` without images whose lungs were rejected, and counts by class.
+    """Drop images whose lungs were rejected; return the remaining rows of the `folds` table, and a table of counts.
 
-    Unmasked images among masked ones would give their class away, if one class has more of them. The counts have the columns
-    class, images and dropped. Raises ValueError if `lungs` is None.
+    A model would see these images unmasked among masked ones; if one class has more of them, this gives the class away. The
+    counts have one row per class and a row "all", with the columns class, images and dropped. `tables` are the tables of a
+    prepared run. Raises ValueError if `lungs` is None.
     """
     if lungs is None:
         raise ValueError("drop_rejected requires lungs_run, the run of notebook 14 that judged the lungs")
@@ -57,7 +58,7 @@ def split(
             part = _sample_patients(part, limit, seed)
         if part.empty:
             raise ValueError(
-                f"fold {fold} leaves no images to train or to validate on; available folds: {sorted(set(usable.fold))}, "
+                f"fold {fold} leaves no images for training or for validation; available folds: {sorted(set(usable.fold))}, "
                 f"limit: {limit}"
             )
         parts.append(part)

@@ -39,7 +39,7 @@ class Strategy(ABC):
     collate_fns: ClassVar[tuple[Callable[[list[dict[str, Any]]], dict[str, Any]] | None, ...]] = (None, None)
     # Size of a validation batch relative to a training batch; without gradients, twice as many images fit into memory.
     validation_batch_ratio: float = 2.0
-    # Training canvases of one channel that each worker has ready, in batches.
+    # Number of training batches that each worker has ready, as batches of one-channel images.
     prefetched: ClassVar[int] = PREFETCHED
     train: Examples
     validation: Examples
@@ -96,7 +96,7 @@ class Strategy(ABC):
 
     @cached_property
     def workers(self) -> int:
-        """Number of processes that load batches: the task's or suitable ones, as many as /dev/shm has room for."""
+        """Number of processes that load batches: the task's `workers` or a suitable number, reduced to fit into /dev/shm."""
         training = self.train.example_bytes * min(self.recipe.batch_size, len(self.train))
         validation = self.validation.example_bytes * min(self.validation_batch, len(self.validation))
         workers = self.task.workers if self.task.workers >= 0 else suitable_workers()
@@ -121,7 +121,7 @@ class Strategy(ABC):
         """Predict the held-out images with the run's bundle, write the predictions, and return counts for metrics.json."""
 
     def complete(self, device: torch.device) -> int:
-        """Write predictions that the task requests and a finished run lacks; here there are none.
+        """Write the predictions that the task requests and a finished run lacks; the base class has nothing to write.
 
         Returns the number of images that were predicted without usable lungs, although the model uses lungs.
         """

@@ -28,7 +28,7 @@ KINDS = {"test_scores": "class_scores", "training_scores": "class_scores"}
 class Task:
     """Everything that is needed to train one model on any fold: data, recipe, seed, limits and deadline.
 
-    `tables` contains the tables images, labels, boxes and folds of a prepared run; `cache` reads the run's decoded images.
+    `tables` contains the tables images, labels, boxes and folds of a run of notebook 10; `cache` reads its decoded images.
     `limit_train` and `limit_validation` cap the number of training and validation images, keeping or dropping whole
     patients. `extra` has additional images, which are used only for training and to which the limits do not apply. `lungs`
     are stored lungs, for a recipe whose field `lungs` is "masks"; `masks` are the ground truth for a segmenter. With
@@ -56,7 +56,7 @@ class Task:
     def checked(self) -> "Task":
         """Return a copy of the task whose tables have been checked and converted by `kitlib.tables.check_table`.
 
-        Raises ValueError unless the tables are exactly images, labels, boxes and folds; TableError if a table is invalid.
+        Raises ValueError if `workers` is below -1 or the tables are not exactly TABLES; TableError if a table is invalid.
         """
         if self.workers < -1:
             raise ValueError(f"workers is {self.workers}; expected -1 or more")

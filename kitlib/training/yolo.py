@@ -37,10 +37,10 @@ MOSAIC_OFF = 10  # number of last epochs without mosaic, as in ultralytics; at m
 
 
 class Canvases(YOLODataset):
-    """Data set of ultralytics that takes its images and boxes from an `XrayDataset`.
+    """Data set for ultralytics' trainer that takes its images and boxes from an `XrayDataset`.
 
-    An image is the canvas, repeated in three equal channels. With `augment`, examples are those for the attribute `epoch`,
-    which the trainer sets before each epoch, because a recipe may crop images differently in each epoch.
+    An image is the canvas, repeated in three equal channels. With `augment`, examples depend on the attribute `epoch`, which
+    the trainer sets before each epoch, because a recipe may crop images differently in each epoch.
     """
 
     buffer: list[int]
@@ -103,7 +103,7 @@ class Canvases(YOLODataset):
 
 
 class Trainer(DetectionTrainer):
-    """Trainer of ultralytics that can resume an interrupted training with the same result as uninterrupted training.
+    """Subclass of ultralytics' trainer that resumes interrupted training with the same result as uninterrupted training.
 
     Random numbers of an epoch depend on the seed and the epoch number alone. Unlike Lightning, ultralytics accumulates
     gradients across the end of an epoch, so the checkpoint contains gradients.
@@ -152,7 +152,7 @@ class Trainer(DetectionTrainer):
 
     @_oom_retries.setter
     def _oom_retries(self, retries: int) -> None:
-        # ultralytics counts a retry before it goes on with half of the batch, which would be another recipe than the run's.
+        # Re-raises the out-of-memory error: ultralytics would retry with half the batch size, which is not the recipe's.
         if retries:
             raise
 
@@ -166,7 +166,7 @@ class Trainer(DetectionTrainer):
         return Canvases(self.examples[mode], mode == "train", self.args)
 
     def get_dataloader(self, *arguments: Any, **options: Any) -> DataLoader:
-        """Return ultralytics' loader, whose workers must not be waited for without end."""
+        """Return ultralytics' data loader, with a time limit of BATCH_TIMEOUT_S seconds for each batch."""
         loader = super().get_dataloader(*arguments, **options)
         loader.timeout = BATCH_TIMEOUT_S if loader.num_workers else 0
         return loader
@@ -306,7 +306,7 @@ class Trainer(DetectionTrainer):
 def settings(recipe: DetectorRecipe, folder: Path, device: torch.device, seed: int, workers: int) -> dict[str, Any]:
     """Return a dict with the arguments of ultralytics' trainer for a recipe.
 
-    Arguments that are not in the dict, such as `translate`, keep ultralytics' defaults. `folder` is for ultralytics' files.
+    Arguments that are not in the dict, such as `translate`, keep ultralytics' defaults. ultralytics writes to `folder`.
     """
     return {
         "task": "detect",
@@ -358,7 +358,7 @@ class YoloStrategy(DetectorStrategy):
     prefetched = 4 * 3  # ultralytics prefetches four batches, of three channels
 
     def module(self, model: YoloDetector) -> NoReturn:
-        raise TypeError("ultralytics trains a YOLO, not Lightning")
+        raise TypeError("a YOLO is trained by ultralytics, so it has no Lightning module")
 
     def fit(self, model: YoloDetector, device: torch.device) -> FitResult:
         task, recipe = self.task, self.recipe

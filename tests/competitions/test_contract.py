@@ -52,7 +52,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_names():
         ({"name": "SIIM ACR"}, "Competition.name is 'SIIM ACR'; expected a string of lower-case words"),
         ({"metric": 0.5}, "Competition.metric is 0.5; expected a function"),
         ({"time_limit_hours": 0}, "Competition.time_limit_hours is 0; expected a finite number above 0 or null"),
-        ({"mask_classes": ()}, "siim-acr wants no answers"),
+        ({"mask_classes": ()}, "siim-acr has no classes; set study_classes"),
         ({"box_classes": ("a", "b", "a")}, "box_classes of siim-acr has a class twice: a, b, a"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_data_set_is_named_by_its_reader_or_competition(dataset, folder, expec
 
 def test_every_competitions_data_set_has_a_reader_and_others_need_a_folder():
     assert {competition.dataset for competition in COMPETITIONS.values()} <= set(READERS)
-    with pytest.raises(SettingsError, match="'nih' is no competition, so its folder must be given"):
+    with pytest.raises(SettingsError, match="'nih' is not a competition, so also give the folder of its files"):
         find_data("nih")
 
 

@@ -147,10 +147,10 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(run, small,
 
 
 def test_the_area_of_grown_masks_judges_no_others(small, bundle, tmp_path, caplog):
-    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* but here are 0 dilations .* also set least_area"):
+    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* the settings are 0 dilations .* set least_area"):
         applied(small, bundle, tmp_path, clean_up=PUBLISHED_CLEAN_UP | {"dilations": 0})
     applied(small, bundle, tmp_path / "old", clean_up=PUBLISHED_CLEAN_UP)  # as in the bundles of a resunet until clean-up 2
-    assert "which a resunet has not published" in caplog.text
+    assert "but its network is resunet" in caplog.text
 
 
 def test_a_rule_that_nothing_meets_leaves_whole_images(small, bundle, tmp_path):

@@ -245,7 +245,8 @@ def test_an_earlier_session_does_not_overwrite_a_later_one(tmp_path):
     with pytest.raises(SessionOver):
         train("study", run / "fold1", deadline=EndsAfter(2))
     further = contents(run)
-    assert continue_from(first, run) == [f"fold1: not copied, because it has no more epochs in {first} than in {run}"]
+    line = f"fold1: not copied, because {run} already has at least as many of its epochs as {first}"
+    assert continue_from(first, run) == [line]
     assert contents(run) == further
     assert continue_from(run, first) == [f"fold1: resumes from {run / 'fold1'}"]
     assert not list(first.glob(".*"))

@@ -272,7 +272,7 @@ def test_as_many_canvases_are_kept_as_fit_over_all_data_sets(monkeypatch, caplog
     limit_kept(monkeypatch, 13 * 32 * 32 + 1)
     examples, others = dataset(small), dataset(small)
     assert len(examples.canvas_cache.pixels) == 8 and len(others.canvas_cache.pixels) == 5
-    assert "5 of 8 canvases fit into the memory for them" in caplog.text
+    assert "5 of 8 canvases (resized images) fit into the memory" in caplog.text
     assert all(same(each[index], expected[index]) for each in (examples, others) for index in [*range(8)] * 2)
     del examples
     assert len(dataset(small).canvas_cache.pixels) == 8  # a data set that no longer exists has given its memory back
