@@ -92,8 +92,9 @@ def _check_node(loader: _Loader, node: yaml.Node, where: str, count: list[int], 
         for key, value in node.value:
             line = f"{where}, line {key.start_mark.line + 1}"
             if key.tag.rpartition(":")[2] not in ("str", "merge"):
-                shown = key.value if isinstance(key, yaml.ScalarNode) else "of several values"
-                raise SettingsError(f'{line}: the key {shown} is not text; write it in quotes, such as "{shown}"')
+                if not isinstance(key, yaml.ScalarNode):
+                    raise SettingsError(f"{line}: a key is a list or mapping; keys must be text")
+                raise SettingsError(f'{line}: the key {key.value} is not text; write it in quotes, such as "{key.value}"')
             if key.value in keys:
                 raise SettingsError(f"{line}: the key {key.value!r} is given twice; remove one")
             keys.add(key.value)

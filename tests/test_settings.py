@@ -220,7 +220,7 @@ def test_a_named_recipe_returns_from_json_unchanged(name):
         (b"a: 1\n---\nb: 2\n", "line 2: but found another document"),
         (b"a: 1\nb: {c: 1, c: 2}\n", "line 2: the key 'c' is given twice"),
         (b"a: 1\non: 2\n", 'line 2: the key on is not text; write it in quotes, such as "on"'),
-        (b"{[1, 2]: a}\n", "the key of several values is not text"),
+        (b"{[1, 2]: a}\n", "line 1: a key is a list or mapping; keys must be text"),
         (b"a: [.nan]\n", r"line 1: \.nan is not a finite number"),
         (b"a: 1.0e+999\n", r"line 1: 1\.0e\+999 is not a finite number"),
         (b"a: !!python/object/apply:os.getcwd []\n", "line 1: .*os.getcwd is not allowed"),

@@ -40,6 +40,8 @@ def export_run(
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
     folder, tables, problem_of = Path(folder), read_prepared(run), {}
     images = annotated_images(tables["images"], tables["boxes"])
+    if images.empty:
+        raise DatasetError(f"{run} has no image whose boxes are all known, so there is nothing to export")
     if with_images:
         with ThreadPoolExecutor(usable_cores()) as pool:
             write = partial(_write_png, folder / "images")
@@ -47,7 +49,7 @@ def export_run(
             problems = list(tqdm(results, total=len(images), desc="images", unit="image", disable=not progress))
         problem_of = {name: problem for name, problem in zip(images["image_id"], problems, strict=True) if problem}
         if len(problem_of) == len(images):
-            problem = ": ".join(next(iter(problem_of.items()), ("the run has no fully annotated images",)))
+            problem = ": ".join(next(iter(problem_of.items())))
             raise DatasetError(
                 f"no image could be decoded; the first problem: {problem}. Check that the files are at the paths in the "
                 f"`images` table of {run}"

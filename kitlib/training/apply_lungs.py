@@ -109,9 +109,9 @@ def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
     published = {name: getattr(recipe, name) == value for name, value in PUBLISHED_CLEAN_UP.items()}
     if published["least_area"] and not all(published.values()):
         raise SettingsError(
-            f"least_area is {recipe.least_area:.4f}, the minimum published for masks after 8 dilations and 2 closings, but "
-            f"the settings are {recipe.dilations} dilations and {recipe.closings} closings; also set least_area in clean_up "
-            "(0: no minimum)"
+            f"least_area is {recipe.least_area:.4f}, the minimum published for masks after "
+            f"{PUBLISHED_CLEAN_UP['dilations']} dilations and {PUBLISHED_CLEAN_UP['closings']} closings, but here are "
+            f"{recipe.dilations} dilations and {recipe.closings} closings; also set least_area in clean_up (0: no minimum)"
         )
     if recipe.network != "unet" and all(published.values()):
         logger.warning(

@@ -280,7 +280,8 @@ class _EpochKeeper(pl.Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(logged.get("score", math.nan)):
             raise ValueError(
-                f"epoch {trainer.current_epoch + 1}: the validation score is missing or not finite; logged: {logged}"
+                f"epoch {trainer.current_epoch + 1}: the validation score is missing or not finite: the training diverged, "
+                f"or the validation fold is too small. Lower learning_rate or raise limit_validation. Logged: {logged}"
             )
         assert trainer.train_dataloader is not None  # `fit` always passes one
         images = trainer.num_training_batches * trainer.train_dataloader.batch_sampler.batch_size

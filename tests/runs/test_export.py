@@ -91,6 +91,17 @@ def test_an_image_that_cannot_be_decoded_is_left_out_and_reported(prepared, tmp_
         export_run(tmp_path / "run", tmp_path / "out2", "yolo", with_images=True, progress=False)
 
 
+@pytest.mark.parametrize("with_images", [False, True])
+def test_a_run_without_fully_annotated_images_has_nothing_to_export(prepared, tmp_path, with_images):
+    _, tables = prepared
+    for name, table in (tables | {"images": tables["images"].assign(false_none=True)}).items():
+        write_table(table, name, tmp_path / "run" / "tables" / f"{name}.parquet")
+    write_json(tmp_path / "run" / "metrics.json", {})
+    with pytest.raises(DatasetError, match="run has no image whose boxes are all known"):
+        export_run(tmp_path / "run", tmp_path / "out", "yolo", with_images=with_images, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_calls(prepared, tmp_path):
     folder, _ = prepared
     for words in (("--format", "voc"), ()):
