@@ -17,10 +17,7 @@ NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 def encode_mask(mask: np.ndarray) -> str:
-    """Return the run lengths of a mask (rows, columns) as text; EMPTY if the mask is empty.
-
-    Pixels of the mask are true or different from 0.
-    """
+    """Return the run lengths of a mask (rows, columns) as text; all values but 0 are inside. An empty mask gives EMPTY."""
     return encode_runs(runs_of(mask))
 
 
