@@ -75,7 +75,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
     excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1")) | has_both])
     for patient in sorted(excluded):
         faults.add(
-            LABELS, patient, "Target is neither 1 with a valid box in all rows, nor 0 without a box; the image is left out"
+            LABELS, patient, "Target must be 1 with a valid box in every row, or 0 without a box; the image is left out"
         )
     boxed = set(boxes.image_id[is_valid])
     class_path = source.find_table(*CLASS_TABLES)

@@ -278,7 +278,7 @@ def _box_corners(entry: Any) -> tuple[float, float, float, float]:
     try:
         x, y, width, height = (float(entry[key]) for key in ("x", "y", "width", "height"))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f"a box must have numbers for x, y, width and height, got {str(entry)[:60]!r}") from error
+        raise ValueError(f"a box needs numbers for x, y, width and height, got {str(entry)[:60]!r}") from error
     corners = (x, y, x + width, y + height)
     if not all(map(math.isfinite, corners)) or corners[2] <= x or corners[3] <= y:
         raise ValueError(f"a box has no area: {str(entry)[:90]!r}")

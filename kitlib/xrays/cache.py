@@ -262,7 +262,7 @@ class XrayCache:
         missing = {"image_id", "path"} - set(images.columns)
         if missing:
             raise ValueError(
-                f"the table images lacks {', '.join(sorted(missing))}; it has {', '.join(map(str, images.columns))}"
+                f"the table lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(map(str, images.columns))}"
             )
         ids = images["image_id"].astype(str)
         if ids.duplicated().any():

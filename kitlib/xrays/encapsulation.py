@@ -21,7 +21,7 @@ def read_first_frame(data: bytes, frames: int) -> bytes:
         items.append(data[position + 8 : position + 8 + length])
         position += 8 + length
         if position > len(data):
-            raise ValueError(f"the pixel data are truncated after {len(items[-1])} of {length} bytes of a fragment")
+            raise ValueError(f"the pixel data end after {len(items[-1])} of {length} bytes of a fragment")
     # The first item is the offset table, which a few writers leave out.
     if items and not _is_frame(items[0]):
         del items[0]
