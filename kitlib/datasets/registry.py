@@ -79,7 +79,7 @@ def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = Tr
 def read_parts(
     parts: Mapping[str, str | Path | DataFolder], progress: bool = True, sources: Mapping[str, str] | None = None, **own: Any
 ) -> dict[str, Dataset]:
-    """Return the data sets in `parts`, a dict from a key of READERS to a folder, as a dict from the same keys to Datasets.
+    """Read several data sets: `parts` maps keys of READERS to folders; the result maps the same keys to Datasets.
 
     `own` are the parameters for the part "table", a user's own images. `sources` maps some of the keys to a `source` (see
     `read_dataset`). Raises the same errors as `read_dataset`, and SettingsError if `own` or `sources` are for a part that is

@@ -7,7 +7,7 @@ import pandas as pd
 
 
 def leave_out_young(images: pd.DataFrame, least_age: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return `images` without those of patients younger than `least_age` years, and a table of counts.
+    """Return `images` without the images of patients younger than `least_age` years, and a table of counts.
 
     Images of patients of unknown age are kept, because data sets of adults often omit the age, and one class more often than
     another. The table has one row per source and diagnosis (if `images` has this column), and the numbers of images in the
