@@ -47,7 +47,7 @@ class SiimTest:
 
     @property
     def submission_ids(self) -> tuple[str, ...]:
-        """Ids of a submission's rows: the sample submission's, which Kaggle requires, or else those of the test files."""
+        """Ids of a submission's rows: the ids in the sample submission or, if it has none, ids made from the test files."""
         return self.sample_ids or (
             *(f"{name}_study" for name in self.study_ids),
             *(f"{name}_image" for name in self.image_ids),
