@@ -1,4 +1,4 @@
-"""The class Dataset, which every reader of a data set returns, and functions that readers share to make its tables."""
+"""Defines Dataset, the tables that every reader of a data set returns, and functions that the readers share."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +27,13 @@ class Dataset:
 
     `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
     official list) and `convention` (of MASK_CONVENTIONS, "" for images of a pooled set without masks). `masks` is None for
-    data sets without masks, otherwise it has the columns image_id, structure (a key of MASK_CODES) and path, of a mask file
-    or, if there is a column `runs` with run lengths (see kitlib.xrays.run_lengths), of their table; several rows for the
-    same image and structure are combined.
+    data sets without masks. Otherwise it has one row per mask, with the columns image_id, structure (a key of MASK_CODES)
+    and path (the mask file). Masks that are run lengths (see kitlib.xrays.run_lengths) are in a column `runs`, and path is
+    then the table that lists them. Several masks of the same image and structure are combined.
 
-    `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says how the fault
-    was handled. `published` maps names of counts, such as "patients", to the values that the data set's authors published
-    for the whole data set. Raises ValueError if a convention is unknown.
+    `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says what was done
+    about it. `published` maps names of counts, such as "patients", to the values that the data set's authors published for
+    the whole data set. Raises ValueError if a convention is unknown.
     """
 
     images: pd.DataFrame
@@ -59,11 +59,11 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Return a Dataset with these tables and the faults of `source`; `boxes` defaults to an empty table.
+        """Return a Dataset of the tables and the faults that were found in `source`; `boxes` defaults to an empty table.
 
         Checks `images` and `labels`, and compares them with the `published` counts. Adds a fault that counts the image files
         that are in no table (see DataFolder.count_unread), and one for each study whose images have different patient ids.
-        Raises DatasetError if there is no image, or if the layout has evidently been misread (see
+        Raises DatasetError if there is no image, or if the folder evidently has another layout (see
         `_compare_with_published`); TableError if a table is not valid (see kitlib.tables).
         """
         faults = source.faults
@@ -94,15 +94,16 @@ def _compare_with_published(
 ) -> None:
     """Compare the tables with the `published` counts, and add a fault for each class without images.
 
-    Raises DatasetError if the layout has evidently been misread: either a class has no images although LEAST_EXPECTED would
-    be expected, and more than the share MOST_LOST of the image files is unused; or all images have the same patient.
+    Raises DatasetError if the folder evidently has another layout: a class has no images although at least LEAST_EXPECTED
+    are expected, and more than the share MOST_LOST of the image files is unused; or all images have the same patient.
     """
     share = len(images) / published["images"] if "images" in published else 0.0
     unused = 1 - len(images) / max(len(images), source.count_images())
     for name in labels.columns.intersection(list(published)):
         if published[name] * share < LEAST_EXPECTED or (labels[name] > 0).any():
             continue
-        problem = f"none of the {len(images)} images has this class, which {published[name]} of {published['images']} have"
+        expected = f"{published[name]} of {published['images']} published images"
+        problem = f"none of the {len(images)} images has this class, which {expected} have"
         if unused > MOST_LOST:
             raise DatasetError(
                 f"{source.folder}: class {name!r}: {problem}, and {unused:.0%} of the image files are not used: the folder "
@@ -176,19 +177,20 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def original_sizes(images: pd.DataFrame, source: DataFolder, *tables: str) -> pd.DataFrame:
-    """Return a table with the columns image_id, rows and columns: the size of each image's original, which boxes refer to.
+    """Return the sizes of the original images, in whose pixels the boxes are: a table with image_id, rows and columns.
 
-    A DICOM file is an original. For PNG and JPEG files, which are copies of any size, the sizes are in a table that has one
-    of the names `tables` and the columns image_id, dim0 (rows) and dim1 (columns). Copies that have no valid row in it are
-    a fault of `source`, and have no row in the result. Raises DatasetError if there are copies but no table.
+    DICOM files are originals. PNG and JPEG files are copies of any size; the sizes of their originals are in a table of the
+    data set that has one of the names `tables` and the columns image_id, dim0 (rows) and dim1 (columns). Copies without a
+    valid row in that table are left out of the result, and are a fault of `source`. Raises DatasetError if there are copies
+    but no such table.
     """
     is_copy = images["path"].str.lower().str.endswith(PICTURES)
     originals = images.loc[~is_copy, ["image_id", "rows", "columns"]]
     if not is_copy.any():
         return originals
     how_to_get = (
-        "the boxes are in pixels of the original images, whose sizes this table states for resized copies (columns "
-        "image_id, dim0 and dim1). Attach a copy that has it, or the table beside"
+        "for resized copies, this table has the sizes of the original images, in whose pixels the boxes are (columns "
+        "image_id, dim0 and dim1). Attach a copy that has the table, or name an input with it in the parameter `beside`"
     )
     path = source.need_table(*tables, how_to_get=how_to_get)
     table = read_csv(path, ("image_id", "dim0", "dim1"), how_to_get)
@@ -206,7 +208,7 @@ def scale_boxes(
     """Return `boxes` converted from pixels of the original images to pixels of the image files, which may be resized.
 
     `originals` has the columns image_id, rows and columns: the original size of each image with a box. The sizes of the
-    files are in `images`. One fault for `file`, from which the boxes were read, counts the images that were resized.
+    files are in `images`. If images are resized, one fault for `file`, the file of the boxes, counts them.
     """
     sizes = images.merge(originals, on="image_id", suffixes=("", "_original")).set_index("image_id")
     scale = pd.DataFrame(
@@ -228,19 +230,19 @@ def cut_at_edges(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables `images` and `boxes`, with the boxes cut at the edges of their images (see kitlib.tables.cut_boxes).
 
-    An image with an unusable box is removed together with all of its boxes. Each cut box and each removed image is a fault;
-    its file is `file`, from which the boxes were read, and its row is the image id followed by `suffix`. Raises DatasetError
-    if at least LEAST_EXPECTED images, and at least the share MOST_UNUSABLE of all images with boxes, would be removed: the
-    boxes then belong to images of another size.
+    An image with an unusable box is removed together with all of its boxes. Each cut box and each removed image becomes a
+    fault of `source`, with the file `file`, from which the boxes were read, and the image id followed by `suffix` as row.
+    Raises DatasetError if at least LEAST_EXPECTED images, and at least the share MOST_UNUSABLE of all images with boxes,
+    would be removed: the boxes then belong to images of another size.
     """
     boxes = check_table(boxes, "boxes", file)
     cut, overhang, problems = cut_boxes(boxes, images)
     unusable = problems[problems != ""].groupby(boxes.image_id).first()
     if len(unusable) >= max(LEAST_EXPECTED, MOST_UNUSABLE * boxes.image_id.nunique()):
         raise DatasetError(
-            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have boxes of {file} that do not fit "
-            f"them, such as {unusable.index[0]} ({unusable.iloc[0]}): the image files have another size than those that the "
-            "boxes were drawn on"
+            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have boxes in {file} that do not fit, "
+            f"such as {unusable.index[0]} ({unusable.iloc[0]}): the image files have another size than the images that "
+            "the boxes were drawn on"
         )
     for index in np.flatnonzero((overhang > 0) & (problems == "")):
         name = f"{boxes.image_id[index]}{suffix}"

@@ -28,7 +28,7 @@ HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/REA
 
 
 def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the frontal images sub-*_ses-*_cr.png (or dx) below `folder`, of the positive set, the negative set or both.
+    """Read frontal X-rays of the positive set, the negative set or both: files sub-*_ses-*_cr.png or *_dx.png in `folder`.
 
     An image's diagnosis comes from the report of its session, a row of `derivatives/labels/*.tsv` with the columns ReportID
     (the session) and Labels (a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label,
@@ -36,11 +36,12 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     according to the names of its folders, the nearest first: `posi` or `+` in the name means positive, `neg` in the name or
     `-` at its end negative. If no folder has such a name, the names of the tables decide, unless they contradict each other.
     Patients of the positive set were also X-rayed before and after the disease, so only images with a report of COVID 19 are
-    used from the positive set. In the negative set such a report contradicts the test, and the image is left out. Also left
-    out, with faults: images without a report, images with another view than `vp-ap` and `vp-pa`, and unreadable images. Sex
-    and age come from `participants.tsv`, if present. A 16-bit PNG contains a DICOM file's stored values, which are decoded
-    with the DICOM header in the JSON file of the same name; an invalid header is a fault and is ignored. Raises DatasetError
-    if there is no image or no table of labels, or if neither folders nor tables say which set an image belongs to.
+    used from the positive set. In the negative set, a report of COVID 19 contradicts the test, so the image is left out.
+    Also left out and recorded in `Dataset.faults`: images without a report, images with another view than `vp-ap` and
+    `vp-pa`, and unreadable images. Sex and age come from `participants.tsv`, if present. A 16-bit PNG contains a DICOM
+    file's stored values, which are decoded with the DICOM header in the JSON file of the same name; an invalid header is
+    ignored and recorded in `Dataset.faults`. Raises DatasetError if there is no image or no table of labels, or if neither
+    folders nor tables say which set an image belongs to.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -91,26 +92,26 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 
 
 def _is_positive(path: Path, source: DataFolder) -> bool:
-    """Return True for an image of the positive set, False for one of the negative set, judged by the names of folders.
+    """Return whether an image is from the positive set (else the negative set), judged by the names of folders and tables.
 
-    Of the folders above the image, the nearest one whose name states a set decides. If no folder name does, the names of the
-    label tables decide. Raises DatasetError if these do not say either, or if they contradict each other.
+    Of the folders above the image, the nearest one whose name states a set decides. If no folder name states a set, the
+    names of the label tables decide. Raises DatasetError if no table name states a set, or if the tables state both.
     """
     for name in (*reversed(source.folders(path)), source.folder.name):
-        if (told := _told_set(name)) is not None:
-            return told
-    told_by_tables = {_told_set(table.stem) for table in source.paths if table.suffix.lower() in TABLES} - {None}
-    if len(told_by_tables) == 1:
-        return bool(told_by_tables.pop())
+        if (is_positive := _stated_set(name)) is not None:
+            return is_positive
+    stated_by_tables = {_stated_set(table.stem) for table in source.paths if table.suffix.lower() in TABLES} - {None}
+    if len(stated_by_tables) == 1:
+        return bool(stated_by_tables.pop())
     raise DatasetError(
-        f"{path}: neither its folders nor the names of the tables tell whether it is from the positive or the negative set; "
+        f"{path}: neither its folders nor the names of the tables say whether it is from the positive or the negative set; "
         "a folder of the positive set is named like covid19_posi or BIMCV-COVID19+, one of the negative set like "
         "covid19_neg or BIMCV-COVID19-"
     )
 
 
-def _told_set(name: str) -> bool | None:
-    """Return True if `name` is that of the positive set, False if of the negative set, None if of neither or of both."""
+def _stated_set(name: str) -> bool | None:
+    """Return True if `name` states the positive set, False if it states the negative set, None if neither or both."""
     positive, negative = bool(POSITIVE.search(name)), bool(NEGATIVE.search(name))
     return positive if positive != negative else None
 
@@ -130,7 +131,7 @@ def _drop_rows(table: pd.DataFrame, wrong: pd.Series, problem: str, faults: Faul
 
 
 def _read_reports(source: DataFolder) -> dict[str, str]:
-    """Return session -> diagnosis, from all label tables of `source`. Raises DatasetError if no diagnosis can be read."""
+    """Return a dict from session id to diagnosis, from all label tables. Raises DatasetError if no diagnosis can be read."""
     diagnoses = {}
     for path in source.find((".tsv",)):
         table = read_csv(path, (), HOW_TO_GET, separator="\t")
@@ -160,10 +161,7 @@ def _diagnosis(labels: set[str]) -> str:
 
 
 def _read_participants(source: DataFolder) -> pd.DataFrame:
-    """Return a table with one row per subject, which is the index, and the columns sex and age.
-
-    The table is empty if there is no participants.tsv.
-    """
+    """Return the sex and age of each patient, a table with the subject id as index; empty without a participants.tsv."""
     faults = source.faults
     tables = [pd.DataFrame({"sex": [], "age": []})]
     for path in source.find((".tsv",), lambda path: path.name.lower() == PARTICIPANTS):

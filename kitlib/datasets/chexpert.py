@@ -31,9 +31,9 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
     `patient00001-study1-view1_frontal` is both image_id and study_id. The labels are CHEXPERT_OBSERVATIONS: 1 positive; 0
     negative or not mentioned; NaN uncertain. `diagnosis` is "normal" if No Finding is positive and Support Devices is
     negative or not mentioned, because UNet + HRNet leaves out images with equipment; "pneumonia" if Pneumonia is positive;
-    else "other". Ages of 0 are unknown. Left out, with a fault: lateral images, rows whose path, projection or observations
-    are not valid, repeated rows, rows without a file, images with an unreadable header. Raises DatasetError if there is no
-    table or it lacks a column, or if no image remains.
+    else "other". Ages of 0 are unknown. Left out and recorded in `Dataset.faults`: lateral images, rows whose path,
+    projection or observations are not valid, repeated rows, rows without a file, images with an unreadable header. Raises
+    DatasetError if there is no table or it lacks a column, or if no image remains.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -77,7 +77,10 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 
 
 def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
-    """Return the index of the unusable rows of the table `name`, and add one fault for each, the first that applies."""
+    """Return the index of the rows that cannot be used; `name` is the file name of their table.
+
+    Each of these rows is counted by one fault, for the first problem that applies to it.
+    """
     cells, is_left = rows["Path"], pd.Series(True, index=rows.index)
     values = rows[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).isin(list(VALUES)))
     for is_faulty, problem in (
@@ -99,7 +102,7 @@ def _image_id(cell: str) -> str:
 
 
 def _value(cell: str) -> str:
-    """Return a table cell as a key of VALUES if the cell is one of these numbers in any notation; else unchanged."""
+    """Return the text of a cell without a final ".0", so that 1.0 becomes "1", a key of VALUES."""
     return cell[:-2] if cell.endswith(".0") else cell
 
 

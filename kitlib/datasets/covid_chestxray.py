@@ -39,9 +39,9 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
     image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
     `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas, and the most
     specific one decides: `COVID-19, ARDS` is COVID-19. The images have the column `offset` of the table, in days, NaN if
-    unknown. A row without a patient is treated as a patient of its own. Left out, with a fault: other modalities and views;
-    findings that are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file; missing and damaged files.
-    Raises DatasetError if the table is missing or lacks a column, or if no image remains.
+    unknown. A row without a patient is treated as a patient of its own. Left out and recorded in `Dataset.faults`: other
+    modalities and views; findings that are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file;
+    missing and damaged files. Raises DatasetError if the table is missing or lacks a column, or if no image remains.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -98,8 +98,9 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
 def diagnosis_of(finding: str) -> str:
     """Return the diagnosis (of DIAGNOSES) that a finding implies, or "" if the finding is unknown.
 
-    The deepest part of a path that is in FINDINGS decides, because each part is a kind of the part before it. Raises
-    ValueError if no part of a path is in FINDINGS, or if several findings exclude one another.
+    A finding is a path such as Pneumonia/Viral, or several paths separated by commas. In a path, the last part that is in
+    FINDINGS decides, because it is the most specific. Raises ValueError if no part of a path is in FINDINGS, or if several
+    findings exclude one another.
     """
     diagnoses = set()
     for path in finding.split(","):
@@ -130,7 +131,7 @@ def _select_frontal(table: pd.DataFrame, faults: Faults) -> pd.DataFrame:
 
 
 def _find_diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
-    """Return the diagnosis of each row of `table`; it is "", with a fault, for a row that has to be left out."""
+    """Return the diagnosis of each row of `table`; a row to be left out has the diagnosis "" and is added to `faults`."""
     diagnoses, undiagnosed = [], []
     for name, finding in zip(table.filename, table.finding, strict=True):
         try:

@@ -20,8 +20,9 @@ def read_covidgr(folder: str | Path | DataFolder, progress: bool = True) -> Data
     """Read the images in the folders P (COVID-19) and N (other), anywhere below `folder`.
 
     image_id is `P-` or `N-` and the file name without suffix. The data set does not state patients, so each image is treated
-    as a patient of its own; only near-duplicates are kept together in one fold. The severity levels are not read. Left out,
-    with a fault: repeated file names and unreadable files. Raises DatasetError if P or N is missing or empty.
+    as a patient of its own; only near-duplicates are kept together in one fold. The severity levels are not read. Left out
+    and recorded in `Dataset.faults`: repeated file names and unreadable files. Raises DatasetError if P or N is missing or
+    empty.
     """
     source = DataFolder.of(folder)
     rows = []

@@ -16,8 +16,8 @@ PARTS = ("train", "val", "test")
 # Class in a list -> diagnosis. Early lists have three classes, later ones two; "negative" includes other pneumonias.
 CLASSES = {"normal": "normal", "pneumonia": "pneumonia", "covid-19": "COVID-19", "positive": "COVID-19", "negative": "other"}
 KNOWN_DIAGNOSES = ("COVID-19", "pneumonia", "normal", "other")
-# COVIDx's source -> the source's name and the prefix of patient ids in this kit. The prefix is that of the original data
-# set, so that a patient has the same id in both if they are pooled.
+# COVIDx's source -> the source's name and the prefix of patient ids in this kit. The kit's reader of the original data set
+# uses the same prefix, so that a patient has the same id if COVIDx and the original are pooled.
 SOURCES = {
     "cohen": ("ieee8023", "ieee"),
     "ricord": ("ricord", "ricord"),
@@ -33,15 +33,15 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
 
     A list is called `train.txt`, `train_COVIDx5.txt` or similar, and is next to the folder train or competition_train. If
     there are lists of several releases, `train.txt` is used, or else the latest release that has lists for both train and
-    test; the other lists are a fault. Each line describes one image: patient, file, class and, except in older lists,
-    source, separated by blanks. Patients and file names may also contain blanks: if a line can be divided in several ways,
-    the first way in which the file exists is used. image_id is the file name without suffix, or with the suffix if two
-    files have the same name. `split` is "test" for the official test set, otherwise "train".
+    test; the other lists are not read, and a fault says so. Each line describes one image: patient, file, class and, except
+    in older lists, source, separated by blanks. Patients and file names may also contain blanks: if a line can be divided in
+    several ways, the first way in which the file exists is used. image_id is the file name without suffix, or with the
+    suffix if two files have the same name. `split` is "test" for the official test set, otherwise "train".
 
-    Patients from data sets that the kit can also read directly have the same ids as when they are read directly. RSNA's
-    patientIds identify images, most of which come from an NIH patient with several images: if RSNA's MAPPING is in the
-    folder, patients are NIH's; otherwise a fault warns of leaks. Left out, with a fault: invalid lines, repeated files, and
-    missing or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
+    Patient ids equal those from the kit's readers of the original data sets. RSNA's patientIds identify images, most of
+    which come from an NIH patient with several images. If RSNA's MAPPING is in the folder, NIH's patient ids are used;
+    otherwise a fault warns of leaks. Left out and recorded in `Dataset.faults`: invalid lines, repeated files, and missing
+    or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -139,10 +139,10 @@ def _read_lines(path: Path, find: Callable[[str], Path | None]) -> Iterator[tupl
 
 
 def _readings(line: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yield each way to divide a line into patient, file, class and source; in lists with three columns, without a source.
+    """Yield each possible division of a line into patient, file, class and source.
 
-    Only patient and file contain blanks, so the last or the last but one word is the class. The patient is the first word,
-    or more words in later readings.
+    The source is UNKNOWN_SOURCE in lists with three columns. Only patient and file contain blanks, so the class is the last
+    word or the one before it. The patient is the first word in the first division, and more words in later ones.
     """
     words = line.split()
     for tail in (2, 1):

@@ -35,9 +35,9 @@ def read_darwin(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     annotation has none, the mask is an image file with the name of the annotation or the image, in a folder with "mask" in
     its name, such as `annotations/all-images-semantic-masks`. image_id and study_id are the image's file name without
     suffix. Labels have the columns CLASSES, all NaN for images without any of these tags. Patients come from METADATA and
-    from Kermany's file names; any other image is treated as a patient of its own. Left out, with a fault: images with a tag
-    that matches NOT_FRONTAL, a side shorter than LEAST_SIDE or an unreadable header, and annotations without an image.
-    Raises DatasetError if there is no image or no mask, or METADATA lacks a column.
+    from Kermany's file names; any other image is treated as a patient of its own. Left out and recorded in `Dataset.faults`:
+    images with a tag that matches NOT_FRONTAL, a side shorter than LEAST_SIDE or an unreadable header, and annotations
+    without an image. Raises DatasetError if there is no image or no mask, or METADATA lacks a column.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -49,7 +49,7 @@ def read_darwin(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     mask_files = {name.removesuffix("_mask"): path for name, path in source.find_images(is_wanted=is_mask).items()}
     if not files:
         raise DatasetError(
-            f"{folder} holds {len(source.paths)} files, but no PNG or JPEG image that is no mask: {HOW_TO_GET}"
+            f"{folder} holds {len(source.paths)} files, but no PNG or JPEG image outside folders of masks: {HOW_TO_GET}"
         )
     annotations = _read_annotations(source, files, progress)
     headers = dict(zip(files, read_headers([str(path) for path in files.values()], progress), strict=True))
@@ -95,7 +95,10 @@ def read_darwin(folder: str | Path | DataFolder, progress: bool = True) -> Datas
 def _read_annotations(
     source: DataFolder, files: dict[str, Path], progress: bool
 ) -> dict[str, tuple[Path, DarwinAnnotation]]:
-    """Return image id -> (path of the annotation file, its content); if an image has several, the first one is used."""
+    """Return a dict from image id to the path and the content of its annotation file.
+
+    If an image has several annotation files, the first one is used.
+    """
     annotations: dict[str, tuple[Path, DarwinAnnotation]] = {}
     without_image, repeated = [], []
     faults = source.faults
@@ -153,7 +156,10 @@ def _labels(tags: dict[str, tuple[str, ...]]) -> pd.DataFrame:
 def _find_patients(
     metadata: Path | None, image_ids: list[str], annotations: dict[str, tuple[Path, DarwinAnnotation]], faults: Faults
 ) -> dict[str, str]:
-    """Return image id -> patient id, from the file `metadata`, from Kermany's file names, or a patient per image."""
+    """Return a dict from image id to patient id.
+
+    The patient comes from the file `metadata` or from Kermany's file names; any other image is a patient of its own.
+    """
     ieee_patients: dict[str, str] = {}
     if metadata:
         table = read_csv(metadata, ("patientid", "filename"))

@@ -39,7 +39,7 @@ class DarwinAnnotation:
 
 
 def read_darwin_json(path: str | Path) -> DarwinAnnotation:
-    """Return the annotation in a file in Darwin JSON 1.0 or 2.0.
+    """Return the annotation of one image from a file in Darwin JSON 1.0 or 2.0.
 
     Raises MaskError if the file has another format, annotates a video, or lacks a valid image size.
     """

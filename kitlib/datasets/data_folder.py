@@ -1,4 +1,4 @@
-"""Lists the files of a data set, which may lie in several folders, and finds images and tables among them."""
+"""Lists the files of a data set, which may be in several folders, and finds images and tables among them."""
 
 import unicodedata
 from collections import Counter
@@ -21,7 +21,7 @@ IMAGES = (*PICTURES, *DICOM, ".img", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class DataFolder:
-    """All files of a data set, in its main folder and in additional folders, and the faults found while reading them.
+    """All files of a data set, in its main folder and in additional folders, and the faults found while reading the files.
 
     `folder` is the main folder. `beside` lists the additional folders, because on Kaggle the masks or tables are often in
     another input than the images, and inputs are read-only. `faults` collects the faults. `paths` lists all files: the files
@@ -52,7 +52,7 @@ class DataFolder:
         return folder if isinstance(folder, DataFolder) else cls(folder)
 
     def name(self, path: str | Path) -> str:
-        """Return a file's path, with slashes, relative to the one of the data set's folders that contains the file."""
+        """Return the path of a file relative to the data set's main or additional folder that contains it, with slashes."""
         return Path(path).relative_to(self._roots.get(Path(path), self.folder)).as_posix()
 
     def folders(self, path: Path) -> tuple[str, ...]:
@@ -87,12 +87,11 @@ class DataFolder:
         return dict(sorted(paths.items()))
 
     def find_table(self, *patterns: str) -> Path | None:
-        """Return the path of a table, or None if no file name matches.
+        """Return the path of the table whose file name matches one of `patterns`, or None if no file matches.
 
-        `patterns` are file name patterns such as `train_val_list*.txt`, the preferred pattern first; case is ignored. A file
-        directly in the data set's folder is preferred to files in subfolders, and these to files in the additional folders.
-        Files with identical content count as one. Raises DatasetError, which lists the files, if several different files
-        match equally well.
+        The patterns, such as `train_val_list*.txt`, are in order of preference; case is ignored. A file directly in the data
+        set's folder is preferred to files in subfolders, and these to files in the additional folders. Files with identical
+        content count as one. Raises DatasetError, which lists the files, if several different files match equally well.
         """
         for pattern in patterns:
             for root in (self.folder, *self.beside):
@@ -102,16 +101,16 @@ class DataFolder:
         return None
 
     def need_table(self, *patterns: str, how_to_get: str) -> Path:
-        """Return the path of a table, as `find_table` does, but raise DatasetError if no file matches.
+        """Return the path of the table that `find_table` finds; raise DatasetError if no file matches.
 
         The message ends with `how_to_get`, which says how to get the file.
         """
         if path := self.find_table(*patterns):
             return path
         tables = [self.name(path) for path in self.paths if path.suffix.lower() in (".csv", ".txt", ".tsv", ".json")]
-        there = f"its tables are {', '.join(tables[:5])}" if tables else f"it holds {len(self.paths)} files and no table"
+        available = f"its tables are {', '.join(tables[:5])}" if tables else f"it holds {len(self.paths)} files and no table"
         raise DatasetError(
-            f"{self.folder / patterns[0]} is missing, also in the folders below and beside; {there}: {how_to_get}"
+            f"{self.folder / patterns[0]} is missing, also in subfolders and additional folders; {available}: {how_to_get}"
         )
 
     def find_listed(self, cell: str, base: Path, below: str = "", exactly: bool = False) -> Path | None:
@@ -155,11 +154,14 @@ class DataFolder:
         self._read.update(map(Path, paths))
 
     def set_aside(self, paths: Iterable[Path]) -> None:
-        """Do not count the images `paths`, which are those of a test set without labels, among those of the data set."""
+        """Exclude the images `paths`, such as a test set without labels, from the number that `count_images` returns."""
         self._set_aside.update(paths)
 
     def count_images(self) -> int:
-        """Return the number of image files in the main folder, without those set aside and in folders of masks."""
+        """Return the number of image files in the main folder.
+
+        Images in folders of masks and those passed to `set_aside` do not count.
+        """
         return sum(
             path.suffix.lower() in IMAGES and self._is_own(path) and not any("mask" in name for name in self.folders(path))
             for path in self.paths

@@ -17,11 +17,11 @@ NEARLY_ALL = 0.95  # share of images
 
 @dataclass(frozen=True)
 class DataSheet:
-    """Counts of a set of images, and warnings about it.
+    """Image counts of a data set with mutually exclusive classes, and warnings about the data set.
 
     `tables` has a table of image counts for each of "source", "view", "sex" and "age", with one row per class and one column
-    per value. `flags` has one row per warning and the columns kind, which (the class, fold or test set that it concerns, ""
-    if none) and problem. Warnings about sources come first, then ages, modalities and folds.
+    per value. `flags` has one row per warning and the columns kind, which (the class, fold or test set that the warning
+    concerns, "" if none) and problem. Warnings about sources come first, then ages, modalities and folds.
     """
 
     tables: dict[str, pd.DataFrame]
@@ -29,7 +29,7 @@ class DataSheet:
 
 
 def are_exclusive(labels: pd.DataFrame) -> bool:
-    """Return whether a `labels` table has two or more classes, and in every row a 1 for exactly one and 0 for the others."""
+    """Return whether every row of a `labels` table has a 1 for exactly one of two or more classes and 0 for all others."""
     values = labels[class_columns(labels, "labels")].to_numpy(dtype=float)
     return bool(values.shape[1] > 1 and np.isin(values, [0, 1]).all() and (values.sum(axis=1) == 1).all())
 
@@ -115,8 +115,8 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
                 (
                     "one source",
                     name,
-                    f"{share:.1%} of its {counts.sum()} images are from {source}, and {of_source:.1%} of the images from "
-                    "there show the class: a model may learn to recognise the source instead of the class",
+                    f"{share:.1%} of this class's {counts.sum()} images are from {source}, and {of_source:.1%} of the "
+                    "images from there show this class: a model may learn to recognise the source instead of the class",
                 )
             )
     best, most = table.max(axis=0).sum() / table.to_numpy().sum(), table.sum(axis=1).max() / table.to_numpy().sum()
@@ -125,8 +125,8 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
             (
                 "one source",
                 "",
-                f"predicting each image's class from its source alone is right for {best:.1%} of the images, always "
-                f"predicting the most frequent class for {most:.1%}",
+                f"predicting the class from the source alone is right for {best:.1%} of the images; always predicting the "
+                f"most frequent class is right for {most:.1%}",
             )
         )
     return flags
@@ -166,9 +166,9 @@ def _flag_folds(
         location = location.mask(images.split == "test", "the test set")
     located = images.assign(location=location)[location.notna()]
     flags = []
-    spread = {"patient": located.patient_id}
+    spread = {"patients": located.patient_id}
     if near_duplicates is not None:
-        spread["group of near-duplicates"] = located.image_id.map(near_duplicates.set_index("image_id").group)
+        spread["groups of near-duplicates"] = located.image_id.map(near_duplicates.set_index("image_id").group)
     for name, groups in spread.items():
         counts_of_locations = located.location.groupby(groups).nunique()
         if (counts_of_locations > 1).any():
@@ -178,7 +178,7 @@ def _flag_folds(
                 (
                     "leak",
                     "",
-                    f"{(counts_of_locations > 1).sum()} cases of a {name} in more than one of the folds and the test set; "
+                    f"{(counts_of_locations > 1).sum()} {name} are in several folds, or in a fold and the test set; "
                     f"the first is {examples}",
                 )
             )

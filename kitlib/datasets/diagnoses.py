@@ -22,11 +22,11 @@ def diagnosis_dataset(
 ) -> Dataset:
     """Return a Dataset of the images in `rows` (columns image_id, patient_id, path, source, view and diagnosis).
 
-    Every image is a study of its own. Further columns are included; sex ("M", "F" or ""), age (years, NaN if unknown) and
-    licence are added if missing. An empty `view` is filled in from a DICOM header. The labels have one column for each of
-    `diagnoses`, which are those of DIAGNOSES that the data set distinguishes, with a 1 for the image's diagnosis. An image
-    whose header cannot be read is left out, with a fault. Raises DatasetError, whose message ends with `how_to_get`, if no
-    image remains; ValueError if a diagnosis is not in `diagnoses`.
+    Every image is a study of its own. Further columns of `rows` are kept; sex ("M", "F" or ""), age (years, NaN if unknown)
+    and licence are added if missing. An empty `view` is filled in from a DICOM header. The labels have one column for each
+    of `diagnoses`, which are those of DIAGNOSES that the data set distinguishes, with a 1 for the image's diagnosis. An
+    image whose header cannot be read is left out and recorded in `Dataset.faults`. Raises DatasetError, whose message ends
+    with `how_to_get`, if no image remains; ValueError if a diagnosis is not in `diagnoses`.
     """
     invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
@@ -49,8 +49,8 @@ def parse_sexes(cells: pd.Series) -> list[str]:
 def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
     """Return the age in each cell, in years. A cell that is empty or is not a number from 0 to 130 becomes NaN.
 
-    One fault for `file`, the file of the cells, counts the cells that are neither empty nor such a number. `ids` has the
-    image id of each cell; the fault states the id of the first invalid one.
+    One fault for `file`, from which the cells were read, counts the cells that are neither empty nor such a number. `ids`
+    has the image id of each cell; the fault states the id of the first invalid one.
     """
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))

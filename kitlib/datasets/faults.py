@@ -18,7 +18,10 @@ class Faults:
         self.rows.append((storable(file), storable(row), storable(problem)))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add a single fault for all `rows`, with the first row and the number of `others`; adds none if `rows` is empty."""
+        """Add one fault for all of `rows`: it names the first row and counts the others. Adds none if `rows` is empty.
+
+        The text is, for example, "and 3 others have no file", where `others` is the noun and `problem` the rest.
+        """
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")
 

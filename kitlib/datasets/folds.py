@@ -25,10 +25,11 @@ def make_folds(
     """Assign images to `n_folds` stratified folds; returns a `folds` table (id is the image_id, fold counts from 0).
 
     Images that are `false_none` or in the split "test" get no fold. Images that share a patient, a study or a group of
-    `near_duplicates` (columns image_id, group), directly or through others, share a fold. The proportions of classes (an
-    image counts for its rarest class) and of images with boxes are as similar across folds as whole groups allow. The result
-    depends on `seed` and on the rows, but not on their order. Raises ValueError if there are fewer groups than folds, an
-    image's study has no label, or `n_folds` is below 2; DatasetError if most studies have one patient id.
+    `near_duplicates` (columns image_id, group), directly or through other images, share a fold. The proportions of classes
+    (an image counts for its rarest class) and of images with boxes are as similar across folds as possible without dividing
+    such groups. The result depends on `seed` and on the rows, but not on their order. Raises ValueError if there are fewer
+    groups than folds, an image's study has no label, or `n_folds` is below 2; DatasetError if most studies have one patient
+    id.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -56,10 +57,10 @@ def hold_out_test(
     """Return `images` with a column `split`: "test" for about `share` of the images, "train" for the others.
 
     Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
-    proportions of classes are as similar as whole groups allow; `false_none` images are "train". With a share of 0.1 and
-    nine folds of the rest, 80 % of the images train a model, 10 % validate it and 10 % test it. The result depends on `seed`
-    and on the rows, but not on their order. Raises ValueError if the share is not between 0 and 1, or if all images belong
-    to one group; DatasetError if most studies have one patient id.
+    proportions of classes are as similar as possible without dividing such groups; `false_none` images are "train". With a
+    share of 0.1 and nine folds of the rest, a model is trained on 80 % of the images, validated on 10 % and tested on 10 %.
+    The result depends on `seed` and on the rows, but not on their order. Raises ValueError if the share is not between 0 and
+    1, or if all images belong to one group; DatasetError if most studies have one patient id.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
@@ -81,7 +82,7 @@ def hold_out_test(
 def hold_out_sources(
     images: pd.DataFrame, sources: Sequence[str], near_duplicates: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Return `images` with the split "test" for all images of `sources`, such as an external test set in a pool.
+    """Return `images` with the split "test" for all images from `sources`, such as an external test set in a pool.
 
     Images that share a patient, a study or a group of near-duplicates with these images become "test" too. All other images
     keep their split, or get "train" if they have none. Raises ValueError for a source without images, or if no image remains
@@ -124,7 +125,10 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
 
 def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None) -> np.ndarray:
-    """Return the result of `find_leak_groups`; raise DatasetError if most studies have one patient id (anonymisation)."""
+    """Return a group number for every image, as `find_leak_groups` does, after checking the patient ids.
+
+    Raises DatasetError if most studies have the same patient id, which is then a placeholder from anonymisation.
+    """
     studies = images.drop_duplicates("study_id").patient_id.value_counts()
     if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
         raise DatasetError(
@@ -138,7 +142,7 @@ def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | N
 def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> np.ndarray:
     """Return an int array with a group number for every row of `images`; rows with the same number must share a fold.
 
-    Rows have the same number if they share a patient, a study or a group of near-duplicates, directly or through others.
+    Rows have the same number if they share a patient, a study or a group of near-duplicates, directly or through other rows.
     """
     # Studies too, because the files of a study may state different patients.
     links = [pd.factorize(images.patient_id)[0], pd.factorize(images.study_id)[0]]
@@ -194,12 +198,12 @@ def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None
 def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return an int array (groups,) with the fold number of every group.
 
-    `counts` (groups, strata) is the number of images of each group in each stratum. `parts` (folds,) is 1 / the share of the
-    images that each fold should get; for n folds of equal size, every part is n. Groups are assigned from the largest to the
-    smallest. For each fold, the squared distances from the fold's target, divided by the target, are summed over strata; a
-    group goes to the fold where it increases this sum least. The many groups of one image even out the remainder. On SIIM's
-    training set scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up to 5 percentage
-    points off.
+    `counts` (groups, strata) is the number of images of each group in each stratum. `parts` (folds,) has, for each fold, 1 /
+    the share of the images that it should get; for n folds of equal size, every part is n. Groups are assigned from the
+    largest to the smallest. For each fold, the squared distances from the fold's target, divided by the target, are summed
+    over strata; a group goes to the fold where it increases this sum least. The many groups of one image even out the
+    remainder. On SIIM's training set scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata,
+    is up to 5 percentage points off.
     """
     # The total number of images breaks ties. Without it, a single fold would be filled if all strata are rare.
     counts = np.column_stack([counts, counts.sum(axis=1)])

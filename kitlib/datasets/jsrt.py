@@ -26,10 +26,10 @@ def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
 
     Masks are the files in folders named heart, left lung and right lung, as in SCR's folder `scratch`, or mask (both lungs),
     with or without `_`, `-` and a plural s. image_id and study_id are the file name without suffix, which also identifies
-    the patient and states the label (nodule or no nodule). Left out, with a fault: files with another name or, if they are
-    raw, size. Images without masks are included. An image that lacks some of the structures that other images have is
-    included without any mask. If there is no mask, this is a fault, and the Dataset has no masks. Raises DatasetError if
-    there is no image, or if there are masks but none of a lung.
+    the patient and states the label (nodule or no nodule). Left out and recorded in `Dataset.faults`: files with another
+    name or, if they are raw, size. Images without masks are included. An image that lacks some of the structures that other
+    images have is included without any mask. If there are no masks at all, `Dataset.masks` is None, with a fault. Raises
+    DatasetError if there is no image, or if there are masks but none of a lung.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -69,7 +69,7 @@ def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
 
 
 def _structure(path: Path) -> str:
-    """Return the structure that the masks in the folder of `path` show, or ""."""
+    """Return the structure that the masks in the folder of the file `path` show, or "" if it is not a folder of masks."""
     return STRUCTURES.get(re.sub("[ _-]+", " ", path.parent.name.lower()).removesuffix("s"), "")
 
 

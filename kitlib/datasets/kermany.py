@@ -27,18 +27,16 @@ PUBLISHED = {"images": 5856, "bacterial": 2780, "viral": 1493, "normal": 1583}
 
 
 def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the images in train, test and val, anywhere below `folder`.
+    """Read the images in the folders train, test and val, which may be anywhere below `folder`.
 
     Each of these parts has the folders NORMAL and PNEUMONIA (in some copies OPACITY) or, as in coronahack, contains the
-    images directly.
-
-    image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file name states the
-    diagnosis and the patient. The same number is treated as the same patient in all parts and for both germs, because it is
-    not documented whether `person1` in the test folder is `person1` in the training folder; joining two patients is
-    harmless, while separating one leaks. Because the official test folder shares numbers with the others, there is no
-    `split`; the column `part` is train, test or val. All patients are children of one to five years: `age_group` is "child",
-    `age` unknown. Left out, with a fault: further copies of a part, files whose name states no diagnosis or another one than
-    their folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
+    images directly. image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file
+    name states the diagnosis and the patient. A patient number is treated as the same patient in all parts and for both
+    germs, because it is not documented whether `person1` in the test folder is `person1` in the training folder; joining two
+    patients is harmless, while separating one leaks. Because the official test folder shares numbers with the others, there
+    is no `split`; the column `part` is train, test or val. All patients are children of one to five years: `age_group` is
+    "child", `age` unknown. Left out and recorded in `Dataset.faults`: further copies of a part, files whose name states no
+    diagnosis or contradicts their folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -89,9 +87,9 @@ class _NamedFile:
 
 
 def _find_files(source: DataFolder) -> list[tuple[Path, str, str]]:
-    """Return (path, part, kind) for each image file in a folder PART/KIND or PART, in lower case.
+    """Return (path, part, kind) for each image file in a folder PART/KIND or PART; part and kind are in lower case.
 
-    In a folder PART, the kind is "". Parts that contain a folder of RETINAS are left out.
+    The kind is "" for files directly in a folder PART. Parts that contain a folder of RETINAS are left out.
     """
     retinas = {path.parent.parent for path in source.paths if path.parent.name.lower() in RETINAS}
     places = {}

@@ -65,9 +65,9 @@ def fill_masks(
     Decoded copies come from `cache`, which must contain all `images`. An image gets no mask if one of its mask files is
     missing, is damaged, or has another aspect ratio than the image (by more than 1 %), or if no pixel is lung: an incomplete
     mask would teach that the missing part is background. A mask with only one lung or with an empty structure is stored, but
-    is also a fault; masks of SPARSE_STRUCTURES alone may be empty. Masks are resized to the decoded copy by area averaging;
-    a pixel is inside if at least half of it is. Where structures overlap, the later one in DRAWN_IN_ORDER wins. Masks that
-    are already in the store are not changed. Raises ValueError if a structure is unknown.
+    is also a fault; masks that have only SPARSE_STRUCTURES may be empty. Masks are resized to the decoded copy by area
+    averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in DRAWN_IN_ORDER wins.
+    Masks that are already in the store are not changed. Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
@@ -96,8 +96,8 @@ def _label_image(
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
     """Return the mask of an image as a label image (None if it gets no mask), and a list of its faults (file, problem).
 
-    The label image is uint8, of the same shape as the decoded copy; `files` has (structure, path, runs) for each mask; its
-    run lengths `runs` are "" if it is the file `path`.
+    The label image is uint8, of the same shape as the decoded copy. `files` has one tuple (structure, path, runs) per mask;
+    `runs` has the run lengths of the mask, or is "" if the mask is the file `path`.
     """
     xray, problems = cache.read(image_id), []
     masks_of: dict[str, list[np.ndarray]] = {}
@@ -135,7 +135,7 @@ def _label_image(
 
 
 def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return a bool mask, resized to `shape`; a new pixel is True if at least half of its area is."""
+    """Return a bool mask resized to `shape`; a pixel of the result is True if the mask covers at least half of its area."""
     if mask.shape == shape:
         return mask
     interpolation = cv2.INTER_AREA if mask.shape[0] >= shape[0] else cv2.INTER_LINEAR

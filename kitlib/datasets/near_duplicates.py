@@ -25,8 +25,8 @@ def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distan
     """Return a table that assigns each image to a group of near-duplicates, found by perceptual hash.
 
     The columns are image_id and group (a number). Images whose hashes differ in at most `max_distance` of 256 bits, directly
-    or through others, share a group; every other image is a group of its own. Images that are not in the cache, because they
-    could not be decoded, are left out of the table.
+    or through other images, share a group; every other image is a group of its own. Images that are not in the cache,
+    because they could not be decoded, are left out of the table.
     """
     available = [image_id for image_id in image_ids if image_id in cache]
     hashes = [perceptual_hash(cache.read(image_id).pixels) for image_id in available]
@@ -48,11 +48,11 @@ def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
 def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
     """Return an int array with a group number for each of `hashes`, which are bool arrays of the same length.
 
-    Hashes that differ in at most `max_distance` bits, directly or through others, get the same number.
+    Hashes that differ in at most `max_distance` bits, directly or through other hashes, get the same number.
     """
     if not hashes:
         return np.empty(0, dtype=int)
-    packed = np.stack([np.packbits(each) for each in hashes])
+    packed = np.stack([np.packbits(bits) for bits in hashes])
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
     distinct, group_of_hash = np.unique(packed, axis=0, return_inverse=True)
     words = np.ascontiguousarray(distinct.T)

@@ -1,4 +1,4 @@
-"""Reads several data sets as one, with the classes of one scheme; leaves out images that fit none of them, with a fault."""
+"""Reads several data sets as one, with the classes of one scheme; images that fit no class are left out, with a fault."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -26,12 +26,12 @@ DIAGNOSED = {
 def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progress: bool = True, **own: Any) -> Dataset:
     """Read the data sets in `parts` (key of READERS -> folder of the data set) as one Dataset.
 
-    Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES, exactly one of which is 1. Images whose
-    diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that occurs in
-    two data sets is prefixed with the data set's name in both. Every image is a study of its own; the columns `diagnosis`
-    and `source` are added. Official splits are retained; images from data sets without a split are "train".
-    There are no boxes. `own` are the parameters for the user's own images, the part "table" (see `read_own`). Raises
-    ValueError if the scheme is unknown, a data set has no diagnoses, or no image remains.
+    Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES; exactly one class of each image is 1. Images
+    whose diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that
+    occurs in two data sets is prefixed with the data set's name in both. Every image is a study of its own; `images` has the
+    columns `diagnosis` and `source`. Official splits are retained; images from data sets without a split are "train". There
+    are no boxes. `own` are the parameters of `read_own` for the part "table", the user's own images. Raises ValueError if
+    the scheme is unknown, a data set has no diagnoses, or no image remains.
     """
     classes = scheme_classes(scheme)
     sets = {name: _with_diagnosis(data, name) for name, data in read_parts(parts, progress, **own).items()}
@@ -67,9 +67,9 @@ def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool 
     """Read the data sets with lung masks in `parts` (key of READERS -> folder) as one Dataset, with their own labels.
 
     The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
-    Shenzhen, as in UNet + HRNet, but not Darwin with either. Ids that occur in two sets are prefixed as in `read_pool`; a
-    label that a set lacks is unknown (NaN). `own` are the parameters for the user's own images, the part "table" (see
-    `read_own`). Raises ValueError if a set has no masks, or if the conventions differ.
+    Shenzhen can be joined, as in UNet + HRNet, but neither of them with Darwin. An image_id that occurs in two sets is
+    prefixed with the set's name in both; a label that a set lacks is unknown (NaN). `own` are the parameters of `read_own`
+    for the part "table", the user's own images. Raises ValueError if a set has no masks, or if the conventions differ.
     """
     sets = read_parts(parts, progress, **own)
     without = [name for name, data in sets.items() if data.masks is None]
@@ -78,7 +78,9 @@ def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool 
     conventions = {name: ", ".join(sorted(set(data.images.convention))) for name, data in sets.items()}
     if len(set(conventions.values())) > 1:
         listing = ", ".join(f"{name} {convention}" for name, convention in conventions.items())
-        raise ValueError(f"the masks follow several conventions, which define lungs differently: {listing}; pool only one")
+        raise ValueError(
+            f"the masks follow several conventions, which define lungs differently: {listing}; pool sets of one convention"
+        )
     ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
     clashing, images, labels, masks, faults, published = set(ids[ids.duplicated()]), [], [], [], [], Counter[str]()
     for name, data in sets.items():
@@ -124,7 +126,7 @@ def _with_diagnosis(data: Dataset, name: str) -> Dataset:
         return data
     if name == OWN:
         raise ValueError(
-            f"the own images have no diagnoses, so they fit no scheme of classes: their classes must be among "
+            f"your own images have no diagnoses, so they fit no scheme of classes: their classes must be among "
             f"{', '.join(DIAGNOSES)}; rename them by class_names, such as {{COVID: COVID-19}}"
         )
     if name not in DIAGNOSED:

@@ -24,9 +24,9 @@ def read_ranzcr(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     """Read the training images below `folder` (JPEG, or PNG or DICOM in copies), with their labels and patients.
 
     The images may be in any folder that has no "test" in its name. image_id and study_id are the column ID. The courses of
-    the lines in ANNOTATIONS are not read, which is a fault. Left out, with a fault: rows without a file, files without a
-    row, images with an unreadable header, and images whose row is invalid or not the only one. Raises DatasetError if the
-    table is missing or lacks a column, or if no file is an image of it.
+    the lines in ANNOTATIONS are not read; a fault counts them. Left out and recorded in `Dataset.faults`: rows without a
+    file, files without a row, images with an unreadable header, and images with an invalid row or several rows. Raises
+    DatasetError if the table is missing or lacks a column, or if no file is an image of it.
     """
     source = DataFolder.of(folder)
     path = source.need_table(LABELS, how_to_get=HOW_TO_GET)

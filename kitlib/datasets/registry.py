@@ -53,21 +53,23 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, source: str = "", **own: Any) -> Dataset:
-    """Return the data set `name` (a key of READERS), read from `folder`; of SIIM, only the training set.
+    """Read the data set `name` (a key of READERS) from `folder` and return its Dataset; of SIIM, only the training set.
 
-    If the folder contains another data set in this layout, such as a hospital's own, `source` is a name for it: its images
-    get this source, and its patient ids this prefix, so that they differ from those of the published data set. `own` are the
-    parameters for the data set "table", a user's own images (see `read_own`); empty ones are ignored. Raises ValueError if
-    the name is unknown, SettingsError if `own` is given for another data set, DatasetError if a file is missing.
+    If the folder contains another data set in the same layout, such as a hospital's own, pass a name for it as `source`: the
+    images get this source, and the patient ids this prefix, so that they differ from those of the published data set. `own`
+    are the parameters for the data set "table", a user's own images (see `read_own`); empty ones are ignored. Raises
+    ValueError if the name is unknown, SettingsError if `own` is given for another data set, DatasetError if a file is
+    missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
-    given = {parameter: value for parameter, value in own.items() if value}
-    if given and name != OWN:
+    own = {parameter: value for parameter, value in own.items() if value}
+    if own and name != OWN:
         raise SettingsError(
-            f"{', '.join(given)}: for own images only; to read them, set dataset to {OWN!r}; to read {name}, leave these out"
+            f"{', '.join(own)} can only be set for your own images: set dataset to {OWN!r} to read them, or leave these "
+            f"parameters out to read {name}"
         )
-    data = READERS[name](folder, progress=progress, **given)
+    data = READERS[name](folder, progress=progress, **own)
     if source:
         images = data.images.assign(source=source, patient_id=f"{source}-" + data.images.patient_id)
         data = replace(data, images=images, published={})
@@ -77,7 +79,7 @@ def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = Tr
 def read_parts(
     parts: Mapping[str, str | Path | DataFolder], progress: bool = True, sources: Mapping[str, str] | None = None, **own: Any
 ) -> dict[str, Dataset]:
-    """Return the data sets in `parts`, a dict from a key of READERS to a folder, as a dict from the same keys to Datasets.
+    """Read several data sets: `parts` maps keys of READERS to folders; the result maps the same keys to Datasets.
 
     `own` are the parameters for the part "table", a user's own images. `sources` maps some of the keys to a `source` (see
     `read_dataset`). Raises the same errors as `read_dataset`, and SettingsError if `own` or `sources` are for a part that is

@@ -26,8 +26,8 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     MIDRC-RICORD-1C-PATIENT-... are read as well. All patients have COVID-19, so the data set is useful only in a pool.
     image_id is the patient, the folders and the file name, joined by "-", because many files are named 1-1.dcm. Sex and age
     are unknown: neither the radiologists' annotations (a JSON file) nor the clinical table (a spreadsheet) are read. Left
-    out, with a fault: files without a patient in their path, lateral views (according to DICOM headers) and unreadable
-    files. Raises DatasetError if no file has a patient.
+    out and recorded in `Dataset.faults`: files without a patient in their path, lateral views (according to DICOM headers)
+    and unreadable files. Raises DatasetError if no file has a patient.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults

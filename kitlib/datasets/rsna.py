@@ -38,14 +38,14 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
     """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with their classes and opacity boxes.
 
     The images may be in any folder that has no "test" in its name. Boxes of resized images are scaled. If there is no table
-    of classes, an image without an opacity may be normal or not: these two classes are unknown (NaN).
+    of classes, it is unknown whether an image without an opacity is normal: these two classes are NaN.
 
     image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
     patient has several. If MAPPING is in the folder, `patient_id` is NIH's patient, so that folds do not leak; otherwise it
-    is the patientId, with a fault. Labels have the columns RSNA_CLASSES, exactly one of which is 1 if classes are known.
-    Left out, with a fault: rows without a file, files without a row, and images with an unreadable header, an invalid box,
-    or a class that contradicts their boxes. Raises DatasetError if the table of boxes is missing, or if no file is an image
-    of it.
+    is the patientId, and a fault says so. Labels have the columns RSNA_CLASSES, exactly one of which is 1 if classes are
+    known. Left out and recorded in `Dataset.faults`: rows without a file, files without a row, and images with an unreadable
+    header, an invalid box, or a class that contradicts their boxes. Raises DatasetError if the table of boxes is missing, or
+    if no file is an image of it.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_tables(source)
@@ -63,7 +63,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
     """Read the label tables below `folder`; return a `labels` table (id is the patientId) and a `boxes` table of opacities.
 
     Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both tables,
-    with a fault. If there is no table of classes, this is a fault, and the two classes without opacity are NaN for images
+    with a fault. If there is no table of classes, a fault says so, and the two classes without opacity are NaN for images
     without a box. Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
     """
     source = DataFolder.of(folder)
@@ -75,7 +75,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
     excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1")) | has_both])
     for patient in sorted(excluded):
         faults.add(
-            LABELS, patient, "Target is not always 1 with a valid box, or always 0 without one; the image is left out"
+            LABELS, patient, "Target must be 1 with a valid box in every row, or 0 without a box; the image is left out"
         )
     boxed = set(boxes.image_id[is_valid])
     class_path = source.find_table(*CLASS_TABLES)
@@ -102,9 +102,9 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
 
 
 def read_nih_patients(source: DataFolder) -> dict[str, str]:
-    """Read RSNA's mapping file MAPPING; returns RSNA's patientId -> NIH's patient id, written as in kitlib.datasets.nih.
+    """Return a dict from RSNA's patientId to NIH's patient id (such as `nih-00000001`), from RSNA's file MAPPING.
 
-    If the file is missing, this is a fault and the mapping is empty. Raises DatasetError if the file has another format.
+    If the file is missing, the dict is empty, and a fault says so. Raises DatasetError if the file has another format.
     """
     path = source.find_table(MAPPING)
     if path is None:

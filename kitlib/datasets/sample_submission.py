@@ -19,7 +19,8 @@ SUBMISSION_ID = re.compile(r".+_(?:study|image)")
 class Sample:
     """The ids in a sample submission, each once, in the file's order, and how the file differs from the usual format.
 
-    Each of `repairs` has two texts: the id that it is about, "" for the whole file, and the problem with how it was handled.
+    Each of `repairs` is a pair of texts: the id that was repaired ("" for the whole file), and the problem with how it was
+    handled.
     """
 
     ids: tuple[str, ...]

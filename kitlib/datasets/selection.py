@@ -7,14 +7,15 @@ import pandas as pd
 
 
 def leave_out_young(images: pd.DataFrame, least_age: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return `images` without those of patients younger than `least_age` years, and a table of counts.
+    """Return `images` without the images of patients younger than `least_age` years, and a table of counts.
 
-    Images of patients of unknown age are kept, because data sets of adults often omit the age, and one class more often
-    than another. The counts have one row per source and, where `images` has it, diagnosis: images, younger (left out),
-    unknown_age (kept). Raises ValueError if `images` has no column `age`, or if no image remains.
+    Images of patients of unknown age are kept, because data sets of adults often omit the age, and one class more often than
+    another. The table has one row per source and diagnosis (if `images` has this column), and the numbers of images in the
+    columns images, younger (left out) and unknown_age (kept). Raises ValueError if `images` has no column `age`, or if no
+    image remains.
     """
     if "age" not in images:
-        raise ValueError("least_age is set, but the data set states no ages; set it to 0")
+        raise ValueError("least_age is set, but the data set states no ages; set least_age to 0")
     is_younger, is_unknown = images["age"] < least_age, images["age"].isna()
     if is_younger.all():
         raise ValueError(f"all {len(images)} images are of patients younger than {least_age:g} years; lower least_age")
@@ -24,7 +25,7 @@ def leave_out_young(images: pd.DataFrame, least_age: float) -> tuple[pd.DataFram
 
 
 def limit_sources(images: pd.DataFrame, most: Mapping[str, int], seed: int) -> pd.DataFrame:
-    """Return `images` with at most `most[source]` images of each source that `most` names, whole patients at random.
+    """Return `images` with at most `most[source]` images of each source in `most`, choosing whole patients at random.
 
     The choice depends on `seed` and on the ids, not on their order. Raises ValueError for a source without images.
     """
@@ -41,15 +42,16 @@ def limit_sources(images: pd.DataFrame, most: Mapping[str, int], seed: int) -> p
 
 
 def limit_diagnoses(images: pd.DataFrame, at_most: Mapping[str, int], seed: int = 0) -> pd.DataFrame:
-    """Return `images`, the table of a pool, with at most `at_most[name]` random images of the diagnosis `name`; 0: all.
+    """Return `images`, the table of a pool, with at most `at_most[name]` random images of each diagnosis in `at_most`.
 
-    The order is preserved. The choice depends on `seed` and on the image ids, but not on their order. Raises ValueError for
-    a diagnosis that no image has, or a number that is not a whole number of at least 0.
+    A number of 0 keeps all images. The order of `images` is preserved. The choice depends on `seed` and on the image ids,
+    but not on their order. Raises ValueError for a diagnosis that no image has, or a number that is not a whole number of at
+    least 0.
     """
     available = ", ".join(sorted(set(images.diagnosis)))
     for name, count in at_most.items():
         if name not in set(images.diagnosis) or type(count) is not int or count < 0:
-            raise ValueError(f"at_most: {name!r}: {count!r}; expected a whole number of images of one of: {available}")
+            raise ValueError(f"at_most has {name!r}: {count!r}; expected a whole number of images of one of: {available}")
     shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
     limit = shuffled.diagnosis.map(lambda name: at_most.get(name) or len(images))
     kept = shuffled.groupby("diagnosis").cumcount() < limit

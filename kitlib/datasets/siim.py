@@ -47,7 +47,7 @@ class SiimTest:
 
     @property
     def submission_ids(self) -> tuple[str, ...]:
-        """Ids of a submission's rows: the sample submission's, which Kaggle requires, or else those of the test files."""
+        """Ids of a submission's rows: the ids in the sample submission or, if it has none, ids made from the test files."""
         return self.sample_ids or (
             *(f"{name}_study" for name in self.study_ids),
             *(f"{name}_image" for name in self.image_ids),
@@ -57,16 +57,17 @@ class SiimTest:
 def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the competition's training images, study labels and boxes (in the files' pixels, cut at the image's edges).
 
-    The images are the DICOM files train/<study>/<series>/<image>.dcm, or, in resized copies, PNG or JPEG files with the
-    images' ids below a folder train, with the table SIZES. Copies have no headers, so each study counts as a patient. The
-    label tables may be in an additional folder (see DataFolder).
+    The images are the DICOM files train/<study>/<series>/<image>.dcm, or, in resized copies, PNG or JPEG files below a
+    folder train that are named after the image ids; copies need the table SIZES. Copies have no headers, so each study
+    counts as a patient. The label tables may be in an additional folder (see DataFolder).
 
     `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
     study, so the missing box means nothing. Such images are in the tables, but in no fold.
 
-    Left out, with a fault: rows without a file, files without a row, images without a study label, images with an unreadable
-    header (because their patient is unknown) or an invalid box (because the image would be taken for healthy). Raises
-    DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an image of the table.
+    Left out and recorded in `Dataset.faults`: rows without a file, files without a row, images without a study label, images
+    with an unreadable header (because their patient is unknown) or an invalid box (because the image would be taken for
+    healthy). Raises DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an
+    image of the table.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -80,7 +81,8 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     for row in images[is_elsewhere].itertuples():
         problem = f"the file is below the study {row.study_id_of_file}; the table's study is used"
         faults.add(IMAGE_TABLE, f"{row.image_id}_image", problem)
-    source.mark_read(path for path in source.paths if {"train", "test"} & set(source.folders(path)))  # train: see the faults
+    # The faults above count the training files that are not used.
+    source.mark_read(path for path in source.paths if {"train", "test"} & set(source.folders(path)))
     images = _with_headers(images, source.name, faults, "left out", progress)
     images = images[images.readable].drop(columns=["readable", "study_id_of_file"])
     boxes = boxes[boxes.image_id.isin(images.image_id)]
@@ -130,14 +132,14 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     """Return the test images below `folder`/test, and the ids of all studies and images that need a row in a submission.
 
     Test files have paths <study>/<series>/<image>.dcm. Files with other paths or suffixes are read too if the sample
-    submission has their image id; such a file belongs to a study of the sample that is in its path, otherwise to the study
-    in its header. With `headers=False` no file is opened, which is fast: each study then counts as a patient, sizes are 0,
-    and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
+    submission has their image id; such a file belongs to the study of the sample submission that is named in its path,
+    otherwise to the study in its header. With `headers=False` no file is opened, which is fast: each study then counts as a
+    patient, sizes are 0, and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
 
     The files and the sample submission need not have the same ids, because the public and the hidden test set differ, and
-    either may have no study or no image. An id that is in only one of them is a fault, but it still gets a row. An image
-    with an unreadable header gets a row too; the study in its path is then used as study and as patient. Raises DatasetError
-    if there are no ids, because neither a sample submission nor a test file can be used.
+    either may have no study or no image. An id that is only in the files or only in the sample submission is a fault, but it
+    still gets a row. An image with an unreadable header gets a row too; the study in its path is then used as study and as
+    patient. Raises DatasetError if there are no ids, because neither a sample submission nor a test file can be used.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -183,10 +185,10 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd.DataFrame:
-    """Return `images` with study ids from DICOM headers in place of study ids that are the image's own id.
+    """Return `images` in which images without a known study get the study id from their DICOM header.
 
-    A study id from a header is used only if it is in `study_ids`. Other images, and images whose file cannot be read, keep
-    their own id as study_id.
+    An image without a known study has its own image_id as study_id. It keeps this id if its file cannot be read, or if the
+    study in the header is not in `study_ids`.
     """
     unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
     headers, known = read_headers([row.path for row in unknown], progress=False), set(study_ids)
@@ -276,7 +278,7 @@ def _box_corners(entry: Any) -> tuple[float, float, float, float]:
     try:
         x, y, width, height = (float(entry[key]) for key in ("x", "y", "width", "height"))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise ValueError(f"a box needs numbers for x, y, width, height, got {str(entry)[:60]!r}") from error
+        raise ValueError(f"a box needs numbers for x, y, width and height, got {str(entry)[:60]!r}") from error
     corners = (x, y, x + width, y + height)
     if not all(map(math.isfinite, corners)) or corners[2] <= x or corners[3] <= y:
         raise ValueError(f"a box has no area: {str(entry)[:90]!r}")
@@ -301,8 +303,8 @@ def _find_files(
     """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of all folders in `root`.
 
     The table is sorted by image_id and has the columns image_id, study_id and path. Files whose name is one of `image_ids`
-    may also be in other places and have another suffix or none; without a study in its path, such a file has its image_id as
-    study_id. If several files have the same image_id, files below a study of `study_ids` are preferred, then files with
+    may also be in other places and have another suffix or none; if no study is in its path, the study_id of such a file is
+    its image_id. If several files have the same image_id, files below a study of `study_ids` are preferred, then files with
     the usual path, then the first path in alphabetical order. Files that are not used are faults.
     """
     candidates, studies = [], []
@@ -347,7 +349,7 @@ def _find_files(
 
 
 def _can_be_id(name: str) -> bool:
-    """Return whether an id can be written to a CSV file as it is."""
+    """Return whether `name` can be written as an id to a CSV file without quoting: no comma, quote or control character."""
     return name.isprintable() and not set(name) & {",", '"'}
 
 
@@ -357,7 +359,7 @@ def _with_headers(
     """Return `images` with additional columns from the DICOM headers: patient_id, rows, columns, view, source and readable.
 
     `readable` says whether the header could be read. If not, a fault is added; its text ends with `outcome`, which says how
-    the image is handled. `name` is a function that returns the name of a path that the fault states.
+    the image is handled. `name` is a function from a path to the file name that the fault states.
     """
     records = []
     for row, header in zip(images.itertuples(), read_headers(images.path, progress), strict=True):

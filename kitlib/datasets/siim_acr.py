@@ -11,7 +11,7 @@ from kitlib.datasets.train_images import read_train_images
 from kitlib.errors import DatasetError
 from kitlib.xrays.run_lengths import EMPTY, parse_runs
 
-# Of stage 2, and of stage 1, whose names and values have blanks around them.
+# The tables of stage 2 and of stage 1; in stage 1, column names and values have blanks around them.
 LABEL_TABLES = ("stage_2_train.csv", "train-rle.csv")
 # The NIH images that the images come from; published by a participant, with the columns Kaggle_ID and NIH_ID.
 MAPPINGS = ("siimacr_to_nih.csv", "nih_id.csv")
@@ -23,12 +23,13 @@ PUBLISHED = {"images": 12047, "patients": 6171, "masks": 12047, PNEUMOTHORAX: 26
 def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the training images below `folder` (DICOM, or PNG or JPEG in copies) and their masks, as run lengths.
 
-    The images may be in any folder: those that stage 1 tested on are training images of stage 2. image_id and study_id are
-    the column ImageId. Every image has a mask of the structure "pneumothorax", which is empty if its label is 0; a row of
-    `masks` is a lesion. With one of MAPPINGS, `patient_id` is NIH's patient, written as in kitlib.datasets.nih; otherwise it
-    is the image, with a fault. Left out, with a fault: rows without a file, files without a row, images with an unreadable
-    header or with run lengths that are not a mask of 1,024 x 1,024 pixels. Raises DatasetError if the table is missing or
-    lacks a column, or if no file is an image of it.
+    The images may be in any folder, also one of test images, because the test images of stage 1 are training images of stage
+    2. image_id and study_id are the column ImageId. Every image has a mask of the structure "pneumothorax", which is empty
+    if its label is 0; each row of `masks` is one lesion. With one of MAPPINGS, `patient_id` is NIH's patient, written as in
+    kitlib.datasets.nih; otherwise each image is its own patient, and a fault says so. Left out and recorded in
+    `Dataset.faults`: rows without a file, files without a row, images with an unreadable header or with run lengths that are
+    not a mask of 1,024 x 1,024 pixels. Raises DatasetError if the table is missing or lacks a column, or if no file is an
+    image of it.
     """
     source = DataFolder.of(folder)
     path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
@@ -60,7 +61,10 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 
 
 def _read_patients(source: DataFolder, ids: list[str]) -> dict[str, str]:
-    """Return image_id -> NIH's patient from one of MAPPINGS; a missing file, or image, is a fault."""
+    """Return a dict from image_id to NIH's patient id, read from one of MAPPINGS.
+
+    A missing file is a fault, and so is an image that the file lacks.
+    """
     path = source.find_table(*MAPPINGS)
     if path is None:
         source.faults.add(MAPPINGS[0], "", "the file is missing; images of one NIH patient may fall into several folds")

@@ -19,7 +19,8 @@ class Columns(Settings):
 
     For classes, set either `label`, one column that contains class names, or `labels`, a list of columns that contain 0, 1
     or blank (unknown), one column per class. For boxes, in pixels of the image files, set `xmin`, `ymin`, and either `xmax`
-    and `ymax` or `width` and `height`. Raises SettingsError if fields contradict each other or two have the same column.
+    and `ymax` or `width` and `height`. Raises SettingsError if fields contradict each other, or if two fields name the same
+    column.
     """
 
     file: str = ""  # the image file: a name or path; its suffix and the folders before it may be missing
@@ -45,18 +46,18 @@ class Columns(Settings):
         super().__post_init__()
         names = [*self.single().values(), *self.labels]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise SettingsError(f"columns names {repeated[0]!r} twice; each key has a column of its own")
+            raise SettingsError(f"the parameter columns names {repeated[0]!r} twice; each key needs a column of its own")
         if self.label and self.labels:
             raise SettingsError(
                 f"columns has label: {self.label!r} and labels: {list(self.labels)}; keep `label` if one column names the "
                 "class of each image, `labels` if each class has a column of 0 and 1"
             )
-        given = {key for key in BOX_KEYS if getattr(self, key)}
-        if given not in (set(), {"xmin", "ymin", "xmax", "ymax"}, {"xmin", "ymin", "width", "height"}):
+        box_keys = {key for key in BOX_KEYS if getattr(self, key)}
+        if box_keys not in (set(), {"xmin", "ymin", "xmax", "ymax"}, {"xmin", "ymin", "width", "height"}):
             raise SettingsError(
-                f"columns has {', '.join(sorted(given))}; boxes need xmin, ymin, xmax, ymax or xmin, ymin, width, height"
+                f"columns has {', '.join(sorted(box_keys))}; boxes need xmin, ymin, xmax, ymax or xmin, ymin, width, height"
             )
-        if self.finding and not given:
+        if self.finding and not box_keys:
             raise SettingsError("columns has `finding`, but no box: `finding` is what a box shows; a class is `label`")
 
     @property
@@ -75,17 +76,17 @@ def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, s
 
     `path` is the table's file, for messages.
     """
-    there = list(table.columns)
+    names = list(table.columns)
     for key, name in wanted:
-        if name not in there:
-            folded = {column.casefold(): column for column in there}
+        if name not in names:
+            folded = {column.casefold(): column for column in names}
             close = difflib.get_close_matches(name.casefold(), folded, 1)
             hint = f"; the closest is {folded[close[0]]!r}" if close else ""
             raise DatasetError(
                 f"{path.name} has no column {name!r}, which the parameter columns gives for {key}{hint}. It has: "
-                f"{', '.join(map(repr, there))}"
+                f"{', '.join(map(repr, names))}"
             )
-        if there.count(name) > 1:
+        if names.count(name) > 1:
             raise DatasetError(
-                f"{path.name} has {there.count(name)} columns {name!r}, so it is unclear which is {key}: rename one"
+                f"{path.name} has {names.count(name)} columns {name!r}, so it is unclear which of them is {key}: rename one"
             )

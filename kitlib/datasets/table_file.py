@@ -22,7 +22,7 @@ SEPARATORS = (",", ";", "\t")
 
 
 def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
-    """Return the path of the table `name` of a data set.
+    """Return the path of the table file that the user calls `name`.
 
     `name` is a path relative to one of the data set's folders or to the project's root, an absolute path, or the name of a
     file anywhere in the data set's folders. `parameter` is the notebook parameter that `name` comes from, for messages.
@@ -33,8 +33,8 @@ def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
             return root / name
     if path := source.find_table(glob.escape(Path(name).name)):
         return path
-    there = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
-    listing = ", ".join(there[:10]) or "no table"
+    available = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
+    listing = ", ".join(available[:10]) or "no table"
     raise DatasetError(f"{source.folder} has no file {name!r}, which the parameter {parameter} names; it has: {listing}")
 
 
@@ -93,14 +93,17 @@ def _read_csv(path: Path, wanted: set[str], faults: Faults) -> pd.DataFrame:
     try:
         table = parse_text_table(text, str(path), separator)
     except TableError as error:
-        raise DatasetError(f"{error}; the separator is taken to be {separator!r}") from error
+        raise DatasetError(f"{error}; the file was read with the separator {separator!r}") from error
     # pandas adds numbers to repeated column names, which would hide the repetition.
     names = _split_line(text.partition("\n")[0], separator)
     return table.set_axis(names, axis=1) if len(names) == len(table.columns) else table
 
 
 def _read_single_bytes(path: Path, faults: Faults) -> str:
-    """Return the text of a file that is not UTF-8. Raises DatasetError if it is not text."""
+    """Return the text of a file that is not UTF-8, read as Windows-1252 or Latin-1, and add a fault.
+
+    Raises DatasetError if the file is not text.
+    """
     content = path.read_bytes()
     if b"\0" in content:
         raise DatasetError(f"{path} is not a text file: save the table as `CSV UTF-8` or Parquet")

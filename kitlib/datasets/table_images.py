@@ -22,12 +22,12 @@ LONGEST_ID = 150  # characters; ids are used as file names in the cache, which a
 class ImageNames:
     """Finds the image files of a data set from the file names or paths in a table's cells.
 
-    `masks` lists files that are not images. Files in folders named after masks (see OF_MASKS) and files whose name is not
-    UTF-8 are not used either, each with a fault.
+    `masks` lists files that are not images. Files in folders of masks (see OF_MASKS) and files whose name is not UTF-8 are
+    not used either, with a fault.
 
-    A cell matches a file if the file name is the same, and the folders before the name are the same as far as both have
-    them: the cell may have fewer folders than the file's path, or more, such as those of another computer. Case, Unicode
-    form and suffix may differ, but a file with the same suffix is preferred. DICOM files may have no suffix.
+    A cell matches a file if the file name is the same, and the folders before the name are the same as far as both the cell
+    and the file's path have them: the cell may have fewer folders than the path, or more, such as those of another computer.
+    Case, Unicode form and suffix may differ, but a file with the same suffix is preferred. DICOM files may have no suffix.
     """
 
     def __init__(self, source: DataFolder, masks: Collection[Path] = ()) -> None:
@@ -56,7 +56,11 @@ class ImageNames:
                 self._by_path.setdefault(full_name, path)
 
     def find(self, cell: str, folder: Path) -> list[Path]:
-        """Return the files that match `cell`; of several, only the one at this path in `folder` or the data set's folder."""
+        """Return the files that match a table's `cell`.
+
+        If several files match, but one of them is at exactly this path in `folder` or the data set's folder, only this file
+        is returned.
+        """
         parts = [part for part in folded(cell.replace("\\", "/")).split("/") if part not in ("", ".", "..")]
         if not parts:
             return []
@@ -82,9 +86,9 @@ class ImageNames:
 def make_image_ids(names: pd.Series) -> pd.Series:
     """Return a unique image id for each of `names`, which are different paths with slashes.
 
-    The id is the file name without suffix. If several files have the same id, it is the path without suffix, with "-" in
-    place of slashes; if that is not unique, the path with suffix; if that is not unique either, a number is added. An id
-    longer than LONGEST_ID is shortened to its end and a hash of the path.
+    The id is the file name without suffix. If several files would have the same id, their ids are their paths without
+    suffix, with "-" in place of slashes; if these are not unique, their paths with suffix; if these are not unique either, a
+    number is added. An id longer than LONGEST_ID is replaced by its end and a hash of the path.
     """
     ids = names.map(lambda name: without_suffix(name.rpartition("/")[2]))
     wider: Sequence[Callable[[str], str]] = (
@@ -110,17 +114,17 @@ def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
     folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
     for level in range(max(map(len, folders), default=0)):
         classes = [parts[level] if level < len(parts) else "" for parts in folders]
-        there = sorted(set(classes) - {""})
-        if len(there) > max(2, len(rows) // 2):
+        names = sorted(set(classes) - {""})
+        if len(names) > max(2, len(rows) // 2):
             raise DatasetError(
-                f"class_folders finds {len(there)} classes for {len(rows)} images, such as {', '.join(there[:3])}: these "
+                f"class_folders finds {len(names)} classes for {len(rows)} images, such as {', '.join(names[:3])}: these "
                 "folders seem to be patients or studies. Give a table with a column of classes"
             )
-        if len(there) > 1:
+        if len(names) > 1:
             return pd.Series(classes, index=rows.index, dtype=object)
-    there = sorted({"/".join(parts[::-1]) for parts in folders})
+    shared = sorted({"/".join(parts[::-1]) for parts in folders})
     raise DatasetError(
-        f"class_folders is set, but all {len(rows)} images lie in the folder {there[0] or '.'!r}: put each class into a "
+        f"class_folders is set, but all {len(rows)} images lie in the folder {shared[0] or '.'!r}: put each class into a "
         "folder of its own, or give a table with a column of classes"
     )
 

@@ -21,9 +21,9 @@ def rename_classes(rows: pd.DataFrame, class_names: Mapping[str, str]) -> pd.Dat
 
     Raises SettingsError if an old name does not occur in the column.
     """
-    there = sorted(set(rows.label) - {""})
-    if unknown := sorted(set(class_names) - set(there)):
-        raise SettingsError(f"class_names renames {unknown[0]!r}, but the classes are {', '.join(map(repr, there))}")
+    classes = sorted(set(rows.label) - {""})
+    if unknown := sorted(set(class_names) - set(classes)):
+        raise SettingsError(f"class_names renames {unknown[0]!r}, but the classes are {', '.join(map(repr, classes))}")
     return rows.assign(label=rows.label.replace(dict(class_names)))
 
 
@@ -38,7 +38,7 @@ def stated_classes(rows: pd.DataFrame, names: Sequence[str], file: str) -> set[s
     else:
         classes = {name for name in names if (_parse(rows[label_column(name)]) > 0).any()}
     if reserved := sorted((classes | set(names)) & RESERVED):
-        raise DatasetError(f"{file}: the class {reserved[0]!r} has the name of a column of the kit: rename it")
+        raise DatasetError(f"{file}: the class {reserved[0]!r} has the name of a column of the kit: rename the class")
     return classes
 
 
@@ -64,8 +64,8 @@ def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFo
         values = ", ".join(map(repr, sorted(set(cells[other]))[:5]))
         if not is_known.any():
             raise DatasetError(
-                f"{file}: the column {name!r} has neither 0 nor 1, but {values or 'blank cells alone'}: take it out of the "
-                "list labels in columns, or if it holds names of classes, give it as `label`"
+                f"{file}: the column {name!r} has neither 0 nor 1, but {values or 'blank cells alone'}: remove it from "
+                "the list labels in columns or, if it contains names of classes, name it as `label`"
             )
         problem = f"have in {name} another value than 0, 1 and blank ({values}); their label is unknown"
         source.faults.add_summary(file, rows.file[other], problem, "other images")
@@ -81,9 +81,10 @@ def label_column(name: str) -> str:
 def class_labels(
     images: pd.DataFrame, classes: Collection[str], source: DataFolder, file: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the tables `images` and `labels`; a study has 1.0 for the class in the column `label`, 0.0 for the others.
+    """Return the tables `images` and `labels`, from the classes of the images in the column `label`.
 
-    `classes` lists all classes. If the images of a study have different classes, all of them are left out, with a fault.
+    In `labels`, a study has 1.0 for its class and 0.0 for all other `classes`. If the images of a study have different
+    classes, all of them are left out, with a fault.
     """
     for study_id, several in images.groupby("study_id").label.unique().items():
         if len(several) > 1:
@@ -101,7 +102,7 @@ def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder
     """Return the `labels` table for the studies of `images`, with one column for each class in `names`, which may be empty.
 
     If the images of a study have different labels for a class, the study's label is NaN (unknown), with a fault. If the
-    label is known for only some images of a study, it holds for the study.
+    label is known for only some images of a study, it is used for the study.
     """
     by_study = images.groupby("study_id", sort=False)[[label_column(name) for name in names]]
     least, most = by_study.min(), by_study.max()
@@ -127,7 +128,7 @@ def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: D
             )
     classes = labels.columns.drop("id")
     if len(listed) == 1 and len(classes) == 1 and np.all(labels[classes] > 0):
-        problem = "is the class of all images; to train a classifier, add images of others, such as by the parameter pool"
+        problem = "is the class of all images; to train a classifier, add images of others, such as with the parameter pool"
         source.faults.add("the folder", next(iter(listed)), problem)
 
 

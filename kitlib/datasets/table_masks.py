@@ -16,11 +16,11 @@ AFFIX = re.compile(r"(?:[ _-]?lungs?)?[ _-]?(?:mask|seg|segmentation|label)s?$|^
 
 
 def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
-    """Return a dict that maps the path of each mask file to two tuples: the folders above `mask_folder`, and those below it.
+    """Return a dict from the path of each mask file to two tuples: the folders above `mask_folder`, and those below it.
 
-    `mask_folder` is the name of a folder, or a path of several such as `annotations/masks`; case is ignored. It may occur
-    several times, as in CLASS/masks, and may be one of the data set's additional folders. Raises DatasetError if there is no
-    such folder with files of MASK_SUFFIXES.
+    `mask_folder` is the name of a folder, or a path of several such as `annotations/masks`; case is ignored. There may be
+    several folders of this name, as in CLASS/masks, and it may be one of the data set's additional folders. Raises
+    DatasetError if there is no such folder with files of MASK_SUFFIXES.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}
@@ -31,12 +31,12 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
         if starts and path.suffix.lower() in MASK_SUFFIXES:
             found[path] = (folders[: starts[-1]], folders[starts[-1] + len(wanted) :])
     if not found:
-        there = sorted(
+        available = sorted(
             {source.name(path).rpartition("/")[0] for path in source.paths if path.suffix.lower() in MASK_SUFFIXES}
         )
         raise DatasetError(
             f"{source.folder} has no folder {mask_folder!r} (the parameter mask_folder) with files of the types "
-            f"{', '.join(MASK_SUFFIXES)}; such files lie in: {', '.join(there[:10]) or 'no folder'}"
+            f"{', '.join(MASK_SUFFIXES)}; such files lie in: {', '.join(available[:10]) or 'no folder'}"
         )
     return found
 
@@ -46,8 +46,8 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
 
     A mask file has the name of its image, optionally with "mask" before or after it (see AFFIX). If several images have this
     name, the folders decide: the folders above the mask folder must also be above the image, or the folders below the mask
-    folder must be the last folders of the image's path. Masks that match no image or several are left out, with a fault;
-    another fault counts the images without a mask. Raises DatasetError if no mask matches an image.
+    folder must be the last folders of the image's path. Masks that match no image or several images are left out, with a
+    fault; another fault counts the images without a mask. Raises DatasetError if no mask matches an image.
     """
     images_of: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)  # name and folders -> image ids
     for image_id, path in zip(images.image_id, images.path, strict=True):
@@ -65,9 +65,9 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
         name = name if (name,) in images_of else AFFIX.sub("", name)
         named = images_of.get((name,), [])
         if len(named) > 1:
-            beside = images_of.get((name, "above", *above), []) if above else []
+            above_it = images_of.get((name, "above", *above), []) if above else []
             below_it = images_of.get((name, "below", *below), []) if below else []
-            named = beside if len(beside) == 1 else below_it if len(below_it) == 1 else named
+            named = above_it if len(above_it) == 1 else below_it if len(below_it) == 1 else named
         if len(named) == 1:
             rows.append((named[0], "lungs", str(path)))
         else:

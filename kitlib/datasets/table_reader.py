@@ -59,13 +59,13 @@ def read_own(
 
     image_id is the file name without suffix, or the path if file names repeat. The folder's name is the source of images
     whose source is not stated, and the prefix of all patient ids, so that they differ from those of other data sets. If the
-    table states no patient, the patient is that of the DICOM header; if this is missing too, each study is a patient of its
-    own. If no study is stated, each image is a study of its own. If all classes are in DIAGNOSES, images have the column
+    table states no patient, the patient in the DICOM header is used; if there is none, each study is a patient of its own.
+    If no study is stated, each image is a study of its own. If all classes are in DIAGNOSES, images have the column
     `diagnosis`, so that they can be pooled.
 
-    Left out, with a fault: rows without a file or a class, or with an unknown split; images with contradicting rows, an
-    unreadable header or an unusable box. Raises SettingsError if the parameters contradict each other; DatasetError if a
-    file or column is missing, if no image remains, or if a class loses all of its images.
+    Left out and recorded in `Dataset.faults`: rows without a file or a class, or with an unknown split; images with
+    contradicting rows, an unreadable header or an unusable box. Raises SettingsError if the parameters contradict each
+    other; DatasetError if a file or column is missing, if no image remains, or if a class loses all of its images.
     """
     source, spec = DataFolder.of(folder), from_dict(Columns, dict(columns or {}))
     _check_parameters(spec, table, boxes_table, class_folders, class_names or {}, mask_folder, mask_convention)
@@ -122,7 +122,7 @@ def _check_parameters(
             f"the parameter columns has {', '.join(unused)}, but table is not set: set table to the file with these columns"
         )
     if boxes_table and not spec.box:
-        raise SettingsError("boxes_table is set, but columns has no box: give xmin, ymin and xmax, ymax or width, height")
+        raise SettingsError("boxes_table is set, but columns has no box: add xmin, ymin and xmax, ymax or width, height")
     if spec.box_file and not boxes_table:
         raise SettingsError(
             "columns has box_file, but boxes_table is empty: without it, boxes belong to the image in `file`"
@@ -134,7 +134,7 @@ def _check_parameters(
             "class_names is set, but there are no classes to rename: set class_folders, or `label` in columns"
         )
     if bad := [name for name in class_names.values() if not (isinstance(name, str) and name.strip())]:
-        raise SettingsError(f"class_names renames a class to {bad[0]!r}; expected a name, in quotes")
+        raise SettingsError(f"class_names renames a class to {bad[0]!r}; expected a name in quotes")
     if bool(mask_folder) != bool(mask_convention) or (mask_folder and mask_convention not in MASK_CONVENTIONS):
         raise SettingsError(
             f"mask_folder is {mask_folder!r} and mask_convention {mask_convention!r}: give a folder and one of "
@@ -145,7 +145,10 @@ def _check_parameters(
 def _read_listed(
     source: DataFolder, spec: Columns, table: str, names: ImageNames, with_boxes: bool
 ) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the user's table with a column `path` (None if a row's file is missing), and the table's name."""
+    """Return the rows of the user's table, and the table's name.
+
+    The column `path` has the image file of each row, None if the file is missing or several files match.
+    """
     path = find_table_file(source, table, "table")
     left_to_boxes = () if with_boxes else (*BOX_KEYS, "finding")
     wanted = {key: name for key, name in spec.single().items() if key not in left_to_boxes}
@@ -154,7 +157,10 @@ def _read_listed(
 
 
 def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: ImageNames) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the file `boxes_table` with a column `path`, the image file, and the name of `boxes_table`."""
+    """Return the rows of the file `boxes_table`, and the file's name.
+
+    The column `path` has the image file of each row.
+    """
     path = find_table_file(source, boxes_table, "boxes_table")
     wanted = {key: name for key, name in spec.single().items() if key in (*BOX_KEYS, "finding")}
     file = spec.box_file or spec.file
@@ -163,7 +169,7 @@ def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: Imag
 
 
 def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
-    """Return one row per image file, for use without a table; a fault counts the tables, which are not read.
+    """Return one row per image file, for use without a table. A fault counts the table files, which are not read.
 
     Raises DatasetError if there is no image file.
     """
@@ -184,18 +190,18 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
         return rows
     cells = rows["split"].str.lower()
     is_blank, is_unknown = cells == "", ~cells.isin(["", *SPLITS])
-    source.faults.add_summary(file, rows.file[is_blank], "have no split; they are for training", "other images")
+    source.faults.add_summary(file, rows.file[is_blank], "have no split; used for training", "other images")
     for value, part in rows[is_unknown].groupby("split"):
         problem = f"have the split {value!r}, which is none of {', '.join(SPLITS)}; left out"
         source.faults.add_summary(file, part.file, problem, "other images")
     validation = rows.file[cells.map(SPLITS).eq("train") & ~cells.str.startswith("train")]
     source.faults.add_summary(
-        file, validation, "are a validation set; they are for training, and folds validate", "other images"
+        file, validation, "are a validation set; used for training, because folds are used for validation", "other images"
     )
     rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown].reset_index(drop=True)
     if (rows["split"] == "test").all():
         raise DatasetError(
-            f"{file}: no image is for training, according to the column that columns gives for split; leave `split` out"
+            f"{file}: no image is for training, according to the column for `split`; leave `split` out of columns"
         )
     return rows
 
@@ -214,14 +220,14 @@ def _make_images(rows: pd.DataFrame, source: DataFolder, file: str, progress: bo
     if "sex" in rows:
         images["sex"] = parse_sexes(rows.sex)
         unknown = rows.image_id[(images.sex == "") & (rows.sex != "")]
-        source.faults.add_summary(file, unknown, "have a sex that begins neither with M nor with F; it is unknown")
+        source.faults.add_summary(file, unknown, "have a sex that begins neither with M nor with F; the sex is unknown")
     if "age" in rows:
         images["age"] = parse_ages(rows.age, rows.image_id, source.faults, file)
     images = add_headers(images, source, progress)
     alone = images.patient_id == ""
     problem = (
-        "have no patient, neither in the column that columns gives for patient nor in a DICOM header; each study is a "
-        "patient of its own, so folds leak if several show one patient"
+        "have no patient, neither in the table's column for patient nor in a DICOM header; each study is a patient of its "
+        "own, so folds leak if several studies show one patient"
     )
     source.faults.add_summary(file, images.image_id[alone], problem, "other images")
     source.faults.add_summary(

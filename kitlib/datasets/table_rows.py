@@ -18,7 +18,7 @@ TRIED = 50  # number of rows that are searched for a column of file names
 def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: ImageNames, file_key: str) -> pd.DataFrame:
     """Return the rows of the table in the file `path`, with the `wanted` columns as text and a column `path`.
 
-    `wanted` maps fields of Columns to column names in the file; in the result, the columns are named by the fields. The
+    `wanted` maps fields of Columns to column names in the file; the columns of the result have the names of the fields. The
     column `path` is the image file; it is None, with a fault, if a row's file does not exist or if several files match.
     `names` finds the image files. `file_key` is the field of Columns that holds the column of image files, for messages.
     Raises DatasetError if the table cannot be read, lacks a column, or lists no existing image file.
@@ -37,7 +37,7 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
     unclear = {cell: paths for cell, paths in zip(rows.file, found, strict=True) if len(paths) > 1}
     for cell, paths in sorted(unclear.items()):
         several = ", ".join(sorted(map(source.name, paths))[:3])
-        problem = f"{len(paths)} files have this name, such as {several}; left out. Write its folder before it"
+        problem = f"{len(paths)} files have this name, such as {several}; left out. Write the folder before it"
         source.faults.add(path.name, cell, problem)
     if not (counts == 1).any():
         example = f", such as {source.name(names.paths[0])!r}" if names.paths else ""
@@ -51,10 +51,10 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
 
 
 def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
-    """Return `rows` without repeated rows, and without all rows of images whose rows contradict each other.
+    """Return `rows` without repeated rows, and without any row of an image whose rows contradict each other.
 
-    Both are faults. Rows of the same image may differ in the box columns, because there is one row per box. `file` is the
-    table's name, for messages.
+    Faults list the removed rows. Rows of the same image may differ in the box columns, because there is one row per box.
+    `file` is the table's name, for messages.
     """
     of_boxes = [key for key in (*BOX_KEYS, "finding") if key in rows]
     facts = rows.drop(columns=["file", "path", *of_boxes])

@@ -54,8 +54,8 @@ def read_montgomery(folder: str | Path | DataFolder, progress: bool = True) -> D
     without suffix; the patient is the number in it, unless a reading states that two images show the same patient. Labels
     have the columns normal and tuberculosis; images have the columns sex (M, F, O or "") and age (years, NaN if unknown),
     from ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault;
-    if there are no masks, the Dataset has none. Left out, with a fault: images with an unreadable header, further images
-    with the same name. Raises DatasetError if there is no image.
+    if there are no masks at all, `Dataset.masks` is None. Left out and recorded in `Dataset.faults`: images with an
+    unreadable header, further images with the same name. Raises DatasetError if there is no image.
     """
     return _read(DataFolder.of(folder), MONTGOMERY, progress)
 
@@ -77,7 +77,7 @@ def _read(source: DataFolder, cohort: _Cohort, progress: bool) -> Dataset:
             f"files: {cohort.how_to_get}"
         )
     if not mask_files:
-        problem = "there are no masks (files in a folder with mask in its name); to add them from another input, use beside"
+        problem = "there are no masks (files in a folder with mask in its name); name an input that has them in `beside`"
         faults.add("masks", "", problem)
     texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in readings.items()}
     faults.add_summary(READINGS, set(files) - set(texts), "have no reading; sex and age are unknown", "other images")
@@ -143,7 +143,7 @@ def _find_masks(mask_files: list[tuple[str, str, Path]], images: pd.DataFrame, f
 
 
 def _find_patients(names: Iterable[str], texts: dict[str, str]) -> dict[str, str]:
-    """Return image name -> patient number.
+    """Return a dict from image name to patient number.
 
     Images get the same number if a reading in `texts` (image name -> text) says that they show the same patient.
     """

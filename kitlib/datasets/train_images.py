@@ -24,12 +24,13 @@ def read_train_images(
     in_test_folders: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Return an `images` table of the files called after `ids`, the images in `table`; each image is its own study.
+    """Return an `images` table of the image files that are named after `ids`; each image is its own study.
 
-    The files are DICOM, PNG or JPEG; `name` is the table's `source`. `patients` maps an image_id to its patient; an image
-    that it lacks is its own patient. Files in folders of test images are used only if `in_test_folders` is True, and files
-    in folders of masks never. Added to the faults of `source`: images without a file, files without a row, and images with
-    an unreadable header. Raises DatasetError, whose message ends with `how_to_get`, if no file is one of the images.
+    The files are DICOM, PNG or JPEG. `table` is the file that lists the ids, for messages; `name` becomes the images'
+    `source`. `patients` maps an image_id to its patient; an image without a patient is its own patient. Files in folders of
+    test images are used only if `in_test_folders` is True, and files in folders of masks never. Added to the faults of
+    `source`: images without a file, files without a row, and images with an unreadable header. Raises DatasetError, whose
+    message ends with `how_to_get`, if no file is one of the images.
     """
 
     def is_test(path: Path) -> bool:

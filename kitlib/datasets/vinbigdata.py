@@ -16,7 +16,7 @@ CORNERS = ("x_min", "y_min", "x_max", "y_max")
 SIZES = ("train_meta.csv", "meta.csv")  # of resized copies, see `original_sizes`
 SINGLE = ("Aortic enlargement", "Cardiomegaly")  # findings that an image can have only once
 HOW_TO_GET = "`kaggle competitions download -c vinbigdata-chest-xray-abnormalities-detection`, see inputs/README.md"
-# Counted in train.csv; of a finding, the images in which at least one reader drew a box of it.
+# Counted in train.csv; the count of a finding is the number of images in which at least one reader drew a box around it.
 PUBLISHED = {
     "images": 15000,
     "boxes": 36096,
@@ -36,14 +36,15 @@ def read_vinbigdata(folder: str | Path | DataFolder, progress: bool = True) -> D
 
     The images may be in any folder that has no "test" in its name. `boxes` has the additional column `reader`: three readers
     saw each image, and usually each of them drew a box around a finding. An image has a finding if any reader boxed it.
-    Boxes of resized images are scaled by the table of sizes. There is no patient id: each image is its own patient, with a
-    fault. Left out, with a fault: rows without a file, files without a row, images with an unreadable header or an invalid
-    row or box. Raises DatasetError if the table is missing, or if no file is an image of it.
+    Boxes of resized images are scaled by the table of sizes. There are no patient ids: each image is its own patient, and a
+    fault says so. Left out and recorded in `Dataset.faults`: rows without a file, files without a row, images with an
+    unreadable header or an invalid row or box. Raises DatasetError if the table is missing, or if no file is an image of it.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_table(source)
     images = read_train_images(source, labels["id"], LABELS, name="vinbigdata", how_to_get=HOW_TO_GET, progress=progress)
-    source.faults.add(LABELS, "", "there are no patients; each image is its own, so that patients may be in several folds")
+    problem = "there are no patient ids; each image is its own patient, so a patient may be in several folds"
+    source.faults.add(LABELS, "", problem)
     originals = original_sizes(images, source, *SIZES)
     images = images[images["image_id"].isin(originals["image_id"])]
     boxes = boxes[boxes["image_id"].isin(images["image_id"])]
@@ -52,11 +53,11 @@ def read_vinbigdata(folder: str | Path | DataFolder, progress: bool = True) -> D
 
 
 def read_label_table(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read LABELS; return a `labels` table (id is the image_id) and a `boxes` table with the additional column `reader`.
+    """Read LABELS; return a `labels` table (id is the image_id) and a `boxes` table with an additional column `reader`.
 
-    Boxes are in pixels of the original images. An image with an invalid row is left out of both tables, with a fault. A
-    second box of one reader around one of SINGLE is a slip of the tool; it is a fault, and kept. Raises DatasetError if the
-    table is missing or lacks a column.
+    Boxes are in pixels of the original images. An image with an invalid row is left out of both tables, with a fault. If one
+    reader has drawn two boxes around a finding of SINGLE, both are kept, but a fault counts the image. Raises DatasetError
+    if the table is missing or lacks a column.
     """
     source = DataFolder.of(folder)
     path = source.need_table(LABELS, how_to_get=HOW_TO_GET)

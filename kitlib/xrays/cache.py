@@ -1,4 +1,4 @@
-"""Cache that decodes every X-ray once, in parallel, and stores a reduced copy of it, with its original size."""
+"""Decodes every X-ray once, in parallel, and caches a reduced copy of it on disk, together with the original size."""
 
 import errno
 import hashlib
@@ -52,11 +52,11 @@ DECODING = 4
 
 @dataclass(frozen=True)
 class CachedXray:
-    """The decoded copy of one image: reduced pixels and the original size."""
+    """The reduced copy of one decoded X-ray, and the size of the original image."""
 
     image_id: str
     pixels: np.ndarray  # uint8 (height, width), longest side at most the cache's `longest_side`, aspect ratio preserved
-    rows: int  # original size
+    rows: int  # size of the original image
     columns: int
 
 
@@ -66,20 +66,20 @@ class DecodedXrays(Protocol):
     longest_side: int
 
     def read(self, image_id: str) -> CachedXray:
-        """Return the decoded copy of one image."""
+        """Return the reduced pixels and the original size of one image."""
 
 
 class XrayCache:
     """Cache of decoded X-rays, each with at most `longest_side` pixels a side, in a subfolder of `folder`.
 
-    Each image is one safetensors file, written atomically. `pack` turns all entries into one archive, which this class reads
-    as well; images decoded later are then written to a scratch folder. Entries with another `longest_side` or decoder
-    version are in another subfolder and are ignored. An entry is reused for a file at
-    any path if the file's size, modification time and sampled bytes (see `source_of`) equal those of the file that was
-    decoded, and if the entry's checksum is right; otherwise the image is decoded again. Each XrayCache object verifies the
-    checksum of an entry only once. With `only_projections`, files of other modalities, such as CT, have failed outcomes;
-    otherwise they have a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if
-    an archive cannot be read.
+    Each image is one safetensors file (an entry), written atomically. `pack` turns all entries into one tar archive, which
+    this class can read too; images that are decoded after packing are written to a scratch folder. The name of the subfolder
+    contains `longest_side` and the decoder's version, so entries of other sizes or versions are never used. `decode` reuses
+    an image's entry if the file's size, modification time and sampled bytes (see `source_of`) are unchanged and the entry's
+    checksum is right, even if the file's path has changed. Each XrayCache object verifies the checksum of an entry only
+    once. With `only_projections`, decoding fails for files that are not projection X-rays, such as CT; without it, their
+    Outcome has a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an
+    archive cannot be read.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):
@@ -102,12 +102,12 @@ class XrayCache:
     ) -> Generator[Outcome, None, None]:
         """Decode `images` (columns image_id and path) and yield one Outcome per image, in order of completion.
 
-        Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. A file
-        that takes longer than `timeout_s` seconds (a number, or a function called for each file), crashes its worker or
-        needs gigabytes of memory results in a failed Outcome without affecting the other files, and so does an image_id that
-        cannot be a file name. Stopping the iteration stops the workers, unless they belong to a `pool` (`decoding_pool`),
-        which stays open for the next call. Raises CacheError if the cache cannot be written; RuntimeError if the pool is
-        stopped; ValueError for missing columns or an image_id that occurs twice.
+        Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. An
+        image has a failed Outcome, without affecting the other images, if its file takes longer than `timeout_s` seconds (a
+        number, or a function called for each file), crashes its worker or needs gigabytes of memory, or if its image_id
+        cannot be a file name. Stopping the iteration stops the workers; those of a `pool` (from `decoding_pool`) stay open
+        for the next call. Raises CacheError if the cache cannot be written; RuntimeError if the pool is stopped; ValueError
+        for missing columns or an image_id that occurs twice.
         """
         ids, paths = self._check_images(images)
         self._remove_abandoned()
@@ -147,26 +147,26 @@ class XrayCache:
         return table.set_index("image_id").reindex(images["image_id"].astype(str)).reset_index()
 
     def read(self, image_id: str) -> CachedXray:
-        """Return an image's decoded copy.
+        """Return the reduced pixels and the original size of one image.
 
         Raises KeyError if the image was not decoded, CacheError if its entry is damaged.
         """
         if image_id not in self:
             other_versions = ", ".join(sorted(path.name for path in self.folder.parent.glob("*px_*") if path != self.folder))
             hint = (
-                f"; {other_versions} has entries of another size or decoder version, so prepare the run again"
+                f"; copies of another size or decoder version are in {other_versions}: prepare the run again"
                 if other_versions
                 else ""
             )
             raise KeyError(
-                f"no image {image_id!r} in {self.folder}; decode it first, and if decoding failed, see its Outcome{hint}"
+                f"no image {image_id!r} in {self.folder}; decode it first. If decoding failed, its Outcome says why{hint}"
             )
         pixels, facts = self._read_entry(self._entry_path(image_id), verify=image_id not in self._verified)
         self._verified.add(image_id)
         return CachedXray(image_id, pixels, int(facts["rows"]), int(facts["columns"]))
 
     def put(self, xray: CachedXray) -> None:
-        """Write `xray`, such as a modified copy, as an entry that has no source file; replaces an existing entry."""
+        """Write `xray`, such as an edited copy, to the cache without a source file; replaces the image's existing entry."""
         facts = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
         write_entry(self._entry_path(xray.image_id), xray.pixels, facts)
 
@@ -197,7 +197,10 @@ class XrayCache:
         return entry.is_file() or (self._archive is not None and entry.name in self._archive)
 
     def facts(self, image_id: str) -> dict[str, str]:
-        """Return the metadata of an image's entry as a dict. Raises OSError if it is missing, CacheError if damaged."""
+        """Return the metadata of an image's entry, a dict of texts such as rows, columns and warnings.
+
+        Raises OSError if the entry is missing, CacheError if it is damaged.
+        """
         return self._read_entry(self._entry_path(image_id), verify=False)[1]
 
     def _read_entry(self, entry: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
@@ -213,7 +216,7 @@ class XrayCache:
         return self.folder / f"{image_id}.safetensors"
 
     def _cached_outcome(self, image_id: str, path: str) -> Outcome | None:
-        """Return an Outcome with status "cached" if the entry was decoded from the content of the file `path`, else None."""
+        """Return an Outcome with status "cached" if the entry was decoded from the unchanged file `path`, else None."""
         entry = self._entry_path(image_id)
         try:
             _, facts = self._read_entry(entry)
@@ -250,7 +253,7 @@ class XrayCache:
                 raise CacheError(f"{image_id} cannot be written to {self.folder}: {error}; {advice}") from error
 
     def _checked(self, outcome: Outcome) -> Outcome:
-        """Return `outcome`, or a failed one for an image of another modality if the cache takes only projection X-rays."""
+        """Return `outcome`, or a failed Outcome if `only_projections` is set and the image is not a projection X-ray."""
         other = next((warning for warning in outcome.warnings if warning.startswith(NOT_AN_XRAY)), "")
         return Outcome(outcome.image_id, "failed", other) if self.only_projections and other else outcome
 
@@ -259,7 +262,7 @@ class XrayCache:
         missing = {"image_id", "path"} - set(images.columns)
         if missing:
             raise ValueError(
-                f"images lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(map(str, images.columns))}"
+                f"the table lacks the column(s) {', '.join(sorted(missing))}; it has {', '.join(map(str, images.columns))}"
             )
         ids = images["image_id"].astype(str)
         if ids.duplicated().any():
@@ -267,7 +270,10 @@ class XrayCache:
         return ids.tolist(), images["path"].astype(str).tolist()
 
     def _remove_abandoned(self) -> None:
-        """Delete temporary files of killed workers, but not newer ones (STALE_SECONDS), which another run may be writing."""
+        """Delete temporary files that killed workers left in the cache folder.
+
+        Files younger than STALE_SECONDS are kept, because another run may be writing them.
+        """
         for temporary_path in self.folder.glob(".*.safetensors"):
             try:
                 if time.time() - temporary_path.stat().st_mtime > STALE_SECONDS:
@@ -277,7 +283,7 @@ class XrayCache:
 
 
 def _scratch_folder(packed: Path) -> Path:
-    """Return the folder for images that are decoded after the archive `packed` was written; it differs for each archive."""
+    """Return the folder for images decoded after the archive `packed` was written; each archive has its own folder."""
     status = packed.stat()
     digest = hashlib.sha256(f"{packed.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:16]
     return scratch_root() / "xrays" / digest

@@ -40,7 +40,7 @@ class FrameHeader:
     has_end_marker: bool
 
 
-# The transfer syntaxes of each kind of frame; the first decodes any of them.
+# The transfer syntaxes of each kind of frame; the decoder of the first one decodes all frames of this kind.
 LOSSY_JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit)
 LOSSLESS_JPEG = (JPEGLossless, JPEGLosslessSV1)
 JPEG_2000_SYNTAXES = (JPEG2000, *JPEG2000TransferSyntaxes, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)
@@ -69,7 +69,7 @@ def find_syntax(frame: bytes, stated: str) -> str:
 
 
 def jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the low byte of the marker and the position of each segment of a JPEG before its scan.
+    """Yield the pair (low byte of the marker, position) for each segment of a JPEG before its first scan.
 
     Raises ValueError where a segment should start and there is none.
     """
@@ -89,8 +89,8 @@ def jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
 def read_frame_header(frame: bytes, transfer_syntax: str) -> FrameHeader | None:
     """Return the header of a compressed frame, or None for RLE, whose frames do not contain their size.
 
-    Raises ValueError if the header is damaged, if the frame is of a kind that is not safe to decode, or if the transfer
-    syntax is not supported.
+    Raises ValueError if the header is damaged, if decoding this kind of frame is not safe, or if the transfer syntax is not
+    supported.
     """
     if transfer_syntax == RLELossless:
         return None
@@ -119,7 +119,7 @@ def _jpeg(frame: bytes, allowed_kinds: tuple[int, ...]) -> FrameHeader:
             precision, rows, columns, samples = struct.unpack_from(">BHHB", _read_bytes(frame, position + 4, 6), 0)
             header = FrameHeader(rows, columns, samples, precision, has_end_marker=END in frame[-64:])
     if not header:
-        raise ValueError("the JPEG's scan starts before the frame states its size")
+        raise ValueError("invalid JPEG frame: its pixels start before a header states its size")
     return header
 
 
@@ -136,7 +136,7 @@ def _jpeg_2000(frame: bytes) -> FrameHeader:
         raise ValueError(f"JPEG 2000 with {tiles} tiles; at most 65535 are valid")
     components = _read_bytes(frame, start + 42, 3 * samples)
     if any(components[3 * n + 1 : 3 * n + 3] != b"\x01\x01" for n in range(samples)):
-        raise ValueError("JPEG 2000 with subsampled components")
+        raise ValueError("JPEG 2000 with subsampled components is not supported")
     _check_blocks(frame, start + 42 + 3 * samples, bottom - top, right - left)
     precision = 1 + max(components[3 * n] & 0x7F for n in range(samples))
     return FrameHeader(bottom - top, right - left, samples, precision, has_end_marker=END in frame[-64:])
@@ -151,8 +151,8 @@ def has_component_transform(frame: bytes) -> bool:
 def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
     """Raise ValueError if a JPEG 2000 frame has more than MAX_BLOCKS code-blocks or precincts.
 
-    `position` is the first byte after the size segment; `rows` and `columns` are the image's size. A decoder allocates a
-    hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
+    `position` is the first byte after the size segment; `rows` and `columns` are the image's size. The limit is needed
+    because a decoder allocates a hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
     """
     position = frame.find(b"\xff\x52", position, position + 4096)
     if position < 0:
@@ -163,11 +163,11 @@ def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
         largest = _read_bytes(frame, position + 14, levels + 1)[-1]
         width, height = min(width, largest & 15), min(height, largest >> 4)
     if rows * columns >> (width + height) > MAX_BLOCKS:
-        raise ValueError(f"JPEG 2000 of {rows} x {columns} pixels has too many blocks of {2**width} x {2**height}")
+        raise ValueError(f"JPEG 2000 of {rows} x {columns} pixels has more than {MAX_BLOCKS} blocks")
 
 
 def _read_bytes(frame: bytes, position: int, length: int) -> bytes:
-    """Return the `length` bytes from `position` on. Raises ValueError if the frame ends before that."""
+    """Return `length` bytes of a frame, starting at `position`. Raises ValueError if the frame is too short."""
     part = frame[position : position + length]
     if len(part) < length:
         raise ValueError(f"the frame ends at byte {len(frame)}, inside its own header")

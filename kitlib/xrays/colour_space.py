@@ -1,4 +1,4 @@
-"""Decides whether a compressed colour frame has RGB or YCbCr samples; the first YCbCr sample of a pixel is its luma."""
+"""Decides whether a compressed colour frame has RGB or YCbCr samples; in YCbCr, the first sample of a pixel is its luma."""
 
 from pydicom.uid import JPEGTransferSyntaxes
 
@@ -17,7 +17,8 @@ def find_colour_space(frame: bytes, syntax: str, photometric: str) -> str:
     `photometric` is the PhotometricInterpretation of the header, which a JPEG or JPEG 2000 may contradict. In a JPEG, the
     first of these decides: the Adobe marker (APP14), the component ids (1, 2, 3 are YCbCr; R, G, B are RGB), a JFIF marker
     (YCbCr), `photometric`. In a lossless JPEG, which is usually not transformed, ids 1, 2, 3 and JFIF do not count. A JPEG
-    2000 decoder undoes the transform, so that the samples are RGB, unless the frame has none and `photometric` is YBR_FULL.
+    2000 decoder undoes the frame's colour transform, so its samples are RGB; only if the frame has no transform and
+    `photometric` is YBR_FULL, they are YCbCr.
     """
     stated = YCBCR if photometric.startswith("YBR") else RGB
     if syntax in JPEG_2000_SYNTAXES:
@@ -36,7 +37,7 @@ def without_transform(frame: bytes) -> bytes:
 
 
 def _read_jpeg_colour_space(frame: bytes) -> str:
-    """Return the colour space, RGB or YCBCR, that the markers of a JPEG state, or "" if they state none."""
+    """Return the colour space, RGB or YCBCR, that the markers of a JPEG state, or "" if no marker states it."""
     by_ids, has_jfif = "", False
     for kind, position in jpeg_segments(frame):
         length = int.from_bytes(frame[position + 2 : position + 4], "big")

@@ -89,10 +89,9 @@ def read_header(path: str | Path) -> XrayHeader:
 
 
 def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
-    """Return an Xray for stored grey values that were extracted from a DICOM file, such as those in a 16-bit PNG.
+    """Return an Xray, with pixels for display, for stored grey values that were extracted from a DICOM file.
 
-    `patterns` has the stored values, uint16 (rows, columns), and `elements` has the DICOM header.
-
+    `patterns` has the stored values, uint16 (rows, columns), for example from a 16-bit PNG; `elements` has the DICOM header.
     Raises ValueError, or any exception of pydicom, if `elements` are invalid or have a palette of colours.
     """
     return _show(elements, read_stored_array(elements, patterns))
@@ -101,9 +100,7 @@ def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
 def _show(elements: Elements, stored: StoredFrame) -> Xray:
     """Return an Xray for the stored values `stored`, with the display transforms in the header `elements` applied.
 
-    `decode_xray` describes the transforms.
-
-    Raises ValueError for a palette in colour, and if no value is finite.
+    The transforms are described in `decode_xray`. Raises ValueError for a palette in colour, and if no value is finite.
     """
     display = Display()
     if stored.patterns.ndim == 3:
@@ -156,15 +153,14 @@ def _find_greys(
 ) -> tuple[np.ndarray, list[str]]:
     """Return the grey level, uint8 (n,), of each bit pattern in `occurring` (n,), and a list of warnings.
 
-    `counts` (n,) has the number of pixels with each pattern.
-
-    Padding and values that are not finite are black. Raises ValueError if no value is finite.
+    `counts` (n,) has the number of pixels with each pattern. Padding and values that are not finite become black. Raises
+    ValueError if no value is finite.
     """
     values = values_of(occurring, stored.bits, stored.signed)
     shown = np.isfinite(2.0 * values)  # a span of finite values might be infinite
     if not shown.any():
         raise ValueError("no pixel has a finite value")
-    warnings = [] if shown.all() else ["values that are not finite numbers are black"]
+    warnings = [] if shown.all() else ["pixels whose values are not finite numbers are black"]
     if stored.padding:
         inside = shown & ~is_padding(occurring, 8 * stored.patterns.itemsize, stored.bits, stored.signed, stored.padding)
         shown = inside if inside.any() else shown  # otherwise the padding is the image

@@ -1,4 +1,4 @@
-"""Draws predicted or annotated boxes on X-rays; also the colours of findings and the places of labels in every picture."""
+"""Draws predicted or annotated boxes on X-rays; chooses the colours of findings and the positions of labels in pictures."""
 
 from collections.abc import Iterable, Mapping
 from itertools import cycle, pairwise
@@ -21,10 +21,10 @@ COLOURS = (
 
 
 def finding_colours(findings: Iterable[str]) -> dict[str, str]:
-    """Return the colour, as #RRGGBB, of each finding in alphabetical order; {} for a single one, which needs no colour.
+    """Return a dict from finding to colour (#RRGGBB), sorted by name; empty for a single finding, which needs no colour.
 
-    `findings` are all findings of a run, also those that a picture does not show, so that a finding has the same colour in
-    all pictures of the run. The colours repeat after the 14th finding.
+    `findings` are all findings of a run, including those that a picture does not show, so that a finding has the same colour
+    in all pictures of the run. The colours repeat after the 14th finding.
     """
     names = sorted(set(findings))
     return dict(zip(names, cycle(COLOURS), strict=False)) if len(names) > 1 else {}
@@ -33,9 +33,9 @@ def finding_colours(findings: Iterable[str]) -> dict[str, str]:
 def place_labels(boxes: np.ndarray, widths: Iterable[float], height: float, rows: float, columns: float) -> np.ndarray:
     """Return the left end of each label's baseline, (n, 2) as x and y, in pixels of a picture of `rows` x `columns`.
 
-    `boxes` (n, 4) are the labels' boxes, the most important first, `widths` the labels' widths and `height` that of letters.
-    A label is above its box, or inside the box if that is at the top edge of the picture. If it would cover an earlier
-    label, it moves down to the first free line, and stays where it was if there is none.
+    `boxes` (n, 4) has the box of each label, the most important first; `widths` are the widths of the labels, and `height`
+    is the height of their letters, all in pixels. A label is above its box, or inside the box if there is no room above it.
+    A label that would cover an earlier label moves down to the first free line; if no line is free, it is not moved.
     """
     places: list[tuple[float, float, float]] = []
     for (xmin, ymin, *_), width in zip(boxes, widths, strict=True):
@@ -70,17 +70,17 @@ def draw_boxes(
     `findings` is empty. Raises ValueError if `image` has another shape or type, or if a box lacks a coordinate.
     """
     if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
-        raise ValueError(f"expected an image of uint8 (rows, columns), got {image.dtype} {image.shape}; see read_xray")
+        raise ValueError(f"expected an image of uint8 (rows, columns), got {image.dtype} {image.shape}; use read_xray")
     rows, columns = size or image.shape
     scale = np.array([image.shape[1] / columns, image.shape[0] / rows] * 2)
     picture = np.repeat(image[..., None], 3, axis=2)
     width = max(1, round(max(image.shape) / 400))
-    given = list(_as_dictionaries(boxes))
-    for box in given:
+    all_boxes = list(_as_dictionaries(boxes))
+    for box in all_boxes:
         if missing := [side for side in BOX if side not in box]:
-            raise ValueError(f"a box lacks {', '.join(missing)}; it has {', '.join(map(str, box))}")
-    colours = finding_colours(findings or {str(box["finding"]) for box in given if "finding" in box})
-    shown = [box for box in given if float(box.get("score", 1.0)) >= min_score]
+            raise ValueError(f"a box lacks {', '.join(missing)}; it has the keys {', '.join(map(str, box))}")
+    colours = finding_colours(findings or {str(box["finding"]) for box in all_boxes if "finding" in box})
+    shown = [box for box in all_boxes if float(box.get("score", 1.0)) >= min_score]
     shown.sort(key=lambda box: float(box.get("score", 1.0)), reverse=True)
     corners = [np.array([float(box[side]) for side in BOX]) * scale for box in shown]
     labels = [_label(box, bool(colours)) for box in shown]
@@ -114,7 +114,10 @@ def _label(box: Mapping[str, Any], is_named: bool) -> str:
 
 
 def _lines(box: list[int], dash: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Return the ends of the lines that draw a box: its four sides, or their dashes of `dash` pixels unless that is 0."""
+    """Return the two end points of each line that draws a box.
+
+    The lines are the box's four sides or, if `dash` is above 0, dashes of this length in pixels.
+    """
     xmin, ymin, xmax, ymax = box
     ends = [(xmin, ymin), (xmax, ymin), (xmax, ymax), (xmin, ymax), (xmin, ymin)]
     if not dash:

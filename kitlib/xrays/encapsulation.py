@@ -8,7 +8,7 @@ UNDEFINED_LENGTH = b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff"
 
 
 def read_first_frame(data: bytes, frames: int) -> bytes:
-    """Return the first frame in encapsulated pixel data; `data` is their content, and `frames` is their number of frames.
+    """Return the first frame in `data`, the content of an encapsulated PixelData element that has `frames` frames.
 
     If there is only one frame, all fragments belong to it, whatever the Basic Offset Table says. Raises ValueError if `data`
     contains no frame, or ends inside a fragment.

@@ -1,4 +1,4 @@
-"""An entry of the cache of decoded X-rays: a safetensors file with pixels, facts about them, and a checksum of both."""
+"""Reads and writes an entry of the X-ray cache: a safetensors file with pixels, metadata (facts), and a checksum of both."""
 
 import json
 import zlib
@@ -15,7 +15,10 @@ CHECKSUM = "crc32"
 
 
 def write_entry(path: Path, pixels: np.ndarray, facts: dict[str, str]) -> None:
-    """Write an entry atomically, with its checksum. `pixels` is uint8 (height, width)."""
+    """Write the cache entry of one X-ray atomically, with a checksum.
+
+    `pixels` is uint8 (height, width); `facts` is the metadata.
+    """
     pixels = np.ascontiguousarray(pixels)
     content = save({"pixels": pixels}, metadata={**facts, CHECKSUM: _checksum(pixels, facts)})
     with replacing(path) as temporary_path:
@@ -23,9 +26,9 @@ def write_entry(path: Path, pixels: np.ndarray, facts: dict[str, str]) -> None:
 
 
 def read_entry(path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
-    """Return an entry's pixels, uint8 (height, width), and its facts.
+    """Return the pixels, uint8 (height, width), and the metadata of the cache entry `path`.
 
-    Without `verify`, the checksum is not compared. Raises CacheError if the entry is damaged, OSError if it cannot be
+    The checksum is only verified if `verify` is True. Raises CacheError if the entry is damaged, OSError if it cannot be
     opened.
     """
     try:
@@ -37,10 +40,13 @@ def read_entry(path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, s
 
 
 def parse_entry(content: bytes, path: Path, verify: bool = True) -> tuple[np.ndarray, dict[str, str]]:
-    """Return the pixels and facts of an entry's content, as `read_entry` does; `path` is its place in error messages."""
+    """Return the pixels, uint8 (height, width), and the metadata in `content`, the bytes of a cache entry.
+
+    `path` is only used in error messages; `verify` and errors are as in `read_entry`.
+    """
     try:
         pixels = load(content)["pixels"]
-        # safetensors returns no facts of content in memory, which begins with the length of the header and the header.
+        # safetensors returns no metadata for content in memory, which begins with the length of the header, then the header.
         facts = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
     except (SafetensorError, KeyError) as error:
         raise _damaged(path, str(error)) from error
@@ -61,5 +67,5 @@ def _checksum(pixels: np.ndarray, facts: dict[str, str]) -> str:
 
 def _damaged(path: Path, reason: str) -> CacheError:
     return CacheError(
-        f"{path} is damaged ({reason}); prepare the run again where the image's file is, which decodes this entry again"
+        f"{path} is damaged ({reason}); prepare the run again on a computer that has the image file, to decode it again"
     )

@@ -1,4 +1,4 @@
-"""Time limit for decoding one file, lowered once slow files have used up their share of the time."""
+"""Sets the time limit for decoding one file, and lowers it once slow files have used up their share of the time."""
 
 from bisect import insort
 
@@ -9,16 +9,17 @@ SLOW_SHARE = 0.1
 # The limit of one file is this share of what remains for slow files, so that the first ones get as much as they need.
 FILE_SHARE = 0.1
 SHORTEST_S = 5.0  # the limit is never lower, because a busy machine may interrupt any file for seconds
-TIMES_USUAL = 10  # nor lower than this multiple of what usual files take, because on a slow machine all files are slow
-USUAL_QUANTILE, USUAL_FILES = 0.1, 10  # a low quantile, which slow files do not raise; of at least so many decoded files
+TIMES_USUAL = 10  # nor is it lower than this multiple of a usual file's time, because on a slow machine all files are slow
+# A usual file's time is this quantile, low so that slow files do not raise it, of the times of at least USUAL_FILES files.
+USUAL_QUANTILE, USUAL_FILES = 0.1, 10
 
 
 class FileLimits:
-    """Limits in seconds for the files of one decoding, at most `longest_s` each.
+    """Decides how many seconds each file may take to decode: at most `longest_s`, less after many slow files.
 
-    `seconds` is the time for the whole work, of which the decoding of the `files` files in `workers` processes is a part.
-    A file that takes nearly `longest_s` does no harm, but a thousand of them would use up all the time. Call `count` with
-    each outcome and `next_limit` before each file.
+    `seconds` is the time for the whole work, which includes decoding `files` files in `workers` processes. A single file
+    that takes nearly `longest_s` does no harm, but a thousand of them would use up all the time. Call `next_limit` before
+    each file and `count` with each Outcome.
     """
 
     def __init__(self, longest_s: float, seconds: float, workers: int, files: int) -> None:
@@ -30,7 +31,7 @@ class FileLimits:
         self._decoded_s: list[float] = []
 
     def next_limit(self) -> float:
-        """Return the limit for the next file."""
+        """Return the time limit of the next file, in seconds."""
         floor = SHORTEST_S
         if len(self._decoded_s) >= USUAL_FILES:
             usual = self._decoded_s[int(USUAL_QUANTILE * len(self._decoded_s))]
@@ -40,7 +41,7 @@ class FileLimits:
         return limit
 
     def count(self, outcome: Outcome) -> None:
-        """Take the seconds of a finished file into account."""
+        """Record the decoding time of a finished file, from which later limits are computed."""
         if outcome.status == "decoded":
             insort(self._decoded_s, outcome.seconds)
         if outcome.seconds >= SHORTEST_S:
@@ -50,10 +51,10 @@ class FileLimits:
 
     @property
     def note(self) -> str:
-        """What slow files have cost, or "" if there were none or no limit was lowered."""
+        """Text that says how much time slow files took and how far the limit was lowered; "" if it was not lowered."""
         if not self.slow or self.lowest_s == self.longest_s:
             return ""
         return (
-            f"took {SHORTEST_S:g} s or more each, {self.slow_s:.0f} s in all; the time limit of a file was lowered from "
+            f"these files took {SHORTEST_S:g} s or more each, {self.slow_s:.0f} s in all; the time limit was lowered from "
             f"{self.longest_s:g} s to {self.lowest_s:.3g} s"
         )

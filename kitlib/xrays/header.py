@@ -195,7 +195,7 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:
-    """Return the XrayHeader of a file from its elements. Raises ValueError if none of an X-ray's elements is present.
+    """Return the XrayHeader of a file from its elements. Raises ValueError if the file has no element of an X-ray.
 
     The check is needed because pydicom reads arbitrary bytes as an empty dataset.
     """

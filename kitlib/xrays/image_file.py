@@ -29,9 +29,10 @@ JSRT_BYTES = 2 * JSRT_SIDE**2
 
 
 def image_format(path: str | Path) -> str:
-    """Return a file's format: "PNG", "JPEG", "GIF" or "JSRT", "" for any other. Raises OSError if it cannot be opened.
+    """Return the format of a file: "PNG", "JPEG", "GIF" or "JSRT" (raw), or "" for any other format.
 
     The format is recognised by the first bytes, not by the name; only JSRT's raw files are recognised by suffix and size.
+    Raises OSError if the file cannot be opened.
     """
     with open(path, "rb") as file:
         start = file.read(8)
@@ -40,7 +41,10 @@ def image_format(path: str | Path) -> str:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Return an image file's numbers of rows and columns, without decoding. Raises UnreadableXray if it cannot be opened."""
+    """Return the numbers of rows and columns of an image file, without decoding it.
+
+    Raises UnreadableXray if the file cannot be opened.
+    """
     if _is_jsrt(path):
         return JSRT_SIDE, JSRT_SIDE
     with open_image(path, with_pixels=False) as image:
@@ -51,7 +55,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def read_xray(path: str | Path) -> np.ndarray:
     """Return the pixels of a DICOM, PNG, JPEG, GIF or raw JSRT file, uint8 (rows, columns); 255 is white (bone).
 
-    Logs warnings about the file; see `decode_file`. Raises UnreadableXray if it cannot be read as an X-ray.
+    Logs warnings about the file; see `decode_file`. Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     try:
         xray = decode_file(path)
@@ -65,9 +69,8 @@ def read_xray(path: str | Path) -> np.ndarray:
 def decode_file(path: str | Path) -> Xray:
     """Decode an image file (see `decode_image`) or a DICOM file (see kitlib.xrays.dicom.decode_xray); return an Xray.
 
-    The format is recognised by the file's content.
-
-    Raises UnreadableXray if it cannot be read as an X-ray, OSError if it cannot be opened.
+    The format is recognised by the file's content. Raises UnreadableXray if the file cannot be read as an X-ray, OSError if
+    it cannot be opened.
     """
     return decode_image(path) if image_format(path) else decode_xray(path)
 
@@ -76,11 +79,11 @@ def decode_image(path: str | Path) -> Xray:
     """Decode a PNG, JPEG, GIF or raw JSRT file; returns an Xray with 8-bit grey pixels, and warnings about the file.
 
     8-bit values are unchanged, 16-bit values are reduced to the upper eight of the 8, 10, 12, 14 or 16 bits in use, colour
-    is converted to luma, and alpha is ignored. A 16-bit grey PNG beside a JSON file of its DICOM header (see
-    kitlib.xrays.json_header) is shown as this header says, like a DICOM file; an invalid header is ignored, with a warning.
-    JSRT's raw values are reduced to the upper eight of their twelve bits and inverted, so that air is dark. The grey range
-    is not stretched, because the data set's authors have already chosen it. Raises UnreadableXray if the file is damaged or
-    truncated.
+    is converted to luma, and alpha is ignored. If the DICOM header of a 16-bit grey PNG is in a JSON file next to it (see
+    kitlib.xrays.json_header), the header's display transforms are applied, as to a DICOM file; an invalid header is ignored,
+    with a warning. JSRT's raw values are reduced to the upper eight of their twelve bits and inverted, so that air is dark.
+    The grey range is not stretched, because the data set's authors have already chosen it. Raises UnreadableXray if the file
+    is damaged or truncated.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())
@@ -115,9 +118,10 @@ def decode_image(path: str | Path) -> Xray:
 
 
 def open_image(path: str | Path, with_pixels: bool = True) -> Image.Image:
-    """Open a PNG, JPEG or GIF file as a Pillow image whose pixels are not loaded yet, and can be loaded if `with_pixels`.
+    """Open a PNG, JPEG or GIF file as a Pillow image without decoding its pixels.
 
-    Raises UnreadableXray if the file cannot be opened, or if its header states no pixels or more than MAX_SAMPLES pixels.
+    With `with_pixels`, the file is read into memory, so that the pixels can be decoded later. Raises UnreadableXray if the
+    file cannot be opened, or if its header states no pixels or more than MAX_SAMPLES pixels.
     """
     try:
         name = image_format(path)

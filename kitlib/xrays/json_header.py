@@ -14,22 +14,22 @@ TAGS = frozenset(f"{Tag(keyword):08X}" for keyword in KEYWORDS if keyword not in
 
 
 def json_header_path(path: str | Path) -> Path | None:
-    """Return the JSON file with the name of the PNG file `path`, or None if there is none."""
+    """Return the JSON file next to the PNG file `path` that has the same name, or None if there is no such file."""
     header = Path(path).with_suffix(".json")
     return header if Path(path).suffix.lower() == ".png" and header.is_file() else None
 
 
 def read_json_header(path: Path) -> Elements:
-    """Return the elements in a JSON file of a DICOM header that an X-ray needs.
+    """Return the DICOM elements that displaying an X-ray requires, from a JSON file that contains a DICOM header.
 
     Raises ValueError if the file cannot be read, is too large, is not in the DICOM JSON model or has none of these elements.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"it has more than {MAX_JSON_BYTES} bytes")
+            raise ValueError(f"the file has more than {MAX_JSON_BYTES} bytes")
         wanted = {tag: element for tag, element in json.loads(path.read_bytes()).items() if tag.upper() in TAGS}
         if not wanted:
-            raise ValueError("it has none of an X-ray's DICOM elements")
+            raise ValueError("the file has none of an X-ray's DICOM elements")
         # Written and read again, because Elements has an element's value as bytes.
         file = BytesIO()
         Dataset.from_json(wanted).save_as(file, implicit_vr=False, little_endian=True)

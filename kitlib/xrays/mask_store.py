@@ -17,25 +17,25 @@ SCHEMA = pa.schema({"image_id": pa.string(), "png": pa.binary()})
 
 
 def encode_grey(pixels: np.ndarray) -> bytes:
-    """Return a PNG file of an image uint8 (rows, columns)."""
+    """Return the content of a PNG file with the grey image `pixels`, uint8 (rows, columns)."""
     return cv2.imencode(".png", np.ascontiguousarray(pixels, np.uint8))[1].tobytes()
 
 
 def decode_grey(png: bytes) -> np.ndarray:
-    """Return the image uint8 (rows, columns) in a PNG file. Raises MaskError if it has no such image."""
+    """Return the grey image, uint8 (rows, columns), in a PNG file's content. Raises MaskError if there is no such image."""
     pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
     if pixels is None or pixels.ndim != 2 or pixels.dtype != np.uint8:
-        raise MaskError(f"{len(png)} bytes are not a PNG file of an 8-bit grey image; predict the images again")
+        raise MaskError(f"{len(png)} bytes are not a PNG file of an 8-bit grey image; predict the masks again")
     return pixels
 
 
 class MaskStore:
     """Store of masks by image_id. A mask is a label image, uint8 (height, width), with a code of MASK_CODES at each pixel.
 
-    Its size is that of the image's decoded copy. Masks are read from `folder`, to which `add` writes, and from the folders
-    `others`, such as those of a model's other folds. Each `add` writes one new file atomically, so that an interrupted stage
-    can continue after the last file. Many masks share a file, because Kaggle handles outputs of thousands of files badly;
-    files are memory-mapped, so memory use stays low. Raises MaskError if a file is damaged.
+    A mask has the size of the image's decoded copy. Masks are read from `folder`, to which `add` writes, and from the
+    folders `others`, such as those of a model's other folds. Each `add` writes one new file atomically, so that an
+    interrupted stage can continue after the last file. Many masks share a file, because Kaggle handles outputs of thousands
+    of files badly; files are memory-mapped, so memory use stays low. Raises MaskError if a file is damaged.
     """
 
     def __init__(self, folder: str | Path, *others: str | Path) -> None:
@@ -93,7 +93,7 @@ class MaskStore:
         for image_id, codes in masks.items():
             if codes.ndim != 2 or not codes.size or codes.min() < 0 or codes.max() > max(MASK_CODES.values()):
                 raise ValueError(
-                    f"the mask for image {image_id!r} is not a label image; expected (rows, columns) of {MASK_CODES}"
+                    f"the mask for image {image_id!r} is not a label image; expected (rows, columns) of codes {MASK_CODES}"
                 )
         if not masks:
             return
@@ -110,7 +110,7 @@ class MaskStore:
         self._open(part)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 (hex) of all image ids and masks; it does not depend on which file contains which mask."""
+        """Return a SHA-256 (hex) of all image ids and masks; it does not depend on how the masks are divided into files."""
         digest = hashlib.sha256()
         for image_id in sorted(self.ids):
             _, column, row = self._locations[image_id]

@@ -7,7 +7,7 @@ from kitlib.xrays.header import Elements
 # Radiographs (computed, digital, digitised film), fluoroscopy, angiography, mammography, dental and portal images. The
 # standard lacks DR, XR and RX, but devices write them.
 PROJECTIONS = ("CR", "DX", "DR", "XR", "RX", "RG", "RF", "DF", "XA", "MG", "IO", "PX", "RTIMAGE")
-# These do not say what was imaged: absent, other, secondary capture, hard copy. The SOP Class may say it.
+# Modalities that do not say what was imaged: absent, other, secondary capture, hard copy. The SOP Class may say it.
 UNSPECIFIC = ("", "OT", "SC", "HC")
 SOP_CLASSES = "1.2.840.10008.5.1.4.1.1."
 # CR, DX, MG and dental; secondary capture; XA and RF; portal images.
@@ -18,7 +18,8 @@ NOT_AN_XRAY = "not a projection X-ray"  # all warnings of this module start with
 def modality_warnings(elements: Elements) -> list[str]:
     """Return a list with a warning if a file is not a projection X-ray, according to its Modality; otherwise [].
 
-    A Modality of PROJECTIONS is an X-ray. If the Modality is one of UNSPECIFIC, a standard SOP Class decides.
+    Any Modality in PROJECTIONS is a projection X-ray. If the Modality is in UNSPECIFIC, the SOP Class decides, if it is a
+    standard one.
     """
     modality = elements.text("Modality").upper()
     if modality in PROJECTIONS:

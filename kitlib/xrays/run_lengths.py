@@ -17,24 +17,24 @@ NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 def encode_mask(mask: np.ndarray) -> str:
-    """Return the run lengths of a mask (rows, columns), whose pixels are true or not 0; EMPTY for an empty one."""
+    """Return the run lengths of a mask (rows, columns) as text; all values but 0 are inside. An empty mask gives EMPTY."""
     return encode_runs(runs_of(mask))
 
 
 def encode_runs(runs: np.ndarray) -> str:
-    """Return the run lengths of sorted runs (n, 2), which do not overlap; EMPTY for none."""
+    """Return runs (n, 2), which must be sorted and not overlap, as text of run lengths; EMPTY if there are no runs."""
     return " ".join(map(str, np.diff(runs.ravel(), prepend=0))) if len(runs) else EMPTY
 
 
 def runs_of(mask: np.ndarray) -> np.ndarray:
-    """Return the runs (n, 2) of a mask (rows, columns), each its first pixel and the pixel after its last."""
+    """Return the runs of a mask (rows, columns) as an array (n, 2): each run's first pixel, and the pixel after its last."""
     pixels = np.zeros(mask.size + 2, dtype=bool)
     pixels[1:-1] = np.asarray(mask).astype(bool).ravel(order="F")
     return np.flatnonzero(pixels[1:] != pixels[:-1]).reshape(-1, 2)
 
 
 def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
-    """Return the boolean mask (rows, columns) that `text` describes. Raises MaskError if `text` has a fault."""
+    """Return the boolean mask (rows, columns) that the run lengths `text` describe. Raises MaskError if they are invalid."""
     runs, faults = parse_runs(text, rows * columns)
     if faults:
         raise MaskError(f"the run lengths {text[:60]!r} cannot be decoded: {'; '.join(faults)}")
@@ -42,7 +42,7 @@ def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
 
 
 def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
-    """Return the boolean mask (rows, columns) of runs (n, 2), in any order, which may overlap."""
+    """Return the boolean mask (rows, columns) of runs (n, 2), which may overlap and have any order."""
     pixels = np.zeros(rows * columns, dtype=bool)
     for start, end in runs:
         pixels[start:end] = True
@@ -50,9 +50,9 @@ def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.nda
 
 
 def parse_runs(text: str, pixels: int = SIDE * SIDE) -> tuple[np.ndarray, list[str]]:
-    """Return the runs (n, 2) in `text`, each its first pixel and the pixel after its last; and a description of each fault.
+    """Return the runs in `text`, (n, 2): each run's first pixel and the pixel after its last; and a list of problems.
 
-    `pixels` is the number of pixels of the image. With a fault, there are no runs.
+    `pixels` is the number of pixels of the image. If there is any problem, no runs are returned.
     """
     words = text.split()
     if words == [EMPTY]:

@@ -1,4 +1,4 @@
-"""Decodes the pixel data of a DICOM file to bit patterns, after checking that header and codestream state the same size."""
+"""Decodes a DICOM file's pixel data to bit patterns, after comparing the sizes in its header and in the compressed frame."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ COMPRESSED = (RLELossless, *JPEGTransferSyntaxes, *JPEGLSTransferSyntaxes, *JPEG
 GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 FLOATS = {"FloatPixelData": "f4", "DoubleFloatPixelData": "f8"}
-# Share of bytes after the image that is tolerated. A readable file of SIIM's has 216,296 bytes there, 1.6 % of its pixels.
+# Bytes after the image that are tolerated, as a share of its bytes. A readable file of SIIM's has 216,296, which is 1.6 %.
 MAX_EXTRA = 0.1
 
 
@@ -45,13 +45,13 @@ class StoredFrame:
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
-    """Return the first frame of a DICOM file from its elements and the transfer syntax that it states.
+    """Return the first frame of a DICOM file, from its `elements` and from `syntax`, the transfer syntax that it states.
 
     Raises ValueError if the pixel data are invalid, or any exception that the decoder raises.
     """
     keyword = next((name for name in PIXELS if name in elements), None)
     if keyword is None:
-        raise ValueError("no PixelData; not an image, or truncated")
+        raise ValueError("no PixelData: the file is not an image, or is truncated")
     rows, columns, samples = elements.whole("Rows", 0), elements.whole("Columns", 0), elements.whole("SamplesPerPixel", 1)
     frames = max(1, elements.whole("NumberOfFrames", 1))
     if not (0 < rows <= 65535 and 0 < columns <= 65535 and samples in (1, 3)):
@@ -127,9 +127,10 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
 
 
 def read_stored_array(elements: Elements, patterns: np.ndarray) -> StoredFrame:
-    """Return the StoredFrame of bit patterns, uint16 (rows, columns), that were taken out of the DICOM file of `elements`.
+    """Return a StoredFrame of `patterns`, uint16 (rows, columns), bit patterns that were extracted from a DICOM file.
 
-    Raises InvalidElement if an element that says what the patterns mean is not a number.
+    `elements` has the header of this file. Raises InvalidElement if an element that says what the patterns mean is not a
+    number.
     """
     warnings: list[str] = []
     photometric = _read_photometric(elements, 1, warnings)
@@ -139,7 +140,10 @@ def read_stored_array(elements: Elements, patterns: np.ndarray) -> StoredFrame:
 
 
 def _read_photometric(elements: Elements, samples: int, warnings: list[str]) -> str:
-    """Return PhotometricInterpretation; if it is invalid, MONOCHROME2 or RGB, and an entry is added to `warnings`."""
+    """Return PhotometricInterpretation; if it is invalid, return MONOCHROME2 for one sample or RGB for three.
+
+    An invalid value adds a warning to `warnings`.
+    """
     photometric = elements.text("PhotometricInterpretation").upper()
     if photometric in (GREY if samples == 1 else COLOUR):
         return photometric
@@ -149,7 +153,10 @@ def _read_photometric(elements: Elements, samples: int, warnings: list[str]) -> 
 
 
 def _read_bits_stored(elements: Elements, allocated: int, warnings: list[str]) -> int:
-    """Return BitsStored; if it is absent or impossible, `allocated`, the latter with an entry in `warnings`."""
+    """Return BitsStored, or `allocated` if BitsStored is absent or impossible.
+
+    An impossible value adds a warning to `warnings`.
+    """
     bits_stored = elements.whole("BitsStored", allocated)
     if 1 <= bits_stored <= allocated:
         return bits_stored
@@ -169,8 +176,8 @@ def _find_bits(
 ) -> StoredFrame:
     """Return the StoredFrame of grey bit patterns (rows, columns), after checking which of their bits contain the value.
 
-    `frame_header` is that of a compressed frame, decoded with the transfer syntax `syntax`. What contradicts the header adds
-    an entry to `warnings`.
+    `frame_header` is the header of a compressed frame that was decoded with the transfer syntax `syntax`, None for other
+    pixel data. Whatever contradicts the DICOM header adds a warning to `warnings`.
     """
     bits = bits_stored
     padding = _read_padding(elements, 8 * patterns.itemsize, signed, warnings)
@@ -193,9 +200,9 @@ def _find_bits(
 
 
 def _read_bits_allocated(elements: Elements, frame_header: FrameHeader | None, bytes_per_value: int) -> int:
-    """Return BitsAllocated; if it is absent, 8 or 16, as the frame's precision or the `bytes_per_value` of the data require.
+    """Return BitsAllocated; if it is absent, 8 or 16, derived from the frame's precision or from `bytes_per_value`.
 
-    Raises ValueError if values of this size are not read: not 8, 16 or, without a codestream's precision, 32 bits.
+    Raises ValueError if it is not 8 or 16 (or 32, without a frame header), or is smaller than the frame's precision.
     """
     wide = frame_header.precision > 8 if frame_header else bytes_per_value >= 2
     allocated = elements.whole("BitsAllocated", 16 if wide else 8)
@@ -215,7 +222,8 @@ def _read_float(elements: Elements, keyword: str, syntax: str, rows: int, column
     """Return the values of float pixel data, float32 or float64 (rows, columns). Raises ValueError if they are invalid."""
     if samples != 1 or syntax not in NATIVE:
         raise ValueError(
-            f"{keyword} with SamplesPerPixel {samples} and transfer syntax {syntax}; expected one uncompressed sample"
+            f"{keyword} with SamplesPerPixel {samples} and transfer syntax {syntax}; expected SamplesPerPixel 1 and an "
+            "uncompressed transfer syntax"
         )
     return _read_values(elements.raw(keyword), FLOATS[keyword], syntax, rows, columns)
 
@@ -232,8 +240,8 @@ def _read_float_padding(elements: Elements, prefix: str) -> tuple[float, float] 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
     """Return the transfer syntax of pixel data that are not encapsulated: `syntax`, the stated one, unless it is wrong.
 
-    If the stated one is for compressed data, but the data are as long as `values` uncompressed values, the result is
-    Explicit VR Little Endian.
+    It is wrong if it is a syntax for compressed data, but the data are as long as `values` uncompressed values. The result
+    is then Explicit VR Little Endian.
     """
     allocated, length = elements.whole("BitsAllocated", 16), len(elements.raw("PixelData"))
     is_plain = syntax in COMPRESSED and 0 <= length - values * allocated // 8 <= 1
@@ -243,7 +251,7 @@ def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
 def _check_length(length: int, expected: int) -> list[str]:
     """Return a list with a warning if uncompressed pixel data are a little too long, otherwise an empty list.
 
-    `length` and `expected` are in bytes. Raises ValueError if the data are too long by more than a share of MAX_EXTRA,
+    `length` and `expected` are in bytes. Raises ValueError if the data are too long by more than the share MAX_EXTRA,
     because the rows, columns, samples or bits in the header are then wrong.
     """
     extra = length - expected
@@ -251,7 +259,7 @@ def _check_length(length: int, expected: int) -> list[str]:
         return []
     if extra > MAX_EXTRA * expected:
         raise ValueError(
-            f"the pixel data have {length} bytes, but the header describes {expected}; its size or bits are wrong"
+            f"the pixel data have {length} bytes, but the header describes {expected}; the header's size or bits are wrong"
         )
     return [f"the pixel data have {extra} bytes more than the header describes; they are ignored"]
 
@@ -259,8 +267,8 @@ def _check_length(length: int, expected: int) -> list[str]:
 def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: list[str]) -> tuple[int, int] | None:
     """Return the lowest and the highest value that mean padding, or None if PixelPaddingValue is absent or invalid.
 
-    They are PixelPaddingValue and PixelPaddingRangeLimit; without a limit, both are PixelPaddingValue. `allocated` is the
-    number of bits per value. Invalid padding adds an entry to `warnings`.
+    The two values are PixelPaddingValue and PixelPaddingRangeLimit; without a limit, both are PixelPaddingValue. `allocated`
+    is the number of bits per value. Invalid padding adds a warning to `warnings`.
     """
     try:
         value = elements.number("PixelPaddingValue")
@@ -312,8 +320,8 @@ def _find_shift(
 ) -> int:
     """Return by how many bits to shift uncompressed or RLE bit patterns to the right, according to HighBit; usually 0.
 
-    HighBit is ignored if it is invalid, or if the patterns occupy the low bits and so contradict it. The shift is then 0,
-    and a warning is added to `warnings`.
+    HighBit is ignored if it is invalid, or if the values are in the low bits and therefore contradict it. The shift is then
+    0, and a warning is added to `warnings`.
     """
     allocated, high_bit = 8 * patterns.itemsize, elements.whole("HighBit", bits_stored - 1)
     shift = high_bit + 1 - bits_stored
@@ -335,15 +343,16 @@ def _find_shift(
 
 
 def _read_checked_frame_header(frame: bytes, syntax: str, rows: int, columns: int, samples: int) -> FrameHeader | None:
-    """Return a compressed frame's own header, None for RLE.
+    """Return the header of a compressed frame, or None for RLE, whose frames do not contain their size.
 
-    Raises ValueError if it is damaged, or if it states another size than the DICOM header (`rows`, `columns`, `samples`).
+    Raises ValueError if the header is damaged, or if it states another size than the DICOM header (`rows`, `columns`,
+    `samples`).
     """
     frame_header = read_frame_header(frame, syntax)
     if frame_header and (frame_header.rows, frame_header.columns, frame_header.samples) != (rows, columns, samples):
         raise ValueError(
             f"the compressed frame is {frame_header.rows} x {frame_header.columns} x {frame_header.samples}, "
-            f"but the header says {rows} x {columns} x {samples}"
+            f"but the header says {rows} x {columns} x {samples} (rows, columns, samples)"
         )
     return frame_header
 
@@ -358,9 +367,9 @@ def _read_uncompressed(
 
 
 def _read_values(data: bytes | memoryview, kind: str, syntax: str, rows: int, columns: int) -> np.ndarray:
-    """Return the values (rows, columns) of uncompressed pixel data in NumPy's type `kind`; a view of `data` if possible.
+    """Return uncompressed pixel data as an array (rows, columns) of NumPy's type `kind`; a view of `data` if possible.
 
-    Trailing bytes are ignored as padding. Raises ValueError if the data are too short.
+    Bytes after the last value are ignored as padding. Raises ValueError if the data are too short.
     """
     dtype = np.dtype(kind).newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")
     size = rows * columns * dtype.itemsize

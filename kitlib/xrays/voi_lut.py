@@ -13,7 +13,8 @@ import numpy as np
 from kitlib.xrays.header import Elements, InvalidElement
 
 FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
-# A window left over from a conversion to 8 bits made 99.8 % of a 12-bit image white.
+# A LUT or window that makes more than this share of the pixels black, or white, is ignored. For example, a window left over
+# from a conversion to 8 bits made 99.8 % of a 12-bit image white.
 ONE_END = 0.99
 
 
@@ -77,8 +78,8 @@ class Display:
 def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: bool) -> Display:
     """Return a DICOM file's display transforms: its first modality LUT or rescale, and its first VOI LUT or window.
 
-    If a file has both, the LUT is used. `inverted` says whether to invert the greys, as for MONOCHROME1. Invalid elements
-    are ignored, with a warning.
+    A LUT is preferred to a rescale or a window. `inverted` says whether to invert the greys, as for MONOCHROME1. Invalid
+    elements are ignored, with a warning.
     """
     warnings: list[str] = []
     modality, voi = None, None
@@ -98,11 +99,10 @@ def read_display(elements: Elements, bits_stored: int, signed: bool, inverted: b
 def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
     """Return the uint8 grey of each stored value (n,), and warnings about transforms that were ignored.
 
-    `values` are the distinct integers that occur in the image. After the transforms, their minimum becomes 0, their maximum
-    255, and fractions are truncated (as in `(255 * x).astype(uint8)`). A transform that maps all values to one grey is
-    ignored, and so is a VOI LUT or window that makes more than a share ONE_END of the pixels black, or white, although their
-    stored values differ. `counts` (n,) is the number of pixels with each value. If there is only one stored value, its grey
-    is 0.
+    `values` are the distinct values that occur in the image; `counts` (n,) is the number of pixels with each value. After
+    the transforms, the minimum becomes 0, the maximum 255, and fractions are truncated (as in `(255 * x).astype(uint8)`). If
+    there is only one value, its grey is 0. A transform that maps all values to one grey is ignored. A VOI LUT or window is
+    also ignored if it makes more than the share ONE_END of the pixels black, or white, although their stored values differ.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
@@ -129,7 +129,7 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
 
 
 def _shows_one_end(shown: np.ndarray, counts: np.ndarray | None) -> bool:
-    """Return whether more than a share ONE_END of the pixels, with different stored values, are all black or all white.
+    """Return whether more than the share ONE_END of the pixels became black, or white, although their stored values differ.
 
     `shown` (n,) is the grey of each stored value, `counts` (n,) the number of pixels with this value.
     """

@@ -48,7 +48,7 @@ class Outcome:
 
 
 def decode_into(entry: Path, image_id: str, path: str, longest_side: int) -> Outcome:
-    """Decode the file `path`, shrink the image to `longest_side` and write it atomically to `entry`.
+    """Decode the file `path`, reduce the image to at most `longest_side` pixels a side and write it atomically to `entry`.
 
     Returns a failed Outcome if the file cannot be read. Raises OSError if the entry cannot be written, as on a full disk.
     """
@@ -80,12 +80,11 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 def source_of(path: str) -> dict[str, str]:
     """Return a dict that identifies a file's content: size, modification time, and a digest of three samples of 64 KiB.
 
-    The samples are the beginning, the middle and the end of the file.
-
-    The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. Size and time alone
-    can be equal for images unpacked from one archive; the sampled bytes contain the header with its ids, and pixels, and the
-    digest includes the JSON file of a PNG's DICOM header. Hashing the whole file would take as long as decoding it. Raises
-    OSError if the file cannot be read or is not a regular file.
+    The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. The samples are the
+    beginning, the middle and the end of the file. They are needed because images unpacked from one archive can have the same
+    size and time; they contain the header with its ids, and pixels. For a PNG with a JSON file of its DICOM header, the
+    digest includes that file. Hashing the whole file would take as long as decoding it. Raises OSError if the file cannot be
+    read or is not a regular file.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")
@@ -103,7 +102,10 @@ def source_of(path: str) -> dict[str, str]:
 
 
 def start_worker() -> None:
-    """Initialise a worker process: limit its memory, so that an excessive file fails alone, and silence warnings."""
+    """Initialise a worker process: limit its memory and silence warnings.
+
+    With the limit, a file that needs too much memory fails without affecting other files.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (WORKER_DATA_BYTES, WORKER_DATA_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     cv2.setNumThreads(1)

@@ -225,7 +225,7 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
     (tmp_path / "in" / names[1]).rename(tmp_path / "in" / "others")
     with pytest.raises(
         DatasetError,
-        match=r"others.* neither its folders nor the names of the tables tell .* BIMCV-COVID19\+, .*like covid19_neg",
+        match=r"others.* neither its folders nor the names of the tables say .* BIMCV-COVID19\+, .*like covid19_neg",
     ):
         read_bimcv(tmp_path / "in", progress=False)
 

@@ -169,7 +169,7 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(darwin):
         darwin.read()
     for path in images:
         path.unlink()
-    with pytest.raises(DatasetError, match=r"no PNG or JPEG image that is no mask.*darwin dataset pull"):
+    with pytest.raises(DatasetError, match=r"no PNG or JPEG image outside folders of masks.*darwin dataset pull"):
         darwin.read()
 
 

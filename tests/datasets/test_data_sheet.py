@@ -53,8 +53,9 @@ def test_a_class_from_one_source_is_flagged():
     images, labels = tables(["COVID-19"] * 20 + ["normal"] * 20, source=["a"] * 19 + ["b"] * 20 + ["a"])
     sheet = make_data_sheet(images, labels)
     assert kinds(sheet) == [("one source", "COVID-19"), ("one source", "normal"), ("one source", "")]
-    assert "95.0% of its 20 images are from a, and 95.0% of the images from there" in sheet.flags.problem[0]
-    assert "right for 95.0% of the images, always predicting the most frequent class for 50.0%" in sheet.flags.problem[2]
+    assert "95.0% of this class's 20 images are from a, and 95.0% of the images from there" in sheet.flags.problem[0]
+    assert "source alone is right for 95.0% of the images; " in sheet.flags.problem[2]
+    assert sheet.flags.problem[2].endswith("most frequent class is right for 50.0%")
     images.loc[18, "source"] = "b"
     assert kinds(make_data_sheet(images, labels))[0] == ("one source", "normal")
     # A single source is not flagged.
@@ -93,14 +94,14 @@ def test_leaks_and_missing_classes_are_flagged():
     sheet = make_data_sheet(images, labels, folds, near)
     assert kinds(sheet) == [("leak", ""), ("class missing", "fold 1"), ("class missing", "the test set")]
     assert sheet.flags.problem.tolist() == [
-        "1 cases of a group of near-duplicates in more than one of the folds and the test set; "
+        "1 groups of near-duplicates are in several folds, or in a fold and the test set; "
         "the first is i0 in fold 0, i4 in the test set",
         "has no image of COVID-19",
         "has no image of normal",
     ]
     images.loc[1:2, "patient_id"] = "same"
     assert (
-        "a patient in more than one of the folds and the test set; the first is i1 in fold 0, i2 in fold 1"
+        "patients are in several folds, or in a fold and the test set; the first is i1 in fold 0, i2 in fold 1"
         in make_data_sheet(images, labels, folds).flags.problem.iloc[0]
     )
 

@@ -160,7 +160,7 @@ def test_boxes_of_resized_copies_are_scaled_by_the_original_sizes(layout, tmp_pa
     (layout / "train").mkdir()
     for name in "abc":
         cv2.imwrite(str(layout / "train" / f"{name}.png"), np.zeros((8, 8), np.uint8))
-    with pytest.raises(DatasetError, match=r"train_study_level\.csv is missing, also in the folders below and beside"):
+    with pytest.raises(DatasetError, match=r"train_study_level\.csv is missing, also in subfolders and additional folders"):
         read_train(layout, progress=False)
     with pytest.raises(DatasetError, match=r"meta\.csv is missing.*dim0 and dim1"):
         read_train(DataFolder(layout, [tables]), progress=False)

@@ -77,7 +77,7 @@ def test_a_table_gives_images_patients_and_classes(folder):
         ("x3.png,B", "repeat an earlier row; left out", 4),
         ("x3.png,A", "the rows of this image differ in label: 'A', 'B'; the image is left out", 3),
         ("damaged.png,A", "left out", 4),
-        ("twice.png,A", "2 files have this name, such as a/twice.png, b/twice.png; left out. Write its folder before it", 4),
+        ("twice.png,A", "2 files have this name, such as a/twice.png, b/twice.png; left out. Write the folder before it", 4),
     ],
 )
 def test_a_broken_row_is_a_fault(folder, row, problem, left):
@@ -332,7 +332,7 @@ def test_own_images_are_pooled_with_published_ones(tmp_path):
     assert pool.images.patient_id.str.startswith(("radiography-", "kermany-")).all()
     with pytest.raises(ValueError, match="rename them by class_names"):
         read_pool(parts, "three", False, **WITH_MASKS)
-    with pytest.raises(SettingsError, match=r"class_folders, .* for own images only; to read them, set dataset to 'table'"):
+    with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images: set dataset"):
         read_pool({"kermany": parts["kermany"]}, "three", False, **own)
     assert len(read_mask_pool({"table": folder}, False, **own).masks) == 8
 

@@ -136,7 +136,7 @@ def test_a_missing_piece_names_itself_and_what_to_do(montgomery, tmp_path_factor
         read_shenzhen(montgomery, progress=False)
     (montgomery / "MontgomerySet" / "ManualMask").rename(tmp_path_factory.mktemp("away") / "ManualMask")
     data = read_montgomery(montgomery, progress=False)
-    assert data.masks is None and data.faults.problem.str.contains("there are no masks .* use beside").tolist() == [True]
+    assert data.masks is None and data.faults.problem.str.contains("there are no masks .* `beside`").tolist() == [True]
     with pytest.raises(DatasetError, match="no image"):
         read_montgomery(tmp_path_factory.mktemp("empty"), progress=False)
 

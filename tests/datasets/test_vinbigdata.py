@@ -61,7 +61,7 @@ def test_boxes_have_their_readers_and_an_image_has_what_any_reader_found(folder)
         "and 0 other images have a second Aortic enlargement or Cardiomegaly by one reader, although there can be only one; "
         "kept",
         "and 0 other images have no finding for one reader and boxes of another; the boxes count",
-        "there are no patients; each image is its own, so that patients may be in several folds",
+        "there are no patient ids; each image is its own patient, so a patient may be in several folds",
     ):
         assert expected in faults
     # An image that is left out has no usable row, so its missing file is no fault of its own.

@@ -225,7 +225,7 @@ def test_slow_files_are_told_in_the_ledger(competition, weights, tmp_path, monke
     monkeypatch.setattr(XrayCache, "decode", slow)
     # A tenth of 0.65 x 60 s is soon used up, and then a file gets less than the usual 20 s.
     _, ledger = submit(competition, weights, tmp_path, replace(SETTINGS, time_limit_s=60))
-    row = ledger[ledger.note.str.contains("the time limit of a file was lowered from 20 s to")].iloc[0]
+    row = ledger[ledger.note.str.contains("the time limit was lowered from 20 s to")].iloc[0]
     files = len(list(competition.glob("test/*/*/*.dcm")))
     assert (row.stage, row.files) == ("decode", files) and f"{files * 19.9:.0f} s in all" in row.note
 

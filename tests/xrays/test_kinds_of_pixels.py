@@ -130,7 +130,7 @@ def test_float_pixels(tmp_path, syntax, keyword, vr, dtype, scale):
     assert not xray.pixels[0, :3].any() and not xray.pixels[1].any()
     inside = np.append(values[0, 3:], values[2:]).astype(float)
     np.testing.assert_array_equal(xray.pixels[2:], stretched(inside)[17:].reshape(22, 20))
-    assert xray.warnings == ("values that are not finite numbers are black",)
+    assert xray.warnings == ("pixels whose values are not finite numbers are black",)
     path = write_pixels(tmp_path / "z.dcm", np.full_like(values, np.nan), keyword, vr, 8 * values.itemsize, syntax)
     with pytest.raises(UnreadableXray, match="no pixel has a finite value"):
         decode_xray(path)
