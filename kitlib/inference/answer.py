@@ -184,8 +184,8 @@ def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
     from_dict(family.recipe, record["recipe"])
     if family.answers == STUDIES and record["classes"] != list(OUTPUTS):
         raise BundleError(
-            f"the model's classes are {record['classes']}; expected {list(OUTPUTS)}. Train {record['model']} again, or leave "
-            "out its run"
+            f"the model's classes are {record['classes']}; expected {list(OUTPUTS)}. Train {record['model']} again, or "
+            "leave it out"
         )
     if family.answers != STUDIES:
         return frozenset({family.answers})
