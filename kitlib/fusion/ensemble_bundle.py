@@ -174,8 +174,8 @@ def _check(ensemble: Ensemble, where: str) -> None:
     if ensemble.key not in KEYS:
         raise BundleError(f"{where}: key is {ensemble.key!r}; valid keys are: {', '.join(KEYS)}")
     if not count or len(set(ensemble.learners)) < count or len(set(ensemble.classes)) < classes or classes < 2:
-        names = f"learners {list(ensemble.learners)}, classes {list(ensemble.classes)}"
-        raise BundleError(f"{where}: {names}: expected at least one learner and two classes, without duplicates")
+        names = f"learners {list(ensemble.learners)} and the classes {list(ensemble.classes)}"
+        raise BundleError(f"{where} has the {names}; expected at least one learner and two classes, without duplicates")
     if not (np.isfinite(ensemble.temperature) and ensemble.temperature > 0):
         raise BundleError(f"{where}: temperature is {ensemble.temperature}, expected a finite number above 0")
     actual_shapes = {name: array.shape for name, array in ensemble.weights.items()}

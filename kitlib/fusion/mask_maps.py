@@ -18,9 +18,9 @@ COLUMNS = ["image_id", "finding", "map"]
 def fuse_maps(maps: pd.DataFrame, weight: Callable[[str], float]) -> pd.DataFrame:
     """Average the probability maps of a `mask_maps` table over each model's folds, then over the models.
 
-    `weight` returns the weight of a model's name in the average. The result has the columns image_id, finding and `map` (a
-    grey PNG, in which 255 is a probability of 1), and one row for each image and finding that a model with a weight above 0
-    has predicted. Maps that differ in size are enlarged to the largest. Raises MaskError if a map is damaged.
+    `weight` maps a model's name to its weight in the average. The result has the columns image_id, finding and `map` (a grey
+    PNG, in which 255 is a probability of 1), and one row for each image and finding that a model with a weight above 0 has
+    predicted. Maps of an image that differ in size are enlarged to the largest. Raises MaskError if a map is damaged.
     """
     maps = check_table(maps, "mask_maps")
     weights = {model: weight(model) for model in maps["model"].unique()}

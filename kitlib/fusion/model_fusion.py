@@ -36,7 +36,7 @@ class ModelPredictions:
     """Predictions of one or more models, as tables of kitlib.tables; tables without predictions are empty.
 
     `image_scores` is a `class_scores` table, whose classes may be any classes of images. `coverage` has one row for each
-    image that a detector has predicted, with or without boxes. It is None if these images are unknown.
+    image and each fold of a detector that has predicted the image, with or without boxes. It is None if this is unknown.
     """
 
     study_scores: pd.DataFrame
@@ -148,8 +148,8 @@ class BoxLists:
         `coverage` has one row per detector, fold and predicted image, so that a model that was stopped early does not lower
         the scores on images it never predicted. If `coverage` has the column `findings`, a model does not lower the scores
         of findings that it does not predict. Without `coverage`, every model is assumed to have predicted every image; its
-        number of lists is then the largest number of its folds that have boxes in one group. Raises ValueError for an image
-        whose size is unknown or that is not in `images`, and for a score that is NaN.
+        number of lists is then the largest number of its folds that have boxes of one finding in one image. Raises
+        ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
         """
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
@@ -262,8 +262,8 @@ def read_settings(path: str | Path, competition: Competition = SIIM_COVID19) -> 
     name = values.pop("competition", SIIM_COVID19.name) if isinstance(values, dict) else competition.name
     if name != competition.name:
         raise SettingsError(
-            f"{path} has settings of {name}, but the submission is to {competition.name}; run notebook 60 on runs of "
-            f"{competition.name}"
+            f"{path} has settings of {name}, but the submission is to {competition.name}; run notebook 60 with the "
+            f"parameter competition set to {competition.name}"
         )
     return from_dict(competition.settings, values)
 
@@ -283,7 +283,7 @@ def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd
     if bad.any():
         first = boxes.loc[bad, "image_id"].iloc[0]
         raise ValueError(
-            f"image {first} has detections, but the table `images` lacks its size; give its rows and columns in pixels"
+            f"image {first} has detections but no size in the table `images`; give its rows and columns in pixels"
         )
     clipped, is_inside = clip_boxes(boxes[list(BOX)].to_numpy(), sizes[:, [0]], sizes[:, [1]])
     boxes[list(BOX)] = clipped

@@ -70,7 +70,7 @@ class LearnerScores:
 
     @property
     def crosses(self) -> bool:
-        """Whether a trained ensemble can be evaluated on each fold: the scores are nested or have more than one fold."""
+        """Whether trained ensembles can be evaluated on these scores: they are nested, or have more than one fold."""
         return self.protocol == NESTED or len(self.folds) > 1
 
     def test_stack(self, fold: int) -> Stack:

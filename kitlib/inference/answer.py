@@ -90,7 +90,7 @@ def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
     }[answers]
     if not classes & wanted:
         named = ", ".join([*map(str, record["classes"][:3]), *(["..."] if len(record["classes"]) > 3 else [])])
-        advice = "name its run in the kernel's key `lungs`" if answers == LUNGS else "leave out its run"
+        advice = "give its run in the kernel's key `lungs`" if answers == LUNGS else "leave out its run"
         return f"predicts {answers} ({named}), of which a submission to {competition.name} contains none; {advice}"
     return ""
 

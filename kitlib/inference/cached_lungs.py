@@ -66,7 +66,7 @@ class CachedLungs:
         began = time.monotonic()
         try:
             if self.bundle is None:
-                raise FileNotFoundError("the weights contain no lung segmenter; name its run in the kernel's key `lungs`")
+                raise FileNotFoundError("the weights contain no lung segmenter; give its run in the kernel's key `lungs`")
             self._segmenter = load_segmenter(self.bundle, batch_size=self.batch_size)
         except Exception as error:
             self._give_up(error)

@@ -31,13 +31,13 @@ Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator 
 
 @dataclass(frozen=True)
 class Answer:
-    """The predictions of a system (models whose predictions are combined) for some images; None for kinds it lacks.
+    """The predictions of a system (models whose predictions are combined) for some images.
 
     `fused` has the predictions of study models and detectors, with boxes of any findings in original pixels. `classes`, from
     classifiers, is a table with the columns image_id and the classes, whose values are probabilities 0..1. `masks`, from
     segmenters, is a table of fused maps (kitlib.fusion.mask_maps). `runs` maps image_ids to the run lengths of the mask that
-    a tuned fusion has decided on (kitlib.xrays.run_lengths). A lung segmenter has none of these: its masks are read from
-    `LoadedModels.segmenter`.
+    a tuned fusion has decided on (kitlib.xrays.run_lengths). Each of them is None if the system does not predict it. A lung
+    segmenter predicts none of them: its masks are read from `LoadedModels.segmenter`.
     """
 
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)

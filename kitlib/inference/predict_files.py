@@ -148,7 +148,9 @@ def table_columns(system: System) -> list[str]:
         # Fusion computes `none` from boxes or classes if no model predicts it.
         outputs += ["none"] if answers & FUSED else []
         if taken := sorted({*KEYS, *outputs, BOXES, WARNING, ERROR} & set(classes)):
-            raise RunError(f"{system.name} has a class called {taken[0]!r}, like another column of the table; rename it")
+            raise RunError(
+                f"{system.name} has a class called {taken[0]!r}, like another column of the table; rename the class"
+            )
         outputs += [*classes, *([BOXES] if "boxes" in answers else [])]
     return [*KEYS, *outputs, WARNING, ERROR]
 

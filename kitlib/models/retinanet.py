@@ -48,7 +48,7 @@ class RetinaNetDetector(PyramidDetector):
 
 
 class _HiddenLayers(HalfPrecision, nn.Sequential):
-    """The hidden convolutions of a head, in half precision."""
+    """Hidden convolutions of RetinaNet's class head or box head, in half precision."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.in_half_precision(lambda: [super(_HiddenLayers, self).forward(x)], x.device)[0]

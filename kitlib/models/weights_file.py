@@ -56,7 +56,7 @@ def _read_checkpoint(path: Path) -> Any:
     except Exception as error:  # a damaged or hostile pickle may raise any error
         raise BundleError(
             f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or contains objects other than "
-            "tensors, which are never loaded, because they may run code. Where the model was made, save its state "
+            "tensors. Such pickles are never loaded, because they may run code. Where the model was made, save its state "
             "dictionary: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'). For ultralytics' files, "
             "see `python -m kitlib convert-weights --help`"
         ) from error

@@ -253,7 +253,7 @@ def test_weights_that_are_not_finite_or_not_weights_are_refused(tmp_path):
         "nan.pth": r"1 tensors with values that are infinite or not a number, such as a: ",
         "none.pth": "no dictionary of tensors, only: epoch, optimizer",
         "hostile.pth": r"cannot be read as weights \(\w+Error\)",
-        "object.pth": "cannot be read as weights .* which are never loaded",
+        "object.pth": "cannot be read as weights .* pickles are never loaded",
     }.items():
         with pytest.raises(BundleError, match=message):
             read_starting_weights(tmp_path / name)
