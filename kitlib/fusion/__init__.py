@@ -1,4 +1,4 @@
-"""Fusion of several models' predictions: boxes, votes, means, FLANNEL, stacking, tuning, and the ensemble bundle.
+"""Combines several models' predictions: box fusion, votes, means, FLANNEL, stacking, tuning, and ensemble bundles.
 
-Pure functions of tables. Does not belong here: images; networks other than FLANNEL's 2,005 weights.
+Its functions take and return tables and arrays. Does not belong here: images; networks, except FLANNEL's one linear layer.
 """

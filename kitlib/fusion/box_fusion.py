@@ -14,9 +14,9 @@ from kitlib.fusion.weighted_boxes import ImageLists, merge_weighted
 
 # Scores are clipped to NEAREST..1 - NEAREST, about float32's resolution, so that their logit stays finite.
 NEAREST = 1e-7
-# With the confidence "agreed", a box that this share of the lists has found keeps the mean of its scores: its score is that
-# of "avg", divided by this share, and at most 1. A threshold on scores that was tuned on single lists, such as the folds of
-# a model out of fold, then fits any number of lists. In simulations of 2 to 5 folds, shares of 0.5 to 0.7 are the best.
+# The confidence "agreed" is that of "avg" divided by AGREEMENT, and at most 1. So a merged box keeps the mean of its scores
+# if this share of the lists contains it. A score threshold tuned on single lists, such as out-of-fold detections, then
+# fits any number of lists. In simulations with 2 to 5 folds, shares of 0.5 to 0.7 were best.
 AGREEMENT = 0.6
 
 
@@ -34,15 +34,15 @@ def merge_boxes(
     `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `scores`
     contains one array (k,) per list, 0..1. `weights` has one entry per list, and may have additional entries for lists
     without boxes. If there is only one weight, the list is returned unchanged. Boxes are merged if their IoU is above `iou`.
-    `method` and `confidence` are those of FusionSettings; `confidence` applies only to wbf, `min_score` only to soft_nms,
-    which drops boxes whose score has decayed below it. Raises ValueError for boxes or scores that ensemble-boxes would
-    reorder or clamp, or that would make it exit.
+    `method` and `confidence` are values of `box_method` and `box_confidence` in FusionSettings. `confidence` applies only to
+    wbf. `min_score` applies only to soft_nms, which drops boxes whose score has decayed below it. Raises ValueError unless
+    the shapes match, boxes lie in 0..1 with xmin < xmax and ymin < ymax, and scores are above 0 and at most 1.
     """
     weights = np.asarray(weights, dtype=float)
     if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
         raise ValueError(
-            f"got {len(boxes)} lists of boxes, {len(scores)} lists of scores and weights {weights}; expected one list of "
-            "scores and one weight above 0 for each list of boxes"
+            f"got {len(boxes)} lists of boxes, {len(scores)} lists of scores and the weights {weights}; each list of boxes "
+            "needs one list of scores and one weight above 0"
         )
     for box, score in zip(boxes, scores, strict=True):
         if box.shape != (len(score), 4):
@@ -86,7 +86,7 @@ def merge_lists(
         score = score / AGREEMENT if confidence == "agreed" else score
     else:
         merged, score, of_image = _merge_one_by_one(several, method, iou, min_score)
-    # An "avg" score exceeds 1 if one list has several boxes in a cluster and an above-average weight; "agreed" does often.
+    # An "avg" score exceeds 1 if a list with an above-average weight has several boxes in a cluster. "agreed" often does.
     merged, score = np.clip(merged.astype(float), 0, 1), np.clip(score.astype(float), 0, 1)  # nmw returns float32
     has_area = (merged[:, :2] < merged[:, 2:]).all(axis=1)
     if not has_area.all():
@@ -102,7 +102,7 @@ def merge_lists(
 def _merge_one_by_one(
     lists: ImageLists, method: str, iou: float, min_score: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge boxes image by image with a method other than wbf; see `merge_lists`."""
+    """Merge the boxes of each image by nms, soft_nms or nmw; arguments and results are those of `merge_lists`."""
     merged, scores = [], []
     for corners, score, list_of, weights in lists.split():
         if method == "nmw":
@@ -138,7 +138,7 @@ def suppress_overlaps(boxes: np.ndarray, scores: np.ndarray, iou: float) -> tupl
 
 
 def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarray:
-    """Return calibrated probabilities (n,), strictly between 0 and 1, for box scores (n,) in 0..1, by Platt's sigmoid."""
+    """Calibrate box scores (n,) in 0..1 by Platt's sigmoid; return probabilities (n,), strictly between 0 and 1."""
     return expit(slope * _logit(score) + offset).clip(np.finfo(float).tiny, 1 - np.finfo(float).epsneg)
 
 

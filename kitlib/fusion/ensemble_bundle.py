@@ -1,4 +1,7 @@
-"""Ensemble bundles on disk: `weights.safetensors` and `ensemble.json`. They are read and applied without torch."""
+"""Writes, reads and applies trained ensembles, stored as folders ("bundles") with `weights.safetensors` and `ensemble.json`.
+
+Reading and applying an ensemble does not import torch.
+"""
 
 import hashlib
 import json
@@ -56,7 +59,7 @@ class Ensemble:
 
 
 def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
-    """Write the bundle into `folder`: the weights, then ensemble.json with their SHA-256.
+    """Write an ensemble into `folder`: weights.safetensors, then ensemble.json with the SHA-256 of the weights file.
 
     If the process is killed, `read_ensemble` refuses the unfinished folder. Raises BundleError if the ensemble is invalid.
     """
@@ -72,7 +75,7 @@ def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
 
 
 def read_ensemble(folder: str | Path) -> Ensemble:
-    """Return the ensemble in the bundle at `folder`, checked.
+    """Read an ensemble from `folder` (see `write_ensemble`), check it and return it.
 
     Raises BundleError for a missing file, a wrong hash, missing or unknown keys, values of the wrong type, or weights of
     the wrong shape.
@@ -90,7 +93,7 @@ def read_ensemble(folder: str | Path) -> Ensemble:
     expected = RECORD_FIELDS | ADDED_FIELDS
     if not isinstance(record, dict) or record.keys() != expected.keys():
         raise BundleError(
-            f"{folder / RECORD} must have exactly the keys {', '.join(expected)}; read it with the kitlib that wrote it"
+            f"{folder / RECORD} must have exactly the keys {', '.join(expected)}; use the version of kitlib that wrote it"
         )
     for key, kind in expected.items():
         if type(record[key]) is not kind:
@@ -115,9 +118,9 @@ def read_ensemble(folder: str | Path) -> Ensemble:
 def learnt_ensemble(
     learner_scores: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0
 ) -> Ensemble:
-    """Return the final ensemble, trained on the learners' predictions for all ids.
+    """Return the final ensemble, trained on the learners' predictions for the images or studies of all folds.
 
-    These are out-of-fold predictions, or in-sample ones if `settings.stack_on` says so; means and votes are not trained.
+    The predictions are out-of-fold unless `settings.stack_on` is "in_sample". Means and votes are not trained.
     """
     stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
     weights = learn(stack, settings) if settings.learns else {}
@@ -134,9 +137,9 @@ def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
 
     `answered` is the number of learners whose scores are used. `scores` is a `study_scores` or `class_scores` table. Each
     learner's folds are averaged first; rows of other models and rows with a NaN are ignored. If a learner has no score for
-    an id, the prediction is the plain mean of the other learners, without temperature, because trained weights are valid
-    only for all learners together. Raises BundleError if `scores` lacks the id column (`ensemble.key`), the column model or
-    a class.
+    an id, the prediction is the unweighted mean of the other learners, without temperature scaling, because trained weights
+    are valid only for all learners together. Raises BundleError if `scores` lacks the id column (`ensemble.key`), the
+    column model or a class.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]
@@ -171,8 +174,8 @@ def _check(ensemble: Ensemble, where: str) -> None:
     if ensemble.key not in KEYS:
         raise BundleError(f"{where}: key is {ensemble.key!r}; valid keys are: {', '.join(KEYS)}")
     if not count or len(set(ensemble.learners)) < count or len(set(ensemble.classes)) < classes or classes < 2:
-        names = f"learners {list(ensemble.learners)}, classes {list(ensemble.classes)}"
-        raise BundleError(f"{where}: {names}: expected at least one learner and two classes, without duplicates")
+        names = f"learners {list(ensemble.learners)} and the classes {list(ensemble.classes)}"
+        raise BundleError(f"{where} has the {names}; expected at least one learner and two classes, without duplicates")
     if not (np.isfinite(ensemble.temperature) and ensemble.temperature > 0):
         raise BundleError(f"{where}: temperature is {ensemble.temperature}, expected a finite number above 0")
     actual_shapes = {name: array.shape for name, array in ensemble.weights.items()}

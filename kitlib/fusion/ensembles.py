@@ -29,13 +29,13 @@ TIE = 1e-6  # vote share that is moved to the winner of a tie
 
 @dataclass(frozen=True)
 class Judged:
-    """Test predictions of every learner and ensemble.
+    """Predictions for evaluation, by every learner (a model that ensembles combine) and every ensemble.
 
     `scores` has the columns image_id or study_id, model, fold and the classes. `weights` has one row per id and trained
     ensemble: image_id or study_id, model, fold, truth (name of the true class), and one column per learner with its weight.
     `protocols` maps each name in the column model to the kind of predictions its weights were trained on: nested or
     cross-fitted (see kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test images) or in-sample. Learners,
-    means and votes have no such weights; they get the protocol of ensembles that are not in-sample.
+    means and votes have no such weights; their entry is that of ensembles that are not in-sample.
     """
 
     scores: pd.DataFrame
@@ -44,7 +44,7 @@ class Judged:
 
 
 def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Return an ensemble's probabilities (n, C) for those of its K learners, (n, K, C); each row sums to 1.
+    """Combine the probabilities (n, K, C) of K learners into an ensemble's probabilities (n, C); each row sums to 1.
 
     `method` is a value of EnsembleSettings.method; `weights` holds the method's trained arrays. Raises ValueError for an
     unknown method.
@@ -64,7 +64,7 @@ def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndar
 
 
 def vote_shares(probabilities: np.ndarray) -> np.ndarray:
-    """Return the share of the K learners that vote for each class, (n, C), for probabilities (n, K, C).
+    """Return for each class the share of K learners that vote for it, (n, C); `probabilities` is (n, K, C).
 
     A learner votes for its most probable class; among equally probable classes, for the first.
     """
@@ -72,10 +72,11 @@ def vote_shares(probabilities: np.ndarray) -> np.ndarray:
 
 
 def majority_vote(probabilities: np.ndarray) -> np.ndarray:
-    """Return the vote shares (n, C) of K learners for probabilities (n, K, C), with ties broken.
+    """Return for each class the share of K learners that vote for it, (n, C), with ties broken.
 
-    Of the classes that share the most votes, the one with the highest mean probability wins: it gets TIE more than its
-    share, taken from the other tied classes. So the largest entry of a row is the prediction, and rows still sum to 1.
+    `probabilities` is (n, K, C). If several classes have the most votes, the one with the highest mean probability wins: TIE
+    is added to its share and taken from the other tied classes. So the largest entry of each row is the predicted class,
+    and rows still sum to 1.
     """
     shares = vote_shares(probabilities)
     tied = shares > shares.max(axis=1, keepdims=True) - 0.5 / probabilities.shape[1]
@@ -86,10 +87,10 @@ def majority_vote(probabilities: np.ndarray) -> np.ndarray:
 
 
 def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Return FLANNEL's weight of each learner for each row, (n, K) in -1..1, for probabilities (n, K, C).
+    """Return FLANNEL's weight for each row and learner, (n, K) in -1..1, computed from the `probabilities` (n, K, C).
 
-    The weights are the tanh of a linear map, whose arrays `weights` holds, of all pairwise products of a row's K * C
-    probabilities.
+    The weights of a row are the tanh of a linear layer, applied to all pairwise products of the row's K * C probabilities.
+    `weights` holds the layer's trained arrays.
     """
     features = probabilities.reshape(len(probabilities), -1)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
@@ -97,10 +98,10 @@ def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
 
 
 def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the learner weights (K,), at least 0 and with sum 1, whose weighted mean has the smallest log loss.
+    """Return weights (K,), at least 0 and summing to 1, for which the weighted mean of K learners has the smallest log loss.
 
-    `probabilities` (n, K, C) are those of the learners, and `truth` (n,) holds the true class indices. Raises FusionError if
-    the optimiser does not converge.
+    `probabilities` (n, K, C) are the learners' probabilities, and `truth` (n,) holds the true class indices. Raises
+    FusionError if the optimiser does not converge.
     """
     from scipy.optimize import minimize
 
@@ -126,7 +127,7 @@ def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
-    """Train the method of `settings` on `stack`; return its trained arrays, keyed by name; {} for a mean or vote.
+    """Train an ensemble of the kind `settings.method` on `stack`; return its trained arrays by name ({} for mean and vote).
 
     For early stopping, FLANNEL holds out the rows that `choose_held_out` selects.
     """
@@ -145,8 +146,8 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
 def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
     """Return a boolean mask (n,) of the rows of `stack` to hold out for early stopping.
 
-    They are the rows of one fold, drawn with `seed`. If the stack has only one fold, they are the rows of a fifth of its
-    patients; if it has only one patient, no row is held out. Folds are preferred because they keep near-duplicates together.
+    The rows of one fold are held out, drawn with `seed`. If the stack has only one fold, the rows of a fifth of its patients
+    are held out; if it has only one patient, none. Folds are preferred because they keep near-duplicates together.
     """
     folds, rng = np.unique(stack.fold), np.random.default_rng(seed)
     if len(folds) > 1:
@@ -157,7 +158,7 @@ def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
 
 
 def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
-    """Return the predictions for each fold by the learners and by `ensembles` that are trained without that fold.
+    """Return predictions for every fold by the learners and by `ensembles`, which are trained without the predicted fold.
 
     `ensembles` maps names to settings. Raises FusionError if an ensemble has the name of a learner, or if there are no
     scores to train an ensemble on.
@@ -174,7 +175,7 @@ def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "Ense
 def judge_test_split(
     learner_scores: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]
 ) -> Judged:
-    """Return the predictions for the test images by the learners and by `ensembles` that are trained on all folds.
+    """Return predictions for the test images by the learners and by `ensembles`, which are trained on all folds.
 
     `test` holds the learners' predictions for the test images, each the mean over a learner's models. `ensembles` maps names
     to settings. The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an
@@ -195,10 +196,11 @@ def _judge(
     training_stack: Callable[[str], Stack],
     ensembles: Mapping[str, "EnsembleSettings"],
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
-    """Return two lists of tables for the rows of `test`: scores, one table per learner and ensemble, and weights.
+    """Return two lists of tables with one row per id in `test`: scores and the learners' weights (see `Judged`).
 
-    There is one table of weights per trained ensemble. `training_stack` is a function that returns the training rows for a
-    value of EnsembleSettings.stack_on. Raises FusionError if an ensemble has the name of a learner.
+    There is one table of scores per learner and ensemble, and one table of weights per trained ensemble. `training_stack`
+    is a function that returns the training rows for a value of EnsembleSettings.stack_on. Raises FusionError if an ensemble
+    has the name of a learner.
     """
     shared_names = sorted(set(ensembles) & set(learner_scores.learners))
     if shared_names:

@@ -20,11 +20,11 @@ from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, 
 
 
 class FlannelWeights(nn.Module):
-    """Network that computes the weight of each learner for an image from all pairwise products of their probabilities.
+    """Network that weights K learners for each image, from all pairwise products of their class probabilities.
 
-    f is the concatenation of the K learners' C probabilities P_k, W = tanh(linear(f f^T, row by row)), and the logits are
-    the sum over the learners of W_k P_k. The network has (K C)^2 K + K parameters. If the probabilities of each learner sum
-    to 1, the softmax of the logits is at most e^K / (e^K + C - 1).
+    f concatenates the probabilities P_k (C,) of the learners, the weights are W = tanh(linear(f f^T, row by row)), and the
+    logits are the sum of W_k P_k over the learners. The network has (K C)^2 K + K parameters. If the probabilities of each
+    learner sum to 1, the softmax of the logits is at most e^K / (e^K + C - 1).
     """
 
     def __init__(self, learners: int, classes: int) -> None:
@@ -32,7 +32,7 @@ class FlannelWeights(nn.Module):
         self.linear = nn.Linear((learners * classes) ** 2, learners)
 
     def weights(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each learner for each image, (n, K) in -1..1, for probabilities (n, K, C)."""
+        """Return a weight for each image and learner, (n, K) in -1..1, computed from the `probabilities` (n, K, C)."""
         features = probabilities.flatten(1)
         pairs = features[:, :, None] * features[:, None, :]
         return torch.tanh(self.linear(pairs.flatten(1)))
@@ -45,9 +45,9 @@ class FlannelWeights(nn.Module):
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return the focal loss of each image, (n,): -alpha_y (1 - p_y)^gamma log p_y, with p the softmax of the logits.
 
-    `logits` is (n, C), `target` (n,) holds the index y of each true class, and `alpha` (C,) the weight of each class. If
-    gamma is 0, it is the weighted cross entropy. The loss and its gradient stay finite even if p_y rounds to 0 or 1. Source:
-    Lin et al. 2017 (ICCV), equation 5.
+    `logits` is (n, C), `target` (n,) holds the index y of each image's true class, and `alpha` (C,) the weight of each
+    class. With gamma = 0, this is the weighted cross entropy. The loss and its gradient stay finite even if p_y rounds to 0
+    or 1. Source: Lin et al. 2017 (ICCV), equation 5.
     """
     log_p = logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
     # The clamp keeps the gradient of the power finite at p = 1 if gamma is below 1.
@@ -58,8 +58,8 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, 
 def class_weights(target: torch.Tensor, classes: int, kind: str) -> torch.Tensor:
     """Return the loss weight of each class, (classes,), from its frequency in `target` (N,), the true class indices.
 
-    If `kind` is "balanced", a class that occurs n_c times gets N / (C n_c), where C counts the classes that occur; if it is
-    "published", 1000 / n_c. Classes that do not occur get 0.
+    A class that occurs n_c times gets N / (C n_c) if `kind` is "balanced", where C is the number of classes that occur, and
+    1000 / n_c if `kind` is "published". Classes that do not occur get 0.
     """
     counts = torch.bincount(target, minlength=classes).to(torch.get_default_dtype())
     occurs = counts > 0
@@ -83,7 +83,7 @@ class EnsembleSettings(Settings):
     weight_decay: NotNegative = 1e-4
     batch_size: AtLeastOne = 128
     epochs: AtLeastOne = 200
-    # training stops after more than this many epochs without a lower held-out loss; 0: run all epochs, hold nothing out
+    # training stops after more than this many epochs without a lower loss on held-out rows; 0: all epochs, no held-out rows
     patience: Count = 20
     seed: int = 0  # seed of the row order, the held-out fold and the random start
 
@@ -127,14 +127,13 @@ def ensemble_settings(name: str, /, **overrides: object) -> EnsembleSettings:
 def train_flannel(
     probabilities: np.ndarray, truth: np.ndarray, settings: EnsembleSettings, held_out: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Train FLANNEL; return its weights and the held-out loss after each epoch.
+    """Train FLANNEL; return its weights and, for each epoch, the loss on held-out rows.
 
     The weights are float32 arrays, `weight` (K, (K C)^2) and `bias` (K,). `probabilities` (n, K, C) are those of K learners,
     `truth` (n,) holds class indices, and `held_out` (n,) is a boolean mask of rows that are not trained on. Their loss is
     computed after each epoch: training stops once it has not fallen for more than `patience` epochs, and the weights of the
     best epoch are returned. If `patience` is 0 or no row is held out, training uses all rows and epochs, and the list of
-    losses is empty. Raises ValueError if all rows are held out. Runs on the CPU; the same rows and settings give the same
-    weights.
+    losses is empty. Raises ValueError if all rows are held out. Training runs on the CPU and is deterministic.
     """
     held_out = np.zeros(len(truth), bool) if held_out is None or not settings.patience else np.asarray(held_out, bool)
     if held_out.all():

@@ -1,4 +1,4 @@
-"""Fuses the probability maps of several models and folds into one map per image: a pure function of tables."""
+"""Averages the mask probability maps of several models and folds into one map per image and finding."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +16,11 @@ COLUMNS = ["image_id", "finding", "map"]
 
 
 def fuse_maps(maps: pd.DataFrame, weight: Callable[[str], float]) -> pd.DataFrame:
-    """Return the mean of a `mask_maps` table over each model's folds, then over the models, weighted by `weight`.
+    """Average the probability maps of a `mask_maps` table over each model's folds, then over the models.
 
-    The result has the columns image_id, finding and `map`, and one row for each image and finding that a model with a weight
-    above 0 has predicted. If the maps of an image differ in size, they are enlarged to the largest. Raises MaskError if a
-    map is damaged.
+    `weight` maps a model's name to its weight in the average. The result has the columns image_id, finding and `map` (a grey
+    PNG, in which 255 is a probability of 1), and one row for each image and finding that a model with a weight above 0 has
+    predicted. Maps of an image that differ in size are enlarged to the largest. Raises MaskError if a map is damaged.
     """
     maps = check_table(maps, "mask_maps")
     weights = {model: weight(model) for model in maps["model"].unique()}
@@ -34,7 +34,7 @@ def fuse_maps(maps: pd.DataFrame, weight: Callable[[str], float]) -> pd.DataFram
 
 
 def _fuse_image(weights: Mapping[str, float], pngs: Mapping[str, list[bytes]]) -> bytes:
-    """Return the fused map of one image; `pngs` has the maps of each model's folds."""
+    """Return the fused map of one image and finding, as a PNG; `pngs` has for each model the maps of its folds."""
     if sum(map(len, pngs.values())) == 1:
         return next(iter(pngs.values()))[0]
     maps = {model: [decode_grey(png) for png in folds] for model, folds in pngs.items()}

@@ -11,10 +11,10 @@ from kitlib.tables import BOX, check_table
 def merge_reader_boxes(boxes: pd.DataFrame, images: pd.DataFrame, iou: float = 0.4) -> pd.DataFrame:
     """Return a `boxes` table in which the readers' boxes of each image and finding are merged by weighted box fusion.
 
-    `boxes` has the additional column `reader`, and lies within the `images`, which must have their sizes. Boxes with an IoU
-    above `iou` are merged into their mean, because all readers have the same weight. Instead of `reader` the result has
-    `readers`: how many readers drew a box of this finding there. If only one reader saw the finding in an image, the boxes
-    are unchanged.
+    `boxes` has the additional column `reader`; its boxes lie within their images, whose sizes `images` contains. Boxes with
+    an IoU above `iou` are merged into their mean, because all readers have equal weight. Instead of `reader`, the result
+    has the column `readers`: the number of readers who drew the box. If only one reader saw the finding in an image, the
+    boxes are unchanged.
     """
     ordered = boxes.sort_values(["image_id", "finding", "reader"], kind="stable", ignore_index=True)
     group = ordered.groupby(["image_id", "finding"], sort=False).ngroup().to_numpy()  # ascending, because rows are sorted
@@ -31,7 +31,7 @@ def merge_reader_boxes(boxes: pd.DataFrame, images: pd.DataFrame, iou: float = 0
         weights=np.ones(is_first.sum()),
         list_ends=list_ends,
     )
-    # This confidence is the share of the lists that have a box in the cluster; that of an unchanged list is 1.
+    # This confidence is the share of an image's lists that have a box in the cluster; it is 1 for an unchanged list.
     corners, share, merged_group = merge_lists(lists, "wbf", iou, "box_and_model_avg")
     merged = ordered.drop_duplicates(["image_id", "finding"])[["image_id", "finding"]].iloc[merged_group]
     corners = corners * np.tile(sizes.loc[merged["image_id"]].to_numpy(), 2)

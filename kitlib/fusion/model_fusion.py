@@ -1,7 +1,7 @@
-"""Merges the predictions of many models and folds into one for each image and study: pure functions of tables.
+"""Merges the predictions of several models and folds into one prediction per image and study, with pure functions of tables.
 
-What a competition answers is decided from the result by its file in kitlib.competitions; `kitlib.fusion.tuning` finds the
-best settings on out-of-fold predictions.
+The competition's file in kitlib.competitions turns the result into answers. `kitlib.fusion.tuning` finds the best settings
+on out-of-fold predictions.
 """
 
 import json
@@ -27,17 +27,16 @@ from kitlib.letterbox import clip_boxes
 from kitlib.settings import from_dict
 from kitlib.tables import BOX, FINDINGS_SEPARATOR, check_table, empty_table, findings_of
 
-# Schemas of the tables of ModelPredictions whose name is not the schema's name.
+# Field of ModelPredictions -> schema in kitlib.tables, where their names differ.
 KINDS = {"image_scores": "class_scores"}
 
 
 @dataclass(frozen=True)
 class ModelPredictions:
-    """Predictions of one or more models; a table is empty if no model makes such predictions.
+    """Predictions of one or more models, as tables of kitlib.tables; tables without predictions are empty.
 
-    `image_scores` may have the probabilities of any classes of images: it is a `class_scores` table. `coverage` has one row
-    for each image and each detector that has looked at it, so that images without a predicted box are listed too; it is None
-    if this is unknown.
+    `image_scores` is a `class_scores` table, whose classes may be any classes of images. `coverage` has one row for each
+    image and each fold of a detector that has predicted the image, with or without boxes. It is None if this is unknown.
     """
 
     study_scores: pd.DataFrame
@@ -54,7 +53,7 @@ class ModelPredictions:
         return cls(**empty | given)
 
     def wanted(self, competition: Competition) -> "ModelPredictions":
-        """Return the predictions without boxes and masks of findings that the competition does not have."""
+        """Return the predictions without the boxes and masks of findings that the competition does not ask for."""
         boxes, masks = self.detections, self.mask_maps
         return replace(
             self,
@@ -63,19 +62,19 @@ class ModelPredictions:
         )
 
     def only(self, image_ids: pd.Series) -> "ModelPredictions":
-        """Return the predictions without the boxes, masks and coverage of images that are not in `image_ids`."""
+        """Return the predictions with only the boxes, masks and coverage of images in `image_ids`, and with all scores."""
         tables = {name: getattr(self, name) for name in ("detections", "mask_maps", "coverage")}
         known = {name: table for name, table in tables.items() if table is not None}
         return replace(self, **{name: table[table["image_id"].isin(image_ids)] for name, table in known.items()})
 
 
 def fuse(predictions: ModelPredictions, images: pd.DataFrame, settings: Any, competition: Competition = SIIM_COVID19) -> Any:
-    """Merge the predictions of all models for `images`, and return what the competition decides to answer."""
+    """Merge the predictions of all models for `images`; return the competition's answers (see `Competition.decide`)."""
     return competition.decide(merge(predictions.wanted(competition), images, settings), settings)
 
 
 def merge(predictions: ModelPredictions, images: pd.DataFrame, settings: FusionSettings) -> MergedPredictions:
-    """Merge the predictions of all models for `images`, which has image_id, study_id, rows and columns."""
+    """Merge the predictions of all models for `images`, a table with the columns image_id, study_id, rows and columns."""
     detections, coverage = predictions.detections, predictions.coverage
     return MergedPredictions(
         images,
@@ -88,11 +87,11 @@ def merge(predictions: ModelPredictions, images: pd.DataFrame, settings: FusionS
 
 
 def fuse_scores(scores: pd.DataFrame, key: str, settings: FusionSettings) -> pd.DataFrame:
-    """Return the mean of `scores` over each model's folds, then over the models with their weights.
+    """Average `scores` over each model's folds, then over the models with their weights; return one row per image or study.
 
-    `scores` has the column `key` (study_id or image_id), model, fold, and further columns, which are classes. Where the
-    score of a model is missing or NaN, the model does not count. The result has `key` and the classes, and one row per id
-    for which at least one model with a nonzero weight has a score.
+    `scores` has the column `key` (study_id or image_id), model, fold, and one column per class. Missing and NaN scores are
+    ignored. The result has the column `key` and the classes, and one row per id for which at least one model with a nonzero
+    weight has a score.
     """
     classes = [name for name in scores.columns if name not in (key, "model", "fold")]
     models = scores.dropna(subset=classes, how="all").groupby([key, "model"], sort=False)[classes].mean()
@@ -106,10 +105,10 @@ def fuse_boxes(lists: "BoxLists", settings: FusionSettings) -> pd.DataFrame:
     """Fuse the boxes of all models and folds, finding by finding; return the table `boxes` of MergedPredictions.
 
     For each image and finding, every pair of model and fold contributes one list of boxes. A box that is in only some of
-    these lists gets a lower score, so the number of lists matters, including empty ones (see `BoxLists.of`). A model's
-    weight is divided among its folds. If there is a single list, its boxes are returned unchanged, with calibrated scores if
-    the model is calibrated. Finally, boxes that overlap a more confident box of the same finding are dropped if
-    `final_nms_iou` is below 1.
+    these lists gets a lower score, so empty lists matter too (see `BoxLists.of`). A model's weight is divided among its
+    folds. If there is a single list, its boxes are returned unchanged, with calibrated scores if the model is calibrated.
+    Finally, non-maximum suppression drops boxes whose IoU with a more confident box of the same finding is above
+    `final_nms_iou`, if that is below 1.
     """
     corners, score, group = fuse_lists(lists, settings)
     table = pd.DataFrame(corners, columns=list(BOX))
@@ -122,13 +121,14 @@ def fuse_boxes(lists: "BoxLists", settings: FusionSettings) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class BoxLists:
-    """The boxes of n detections as lists, one per group (a finding of an image), model and fold.
+    """The boxes of n detections as lists: one list per image, finding, model and fold. A group is one finding of one image.
 
     Boxes are sorted by group, model, fold and falling score. `group` (n,) is the row of each box's image in the table of
-    images, times the number of `findings`, plus the index of its finding. `model` (n,) is the index of its model in
-    `models`, and `rank` (n,) its position in its list, from 0. `sides` (groups, 4) has each image's columns, rows, columns
-    and rows in pixels; `corners` (n, 4) has xmin, ymin, xmax and ymax of each box, divided by these. `covered` (groups,
-    models) is the number of lists, including empty ones, that each model has for each group, or None if this is unknown.
+    images, times the number of `findings`, plus the index of the box's finding. `model` (n,) is the index of the box's model
+    in `models`, and `rank` (n,) the box's position in its list, from 0. `sides` (groups, 4) has columns, rows, columns and
+    rows of each group's image in pixels. `corners` (n, 4) has xmin, ymin, xmax and ymax of each box, divided by these sides.
+    `covered` (groups, models) is the number of lists, including empty ones, that each model has for each group, or None if
+    this is unknown.
     """
 
     group: np.ndarray
@@ -143,13 +143,13 @@ class BoxLists:
 
     @classmethod
     def of(cls, detections: pd.DataFrame, images: pd.DataFrame, coverage: pd.DataFrame | None = None) -> "BoxLists":
-        """Return BoxLists of the `detections`, clipped to their image; drops boxes outside of it or with score 0.
+        """Return BoxLists of the `detections`; boxes are clipped to their image, and dropped if outside it or with score 0.
 
         `coverage` has one row per detector, fold and predicted image, so that a model that was stopped early does not lower
-        the scores on images it never predicted. If it has the column `findings`, a model does not lower the scores of
-        findings that are not its classes. Without `coverage`, each model is assumed to have predicted every image, with as
-        many folds as on the image where it has most. Raises ValueError for an image whose size is unknown or that is not in
-        `images`, and for a score that is NaN.
+        the scores on images it never predicted. If `coverage` has the column `findings`, a model does not lower the scores
+        of findings that it does not predict. Without `coverage`, every model is assumed to have predicted every image; its
+        number of lists is then the largest number of its folds that have boxes of one finding in one image. Raises
+        ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
         """
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
@@ -179,12 +179,12 @@ class BoxLists:
 
 
 def calibration_key(model: str, finding: str, findings: tuple[str, ...]) -> str:
-    """Return the key of a detector's calibration for a finding: the model's name, with the finding if there are several."""
+    """Return the key in `FusionSettings.calibration`: the model's name, followed by the finding if there are several."""
     return f"{model}: {finding}" if len(findings) > 1 else model
 
 
 def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and groups (k,) of BoxLists."""
+    """Fuse boxes like `fuse_boxes`; return boxes (k, 4) in original pixels, scores (k,) and groups (k,) as in BoxLists."""
     weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
     is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
     for number, name in enumerate(lists.models):
@@ -262,7 +262,8 @@ def read_settings(path: str | Path, competition: Competition = SIIM_COVID19) -> 
     name = values.pop("competition", SIIM_COVID19.name) if isinstance(values, dict) else competition.name
     if name != competition.name:
         raise SettingsError(
-            f"{path} has settings of {name}, but the submission is to {competition.name}; run notebook 60 for it"
+            f"{path} has settings of {name}, but the submission is to {competition.name}; run notebook 60 with the "
+            f"parameter competition set to {competition.name}"
         )
     return from_dict(competition.settings, values)
 
@@ -270,9 +271,8 @@ def read_settings(path: str | Path, competition: Competition = SIIM_COVID19) -> 
 def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Return the detections, clipped to their images, and an int array with the row in `images` of each detection's image.
 
-    Boxes outside their image and boxes with score 0 are dropped.
-
-    Raises ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
+    Boxes outside their image and boxes with score 0 are dropped. Raises ValueError for an image whose size is unknown or
+    that is not in `images`, and for a score that is NaN.
     """
     boxes = check_table(detections, "detections")
     if boxes["score"].isna().any():
@@ -283,7 +283,7 @@ def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd
     if bad.any():
         first = boxes.loc[bad, "image_id"].iloc[0]
         raise ValueError(
-            f"image {first} has detections but no size in the `images` table; take its rows and columns from the cache"
+            f"image {first} has detections but no size in the table `images`; give its rows and columns in pixels"
         )
     clipped, is_inside = clip_boxes(boxes[list(BOX)].to_numpy(), sizes[:, [0]], sizes[:, [1]])
     boxes[list(BOX)] = clipped
@@ -292,9 +292,9 @@ def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd
 
 
 def _predicted_findings(coverage: pd.DataFrame, findings: tuple[str, ...], models: pd.Index) -> np.ndarray:
-    """Return a boolean array (findings, models) that says which findings are classes of which models.
+    """Return a boolean array (findings, models): whether each model predicts each finding.
 
-    Models whose classes `coverage` does not say are taken to predict all findings.
+    Models whose classes are not in `coverage` are assumed to predict all findings.
     """
     predicts = np.ones((len(findings), len(models)), dtype=bool)
     for model, texts in coverage.dropna(subset="findings").groupby("model")["findings"]:

@@ -70,11 +70,11 @@ class LearnerScores:
 
     @property
     def crosses(self) -> bool:
-        """Whether a trained ensemble can be evaluated on each fold: the scores are nested or have more than one fold."""
+        """Whether trained ensembles can be evaluated on these scores: they are nested, or have more than one fold."""
         return self.protocol == NESTED or len(self.folds) > 1
 
     def test_stack(self, fold: int) -> Stack:
-        """Return the predictions for evaluating on `fold`: those for its images, by models that were not trained on it.
+        """Return the Stack for evaluation on `fold`: predictions for its images by models that were not trained on them.
 
         If the learners are nested, the inner models of each learner are averaged.
         """
@@ -84,11 +84,10 @@ class LearnerScores:
         )
 
     def training_stack(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
-        """Return the predictions for training an ensemble that is evaluated on `fold`: those for the other folds.
+        """Return the Stack for training an ensemble that is evaluated on `fold`: predictions for images of the other folds.
 
-        If `stack_on` is "out_of_fold", these are predictions by models that were not trained on the image; if it is
-        "in_sample", a fault of the published method, the learners' predictions for their own training images. Raises
-        FusionError if there are no such predictions.
+        With `stack_on` "out_of_fold", an image's predictions are by models that were not trained on it. With "in_sample", a
+        fault of the published method, they are by models that were trained on it. Raises FusionError if there are none.
         """
         rows = self.rows[self.rows["own"] != fold]
         if stack_on == "in_sample":
@@ -99,7 +98,7 @@ class LearnerScores:
             rows = rows[is_selected & (rows["fold"] == rows["own"])]
         if rows.empty:
             raise FusionError(
-                f"no {stack_on} scores to train an ensemble on for fold {fold}. "
+                f"there are no {stack_on} scores to train the ensemble that is evaluated on fold {fold}. "
                 + (
                     "Train the learners with the parameter in_sample, which predicts their training images too"
                     if stack_on == "in_sample"
@@ -116,7 +115,7 @@ class LearnerScores:
         return available >= {(learner, fold) for learner in self.learners for fold in self.folds}
 
     def full_stack(self, stack_on: str = "out_of_fold") -> Stack:
-        """Return one prediction per id and learner for training the final ensemble, by models not trained on that id.
+        """Return the Stack for training the final ensemble: predictions for each id by models that were not trained on it.
 
         For each id, models without an outer fold are preferred; then models whose outer fold contains the id (their test
         predictions); then, if not every outer fold was trained, models whose inner fold contains the id. If `stack_on` is
@@ -163,7 +162,7 @@ class LearnerScores:
 
 
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
-    """Return the learners' scores, joined and checked; `tables` are all `nested_scores`, `class_scores` or `study_scores`.
+    """Join and check the learners' scores in `tables`, all of one kind: `nested_scores`, `class_scores` or `study_scores`.
 
     Learners keep the order of the tables. Raises FusionError if there are no scores; if the learners differ in classes or
     folds; for ids without a fold, duplicate scores, NaN and rows that do not sum to 1; if an out-of-fold table has scores
@@ -181,8 +180,8 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
     unknown = rows.loc[~rows["id"].isin(answers.index), "id"]
     if len(unknown):
         raise FusionError(
-            f"{unknown.nunique()} ids have scores but no fold; the first is {unknown.iloc[0]}. Give the prepared run that "
-            "the learners were trained on"
+            f"{unknown.nunique()} ids have scores but no fold; the first is {unknown.iloc[0]}. Give the run of notebook 10 "
+            "that the learners were trained on"
         )
     rows["own"] = rows["id"].map(answers["fold"])
     learners = tuple(dict.fromkeys(rows["model"]))
@@ -252,7 +251,8 @@ def _ground_truth(
     missing = [name for name in classes if name not in labels.columns]
     if missing:
         raise FusionError(
-            f"the labels lack the learners' class(es) {', '.join(missing)}; give the prepared run that they were trained on"
+            f"the labels lack the learners' class(es) {', '.join(missing)}; give the run of notebook 10 that the learners "
+            "were trained on"
         )
     rows = images.merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     rows = rows.drop_duplicates(key).set_index(key)
@@ -271,9 +271,10 @@ def _ground_truth(
 
 
 def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
-    """Raise FusionError if learners differ in their folds, or if scores were predicted by models that must not predict them.
+    """Raise FusionError if learners differ in their folds, or if a model has scores for images it was trained or chosen on.
 
-    These are nested scores whose outer and inner fold are the same, and plain scores for a model's own training images.
+    A model was chosen on the images that evaluate it if the outer and inner fold of its nested scores are equal. Scores that
+    are not nested must not be for the model's own training images.
     """
     folds_of = {name: set(map(tuple, rows.loc[rows["model"] == name, ["outer", "fold"]].to_numpy())) for name in learners}
     for name, model_folds in folds_of.items():

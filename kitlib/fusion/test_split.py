@@ -1,4 +1,4 @@
-"""Learners' scores for the "test" split, whose images have not been used to choose an epoch, a weight or a temperature."""
+"""Checks the learners' scores for the "test" split, whose images were not used to choose an epoch, weight or temperature."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class TestSplitScores:
     """Checked scores of test images, as `gather_test_split` returns them.
 
     `rows` is a `class_scores` table with one row per image, learner and fold. `means` holds one prediction per image and
-    learner, the mean over the learner's folds; its fold is ALL_FOLDS. `left_out` is the number of test images that are
-    excluded because their patient also has images in a fold.
+    learner, the mean over the learner's folds; its fold is ALL_FOLDS. `left_out` is the number of images with test scores
+    that are excluded because their patient also has images in a fold.
     """
 
     rows: pd.DataFrame
@@ -33,7 +33,7 @@ def gather_test_split(
     labels: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> TestSplitScores | None:
-    """Return the learners' test scores, joined and checked against their out-of-fold scores, or None without test scores.
+    """Join the learners' test scores and check them against their out-of-fold scores; return None without test scores.
 
     `tables` are the test scores, as `class_scores` tables; `learner_scores` are the out-of-fold scores. Images of patients
     who also have images in a fold are excluded, because models were trained or chosen on these patients. Raises FusionError
@@ -82,8 +82,8 @@ def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
         learner, fold = min(test_models ^ fold_models)
         has, lacks = ("test", "out-of-fold") if (learner, fold) in test_models else ("out-of-fold", "test")
         raise FusionError(
-            f"test images: {learner} has {has} scores of fold {fold} but no {lacks} ones; give runs that were trained on "
-            "the same prepared run, or train it again"
+            f"test images: {learner} has {has} scores of fold {fold} but no {lacks} scores; give runs that were all trained "
+            f"on one run of notebook 10, or train {learner} again"
         )
 
 
@@ -100,7 +100,7 @@ def _exclude_fold_patients(
     if len(unknown):
         raise FusionError(
             f"test images: {unknown.nunique()} ids with test scores are not in the test split; the first is "
-            f"{unknown.iloc[0]}. Give the prepared run that the learners were trained on"
+            f"{unknown.iloc[0]}. Give the run of notebook 10 that the learners were trained on"
         )
     fold_patients = images.loc[images["image_id"].isin(folds["id"]), "patient_id"]
     excluded = test.loc[test["patient_id"].isin(fold_patients), "image_id"]
@@ -112,7 +112,8 @@ def _check_images(rows: pd.DataFrame) -> None:
     """Raise FusionError unless all models have predicted the same images, because means over fewer models are worse."""
     if rows.empty:
         raise FusionError(
-            "test images: all of their patients also have images in the folds; set test_share to reserve test patients"
+            "test images: all of their patients also have images in the folds; set test_share of notebook 10 to reserve "
+            "test patients"
         )
     image_ids = rows.groupby(["model", "fold"], sort=False)["image_id"].agg(frozenset)
     (learner, fold), largest = max(image_ids.items(), key=lambda item: len(item[1]))

@@ -1,4 +1,4 @@
-"""Tunes a competition's fusion settings on out-of-fold predictions for its score, one setting after another."""
+"""Tunes a competition's fusion settings, one after another, to raise its score on out-of-fold predictions."""
 
 import logging
 import math
@@ -31,19 +31,20 @@ Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that se
 
 
 def tune(judge: "Judge", rounds: int = 2) -> tuple[Any, pd.DataFrame]:
-    """Find good settings; return them and a table of steps with the columns step, setting (chosen value), score, gain.
+    """Tune the fusion settings; return them and a table with the columns step, setting (chosen value), score and gain.
 
-    The first row is the default. Each step tries a grid of values for one setting and keeps the best value if it raises the
-    score by at least LEAST_GAIN; the calibration of box scores is fitted to the same images and kept on the same condition.
-    All settings are tuned for up to `rounds` rounds, until a round gains nothing; box fusion, which is slow, is tuned only
-    in the first round. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the
-    score. The final score is optimistic, because the settings were chosen on the same predictions; see `cross_fit`.
+    The table's first row is for the default settings. Each step tries a grid of values for one setting and keeps the best
+    value if it raises the score by at least LEAST_GAIN. The calibration of box scores, fitted to the same images, is kept on
+    the same condition. All settings are tuned for up to `rounds` rounds, until a round gains nothing; box fusion, which is
+    slow, is tuned only in the first round. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop
+    hardly affect the score. The final score is optimistic, because the settings were chosen on the same predictions; see
+    `cross_fit`.
     """
     return _hill_climb(judge, judge.everything, rounds)
 
 
 def judge_fixed(judge: "Judge", settings: Any) -> pd.DataFrame:
-    """Return a table with one row, the score of `settings` without tuning; the columns are those of the table of `tune`."""
+    """Score `settings` without tuning; return a table with one row and the columns step, setting, score and gain."""
     return pd.DataFrame(
         [("fixed", "as given", judge.score(settings, judge.everything), 0.0)], columns=["step", "setting", "score", "gain"]
     )
@@ -52,10 +53,10 @@ def judge_fixed(judge: "Judge", settings: Any) -> pd.DataFrame:
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """Estimate the score of tuned settings on new images; return a table, one row per fold.
 
-    Its columns are fold, images (their number), default and cross_fitted. `cross_fitted` is the score (0..1) on the fold's
+    The columns are fold, images (their number), default and cross_fitted. `cross_fitted` is the score (0..1) on the fold's
     images with settings tuned on the other folds, `default` the score with untuned settings. The table is empty if there are
     fewer than two folds. Each fold is scored alone, because settings of different folds put scores on different scales,
-    which cannot be ranked together. This takes about as many times as long as `tune` as there are folds.
+    which cannot be ranked together. `cross_fit` takes about as long as calling `tune` once per fold.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
@@ -71,7 +72,10 @@ def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.Data
     settings = judge.competition.settings()
     best = judge.score(settings, part)
     if math.isnan(best):
-        raise FusionError("the score is undefined: the ground truth of these images has no positive; nothing is tuned")
+        raise FusionError(
+            "the score is undefined, because the ground truth of these images has no positive, so nothing can be tuned; "
+            "give runs that have predicted more images"
+        )
     calibration = judge.calibration(part)
     rows = [("0 default", "", best, 0.0)]
     for number in range(rounds):
@@ -100,19 +104,19 @@ def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.Data
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a Judge's images: `chosen`, a boolean mask (n,) of its images or None for all, and their ground truth."""
+    """Subset of a Judge's images: `chosen` is a boolean mask (n,), or None for all images; `truth` is their ground truth."""
 
     chosen: np.ndarray | None
     truth: Any
 
 
 class Judge:
-    """Computes a competition's score of its settings; caches the fused boxes of the latest KEPT_FUSIONS box settings.
+    """Computes the competition score for given fusion settings; caches the fused boxes of the latest KEPT_FUSIONS settings.
 
-    `tables` are those of a prepared run (images, labels, boxes, folds), `masks` its masks or None. The score is computed on
-    the images in folds that every model has predicted, without images marked `false_none`. Raises FusionError for
-    predictions that are not out-of-fold, for detections in images that the coverage lacks, for a model that predicts
-    nothing that the competition wants, and if no image remains.
+    `tables` are images, labels, boxes and folds of a run of notebook 10, and `masks` its masks or None. The score is
+    computed on the images in folds that every model has predicted, without images that no annotator looked at
+    (`false_none`). Raises FusionError for predictions that are not out-of-fold, for detections in images that the coverage
+    lacks, for a model that predicts nothing that the competition asks for, and if no image remains.
     """
 
     def __init__(
@@ -143,21 +147,21 @@ class Judge:
         self.everything = Part(None, self._truth_of(images))
 
     def part(self, chosen: np.ndarray) -> Part:
-        """Return the part of the images that the boolean mask `chosen` selects."""
+        """Return the subset of the images that the boolean mask `chosen` (n,) selects, with its ground truth."""
         return Part(chosen, self._truth_of(self.images[chosen]))
 
     def score(self, settings: Any, part: Part) -> float:
-        """Return the competition's score of `settings` on a part of the images."""
+        """Return the competition score with `settings` on a subset of the images."""
         merged = self.merge(settings)
         return self.competition.judged(part.truth, merged if part.chosen is None else merged.part(part.chosen), settings)
 
     def merge(self, settings: Any) -> MergedPredictions:
-        """Return the merged predictions for all images, with the column `match` of Competition.judge in the boxes."""
+        """Return the merged predictions for all images; the boxes have the additional column `match` (see Competition)."""
         studies, scores, masks = self._averages(settings)
         return MergedPredictions(self.images, studies, scores, self._boxes(settings), self.seen, masks)
 
     def calibration(self, part: Part) -> dict[str, tuple[float, float]]:
-        """Fit each detector's calibration, for each finding, on a part of the images; return slopes and offsets.
+        """Fit the calibration of each detector and finding on a subset of the images; return the slopes and offsets.
 
         The keys are those of `calibration_key`. Detectors and findings that cannot be calibrated are omitted.
         """
@@ -180,7 +184,10 @@ class Judge:
         return self.competition.truth_of(images, self.labels, self.boxes, self.masks)
 
     def _match(self, row: np.ndarray, finding: Any, corners: np.ndarray) -> np.ndarray:
-        """Return the row in `boxes` (n,) of the true box with the same image and finding that each box matches, or -1."""
+        """Return for each box the row in `self.boxes` of the true box that it matches, (n,), or -1 without a match.
+
+        A true box can match only boxes with its image and finding.
+        """
         findings = pd.Index(pd.unique(self.boxes["finding"]))
         true_row = pd.Index(self.images["image_id"]).get_indexer(self.boxes["image_id"])
         key = row * len(findings) + findings.get_indexer(finding)
@@ -222,10 +229,10 @@ class Judge:
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]], competition: Competition) -> list[Grid]:
-    """Return the grids of the box fusion settings, which take ten times as long to try as other settings.
+    """Return the grids (values to try) of the box fusion settings, which take ten times as long to try as other settings.
 
-    For a single detector the only grid is its calibration, which helps even without box fusion: when boxes are rescored by
-    `none`, and when `none` is computed from box scores.
+    For a single detector only its calibration is tried. This helps even without box fusion: when boxes are rescored by the
+    class `none`, and when the probability of `none` is computed from box scores.
     """
     first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
@@ -271,7 +278,7 @@ def _weigh(model: str, models: list[str]) -> Change:
 
 
 def _check_wanted(predictions: ModelPredictions, competition: Competition) -> None:
-    """Raise FusionError for a model whose predictions the competition does not want."""
+    """Raise FusionError if a model predicts nothing that the competition uses."""
     helping = set(competition.helping_classes)
     for table, classes, kind in (
         (predictions.study_scores, set(competition.study_classes), "studies"),
@@ -284,13 +291,14 @@ def _check_wanted(predictions: ModelPredictions, competition: Competition) -> No
             helps = kind == "images" and helping and helping <= predicted
             if len(rows) and not predicted & classes and not helps:
                 raise FusionError(
-                    f"{competition.name} wants no {kind} of the classes that {model} predicts; it wants of {kind}: "
-                    f"{', '.join(sorted(classes)) or 'nothing'}. Leave its run out, or name the right competition"
+                    f"{competition.name} wants no {kind} of the classes that {model} predicts; the classes of {kind} that "
+                    f"it wants are: {', '.join(sorted(classes)) or 'none'}. Leave out the run of {model}, or name another "
+                    "competition"
                 )
 
 
 def _check_answers(predictions: ModelPredictions, competition: Competition) -> None:
-    """Raise FusionError if no model predicts what a competition without classes of studies wants first."""
+    """Raise FusionError if a competition without study classes wants boxes or masks, but no model predicts any."""
     has_boxes = len(predictions.detections) or (predictions.coverage is not None and len(predictions.coverage))
     for is_wanted, is_predicted, kind, notebook in (
         (competition.box_classes, has_boxes, "boxes", "40"),
@@ -301,7 +309,7 @@ def _check_answers(predictions: ModelPredictions, competition: Competition) -> N
 
 
 def _scored_images(predictions: ModelPredictions, images: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` that every model has predicted, with a column fold. Raises FusionError as Judge does."""
+    """Return the rows of `images` that every model has predicted, with the column fold added; raises the errors of Judge."""
     runs = ["image_id", "model", "fold"]
     detections = predictions.detections
     coverage = detections[runs].iloc[:0] if predictions.coverage is None else predictions.coverage

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FEW_BOXES = 40_000
 COMPILES = not numba.config.DISABLE_JIT
 _merged_sizes: deque[int] = deque(maxlen=1000)  # number of boxes in the latest calls
-MOST_LISTS = 128  # per image; NumPy's sum uses another order of additions for more numbers than this
+MOST_LISTS = 128  # per image; NumPy adds more numbers than this in another order
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class ImageLists:
 
     @property
     def image(self) -> np.ndarray:
-        """The index of each box's image, an int array (n,)."""
+        """Index of the image of each box, an int array (n,)."""
         return np.repeat(np.arange(len(self.ends)), np.diff(self.ends, prepend=0))
 
     @property
     def list_counts(self) -> np.ndarray:
-        """The number of lists of each image, an int array (m,)."""
+        """Number of lists of each image, an int array (m,)."""
         return np.diff(self.list_ends, prepend=0)
 
     def split(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
@@ -95,7 +95,7 @@ def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.n
 
 
 def descending(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return indices (n,) that sort each part of `values` (n,) on its own, highest first; `ends` are the parts' ends."""
+    """Return indices (n,) that sort each segment of `values` (n,), highest first; `ends` has the segments' end indices."""
     # Sorted exactly as in ensemble-boxes, so that equal values get the same order, which depends on NumPy.
     order, start = np.empty(len(values), dtype=np.intp), 0
     for end in ends.tolist():
@@ -136,8 +136,8 @@ def _merge_compiled(
         )
     except (NumbaError, RuntimeError, OSError) as error:
         logger.warning(
-            "numba cannot compile the merging of boxes (%s: %s); ensemble-boxes merges them, with the same results, about "
-            "a hundred times slower",
+            "numba cannot compile the merging of boxes (%s: %s). The package ensemble-boxes merges them instead, with the "
+            "same results but about a hundred times slower",
             *(type(error).__name__, error),
         )
         return None

@@ -1,4 +1,4 @@
-"""Reads which predictions each bundle makes, and fuses the predictions of all bundles; used by submissions and the page."""
+"""Reads what each trained model predicts, and fuses the predictions of all models, for submissions and the web page."""
 
 import logging
 import time
@@ -31,7 +31,7 @@ MAX_SIDE = 65_535  # pixels; DICOM's rows and columns have 16 bits
 
 @dataclass(frozen=True)
 class AnsweringModel:
-    """A model as described by its bundle's record, without its weights."""
+    """Description of a trained model, read from model.json in its bundle (the model's folder), without the weights."""
 
     folder: Path
     model: str
@@ -43,7 +43,7 @@ class AnsweringModel:
     wants_masks: bool  # whether a segmenter must find the lungs
     masked: bool  # whether the lung masks are also needed, not only the frames
     segmenter: str  # digest of the segmenter that found the lungs in training, "" if none
-    data_fingerprint: str  # fingerprint of the prepared run that was used in training
+    data_fingerprint: str  # fingerprint of the training data (a run of notebook 10)
     classes: tuple[str, ...] = ()
 
 
@@ -51,8 +51,8 @@ class AnsweringModel:
 class Stacked:
     """Report on applying the ensemble to a submission's studies.
 
-    `studies` is the number of studies that all learners have predicted, `seconds` the run time, and `note` says how many
-    other studies there are or why the ensemble was not applied; "" if neither is the case.
+    `studies` is the number of studies that all learners have predicted, and `seconds` the run time. `note` says how many
+    studies lack a learner's prediction, or why the ensemble was not applied; otherwise it is "".
     """
 
     studies: int
@@ -61,10 +61,10 @@ class Stacked:
 
 
 def read_answering_model(folder: Path, record_sha256: str = "", competition: Competition = SIIM_COVID19) -> AnsweringModel:
-    """Return the AnsweringModel that the record of the bundle `folder` describes, for a model that can fill a submission.
+    """Read the description of the model in the bundle `folder`, and check that a submission can use its predictions.
 
-    Raises BundleError if the record cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
-    an invalid recipe, and ValueError for a model whose predictions are not part of a submission.
+    Raises BundleError if model.json cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
+    an invalid recipe, and ValueError if a submission to `competition` cannot use the model's predictions.
     """
     record = read_record(folder)
     if record_sha256 not in ("", record["record_sha256"]):
@@ -75,14 +75,14 @@ def read_answering_model(folder: Path, record_sha256: str = "", competition: Com
 
 
 def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
-    """Return why a model's predictions are no part of a submission to `competition`, "" if they are.
+    """Return why a submission to `competition` cannot use a model's predictions, or "" if it can.
 
-    `record` is that of the model's bundle. The text continues a sentence that begins with the model.
+    `record` is the content of the model's model.json. The text continues a sentence that begins with the model's name.
     """
     answers, classes = recorded_family(record).answers, set(record["classes"])
     helping = set(competition.helping_classes)
     wanted = {
-        STUDIES: classes if competition.study_classes else set(),  # they all predict SIIM's classes
+        STUDIES: classes if competition.study_classes else set(),  # all study models predict SIIM's classes
         CLASSES: {*competition.image_classes, *(helping if helping <= classes else ())},
         BOXES: set(competition.box_classes),
         LUNGS: set(),
@@ -90,15 +90,15 @@ def unwanted(record: Mapping[str, Any], competition: Competition) -> str:
     }[answers]
     if not classes & wanted:
         named = ", ".join([*map(str, record["classes"][:3]), *(["..."] if len(record["classes"]) > 3 else [])])
-        advice = "give its run in the kernel's key `lungs`" if answers == LUNGS else "leave it out, or start another from it"
+        advice = "give its run in the kernel's key `lungs`" if answers == LUNGS else "leave out its run"
         return f"predicts {answers} ({named}), of which a submission to {competition.name} contains none; {advice}"
     return ""
 
 
 def read_any_model(folder: Path) -> AnsweringModel:
-    """Return the AnsweringModel that the record of the bundle `folder` describes, for a model of any family.
+    """Read the description of the model in the bundle `folder`; the model may be of any family.
 
-    Raises BundleError if the record cannot be read, and SettingsError for an invalid recipe.
+    Raises BundleError if model.json cannot be read, and SettingsError for an invalid recipe.
     """
     return _describe_model(folder, read_record(folder))
 
@@ -131,15 +131,15 @@ def fused_answer(
     competition: Competition = SIIM_COVID19,
     mask_maps: Sequence[pd.DataFrame] = (),
 ) -> tuple[Any, Stacked | None]:
-    """Fuse the predictions of all models; return what the competition decides from them, and a report on the ensemble.
+    """Fuse the predictions of all models; return the competition's answers and a report on the ensemble.
 
     `probabilities` are the tables that the Predictors of classifiers yield, `detections` those of detectors, `mask_maps`
     those of segmenters. `coverage` tables (image_id, model, fold) list the images that each detector has predicted. `images`
-    has image_id, study_id, rows and columns. For the first result see Competition.decide; for SIIM it is Fused.
+    has image_id, study_id, rows and columns. The answers are the result of `competition.decide`, for SIIM a `Fused`.
 
-    The ensemble's prediction replaces those of its learners; for studies that lack a learner, it is the plain mean of the
-    other learners. If the ensemble fails, its learners are fused without it. The report notes both cases; it is None if
-    there is no ensemble or no prediction by a study model.
+    The ensemble's prediction replaces the predictions of its learners. For studies that lack a learner, it is the unweighted
+    mean of the other learners. If the ensemble fails, its learners are fused without it. The report notes both cases; it is
+    None if there is no ensemble or no prediction by a study model.
     """
     of_studies = [table for table in probabilities if set(STUDY_CLASSES) <= set(table.columns)]
     of_images = [table for table in probabilities if not set(STUDY_CLASSES) <= set(table.columns)]
@@ -183,7 +183,10 @@ def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
     family = recorded_family(record)
     from_dict(family.recipe, record["recipe"])
     if family.answers == STUDIES and record["classes"] != list(OUTPUTS):
-        raise BundleError(f"its classes are {record['classes']}; expected {list(OUTPUTS)}; train it again, or leave it out")
+        raise BundleError(
+            f"the model's classes are {record['classes']}; expected {list(OUTPUTS)}. Train {record['model']} again, or "
+            "leave it out"
+        )
     if family.answers != STUDIES:
         return frozenset({family.answers})
     outputs = record["recipe"].get("outputs", "both")

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LungsReport:
-    """What a CachedLungs has done: see its attributes of the same names."""
+    """Copy of the attributes of a CachedLungs that have the same names, with their values at one moment."""
 
     segmented: int
     missed: int
@@ -29,12 +29,12 @@ class LungsReport:
 
 
 class CachedLungs:
-    """A `LungFinder` that runs the segmenter of `bundle` once per image and caches the results.
+    """Finds lungs with the segmenter in the folder `bundle`, once per image, and caches the results.
 
     If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or all
-    images of a batch of several fail, segmentation is given up, and `fault`, "" until then, contains the reason. `missed` is
-    the number of segmented images without plausible lungs, and `seconds` the time spent. The cache contains the frames of
-    the last `most` images (None: of all images) and, if `masked` is True, also their masks as PNG. Thread-safe.
+    images of a batch of two or more fail, no further images are segmented, and `fault`, "" until then, contains the reason.
+    `missed` is the number of segmented images without plausible lungs, and `seconds` the time spent. The cache contains the
+    lung frames of the last `most` images (None: of all images) and, if `masked` is True, their masks as PNG. Thread-safe.
     """
 
     def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
@@ -56,7 +56,7 @@ class CachedLungs:
         return self._segmenter.overflowed if isinstance(self._segmenter, LungSegmenter) else 0
 
     def report(self) -> LungsReport:
-        """Return the numbers so far."""
+        """Return the counts, the time spent and the fault so far."""
         return LungsReport(self.segmented, self.missed, self.overflowed, self.seconds, self.fault)
 
     def begin(self) -> None:
@@ -66,7 +66,7 @@ class CachedLungs:
         began = time.monotonic()
         try:
             if self.bundle is None:
-                raise FileNotFoundError("the weights contain no segmenter; give its run in the kernel's key `lungs`")
+                raise FileNotFoundError("the weights contain no lung segmenter; give its run in the kernel's key `lungs`")
             self._segmenter = load_segmenter(self.bundle, batch_size=self.batch_size)
         except Exception as error:
             self._give_up(error)
@@ -88,7 +88,7 @@ class CachedLungs:
     def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
         """Segment a batch and cache the results.
 
-        If the batch fails, its images are segmented one by one; if it has several and all fail, segmentation is given up.
+        If the batch fails, its images are segmented one by one. If all of two or more images fail, `fault` is set.
         """
         try:
             self._store(xrays, segmenter.find(xrays))

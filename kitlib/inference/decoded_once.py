@@ -1,4 +1,4 @@
-"""Decodes a test set once, while the first model predicts it, for all models of a submission."""
+"""Decodes a test set only once for all models of a submission, while the first model predicts."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class DecodedOnce:
-    """The readable images of a test set, for any number of passes; the first pass decodes them while the model predicts.
+    """Iterates over a test set's readable images, in any number of passes; the first pass decodes them.
 
     `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
     passes end, and `error` is the reason. Passes may overlap, because the thread of a stopped model may still be reading
@@ -26,10 +26,10 @@ class DecodedOnce:
     def __init__(
         self, cache: XrayCache, images: pd.DataFrame, workers: int, longest_s: float, seconds: float = math.inf
     ) -> None:
-        """Decode no file yet. `workers` is the number of decoding processes, 0 for one per core.
+        """Prepare `workers` decoding processes (0: one per core), without decoding a file yet.
 
-        A file may take `longest_s`, or less once slow files have used up their share of `seconds`, the time for decoding
-        and prediction.
+        Decoding one file may take `longest_s` seconds, or less once slow files have used up their share of `seconds`, the
+        time for decoding and prediction.
         """
         self.cache, self.images = cache, images
         self.error: Exception | None = None
@@ -57,7 +57,7 @@ class DecodedOnce:
         return self._read(index) is not None
 
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows of `images` that are decoded so far; `rows` and `columns` are added, the image's original size."""
+        """Return the rows of `images` whose files are decoded so far, with their original size as `rows` and `columns`."""
         sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}
         images = images[images.image_id.isin(sizes)].copy()
         images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
@@ -77,12 +77,12 @@ class DecodedOnce:
             index += 1
 
     def _read(self, index: int) -> CachedXray | None:
-        """Return the image of `outcomes[index]`, decoded again if its entry is damaged or gone; None if that fails."""
+        """Return the image of `outcomes[index]`, decoded again if its copy is damaged or gone, or None if that fails."""
         image_id = self.outcomes[index].image_id
         try:
             return self.cache.read(image_id)
         except (CacheError, KeyError, OSError) as error:
-            logger.warning("decoding %s again: %s", image_id, error)
+            logger.warning("image %s is decoded again, because its decoded copy cannot be read: %s", image_id, error)
         with self._one_at_a_time:
             if self._closed:
                 return None

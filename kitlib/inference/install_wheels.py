@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def install_wheels(slug: str) -> list[str]:
-    """Install the wheels in the dataset `slug` whose versions are not installed yet; return their names as name==version.
+    """Install the wheels in the dataset `slug` whose versions are not installed yet; return them as "name==version".
 
     Raises InputNotFound if the dataset is not attached, and RuntimeError with pip's output if pip fails.
     """

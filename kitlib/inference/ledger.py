@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Collects one row per stage; several threads may add rows."""
+    """Collects the rows of a submission's ledger; several threads may add rows."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -28,13 +28,13 @@ class Ledger:
         return pd.DataFrame(self._rows, columns=["stage", "files", "seconds", "note"])
 
     def note(self, stage: str, files: int, began: float, note: str = "") -> None:
-        """Add a row, and log it; `began` is the time.monotonic() value at which the stage began."""
+        """Add and log a row about a stage; `began` is the time.monotonic() value at which the stage began."""
         seconds, note = time.monotonic() - began, storable(note)
         self._rows.append({"stage": stage, "files": files, "seconds": round(seconds, 1), "note": note})
         logger.info("%s: %d files in %.1f s. %s", stage, files, seconds, note)
 
     def note_lungs(self, reports: "Sequence[LungsReport]") -> None:
-        """Add rows about the segmentation of lungs, one report for each process that has found lungs."""
+        """Add rows about the segmentation of lungs; `reports` has one report for each process that segmented them."""
         now = time.monotonic()
         for lungs in reports:
             if lungs.fault:
@@ -46,7 +46,7 @@ class Ledger:
                 self.note("lungs", lungs.segmented, now - lungs.seconds, "; ".join(notes))
 
     def note_decoding(self, xrays: "DecodedOnce", files: int) -> None:
-        """Add rows about failed files, files with warnings, slow files, and those of all `files` that were never decoded."""
+        """Add rows about files that failed, had warnings, were slow or were never decoded; `files` is the number of all."""
         now, outcomes = time.monotonic(), list(xrays.outcomes)
         for failed in (outcome for outcome in outcomes if outcome.status == "failed"):
             self.note("decode", 1, now, f"{failed.image_id} keeps its placeholder prediction: {failed.reason}")
@@ -65,7 +65,7 @@ class Ledger:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return the ledger's note for an error, and log the error's traceback."""
+    """Return the ledger's note for an error; log the error's traceback, unless the error is OutOfTime."""
     if isinstance(error, OutOfTime):
         return "time was up"
     logger.error("a stage failed", exc_info=error)

@@ -36,8 +36,8 @@ def list_files(
     In the result, `file` is the file as the caller wrote it: an element of `names`, an element of `names` followed by the
     path in this folder, or a cell of the table. `path` is the path to read. `image_id` is the file name without suffix,
     followed by -2, -3 and so on if the name repeats, so that ids are unique. `study_id` is the value of the table's column
-    `study_column` or, without it, the StudyInstanceUID of the DICOM header or, without this, the image_id. Rows of the same
-    study are next to each other. `error` is "", or says why the file cannot be used. Raises DatasetError if there is no
+    `study_column` if there is one, else the StudyInstanceUID of the DICOM header if there is one, else the image_id. Rows of
+    one study are next to each other. `error` is "", or says why the file cannot be used. Raises DatasetError if there is no
     image file, or if a table cannot be read.
     """
     given = [names] if isinstance(names, str | Path) else list(names)
@@ -52,7 +52,8 @@ def list_files(
             rows.setdefault((str(name), str(name)), "")
     if not rows:
         raise DatasetError(
-            f"{', '.join(map(str, given)) or 'nothing'}: no image file; DICOM, PNG and JPEG files are read, in folders too"
+            f"there is no image file in: {', '.join(map(str, given)) or 'an empty list'}; give DICOM, PNG or JPEG files, or "
+            "folders or tables of them"
         )
     table = pd.DataFrame(list(rows), columns=["file", "path"]).assign(table_study=list(rows.values()))
     table["error"] = ["" if os.path.isfile(path) else "there is no such file" for path in table["path"]]
@@ -106,7 +107,8 @@ def _read_files(path: Path, file_column: str, study_column: str) -> dict[tuple[s
         logger.warning("%s %s: %s", path, row, problem)
     if file_column not in table:
         raise DatasetError(
-            f"{path} has no column {file_column!r} of files, only {', '.join(table.columns)}; set it by --file-column"
+            f"{path} has no column {file_column!r} of files; it has: {', '.join(table.columns)}. Name the column that lists "
+            "the files with --file-column"
         )
     studies: Sequence[str] = table[study_column].tolist() if study_column in table else [""] * len(table)
     files = table[file_column].tolist()

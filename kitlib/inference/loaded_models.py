@@ -31,13 +31,13 @@ Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator 
 
 @dataclass(frozen=True)
 class Answer:
-    """The predictions of a system of models for some images.
+    """The predictions of a system (models whose predictions are combined) for some images.
 
-    Study models and detectors have `fused` predictions, with boxes of any findings in original pixels. Classifiers have
-    `classes`, a table with the columns image_id and the classes, whose values are probabilities 0..1. Segmenters have
-    `masks`, a table of fused maps (kitlib.fusion.mask_maps), and `runs`, from which a tuned fusion's masks are drawn, by
-    image_id (kitlib.xrays.run_lengths), or None, except for a lung segmenter, which has none of these: its masks
-    are read from `LoadedModels.segmenter`.
+    `fused` has the predictions of study models and detectors, with boxes of any findings in original pixels. `classes`, from
+    classifiers, is a table with the columns image_id and the classes, whose values are probabilities 0..1. `masks`, from
+    segmenters, is a table of fused maps (kitlib.fusion.mask_maps). `runs` maps image_ids to the run lengths of the mask that
+    a tuned fusion has decided on (kitlib.xrays.run_lengths). Each of them is None if the system does not predict it. A lung
+    segmenter predicts none of them: its masks are read from `LoadedModels.segmenter`.
     """
 
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
@@ -49,17 +49,17 @@ class Answer:
     runs: Mapping[str, np.ndarray] | None = None
 
     def maps(self, image_id: str) -> dict[str, np.ndarray]:
-        """Return the probability map of each structure in an image: float (h, w) of any size, 0..1; {} if none."""
+        """Return an image's probability map of each structure, float (h, w) of any size, 0..1; {} if it has no map."""
         if self.masks is None:
             return {}
         of_image = self.masks[self.masks["image_id"] == image_id]
         return {name: decode_grey(png) / 255 for name, png in zip(of_image["finding"], of_image["map"], strict=True)}
 
     def mask(self, image_id: str) -> np.ndarray | None:
-        """Return the mask of all structures in an image: bool (h, w) of any size; None if it has no map.
+        """Return an image's mask of all structures, bool (h, w) of any size; None if it has none.
 
-        It is the one that the submission of a tuned fusion has, and otherwise every pixel with a probability of at least
-        MASK_LEVEL.
+        The mask is the one that a tuned fusion has decided on. Without a tuned fusion, it is True at pixels where a
+        structure's probability is at least MASK_LEVEL.
         """
         if self.runs is not None:
             return draw_runs(self.runs[image_id]) if image_id in self.runs else None
@@ -69,7 +69,7 @@ class Answer:
 
 @dataclass
 class _Asked:
-    """Collects the predictions, remarks and faults of the models of a system before they are fused."""
+    """Collects the predictions, remarks and faults of a system's models, before the predictions are fused."""
 
     probabilities: list[pd.DataFrame] = field(default_factory=list)
     classes: list[pd.DataFrame] = field(default_factory=list)  # probabilities of image classes other than `none`
@@ -97,7 +97,7 @@ class LoadedModels:
         self._ensembles: dict[Path, Ensemble] = {}
 
     def answer(self, system: System, models: Sequence[AnsweringModel], xrays: Stream, images: pd.DataFrame) -> Answer:
-        """Return the predictions of the `models` of `system` for `images`: those of a submission, classes, or lungs.
+        """Predict `images` with the `models` of `system`; return their combined predictions.
 
         `images` is a table with the columns image_id, study_id, rows and columns, and must contain all images of each study;
         `xrays` returns their decoded copies. A model that fails is left out, with a remark. If all models fail, the error of
@@ -120,8 +120,8 @@ class LoadedModels:
     def _classify(self, system: System, asked: _Asked) -> pd.DataFrame:
         """Return a table of class probabilities, with the columns image_id and the classes.
 
-        As in notebooks 25 and 65, the predictions of one learner for one fold are averaged first; then a system without an
-        ensemble averages over folds and learners, and one with an ensemble applies it.
+        As in notebooks 25 and 65, the predictions of one learner for one fold are averaged first. Then the ensemble is
+        applied; without an ensemble, folds and learners are averaged.
         """
         classes = system.classes()
         scores = pd.concat([table.dropna() for table in asked.classes], ignore_index=True)
@@ -138,14 +138,14 @@ class LoadedModels:
     def _draw(
         self, system: System, asked: _Asked, images: pd.DataFrame
     ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray] | None]:
-        """Return the fused maps, and the runs of the masks that the system's competition decides on, if it wants masks."""
+        """Return a table of fused maps, and the run lengths of the competition's masks by image_id (None without masks)."""
         predictions = ModelPredictions.of(mask_maps=concatenate(asked.mask_maps, "mask_maps"))
         merged, competition = merge(predictions, images, system.fusion), system.competition
         wants_masks = competition is not None and competition.mask_classes
         return merged.masks, competition.decide(merged, system.settings) if competition and wants_masks else None
 
     def _segment(self, system: System, xrays: Stream) -> Answer:
-        """Find the lungs in each image, so that `segmenter` has them cached."""
+        """Find and cache the lungs in each image, which the caller reads from `segmenter`; the Answer has no predictions."""
         asked, segmenter, model = _Asked(remarks=list(system.notes)), self.segmenter(system), system.models[0]
         began = time.perf_counter()
         for xray in xrays():

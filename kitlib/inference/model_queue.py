@@ -1,4 +1,4 @@
-"""The models of a submission in the order of their value, and how much of the remaining time each may take."""
+"""Decides which model of a submission predicts next, in the order of their value, and how much time it may take."""
 
 import threading
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Counts(Protocol):
-    """What a Predictor has counted since its `predict` was called."""
+    """Attributes of a Predictor that are read after each batch: its name, and counts since the call of `predict`."""
 
     model: str
     fold: int
@@ -26,11 +26,11 @@ class Counts(Protocol):
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model has predicted so far; never changed, so that another thread may fuse it."""
+    """The predictions of a model so far. The object never changes, so that another thread may read it."""
 
     model: str = ""  # in the tables
     fold: int = 0
-    chunks: tuple[pd.DataFrame, ...] = ()
+    chunks: tuple[pd.DataFrame, ...] = ()  # one table of predictions per batch
     seen: tuple[str, ...] = ()  # image_ids, including those of images without boxes
     lungs_missed: int = 0  # number of images that were used uncropped because no lungs were found
     overflowed: int = 0  # number of images that were predicted again in float32
@@ -38,18 +38,18 @@ class Predicted:
 
 @dataclass(eq=False)
 class Model:
-    """One bundle of a submission and what it has predicted so far."""
+    """A trained model of a submission, its predictions so far, and its state in the queue."""
 
     record: "AnsweringModel"
     predicted: Predicted = Predicted()
-    turns: int = 0  # how often it has begun
+    turns: int = 0  # how often the model has begun to predict
     running: bool = False
     stopped: bool = False  # whether the model was stopped after its share of the time; it may continue later
     dropped: bool = False  # whether its predictions are not used; a thread may still add some
 
     @property
     def folder(self) -> Path:
-        """The bundle's folder."""
+        """The folder that contains the model's weights and model.json."""
         return self.record.folder
 
     @property
@@ -59,7 +59,7 @@ class Model:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether its predictions are part of the submission: those of a first turn only once it has ended."""
+        """Whether the submission may use the model's predictions: not if it was dropped or is still in its first turn."""
         return not self.dropped and (not self.running or self.turns > 1)
 
     def coverage(self) -> pd.DataFrame:
@@ -68,7 +68,10 @@ class Model:
         return pd.DataFrame({**seen, "findings": FINDINGS_SEPARATOR.join(self.record.classes)})
 
     def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
-        """Add a batch's predictions, unless the model was dropped; `predictor` has counted since `before`."""
+        """Add a batch's predictions and the predictor's counts, unless the model was dropped.
+
+        `before` has the predictions and counts from before this turn.
+        """
         if self.dropped:
             return
         self.predicted = Predicted(
@@ -85,18 +88,18 @@ class Model:
         self.dropped, self.predicted, self.stopped = True, Predicted(), False
 
     def count_predicted(self) -> int:
-        """Return the number of images with a prediction; a classifier's rows without any finite number do not count."""
-        if self.answers & {"boxes", "masks"}:  # an image without a row has been predicted too, or has no float column
+        """Return the number of images with a prediction; a classifier's rows that contain only NaN do not count."""
+        if self.answers & {"boxes", "masks"}:  # images without boxes have no row, and tables of masks no float column
             return len(self.predicted.seen)
         return sum(int(chunk.select_dtypes("float").notna().any(axis=1).sum()) for chunk in self.predicted.chunks)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A model that may predict now.
+    """A model that is to predict now, and the seconds that it may take, `budget`.
 
-    If `may_stop`, it is stopped after `budget` seconds and keeps its predictions; otherwise it is dropped as soon as it is
-    expected to take longer than `budget`.
+    If `may_stop` is True, the model is stopped after these seconds and keeps its predictions. Otherwise the model is dropped
+    as soon as it is expected to take longer.
     """
 
     model: Model
@@ -107,9 +110,9 @@ class Turn:
 class ModelQueue:
     """Hands out the models of a submission to one or more `processes` that predict. Thread-safe.
 
-    The first model of each kind of prediction may stop before it has predicted all images, which is better than no
-    prediction, so that the first models of other kinds get their share of the time. Further models must finish. Models that
-    were stopped get a second turn after all others.
+    The first model of each kind of prediction may be stopped before it has predicted all images, so that the first models of
+    the other kinds get their share of the time: predictions for some images are better than none. Further models must
+    finish. Stopped models get a second turn after all others.
     """
 
     def __init__(self, models: list[Model], deadline: Deadline, processes: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Prediction with one trained model over a stream of X-rays; imports no training library, so a submission starts fast."""
+"""Predicts a stream of X-rays with one trained model; imports no training library, so that a submission starts fast."""
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,12 +33,12 @@ VIEWS_IOU = 0.6
 
 @dataclass(frozen=True)
 class Batch:
-    """A model's input for a batch of n images.
+    """A model's input for a batch of n images, drawn on square canvases of the model's input size.
 
-    `pixels` and `placements` are dicts whose keys say what the canvases show: "full" or "lungs". Each value of `pixels` is a
-    tensor (n, side, side), and each value of `placements` has one placement per image. For a patch model, `pixels` contains
-    only "full", `placements` is empty, and `where` contains the patch centres. `lungs_missed` is the number of images that
-    are used uncropped because no lungs were found.
+    `pixels` and `placements` are dicts whose keys say what the canvases show: "full" (whole images) or "lungs" (crops to the
+    lungs). Each value of `pixels` is a tensor (n, side, side); each value of `placements` has one Placement per image, which
+    maps canvas pixels to the image. For a patch model, `pixels` contains only "full", `placements` is empty, and `where`
+    contains the patch centres. `lungs_missed` is the number of images that are used uncropped because no lungs were found.
     """
 
     image_ids: list[str]
@@ -82,7 +82,8 @@ class Predictor:
         self.views = tuple(views or recipe.get("views") or ("full",))
         unknown = [view for view in self.views if view not in VIEWS]
         if unknown or len(set(self.views)) < len(self.views):
-            raise ValueError(f"{self.model}: views are {list(self.views)}; valid, each at most once: {', '.join(VIEWS)}")
+            names = ", ".join(VIEWS)
+            raise ValueError(f"{self.model}: views are {list(self.views)}; valid views, each at most once: {names}")
         if self.family.sees_patches and self.views != ("full",):
             raise ValueError(f"{self.model}: views are {list(self.views)}; a patch model supports only the view 'full'")
         self._canvas_names = sorted({VIEWS[view][0] for view in self.views})
@@ -98,10 +99,10 @@ class Predictor:
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
         """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
 
-        Study models yield one row per image with the columns image_id, model, fold, the four classes and none, NaN for
-        outputs that were not trained; findings and patch models yield `class_scores` tables; detectors yield `detections`
-        tables, in which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` start anew. An error in
-        the stream is raised here. Closing the generator ends the thread.
+        Study models yield one row per image with the columns image_id, model, fold, the four classes and none; outputs that
+        were not trained are NaN. Findings and patch models yield `class_scores` tables. Detectors yield `detections` tables,
+        in which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` are reset at the start. An error
+        in the stream is raised here. Closing the generator ends the thread.
         """
         self.seen, self.lungs_missed, self.overflowed = [], 0, 0
         for batch in ahead(self._batches(stream)):
@@ -177,11 +178,11 @@ class Predictor:
         return list(probabilities.double().cpu().numpy())
 
     def _overflows(self) -> int:
-        """Return the number of batches that overflowed so far; detectors count their own."""
+        """Return the number of batches so far that overflowed in half precision; a detector's network counts them itself."""
         return self.network.overflows if self.family.answers == BOXES else self._overflowed_batches
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Yield the batch's pixels and placements for each view, in the order of `views`; mirrored views flip the pixels."""
+        """Yield for each view its pixels (n, side, side), mirrored if the view is, and the n images' placements on them."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
@@ -208,8 +209,8 @@ class Predictor:
     def _to_original(self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool) -> np.ndarray:
         """Convert an image's boxes (k, 6) from canvas to original pixels; return a float array (m, 6).
 
-        The columns of both are xmin, ymin, xmax, ymax, score and class. Boxes are clipped to the image; boxes with less than
-        a pixel inside the image are dropped.
+        The columns of both arrays are xmin, ymin, xmax, ymax, score and class. Boxes are clipped to the image, and dropped
+        if less than a pixel is inside. If `mirrored`, the boxes are on a mirrored canvas.
         """
         boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
@@ -249,7 +250,7 @@ def load_predictor(
 ) -> AnyPredictor:
     """Return a predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
 
-    For a segmenter of a structure that most images do not have it is a MaskPredictor, whose recipe decides on its views.
+    A segmenter of a structure that most images do not have gets a MaskPredictor, whose views are those of its recipe.
     Raises BundleError if the bundle is damaged or contains a lung segmenter.
     """
     record, state_dict = read_bundle(bundle_folder)

@@ -43,7 +43,7 @@ PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can b
 
 @dataclass(frozen=True)
 class _Part:
-    """A group of files, with all files of each study, that has been decoded.
+    """A group of decoded files, which contains all files of each of its studies.
 
     `files` are rows of the table of `list_files`, `outcomes` maps the image_id of each file that exists to the Outcome of
     decoding, and `cache` has the decoded copies.
@@ -148,7 +148,9 @@ def table_columns(system: System) -> list[str]:
         # Fusion computes `none` from boxes or classes if no model predicts it.
         outputs += ["none"] if answers & FUSED else []
         if taken := sorted({*KEYS, *outputs, BOXES, WARNING, ERROR} & set(classes)):
-            raise RunError(f"{system.name} has a class called {taken[0]!r}, like a column of the table; rename the class")
+            raise RunError(
+                f"{system.name} has a class called {taken[0]!r}, like another column of the table; rename the class"
+            )
         outputs += [*classes, *([BOXES] if "boxes" in answers else [])]
     return [*KEYS, *outputs, WARNING, ERROR]
 
@@ -240,7 +242,7 @@ def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int,
 
 
 def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd.DataFrame, tuple[str, ...], str]:
-    """Return a part's outputs, its faults, and an error message, which is "" unless all models have failed on this part.
+    """Return a part's table of outputs, its faults, and an error message, which is "" unless all models failed on the part.
 
     The error is not raised, because the models may succeed on other parts.
     """
@@ -251,8 +253,8 @@ def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd
     except OSError:  # a picture cannot be written, or a copy is gone
         raise
     except Exception as error:
-        logger.error("%d files are not predicted", len(part.files), exc_info=error)
-        return pd.DataFrame(), (), f"no model has predicted it: {type(error).__name__}: {error}"
+        logger.error("%d files are not predicted, because every model failed", len(part.files), exc_info=error)
+        return pd.DataFrame(), (), f"no model has predicted the file: {type(error).__name__}: {error}"
 
 
 def _finished(part: _Part, outputs: pd.DataFrame, faults: tuple[str, ...], failure: str, columns: list[str]) -> pd.DataFrame:
@@ -279,7 +281,7 @@ def _finished(part: _Part, outputs: pd.DataFrame, faults: tuple[str, ...], failu
     ]
     table[WARNING] = [storable(text) for text in warnings]
     table[ERROR] = [
-        storable(reason or (failure or "no model has predicted it with finite numbers" if empty else ""))
+        storable(reason or (failure or "no model has predicted finite numbers for the file" if empty else ""))
         for reason, empty in zip(reasons, is_empty, strict=True)
     ]
     table.loc[table[ERROR] != "", WARNING] = ""

@@ -1,4 +1,4 @@
-"""Predicts in a process that has a GPU of its own, for a parent process that decodes the images and fuses predictions."""
+"""Predicts in a separate process with its own GPU; the parent process decodes the images and fuses the predictions."""
 
 import contextlib
 import logging
@@ -23,8 +23,8 @@ from kitlib.xrays.worker import LightContext
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-# A process that has started and been given something to do, but sends nothing for this long, is stuck. Loading a model and
-# predicting its first batch, which includes cuDNN's choice of algorithms, take a small part of it.
+# A process that has work to do, but sends nothing for this long, is stuck. Loading a model and predicting its first batch,
+# which includes cuDNN's choice of algorithms, take a small part of this time.
 STALLED_S = 300.0
 STARTING_S = 300.0  # for importing torch, from a disk that all processes read
 STOPPING_S = 60.0  # for the batches that are prepared already when a model is stopped
@@ -32,7 +32,7 @@ STOPPING_S = 60.0  # for the batches that are prepared already when a model is s
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """What a prediction process is told when it starts."""
+    """Settings that a prediction process gets when it starts."""
 
     cache: XrayCache  # has the decoded images
     batch_size: int
@@ -41,10 +41,10 @@ class ProcessSettings:
 
 
 class PredictionProcess:
-    """A process that predicts with one model after the other; started at the first model, and again after it has died.
+    """Runs a process that predicts with one model after the other; `load` starts the process, also again after it has died.
 
-    `gpu` is its CUDA_VISIBLE_DEVICES, "" for no GPU. `lungs` is its report about the lungs that it has found, None until it
-    has finished a model that needs them.
+    `gpu` is the process's CUDA_VISIBLE_DEVICES, "" for no GPU. `lungs` is the process's latest report on segmented lungs,
+    None until a model that needs lungs has finished.
     """
 
     def __init__(self, settings: ProcessSettings, gpu: str, deadline: Deadline) -> None:
@@ -72,10 +72,10 @@ class PredictionProcess:
             raise PredictionError("the prediction process has ended") from error
 
     def receive(self, last_sent: Callable[[], float] = lambda: 0.0, limit_s: float | None = None) -> tuple[str, Any]:
-        """Return the next message from the process, its name and content.
+        """Return the name and the content of the next message from the process.
 
-        `last_sent` is a function that returns when the process was last given something to do, a time.monotonic() value.
-        The process may take `limit_s` from then, STALLED_S by default. Raises the errors of `load`.
+        `last_sent` returns the time.monotonic() value at which the process last got work to do. The process may take
+        `limit_s` seconds from then, STALLED_S by default. Raises the errors of `load`.
         """
         limit_s = limit_s or STALLED_S
         began, connection, process = time.monotonic(), self._connection, self._process
@@ -99,7 +99,7 @@ class PredictionProcess:
         return what, content
 
     def kill(self) -> None:
-        """Kill the process, if it runs."""
+        """Kill the process if it is running."""
         process, connection, self._process, self._connection = self._process, self._connection, None, None
         if process is not None:
             kill_family(process.pid)
@@ -116,7 +116,7 @@ class PredictionProcess:
 
 
 class RemotePredictor:
-    """A model in a prediction process; its attributes are those of a Predictor."""
+    """A model that is loaded in a PredictionProcess; it has the attributes of a Predictor that a submission reads."""
 
     def __init__(self, process: PredictionProcess, model: str, fold: int) -> None:
         self.process, self.model, self.fold = process, model, fold
@@ -128,9 +128,9 @@ class RemotePredictor:
     def predict(self, image_ids: Iterable[str], restore: Callable[[str], bool]) -> Generator[pd.DataFrame, None, None]:
         """Yield one table of predictions per batch of the decoded images `image_ids`, which a thread iterates over.
 
-        `restore` decodes an image whose copy cannot be read again, and returns whether it can be read now. Raises the errors
-        of `PredictionProcess.load`, and those of `image_ids`. If the generator is closed before its end, it waits until the
-        process is ready for another model.
+        If the decoded copy of an image cannot be read, `restore` decodes the image again and returns whether the copy can be
+        read now. Raises the errors of `PredictionProcess.load`, and those of `image_ids`. If the generator is closed before
+        its end, it waits until the process is ready for another model.
         """
         threading.Thread(target=self._send_all, args=[image_ids], name="image ids", daemon=True).start()
         what = ""
@@ -170,7 +170,7 @@ class RemotePredictor:
             self._send("end")
 
     def _send(self, what: str, content: Any = None) -> bool:
-        """Send a message unless the prediction has ended, so that no image id reaches the next model."""
+        """Send a message and return True, or return False if the prediction has ended: no id may reach the next model."""
         with self._sending:
             if not self._ended:
                 self.process.send(what, content)
@@ -178,7 +178,7 @@ class RemotePredictor:
             return not self._ended
 
     def _stop(self) -> None:
-        """Let the process end this model, and discard the batches that it had prepared."""
+        """Make the process stop predicting with this model, and discard the batches that it has already prepared."""
         began = time.monotonic()
         try:
             self.process.send("stop")
@@ -192,7 +192,7 @@ class RemotePredictor:
 
 
 def serve(pipe: Any, settings: ProcessSettings, gpu: str, parent: int) -> None:
-    """Predict in this process, which was started for it, until the parent process ends."""
+    """Main function of a prediction process: load and predict as the parent's messages say, until the parent ends."""
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     die_with_parent(parent)
     logging.basicConfig(level=logging.WARNING, format=f"prediction process {gpu}: %(message)s")
@@ -224,7 +224,7 @@ def serve(pipe: Any, settings: ProcessSettings, gpu: str, parent: int) -> None:
 
 
 class _Connection:
-    """The process's end of the connection; several threads may send."""
+    """Connection of a prediction process to its parent; several threads may send."""
 
     def __init__(self, connection: Any) -> None:
         self.recv, self._connection, self._one_at_a_time = connection.recv, connection, threading.Lock()
@@ -235,7 +235,7 @@ class _Connection:
 
 
 class _Inbox:
-    """The ids of the images that one model has to predict, as they arrive."""
+    """Queues of what the parent sends for one model: ids of images to predict, and answers about images decoded again."""
 
     def __init__(self) -> None:
         self.image_ids: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -248,7 +248,7 @@ class _Inbox:
         self.restored.put(False)
 
     def xrays(self, cache: XrayCache, connection: _Connection) -> Iterator[CachedXray]:
-        """Yield the decoded images; the parent decodes an image again if its copy cannot be read."""
+        """Yield the decoded images, read from `cache`; the parent decodes an image again if its copy cannot be read."""
         while (image_id := self.image_ids.get()) is not None and not self.stopped:
             try:
                 yield cache.read(image_id)
@@ -259,7 +259,7 @@ class _Inbox:
 
 
 def _receive_all(connection: _Connection, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]") -> None:
-    """Put each model to load into `loads`, with an inbox that gets its images."""
+    """Receive the parent's messages: put each model to load into `loads` with a new inbox, and its images into the inbox."""
     inbox = _Inbox()
     while True:
         try:

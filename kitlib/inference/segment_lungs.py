@@ -1,4 +1,4 @@
-"""Runs a trained segmenter: probability maps; for lungs, plausible masks and the frames to crop to.
+"""Runs trained segmenters, which predict probability maps and, for lungs, plausible masks and the frames to crop to.
 
 Imports no training library, so that a submission starts in seconds.
 """
@@ -47,10 +47,10 @@ class TrainedSegmenter:
         self._mirrored = [VIEWS[view][1] for view in getattr(self.recipe, "views", ("full",))]
 
     def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
-        """Yield for each X-ray: itself, the probability maps of its structures, and its placement on the network's canvas.
+        """Yield each X-ray with the probability maps of its structures and its placement on the network's square input.
 
-        The maps show that canvas and are uint8 (structures, side, side); 255 is a probability of 1. A thread prefetches
-        X-rays and canvases.
+        The maps are uint8 (structures, side, side) in the pixels of this input; 255 is a probability of 1. A thread
+        prefetches X-rays and inputs.
         """
         for xrays, placements, pixels in ahead(self._batches(stream)):
             yield from zip(xrays, self.fitted(self._compute, pixels), placements, strict=True)
@@ -122,7 +122,7 @@ class MaskPredictor(TrainedSegmenter):
         self.seen: list[str] = []
 
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
-        """Yield a `mask_maps` table per batch, while a thread prefetches X-rays. `seen` and `overflowed` start anew."""
+        """Yield a `mask_maps` table per batch, while a thread prefetches X-rays; `seen` and `overflowed` are reset first."""
         self.seen, self.overflowed = [], 0
         for xrays, placements, pixels in ahead(self._batches(stream)):
             batch_maps = self.fitted(self._compute, pixels)
@@ -131,7 +131,7 @@ class MaskPredictor(TrainedSegmenter):
             yield check_table(table, "mask_maps")
 
     def map_table(self, xray: CachedXray, maps: np.ndarray, place: Placement) -> pd.DataFrame:
-        """Return the `mask_maps` rows of one image, given what `maps` yields: the maps without the canvas's padding."""
+        """Convert what `maps` yields for one image to rows of a `mask_maps` table, without the padding of the maps."""
         pngs = [encode_grey(place.shown(probabilities)) for probabilities in maps]
         names = {"image_id": xray.image_id, "model": self.model, "fold": self.fold}
         return pd.DataFrame({**names, "finding": self.recipe.structures, "map": pngs})
@@ -140,7 +140,7 @@ class MaskPredictor(TrainedSegmenter):
 def load_any_segmenter(
     bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None
 ) -> LungSegmenter | MaskPredictor:
-    """Return a bundle's segmenter, of lungs or of another structure, on `device` (default: `pick_device`).
+    """Load the segmenter in a bundle, of lungs or of another structure, on `device` (default: `pick_device`).
 
     Raises BundleError if the bundle is damaged or contains another kind of model.
     """
@@ -155,13 +155,13 @@ def load_any_segmenter(
 def load_segmenter(
     bundle_folder: str | Path, device: torch.device | None = None, batch_size: int | None = None
 ) -> LungSegmenter:
-    """Return a bundle's lung segmenter on `device` (default: `pick_device`).
+    """Load the lung segmenter in a bundle on `device` (default: `pick_device`).
 
     Raises BundleError if the bundle is damaged or contains another kind of model.
     """
     segmenter = load_any_segmenter(bundle_folder, device, batch_size)
     if not isinstance(segmenter, LungSegmenter):
         raise BundleError(
-            f"{bundle_folder} contains a segmenter of {', '.join(segmenter.classes)}; choose one of lungs (notebook 12)"
+            f"{bundle_folder} contains a segmenter of {', '.join(segmenter.classes)}; choose a lung segmenter (notebook 12)"
         )
     return segmenter

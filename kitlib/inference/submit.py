@@ -45,7 +45,7 @@ IMAGES_BEFORE_JUDGING = 32
 # Share of the time limit at which fusion must end; it is larger than the share that is planned for prediction.
 LAST_SHARE = 0.9
 # Validating and ending the processes gets as many seconds as starting them has taken, because both depend on the machine in
-# the same way, but at most this many. Only limits of seconds need it; of longer ones, LAST_SHARE leaves enough.
+# the same way, but at most this many. This matters only for very short time limits; of others, LAST_SHARE leaves enough.
 ENDING_S = 60.0
 
 
@@ -59,9 +59,9 @@ class SubmitSettings:
     file_timeout_s: float = 20.0  # files that take longer to decode are skipped
     workers: int = 0  # number of decoding processes; 0: one per core
     batch_size: int = 16
-    processes: int = 0  # number of processes that predict side by side; 0: one per GPU
+    processes: int = 0  # number of processes that predict in parallel; 0: one per GPU
     only_projections: bool = False  # skip files of other modalities, such as CT, instead of predicting them with a warning
-    quick_save: int = 0  # number of files that a version saved on Kaggle predicts, whose scored rerun predicts all; 0: all
+    quick_save: int = 0  # number of files to predict when a version is saved on Kaggle (a scored rerun predicts all); 0: all
 
 
 class SubmissionRun:
@@ -176,10 +176,10 @@ class SubmissionRun:
                 self.readable -= sum(outcome.status == "failed" for outcome in list(xrays.outcomes))
 
     def usage(self) -> list[dict[str, Any]]:
-        """Return one dictionary per bundle in weights.json: its name `bundle`, and the numbers `predicted` and `readable`.
+        """Return one dictionary per bundle in weights.json, with the keys bundle (its name), predicted and readable.
 
-        `predicted` is the number of test images that it has predicted, 0 if all rows of the submission are placeholder
-        predictions nevertheless; `readable` is the number of readable test files.
+        `predicted` is the number of test images that the bundle has predicted, or 0 if all rows of the submission are still
+        placeholder predictions. `readable` is the number of readable test files.
         """
         predicted = {model.folder.name: model.count_predicted() * self.has_answers for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
@@ -198,30 +198,32 @@ class SubmissionRun:
     def check(self, allow_placeholders: bool) -> None:
         """Raise SubmissionError if `finish` has found a fault, or if all rows are placeholder predictions.
 
-        Such a submission is accepted with `allow_placeholders`. Nothing is raised on Kaggle, where any file
-        is worth more than an error.
+        With `allow_placeholders`, rows may all be placeholder predictions. Nothing is raised on Kaggle, where any file is
+        worth more than an error.
         """
         if on_kaggle():
             return
         if self.faults:
-            raise SubmissionError(f"Kaggle would reject {self.output}: {len(self.faults)} faults, first {self.faults[0]}")
+            raise SubmissionError(
+                f"Kaggle would reject {self.output}: {len(self.faults)} faults; the first is: {self.faults[0]}"
+            )
         if not (allow_placeholders or self.has_answers):
             used = ", ".join(model.folder.name for model in self.models if model.count_predicted())
-            reason = f"no row follows from the predictions of {used}" if used else "no model has predicted any file"
+            reason = f"no row uses the predictions of {used}" if used else "no model has predicted any file"
             raise SubmissionError(
                 f"{self.output} contains only placeholder predictions, because {reason}; the ledger says why. If that is "
                 "intended, set allow_placeholders to true"
             )
 
     def _find_studies(self) -> None:
-        """Find the studies of images whose paths do not contain them, in their headers."""
+        """Read the study of each image whose path does not contain it from the image's DICOM header."""
         began, count = time.monotonic(), int((self.images.study_id == self.images.image_id).sum())
         if not count or not self.competition.study_classes:
             return
         try:
             self.images = studies_from_headers(self.images, self.study_ids)
             unknown = int((self.images.study_id == self.images.image_id).sum())
-            self._note("studies", count, began, f"read from the headers, {unknown} without one that needs a row")
+            self._note("studies", count, began, f"read from the headers; {unknown} images are of no study in the submission")
         except Exception as error:  # only these images' studies need it
             self._note("studies", 0, began, describe_failure(error))
 
@@ -240,7 +242,7 @@ class SubmissionRun:
             except Exception as error:  # the other bundles may be valid
                 self._note(str(name), 0, began, describe_failure(error))
         if not self.models:
-            raise ValueError(f"{weights / 'weights.json'} lists no usable bundle; see the rows above for the reasons")
+            raise ValueError(f"{weights / 'weights.json'} lists no usable bundle; the ledger's rows give the reasons")
         if any(model.record.wants_masks for model in self.models):
             from kitlib.inference.cached_lungs import CachedLungs
 
@@ -275,7 +277,7 @@ class SubmissionRun:
                 self._fuse(xrays, fusion, turn.model)
 
     def _prediction_processes(self, xrays: "DecodedOnce") -> "list[PredictionProcess]":
-        """Return the processes that predict side by side, not started yet; [] if this process predicts."""
+        """Return the processes that are to predict in parallel, not started yet, or [] if this process is to predict."""
         import torch
 
         from kitlib.device import visible_gpus
@@ -294,7 +296,7 @@ class SubmissionRun:
     def _predict_side_by_side(
         self, turns: ModelQueue, processes: "list[PredictionProcess]", xrays: "DecodedOnce", fusion: "FusionSettings"
     ) -> None:
-        """Give each process one model after the other, and fuse here after each model, while the processes go on."""
+        """Let processes predict with one model after the other; after each model, fuse in this process while they go on."""
         finished: queue.SimpleQueue[Model | None] = queue.SimpleQueue()
 
         def work(process: "PredictionProcess") -> None:
@@ -325,9 +327,9 @@ class SubmissionRun:
             self.lungs_reports += [process.lungs for process in processes if process.lungs is not None]
 
     def _run(self, turn: Turn, xrays: "DecodedOnce", process: "PredictionProcess | None" = None) -> tuple[bool, bool]:
-        """Predict with one model, in `process` or here.
+        """Predict with one model in `process`, or in this process if it is None.
 
-        Return whether the planned time is not up yet, and whether the model has predicted further images.
+        Return whether some of the planned time is left, and whether the model has predicted further images.
         """
         began, model, before, in_time = time.monotonic(), turn.model, turn.model.predicted, True
         try:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 NO_MODELS = (
     "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or give another folder of runs"
 )
-FUSED = {"study", "none", "boxes"}  # what the models of a system predict if it is no fusion for another competition
+FUSED = {"study", "none", "boxes"}  # kinds of predictions that a system without a competition can fuse
 # Kinds of runs that can predict, the preferred kind first: a combination is preferred to the runs that it combines.
 PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "masks", "lungs", "applied lungs")
 
@@ -40,9 +40,9 @@ class System:
     """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
     The models predict any of "study", "none", "boxes", "classes" and "masks", or the single model predicts "lungs". Their
-    predictions are merged with `fusion`. Of a fusion that was tuned for a `competition`, `settings` are the competition's:
-    they decide on masks, but what they decide on boxes and classes is left to its submission. `name` is shown to users: the
-    name of the run, followed by the names of the runs that it combines.
+    predictions are merged with `fusion`. If the run is a fusion that was tuned for a `competition`, `settings` are its tuned
+    settings. They decide on masks; what they say about boxes and classes applies only to the competition's submission.
+    `name` is shown to users: the name of the run, followed by the names of the runs that it combines.
     """
 
     name: str
@@ -80,7 +80,7 @@ class System:
 
     @property
     def fills_siim(self) -> bool:
-        """Whether the predictions fill rows of SIIM's submission: those of its fusions, and of study models without one."""
+        """Whether the predictions fill rows of SIIM's submission, as those of a fusion for SIIM or of study models do."""
         if self.competition is not None:
             return self.competition is SIIM_COVID19
         return bool({"study", "none"} & self.answers) and set(self.findings) <= {ONE_FINDING} and self.answers <= FUSED
@@ -116,7 +116,8 @@ def find_system(runs: str | Path) -> System:
         if system.lungs is None:
             raise RunError(
                 f"{system.name}: the models need the masks of the segmenter that found the lungs in their training, but no "
-                f"run beside {run} has it; copy that run of notebook 14 there (lungs_run in the training's parameters)"
+                f"run next to {run} contains this segmenter; copy the run of notebook 14 that the training used (its "
+                f"parameter lungs_run) to {run.parent}"
             )
     return system
 
@@ -126,7 +127,7 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
 
     `kind` is the run's kind, one of PREDICTING, and `parameters` are the parameters in its record. `segmenters` maps digests
     of lung segmenters to bundles (see `find_segmenters`). Folds that are not trained yet are left out. Raises RunError if
-    a run that this run combines does not exist or has no model, BundleError or SettingsError if a file is invalid.
+    a run that `run` combines does not exist or has no model, and BundleError or SettingsError if a file is invalid.
     """
     if kind in ("masks", "lungs", "applied lungs"):
         bundles = _bundles(run)
@@ -178,7 +179,8 @@ def build_system(
             try:
                 model = read_answering_model(bundle, competition=competition) if competition else read_any_model(bundle)
                 if not competition and not model.answers <= FUSED:
-                    raise ValueError(f"{model.model} predicts {', '.join(model.answers)}, which no fusion of boxes combines")
+                    answers = ", ".join(model.answers)
+                    raise ValueError(f"{model.model} predicts {answers}, which cannot be fused with study scores and boxes")
             except ValueError as error:
                 notes.append(f"{folder.name}/{bundle.parent.name} is left out: {error}.")
                 continue
@@ -226,14 +228,14 @@ def _build_classifiers(
     if not models or {model.answers for model in models} != {frozenset({"classes"})}:
         raise RunError(f"{name}: not every run has trained classifiers (fold*/bundle): {', '.join(map(str, folders))}")
     if len({model.classes for model in models}) > 1:
-        raise RunError(f"{name}: the classes of {models[0].folder} and of another model differ")
+        raise RunError(f"{name}: {models[0].folder} and another model have different classes; give runs with equal classes")
     return System(name, models, fusion, ensemble, _segmenter_of(name, models, segmenters))
 
 
 def _segmenter_of(name: str, models: Sequence[AnsweringModel], segmenters: Mapping[str, Path]) -> Path | None:
     digests = {model.segmenter for model in models if model.wants_masks}
     if len(digests) > 1:
-        raise RunError(f"{name}: the models need masks from {len(digests)} segmenters, but a submission can use only one")
+        raise RunError(f"{name}: the models need masks from {len(digests)} lung segmenters, but only one can be used")
     return segmenters.get(next(iter(digests))) if digests else next(iter(segmenters.values()), None)
 
 
@@ -245,7 +247,7 @@ def _bundles(run: Path) -> list[Path]:
 
 
 def _choose_run(root: Path) -> Path:
-    """Return the folder of the preferred run below `root`: the only fusion, else the only ensemble, else another only run.
+    """Return the folder of the preferred run below `root`: the only fusion, else the only ensemble, else the only other run.
 
     Raises RunError if there is no such run, or if there are several of the preferred kind.
     """
@@ -280,7 +282,7 @@ def _named_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
 
 
 def _named_run(name: object, run: Path) -> Path:
-    """Return the folder of another run, which the parameters of the run `run` refer to by `name`, a name or a path.
+    """Return the folder of another run, whose name or path, `name`, is in the parameters of the run in the folder `run`.
 
     If `name` is an absolute path, a folder next to `run` with the same last part is preferred, because the runs may have
     been moved together. Raises RunError if there is no such folder.
@@ -297,7 +299,7 @@ def _folders_beside(run: Path) -> list[Path]:
 
 
 def _lungs_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Return the folders of the runs of notebook 14 in the parameter lungs_run of `run` and of the runs that it combines."""
+    """Return the run folders that the parameter lungs_run names, in the run `run` and in the runs that `run` combines."""
     trained = [run, *(_named_run(name, run) for name in parameters.get("runs") or [])]
     named = [named_folder(_read_parameters(folder).get("lungs_run"), folder) for folder in trained]
     return [folder for folder in named if folder is not None]

@@ -1,4 +1,4 @@
-"""AlbuNet: a U-Net whose encoder is a ResNet-34, by A. Buslaev; the first model of the 1st place in SIIM-ACR Pneumothorax.
+"""AlbuNet (A. Buslaev), a U-Net with a ResNet-34 as encoder: the first model of the 1st place in SIIM-ACR Pneumothorax.
 
 github.com/sneddy/pneumothorax-segmentation, unet_pipeline/models/ternausnets.py.
 """
@@ -12,10 +12,10 @@ FILTERS = 32
 
 
 class AlbuNet(nn.Module):
-    """AlbuNet for grey images. Its `encoder` has the tensors of torchvision's and timm's resnet34, but for grey input.
+    """AlbuNet for grey images. `encoder` has the tensors of torchvision's and timm's resnet34, with one input channel.
 
-    On the way up, each block enlarges its input twofold, bilinearly, before two 3 x 3 convolutions with ReLU. `width`
-    scales the blocks, but not the encoder. The sides of images must be multiples of `multiple` pixels.
+    In the decoder, each block enlarges its input twofold, bilinearly, before two 3 x 3 convolutions with ReLU. `width`
+    scales the channels of the decoder, but not of the encoder. The sides of images must be multiples of `multiple` pixels.
     """
 
     multiple = 64

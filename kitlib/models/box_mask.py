@@ -1,4 +1,4 @@
-"""Auxiliary task of study classifiers, the prediction of a mask of the boxes: the true mask, the decoder, and the loss."""
+"""Auxiliary task of study classifiers, which predict a mask of the true boxes: the true mask, the decoder and the loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -45,8 +45,8 @@ def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class MaskDecoder(nn.Module):
     """Predicts the mask of boxes by a feature pyramid (Lin et al. 2017) over a backbone's maps of stride 8 and above.
 
-    The pyramid's maps are resized to the mask's size and summed. `indices` number the backbone's maps that are used, as
-    timm's `forward_intermediates` counts them; `stride` is the stride of the finest of these maps.
+    The pyramid's maps are resized to the mask's size and summed. `indices` are the indices of the backbone's maps that are
+    used, for timm's `forward_intermediates`; `stride` is the stride of the finest of these maps.
     """
 
     def __init__(self, channels: Sequence[int], indices: Sequence[int], stride: int) -> None:

@@ -72,7 +72,7 @@ class Classifier(nn.Module):
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
-        """Make the last stages of a frozen backbone trainable: as many as the recipe unfreezes up to `epoch`, from 0."""
+        """Make the last stages of a frozen backbone trainable: one per `recipe.unfreeze_every` epochs before `epoch`."""
         if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
             return
         count = min(epoch // self.recipe.unfreeze_every, len(self.stages))
@@ -238,7 +238,7 @@ def study_loss(
     Each part is the mean over the rows whose label is known. `study` (n, 4) holds the true class probabilities; a row with a
     NaN is unknown. `none` (n,) holds the true probability of `none`, NaN if unknown. If `outputs` is "study" or "none", the
     loss is only that part, unweighted. `smoothing` is the share of label smoothing: over the four classes for the study
-    part, and over `none` and its opposite for the other part.
+    part, and over `none` and its opposite for the part of `none`.
     """
     logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":
@@ -258,7 +258,7 @@ def mean_of_known(losses: torch.Tensor, is_known: torch.Tensor) -> torch.Tensor:
 
 
 def smooth_labels(truth: torch.Tensor, share: float, classes: int) -> torch.Tensor:
-    """Return smoothed labels: `share` of the true probability is spread evenly over `classes` (2 for a binary label).
+    """Return smoothed labels: `share` of the true probability is spread evenly over `classes` classes (2 for binary labels).
 
     Szegedy et al. 2016, section 7.
     """
@@ -274,7 +274,7 @@ def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
         options["img_size"] = recipe.image_size
     auxiliary, uses_gem = bool(getattr(recipe, "auxiliary", 0)), recipe.pooling == "gem"
     if auxiliary and uses_gem:
-        raise ValueError('pooling is "gem", but auxiliary is set, which needs the pooling of inception_v3; set one of them')
+        raise ValueError('pooling is "gem", but auxiliary is set, which needs the pooling of inception_v3; set only one')
     if auxiliary:  # the auxiliary head gets `outputs` classes
         options |= {"num_classes": outputs, "aux_logits": True}
     try:

@@ -56,7 +56,7 @@ def convert_weights(source: str | Path, target: str | Path) -> list[str]:
     tensors = dict(_tensors(content)) if isinstance(content, _Shell) else {}
     if not tensors:
         raise BundleError(
-            f"{source} contains no pickled model, alone or under {', '.join(MODEL_KEYS)}; a state dictionary needs no "
+            f"{source} is not a pickled model, and has none under {', '.join(MODEL_KEYS)}; a state dictionary needs no "
             "conversion: give the file itself as starting weights"
         )
     with replacing(target) as temporary_path:

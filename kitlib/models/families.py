@@ -1,7 +1,7 @@
-"""The model families: the recipe, network and kind of prediction of each family; and loading a network from a bundle.
+"""Lists the model families with their recipe, network and kind of prediction, and loads a bundle's network.
 
 No other file compares the names of families; kitlib.training.driver adds how each family is trained. A network's module is
-imported only when a network is built, because ultralytics takes seconds to import and kernels without a YOLO lack it.
+imported only when a network is built: importing ultralytics takes seconds, and kernels without a YOLO do not have it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

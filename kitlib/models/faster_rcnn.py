@@ -14,7 +14,7 @@ from kitlib.recipes.fields import DetectorRecipe
 
 
 class _ProposalHead(HalfPrecision, RPNHead):
-    """torchvision's head of the first stage, with its hidden convolution in half precision."""
+    """torchvision's head of the region proposal network, with its hidden convolution in half precision."""
 
     def forward(self, x: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         hidden = self.in_half_precision(lambda: [self.conv(level) for level in x], x[0].device)
@@ -22,7 +22,7 @@ class _ProposalHead(HalfPrecision, RPNHead):
 
 
 class _BoxHead(HalfPrecision, TwoMLPHead):
-    """torchvision's hidden layers of the second stage, in half precision."""
+    """torchvision's hidden layers of Faster R-CNN's second stage, in half precision."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.in_half_precision(lambda: [super(_BoxHead, self).forward(x)], x.device)[0]
@@ -71,7 +71,7 @@ class FasterRCNNDetector(PyramidDetector):
 
 
 class _CompleteIoU(RoIHeads):
-    """torchvision's second stage, trained with the CIoU loss of boxes (Zheng et al. 2020), not with smooth L1 of offsets."""
+    """Faster R-CNN's second stage, trained with the CIoU loss of boxes (Zheng et al. 2020), not with smooth L1 loss."""
 
     @classmethod
     def like(cls, heads: RoIHeads) -> "_CompleteIoU":

@@ -17,11 +17,11 @@ from kitlib.xrays.cache import CachedXray
 
 @dataclass(frozen=True)
 class PatchCanvas:
-    """The canvas from which the patches of one image are cut.
+    """An image that is resized to a square canvas, from which its patches are cut.
 
     `pixels` is uint8 (canvas, canvas). `mask`, bool of the same shape, is True inside the lungs. Patch centres are chosen at
-    random inside it, and pixels outside it are black. If `mask` is None, there is one patch: the whole image, resized to
-    `side` pixels and not masked, in the top left corner of an otherwise black canvas.
+    random inside the lungs, and pixels outside the lungs are black. If `mask` is None, there is one patch: the whole image,
+    resized to `side` pixels and not masked, in the top left corner of an otherwise black canvas.
     """
 
     pixels: np.ndarray
@@ -29,7 +29,7 @@ class PatchCanvas:
     side: int  # side of a patch, pixels
 
     def centres(self, patches: int, seed: int) -> np.ndarray:
-        """Draw patch centres; return int64 (patches, 2): row and column of each; (1, 2) if the image is a single patch."""
+        """Draw patch centres; return their rows and columns, int64 (patches, 2), or (1, 2) if the image is one patch."""
         if self.mask is None:
             return np.array([[self.side // 2, self.side // 2]])
         return centres(self.mask, patches, seed)

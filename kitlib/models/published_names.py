@@ -26,15 +26,15 @@ def timm_names(tensors: Mapping[str, torch.Tensor], network: Any) -> dict[str, t
 
 
 def count_fitting(tensors: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Return two numbers: how many names in `tensors` also occur in `target`, and how many of these have equal shapes."""
+    """Return the number of names in both `tensors` and `target`, and how many of them have tensors of equal shape."""
     known = [name for name in tensors if name in target]
     return len(known), sum(tensors[name].shape == target[name].shape for name in known)
 
 
 def without_prefixes(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield `tensors` unchanged, then with one prefix of PREFIXES removed from the names, then with another one, and so on.
+    """Yield `tensors` unchanged, then with one prefix of PREFIXES removed from all names, then with two removed, and so on.
 
-    Stops when no prefix is left, or when two tensors would get the same name.
+    Stops when no prefix remains, or when two tensors would get the same name.
     """
     names = dict(tensors)
     yield names

@@ -1,4 +1,4 @@
-"""Detectors from torchvision with a feature pyramid on a timm backbone; their input, their losses and their predictions."""
+"""Base of torchvision's detectors with a feature pyramid on a timm backbone: input, losses, predictions and weights."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -35,19 +35,20 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class HalfPrecision:
-    """Base class of the parts that compute in half precision: those layers that take nearly all of the time.
+    """Base class of a detector's parts that compute in half precision: the layers that take nearly all of the time.
 
-    Offsets and scores are predicted from their results in float32, because bfloat16 coordinates would be off by four pixels.
+    The layers after them predict offsets and scores in float32, because bfloat16 coordinates would be off by four pixels.
     """
 
     training: bool
     overflows = 0  # number of calls that overflowed in half precision and were computed again in float32
 
     def in_half_precision(self, compute: Callable[[], list[torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
-        """Return the results of `compute`, computed under autocast, in float32.
+        """Call `compute` under autocast, and return its results as float32.
 
-        Prediction uses float16, because bfloat16 has an eighth of its precision. If a result is not finite, all are computed
-        again in float32, because float16 ends at 65,504. In training, the gradient scaler skips such a batch.
+        Prediction uses float16, because bfloat16 has an eighth of its precision. If a result is not finite, all results are
+        computed again in float32, because float16 ends at 65,504. In training, the gradient scaler skips batches that
+        overflow.
         """
         with autocast(device, "" if self.training else RECORDED["16-mixed"]):
             results = compute()
@@ -95,17 +96,18 @@ class Pyramid(HalfPrecision, nn.Module):
 
 
 class PyramidDetector(nn.Module, ABC):
-    """A detector of torchvision with a Pyramid, for grey uint8 canvases of the recipe's size; it normalises them itself.
+    """Base class of torchvision's detectors with a Pyramid, for grey uint8 canvases of the recipe's size.
 
-    `classes` are the findings that it detects. Subclasses say how the detector is built from a pyramid and its anchors.
+    The detector normalises the canvases itself. `classes` are the findings that it detects. Subclasses say how the detector
+    is built from a pyramid and its anchors.
     """
 
     family: ClassVar[str]
     anchor_sides: ClassVar[tuple[float, ...]]  # in strides of their map
     first_label: ClassVar[int]  # of the first class in torchvision's targets
-    heads: ClassVar[str]  # a part of the names of the weights that a classifier lacks
-    class_layers: ClassVar[tuple[str, ...]]  # they stay random if the starting weights are for other classes
-    anchor_layers: ClassVar[tuple[str, ...]] = ()  # they stay random if the starting weights have other numbers of anchors
+    heads: ClassVar[str]  # part of the names of a detector's head tensors, which a classifier's weights lack
+    class_layers: ClassVar[tuple[str, ...]]  # layers that stay random if the starting weights are for other classes
+    anchor_layers: ClassVar[tuple[str, ...]] = ()  # layers that stay random if the number of anchors differs
 
     def __init__(self, recipe: DetectorRecipe, classes: Sequence[str] = (ONE_FINDING,)):
         super().__init__()
@@ -123,7 +125,7 @@ class PyramidDetector(nn.Module, ABC):
 
     @abstractmethod
     def build(self, recipe: DetectorRecipe, pyramid: Pyramid, anchors: AnchorGenerator) -> Any:
-        """Return torchvision's detector."""
+        """Return torchvision's detector with the given pyramid and anchors."""
 
     @property
     def overflows(self) -> int:
@@ -216,7 +218,7 @@ def _load_weights(detector: PyramidDetector, recipe: DetectorRecipe) -> str:
 
     The weights are those of a whole detector of the same family, such as torchvision's for COCO, or of a classifier with the
     same backbone. Raises BundleError if a classifier's weights lack tensors of the backbone, or if a detector's weights lack
-    other tensors than those of its `class_layers` and `anchor_layers`.
+    tensors outside `class_layers` and `anchor_layers`.
     """
     if not recipe.starting_weights:
         return "from scratch"

@@ -45,7 +45,7 @@ class ResUNet(nn.Module):
 class ResidualUnit(nn.Module):
     """Sum of a 1 x 1 convolution and a path of two layers, each batch norm, ReLU and 3 x 3 convolution.
 
-    The path of the network's `first` unit begins with its convolution, without batch norm and ReLU.
+    In the network's `first` unit, the path begins with a convolution, without the batch norm and ReLU before it.
     """
 
     def __init__(self, before: int, after: int, stride: int = 1, first: bool = False) -> None:

@@ -14,10 +14,10 @@ SMALL_SIDE = 512  # pixels
 
 
 class RetinaNetDetector(PyramidDetector):
-    """RetinaNet for grey uint8 canvases of the recipe's size; its scores are independent of the other boxes' scores.
+    """RetinaNet for grey uint8 canvases of the recipe's size; each class has a score of its own (a sigmoid).
 
-    The pyramid has maps of strides 8 to 64; torchvision's continues after 32 with strided convolutions. Canvases below
-    SMALL_SIDE also get a map of stride 4, because the smallest anchors of the next one would be too large for them.
+    The pyramid has maps of strides 8 to 64; torchvision's RetinaNet computes maps after stride 32 by strided convolutions.
+    Canvases smaller than SMALL_SIDE also get a map of stride 4, because the smallest anchors at stride 8 are too large.
     """
 
     family = "retinanet"
@@ -48,7 +48,7 @@ class RetinaNetDetector(PyramidDetector):
 
 
 class _HiddenLayers(HalfPrecision, nn.Sequential):
-    """The hidden convolutions of a head, in half precision."""
+    """Hidden convolutions of RetinaNet's class head or box head, in half precision."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.in_half_precision(lambda: [super(_HiddenLayers, self).forward(x)], x.device)[0]

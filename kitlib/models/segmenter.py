@@ -26,8 +26,8 @@ DICE_EPSILON = 1e-5  # keeps the Dice loss of an empty batch finite
 class Segmenter(nn.Module):
     """A published segmentation network, chosen by the recipe.
 
-    For a single structure it has one output; for several structures it has one for the background, which is the first, and
-    one per structure.
+    For a single structure, the network has one output. For several structures, its first output is for the background, and
+    each other output is for one structure.
     """
 
     network: Published
@@ -69,7 +69,7 @@ class Segmenter(nn.Module):
     def labels(self, logits: torch.Tensor) -> np.ndarray:
         """Return label images (n, rows, columns) for logits (n, outputs, rows, columns): 0, or k for the k-th structure.
 
-        A pixel has its most probable label; for a SparseSegmenterRecipe, its thresholds decide.
+        Each pixel gets its most probable label. With a SparseSegmenterRecipe, the recipe's thresholds decide.
         """
         probabilities, recipe = self.probabilities(logits), self.recipe
         if not isinstance(recipe, SparseSegmenterRecipe):
@@ -84,7 +84,7 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
 
     Labels are 0 for background and k for the k-th structure. The loss "dice" is the mean over images and structures of
     1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), with p the probability and g the true mask (equation 1 of the UNet + HRNet
-    paper). 1 is added to numerator and denominator, so that it is 0 if a mask is empty and nothing is predicted. The loss
+    paper). 1 is added to numerator and denominator: the loss is 0 if a mask is empty and nothing is predicted. The loss
     "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`. "bce_dice_focal", for one
     output, is a weighted sum, with weights `loss_weights`, of three losses of the 1st place in SIIM-ACR Pneumothorax
     Segmentation: binary cross entropy and focal loss (1 - q)^2 -log q, with q the probability of a pixel's true label, both

@@ -23,7 +23,7 @@ FIXED = ("num_batches_tracked", "gem_power")  # tensors that start with a fixed 
 
 
 def read_starting_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of starting weights, on the CPU, keyed by name; `find_starting_weights` describes `path`.
+    """Read starting weights; return their tensors by name, on the CPU. For `path` see `find_starting_weights`.
 
     Raises BundleError if the weights are missing, cannot be read (see `read_weights_file`), or do not match the hash in
     the record of their bundle.
@@ -41,7 +41,7 @@ def starting_weights_digest(path: str | Path) -> str:
 
 
 def differ_in_classes(path: str | Path, classes: Sequence[str]) -> bool:
-    """Return whether the starting weights at `path` are a bundle's whose classes are not `classes`, in this order."""
+    """Return whether the starting weights at `path` are a bundle that has other classes, or has them in another order."""
     source = find_starting_weights(path)
     return source.is_dir() and tuple(read_record(source)["classes"]) != tuple(classes)
 
@@ -56,11 +56,11 @@ def load_starting_weights(
     weights, only the part of the model whose names begin with `prefix`; names may also have prefixes of training code.
     The interpretation with which most tensors fit is used. For a timm backbone, timm's own conversion is also tried (see
     kitlib.models.published_names). The tensors of `head` are loaded only if all of them fit, because part of a head for
-    other classes is useless; so are tensors whose names begin with one of `left_out`, which are never loaded.
+    other classes is useless. Tensors whose names begin with one of `left_out` are never loaded.
 
-    If the model has grey input and the file's first convolution has 3 colours, it is summed over the colours (timm's rule).
-    In the reverse case it is spread evenly over the colours, which assumes that all have the same normalisation. Raises
-    BundleError if no tensor fits.
+    If the model has grey input and the file's first convolution has 3 colours, its weights are summed over the colours
+    (timm's rule). In the reverse case each colour gets a third of the weights, which assumes that all colours have the same
+    normalisation. Raises BundleError if no tensor fits.
     """
     published, target = read_starting_weights(path), model.state_dict()
     variants = [
@@ -85,8 +85,8 @@ def load_starting_weights(
         loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith("head.")}
     if not loaded:
         raise BundleError(
-            f"no tensor of {path} fits the model: the file's names begin with {sorted(published)[:3]}, the model's with "
-            f"{sorted(target)[:3]}; choose the backbone that these weights belong to"
+            f"no tensor of {path} fits the model. The first tensors of the file are {sorted(published)[:3]}, those of the "
+            f"model {sorted(target)[:3]}; choose the backbone that these weights belong to"
         )
     model.load_state_dict(loaded, strict=False)
     report = {
@@ -128,7 +128,7 @@ def input_differences(model: Any) -> list[str]:
     """Return how a model's input differs from the input that its starting weights were trained with, as a list of texts.
 
     Each text is about one setting, such as "image_size 512 instead of 224". `model` has a `recipe`, and `mean` and `std`
-    with one value per channel. The list is empty if the starting weights are a plain file, which does not state its input.
+    with one value per channel. The list is empty if the starting weights are a single file, which does not state its input.
     """
     source = find_starting_weights(model.recipe.starting_weights)
     if not source.is_dir():
@@ -139,11 +139,11 @@ def input_differences(model: Any) -> list[str]:
         fields = {name: recipe.get(name, 0) for name in ("image_size", "canvas", "placement")}
         return {**fields, "channels": len(mean), "mean": list(mean), "std": list(std)}
 
-    here = describe(asdict(model.recipe), model.mean, model.std)
-    there = describe(record["recipe"], record["mean"], record["std"])
-    if here["channels"] != there["channels"]:  # then mean and std differ as well
-        del here["mean"], here["std"]
-    return [f"{name} {value} instead of {there[name]}" for name, value in here.items() if value != there[name]]
+    own = describe(asdict(model.recipe), model.mean, model.std)
+    trained = describe(record["recipe"], record["mean"], record["std"])
+    if own["channels"] != trained["channels"]:  # then mean and std differ as well
+        del own["mean"], own["std"]
+    return [f"{name} {value} instead of {trained[name]}" for name, value in own.items() if value != trained[name]]
 
 
 def _shorten(names: list[str], limit: int = 6) -> str:

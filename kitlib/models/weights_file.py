@@ -45,7 +45,7 @@ def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
     if broken:
         raise BundleError(
             f"{path} has {len(broken)} tensors with values that are infinite or not a number, such as {broken[0]}: the "
-            "training that wrote them diverged, or the file is damaged; fetch it again or use others"
+            "training that wrote them diverged, or the file is damaged; fetch the file again, or use other weights"
         )
     return tensors
 
@@ -55,9 +55,9 @@ def _read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle may raise any error
         raise BundleError(
-            f"{path} cannot be read as weights alone ({type(error).__name__}): it is damaged, or contains other objects "
-            "than tensors; these pickles are never loaded, because they may run code. Where it was made, save its state "
-            "dictionary: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'); for ultralytics' files, "
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or contains objects other than "
+            "tensors. Such pickles are never loaded, because they may run code. Where the model was made, save its state "
+            "dictionary: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'). For ultralytics' files, "
             "see `python -m kitlib convert-weights --help`"
         ) from error
 
@@ -75,7 +75,10 @@ def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
         if tensors:
             return tensors
     keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-    raise BundleError(f"{path} contains no dictionary of tensors ({keys}); its weights may be under {', '.join(STATE_KEYS)}")
+    raise BundleError(
+        f"{path} contains no dictionary of tensors, only: {keys}; the file must be such a dictionary, or have one under one "
+        f"of the keys {', '.join(STATE_KEYS)}"
+    )
 
 
 def _read_arrays(path: Path) -> dict[str, torch.Tensor]:

@@ -137,7 +137,7 @@ class YoloDetector(nn.Module):
         return f"{source}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
 
     def _class_layers(self) -> tuple[str, ...]:
-        """Return the beginnings of the names of the last layers, which have an output for each class."""
+        """Return the prefixes of the tensor names of the last layers, which have one output per class."""
         last = len(self.model.model) - 1
         branches = {name: getattr(self.model.model[-1], name, ()) for name in ("cv3", "one2one_cv3")}
         return tuple(
@@ -179,8 +179,8 @@ class YoloDetector(nn.Module):
 def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     """Return ultralytics' description (YAML content) of the recipe's model, with channels multiplied by `recipe.width`.
 
-    Raises ValueError for an unknown model, a model whose last layer is not one of HEADS, and for another width than 1 if the
-    model has a fixed width.
+    Raises ValueError for an unknown model, for a model whose last layer is not one of HEADS, and for a width other than 1 if
+    the model has a fixed width.
     """
     import_own_backbones()
     name = recipe.backbone
@@ -188,8 +188,8 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     head = architecture["head"][-1][2]
     if head not in HEADS:
         raise ValueError(
-            f"{name!r} ends in {head}, but the kit reads the boxes of {' and '.join(HEADS)} alone (RT-DETR's, for example, "
-            "are in shares of the image and need another training); choose a model such as yolov5lu, yolov8x or yolo11n"
+            f"the last layer of {name!r} is {head}, but the kit supports only {' and '.join(HEADS)} (RT-DETR, for example, "
+            "needs another training); choose a model such as yolov5lu, yolov8x or yolo11n"
         )
     if recipe.width == 1:
         return architecture
@@ -203,7 +203,7 @@ def read_architecture(name: str) -> dict[str, Any]:
     """Return the configuration of the model `name`, read from a YAML file inside ultralytics' package.
 
     ultralytics' own function `yaml_model_load` is not used, because it prefers files in the current folder and evaluates
-    parts of them as code, and `name` may come from a stranger's bundle. Raises ValueError if the package has no such file.
+    parts of them as code, and `name` may come from an untrusted bundle. Raises ValueError if the package has no such file.
     """
     configurations = {path.stem: path for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
     stem = re.sub(r"(yolov[58][nsmlx])6", r"\1-p6", name)

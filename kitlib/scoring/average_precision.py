@@ -18,8 +18,8 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
     """Return the average precision, 0..1, of n detections.
 
     `score` (n,) holds their scores, `hit` (n,) is a boolean mask of the detections that are hits, and `positives` is the
-    number of ground-truth boxes; the result is NaN if it is 0. `weight` (n,) is how often each detection counts in a
-    bootstrap sample; `positives` must then be weighted too.
+    number of ground-truth boxes. The result is NaN if `positives` is 0. `weight` (n,) is how often each detection counts in
+    a bootstrap sample; `positives` must then be weighted too.
     """
     ranking = Ranking(score, hit)
     return ranking.average_precision(positives, None if weight is None else np.asarray(weight, float)[ranking.order])
@@ -44,7 +44,7 @@ class Ranking:
     def average_precision(self, positives: float, weight: np.ndarray | None = None) -> float:
         """Return the average precision, 0..1, or NaN if `positives`, the number of ground-truth boxes, is 0.
 
-        `weight` (n,) is how often each detection counts, in the order of `order`; `positives` must then be weighted too.
+        `weight` (n,) is how often each detection counts, sorted like `order`; `positives` must then be weighted too.
         """
         if positives <= 0:
             return float("nan")
@@ -63,8 +63,8 @@ class Ranking:
 def precision_recall(score: np.ndarray, hit: np.ndarray, positives: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the precision-recall curve: two arrays (k,), precision and recall, both 0..1.
 
-    There is one entry for each of the k different scores, highest first: the values for all detections with at least this
-    score. Precision is not replaced by its envelope. The arguments are those of `average_precision`.
+    Each entry belongs to one of the k different scores, highest first, and is the precision or recall of all detections with
+    at least this score. Precision is not replaced by its envelope. The arguments are those of `average_precision`.
     """
     score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
     order = np.argsort(-score, kind="stable")
@@ -107,9 +107,9 @@ def match_boxes(
 
 
 def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n,) of the hits: for each ground-truth box, the detection with the highest score.
+    """Return a boolean mask (n,) of the hits: of the detections that match the same ground-truth box, the most confident.
 
-    `score` (n,) holds the detections' scores, and `match` (n,) the ground-truth box that each matches, or -1.
+    `score` (n,) holds the detections' scores, and `match` (n,) the index of the ground-truth box that each matches, or -1.
     """
     score, match = np.asarray(score, dtype=float), np.asarray(match)
     matched = np.flatnonzero(match >= 0)

@@ -30,7 +30,7 @@ def dense_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the ROC AUC, as `roc_auc` does, from the result of `dense_ranks`; faster if it is called with many weights."""
+    """Return the ROC AUC (see `roc_auc`) of scores with the ranks `dense_ranks(scores)`; fast for many different weights."""
     positive = np.asarray(positive, dtype=float)
     weight = np.ones(len(positive)) if weight is None else weight
     positives = np.bincount(ranks, positive * weight)
@@ -57,7 +57,7 @@ def mean_auc(truth: np.ndarray, probabilities: np.ndarray, classes: Iterable[str
 
 
 def class_weights(label: np.ndarray) -> np.ndarray:
-    """Return the weight N / (C n) of each class, shape (classes,), for labels (images, classes) whose rows sum to 1.
+    """Return the loss weight N / (C n) of each class, shape (classes,); `label` is (images, classes), and its rows sum to 1.
 
     N is the number of images, n the number of images in the class, and C the number of classes that occur; so the mean
     weight over all images is 1. Classes that do not occur get 0. Rows with a NaN are ignored.
@@ -101,12 +101,12 @@ def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, f
 
 
 def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n, classes) with one True per row, at the most probable class; at the first if several are."""
+    """Return a boolean mask (n, classes) with one True per row, at the most probable class, or the first such class."""
     return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
 
 
 def call_metrics(truth: np.ndarray, called: np.ndarray) -> dict[str, float]:
-    """Return CALL_METRICS as a dict from name to value, for yes-or-no predictions of n rows and several classes.
+    """Return accuracy, precision, recall and F1 of yes-or-no predictions for several classes, keyed as in CALL_METRICS.
 
     `truth` (n, classes) is 1, 0 or, if unknown, NaN; `called` (n, classes) is True where a class is predicted. Accuracy is
     the share of rows in which all classes are right, among the rows whose truth is fully known. The other metrics are
@@ -127,10 +127,10 @@ def call_metrics(truth: np.ndarray, called: np.ndarray) -> dict[str, float]:
 
 
 def threshold_map(probabilities: np.ndarray, top: float, least_area: float, bottom: float) -> np.ndarray:
-    """Return the boolean mask that a map of probabilities, uint8 (rows, columns) with 255 for 1, describes.
+    """Return a boolean mask (rows, columns) from a map of probabilities, uint8 (rows, columns), in which 255 means 1.
 
-    The mask has the pixels with a probability above `bottom`, and is empty if fewer than `least_area` pixels have one above
-    `top`. This is the rule of the 1st place in SIIM-ACR Pneumothorax Segmentation.
+    The mask has the pixels with a probability above `bottom`. It is empty if fewer than `least_area` pixels have a
+    probability above `top`. This is the rule of the 1st place in SIIM-ACR Pneumothorax Segmentation.
     """
     if np.count_nonzero(probabilities > math.floor(255 * top)) < least_area:
         return np.zeros(probabilities.shape, bool)

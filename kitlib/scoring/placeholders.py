@@ -12,18 +12,18 @@ PRIORS = {
     "atypical": 474 / 6054,
     "none": 2040 / 6334,
 }
-# The labels of a row that are not boxes, keyed by the suffix of the row's id.
+# Labels without a box that a row has, keyed by the suffix of the row's id.
 ONE_PIXEL_LABELS = {"study": STUDY_CLASSES, "image": ("none",)}
 
 
 def placeholder(submission_id: str) -> str:
-    """Return the prediction string of class frequencies for an id that ends in _study or _image."""
+    """Return the placeholder prediction string (class frequencies) for an id that ends in _study or _image."""
     labels = ONE_PIXEL_LABELS[submission_id.rpartition("_")[2]]
     return " ".join(one_pixel_groups(labels, [PRIORS[label] for label in labels]))
 
 
 def one_pixel_groups(labels: Iterable[str], confidences: Iterable[float]) -> list[str]:
-    """Return the groups of a prediction string for labels without a box."""
+    """Return the groups `label confidence 0 0 1 1` of a prediction string, for labels that have no box."""
     return [f"{label} {format_confidence(p)} 0 0 1 1" for label, p in zip(labels, confidences, strict=True)]
 
 

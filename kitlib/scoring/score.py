@@ -28,7 +28,7 @@ class Truth:
     """Ground truth for a set of images and their studies.
 
     `labels` has one row per study: id and the four study classes, each 0 or 1. `boxes` has one row per box: image_id, xmin,
-    ymin, xmax and ymax in original pixels. `image_ids` lists all images; one without a box has the class `none`.
+    ymin, xmax and ymax in original pixels. `image_ids` lists all images; images without a box have the class `none`.
     """
 
     labels: pd.DataFrame
@@ -74,7 +74,7 @@ def read_truth(folder: str | Path) -> Truth:
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> Truth:
-    """Return the ground truth for `images` and their studies; the arguments are tables of a prepared run."""
+    """Return the ground truth for `images` and their studies; the arguments are tables of a run of notebook 10."""
     is_included = boxes["image_id"].isin(images["image_id"])
     return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[is_included])
 
@@ -82,7 +82,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) ->
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
     """Score a submission.csv against the ground truth in `truth_folder`; return values 0..1, keyed by SCORE_KEYS.
 
-    `score` describes the values. Raises SubmissionError if the submission cannot be read, and ScoringError if the
+    For the values see the function `score`. Raises SubmissionError if the submission cannot be read, and ScoringError if the
     ground truth cannot be read or the submission has other ids.
     """
     return score(read_truth(truth_folder), read_submission(submission))
@@ -91,7 +91,7 @@ def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, f
 def score(truth: Truth, submission: Submission) -> dict[str, float]:
     """Score a submission; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
 
-    `score` is the mean of the six APs, and `opacity_boxed` the AP of opacity on the images that have boxes. Raises
+    The value `score` is the mean of the six APs, `opacity_boxed` the AP of opacity on the images that have boxes. Raises
     ScoringError if the submission's ids are not exactly those of the truth, because Kaggle would reject it.
     """
     expected, submitted = set(submission_ids(truth.labels["id"], truth.image_ids)), set(submission.ids)
@@ -177,10 +177,10 @@ def class_precision(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray
 
 
 def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.DataFrame) -> tuple[float, float]:
-    """Return two APs of `opacity`: that on all images, and that on only the images that have a box in `boxes`.
+    """Return two APs of `opacity`: on all images, and on only the images that have a box in the ground truth, `boxes`.
 
-    The second ignores false positives on images without a box. `boxes` is the ground truth, and `hits` is a boolean mask of
-    the rows of `detections` that are hits.
+    The second AP ignores false positives on images without a box. `hits` is a boolean mask of the rows of `detections` that
+    are hits.
     """
     on_boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
     return _opacity_precisions(detections["score"].to_numpy(), hits, on_boxed, len(boxes))

@@ -151,7 +151,7 @@ def write_submission(
 ) -> tuple[str, ...]:
     """Write a submission with one row per id, atomically; return the ids whose rows are placeholder predictions.
 
-    `tables` and `named` are tables of `fill_rows`, which also says what is raised.
+    `tables` and `named` are the tables that `fill_rows` takes. Raises the errors of `fill_rows`.
     """
     rows, placeholder_ids = fill_rows(ids, *tables, **named)
     if placeholder_ids:
@@ -194,7 +194,7 @@ def fill_rows(
         raise ValueError(f"the ids of a submission must be unique, but {len(ids) - len(set(ids))} are duplicates")
     if known_count < len(studies) + len(nones):
         unknown = len(studies) + len(nones) - known_count
-        logger.warning("%d ids that are not in the sample are ignored", unknown)
+        logger.warning("%d predictions are ignored, because their ids are not in the sample submission", unknown)
     return rows, placeholder_ids
 
 
@@ -219,11 +219,11 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
 
 
 def box_groups(detections: pd.DataFrame, boxless: Collection[str] = ()) -> dict[str, list[str]]:
-    """Return each image's groups of label, confidence and box for its prediction string, highest score first, by image_id.
+    """Return a dict that maps image_ids to groups of a prediction string, `label confidence xmin ymin xmax ymax`.
 
-    `detections` has image_id, label, score, xmin, ymin, xmax and ymax. `boxless` are labels of whole images, whose
-    box is written as `0 0 1 1`. Raises ValueError for scores outside 0..1 and boxes
-    that are not finite.
+    The groups of an image are sorted by score, the highest first. `detections` has image_id, label, score, xmin, ymin, xmax
+    and ymax. `boxless` are labels of whole images, whose box is written as `0 0 1 1`. Raises ValueError for scores outside
+    0..1 and for boxes that are not finite.
     """
     values = detections[["score", *BOX]].to_numpy(dtype=float)
     if not np.isfinite(values).all() or (values[:, 0] < 0).any() or (values[:, 0] > 1).any():

@@ -28,7 +28,7 @@ V = TypeVar("V")
 class Fault:
     """A reason why Kaggle would reject a submission."""
 
-    row: int | None  # line number in the submission, 1 for the header; None if no line is concerned
+    row: int | None  # line number in the submission, 1 for the header; None if the fault is not in a line
     id: str | None
     problem: str
 
@@ -38,7 +38,7 @@ class Fault:
 
 
 def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
-    """Return all faults of a submission file, see `validate_rows`; `sample` is the path of sample_submission.csv.
+    """Return all faults of a submission file, as `validate_rows` does, for the ids in `sample`, a sample_submission.csv.
 
     Raises SubmissionError if the sample cannot be read.
     """
@@ -61,7 +61,7 @@ def check_rows(
     parse: Callable[[str, list[str]], tuple[V, list[str]]],
     source: str = "the sample submission",
 ) -> tuple[dict[str, V], list[Fault]]:
-    """Read the rows of a submission with any header whose first column is an id; return their values by id, and all faults.
+    """Read a submission with any header whose first column is an id; return the rows' values by id, and all faults.
 
     `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault. `ids` are the
     ids that the file must have, and `source` says in messages where they are from. Faults are ordered by row, missing ids
@@ -103,15 +103,15 @@ def _parse_siim_row(submission_id: str, cells: list[str]) -> tuple[None, list[st
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
-    """Return a description of each fault of a prediction string; `level`, "study" or "image", is the kind of its row."""
+    """Return descriptions of all faults in a row's prediction string; `level` is the row's kind, "study" or "image"."""
     return check_groups(text, LABELS[level], [label for label in LABELS[level] if label != "opacity"])[2]
 
 
 def check_groups(text: str, labels: Collection[str], boxless: Collection[str]) -> tuple[list[str], np.ndarray, list[str]]:
     """Parse a prediction string as `parse_prediction` does; return its labels, its numbers (n, 5) and its faults.
 
-    A label must be one of `labels`, a confidence in 0..1, and a box finite and with an area; labels in `boxless` must have
-    the box 0 0 1 1. If there is a fault, there are no labels and no numbers.
+    A label must be one of `labels`, a confidence must be in 0..1, and a box must be finite and have an area. Labels in
+    `boxless` must have the box 0 0 1 1. If there is a fault, the returned labels and numbers are empty.
     """
     nothing: tuple[list[str], np.ndarray] = ([], np.empty((0, 5)))
     if text.strip() in READ_AS_NAN:

@@ -66,8 +66,8 @@ def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_ar
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ([ONE], "two has out-of-fold scores of fold 0 but no test ones"),
-        ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 but no out-of-fold ones"),
+        ([ONE], "two has out-of-fold scores of fold 0 but no test scores"),
+        ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 but no out-of-fold scores"),
         ([ONE, TWO.head(2)], "two, fold 0, has 2 scores, but one, fold 0, has 3: only one of them predicted v"),
         ([ONE, TWO.replace({"image_id": {"v": "b"}})], "1 ids with test scores are not in the test split; the first is b"),
         ([ONE, TWO.replace({"image_id": {"v": "X"}})], "1 ids with test scores are not in the test split; the first is X"),

@@ -284,7 +284,7 @@ def test_a_model_predicts_on_the_crop_that_its_training_saw(bundle):
 
 
 def test_unknown_views_are_refused():
-    with pytest.raises(ValueError, match="valid, each at most once: full, flip, lungs, lungs_flip"):
+    with pytest.raises(ValueError, match="valid views, each at most once: full, flip, lungs, lungs_flip"):
         detecting(views=("left",))
 
 

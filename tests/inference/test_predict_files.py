@@ -154,7 +154,7 @@ def test_files_keep_their_names_and_get_ids_and_studies_of_their_own(competition
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="no image file"):
         list_files(tmp_path / "empty")
-    with pytest.raises(DatasetError, match=r"no column 'file' of files, only Image, Study"):
+    with pytest.raises(DatasetError, match=r"no column 'file' of files; it has: Image, Study"):
         list_files(tmp_path / "list.csv")
 
 
@@ -296,7 +296,7 @@ def test_a_damaged_model_is_a_warning_and_without_any_model_an_error(folder, png
     assert "first (fold 0) failed and is left out: BundleError" in table.warning[0] and table.error[0] == ""
     (run / "fold1" / "bundle" / "weights.safetensors").write_bytes(b"damaged")
     table = predict(pngs[0], run)
-    assert table.error[0].startswith("no model has predicted it: BundleError") and table[CLASSES].isna().all(axis=None)
+    assert table.error[0].startswith("no model has predicted the file: BundleError") and table[CLASSES].isna().all(axis=None)
 
 
 def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, tmp_path):
@@ -305,7 +305,7 @@ def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, 
     for bundle in run.glob("fold*/bundle"):
         architecture = {"segmenter": segmenter_digest(read_record(runs / "lungs" / "bundle"))}
         edit_record(bundle, recipe={**asdict(CLASSIFIER), "lungs": "masks", "masked": True}, architecture=architecture)
-    with pytest.raises(RunError, match=r"need the masks of the segmenter(?s:.)*no run beside"):
+    with pytest.raises(RunError, match=r"need the masks of the segmenter(?s:.)*no run next to"):
         find_system(run)
     shutil.copytree(runs / "lungs", tmp_path / "lungs")
     assert find_system(run).lungs == tmp_path / "lungs" / "bundle"

@@ -181,7 +181,7 @@ def test_predictions_that_decide_no_row_are_an_error_too(competition, weights, t
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS, none_answered)
     run.predict(str(weights), tmp_path / "scratch")
     run.finish()
-    with pytest.raises(SubmissionError, match="no row follows from the predictions of small-fold0, small-fold1; the ledger"):
+    with pytest.raises(SubmissionError, match="no row uses the predictions of small-fold0, small-fold1; the ledger"):
         run.check(allow_placeholders=False)
     run.check(allow_placeholders=True)
     assert [bundle["predicted"] for bundle in run.usage()] == [0, 0]  # a rehearsal, which runs as on Kaggle, fails by this
@@ -655,7 +655,7 @@ def hostile(competition, weights, tmp_path) -> tuple[Path, Path, dict[str, str]]
     bad("outputs", "SettingsError", recipe=record["recipe"] | {"outputs": ["study"]})
     bad("longest_side", "longest_side is 1000000000000; expected 1 to 65535", longest_side=10**12)
     (bad("no weights", "belong to different runs") / "weights.safetensors").write_bytes(b"no weights")
-    bad("permuted", "its classes are", classes=OUTPUTS[::-1])
+    bad("permuted", "the model's classes are", classes=OUTPUTS[::-1])
     changed = bad("changed", "was changed after it was written") / "model.json"
     changed.write_text(changed.read_text().replace('"negative"', '"x"'))
     model = StudyClassifier(RECIPE)

@@ -274,7 +274,7 @@ def test_a_file_in_the_current_folder_is_not_read(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["rtdetr-l", "yolov8-rtdetr", "yolo11n-seg", "yolov8n-cls", "yoloe-11s"])
 def test_a_model_whose_output_is_not_boxes_in_pixels_is_refused(name):
-    with pytest.raises(ValueError, match=rf"'{name}' ends in \w+, but the kit reads the boxes of Detect and"):
+    with pytest.raises(ValueError, match=rf"the last layer of '{name}' is \w+, but the kit supports only Detect and"):
         YoloDetector(override(RECIPE, backbone=name))
 
 

@@ -91,7 +91,7 @@ def test_a_box_that_loses_its_area_by_rounding_is_dropped(tmp_path):
 def test_predictions_for_other_ids_are_ignored_and_logged(tmp_path, caplog):
     write_submission(tmp_path / "s.csv", ["i1_image"], None, nones(i1=0.5, i9=0.5), boxes(("i9", 0.9, 1, 1, 9, 9)))
     assert list(rows_of(tmp_path / "s.csv")) == ["i1_image"]
-    assert "1 ids that are not in the sample" in caplog.text
+    assert "1 predictions are ignored, because their ids are not in the sample" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_its_maps_are_written_and_predicted_again_from_the_bundle(sparse_run, sp
     assert read_answering_model(bundle, competition=SIIM_ACR).answers == {"masks"}
     with pytest.raises(ValueError, match=r"predicts masks \(pneumothorax\), of which a submission to siim-covid19"):
         read_answering_model(bundle)
-    with pytest.raises(BundleError, match="contains a segmenter of pneumothorax; choose one of lungs"):
+    with pytest.raises(BundleError, match="contains a segmenter of pneumothorax; choose a lung segmenter"):
         load_segmenter(bundle)
 
 
