@@ -9,7 +9,7 @@ from kitlib.reports.classification_report import CLASS_METRICS, class_table, jud
 from tests.reports.test_classification_report import CLASSES, tables
 
 
-def test_the_first_row_is_the_report():
+def test_the_first_row_has_the_metrics_of_all_images():
     predictions = judged(*tables())
     first, table = draws(predictions, samples=1).iloc[0], class_table(predictions).set_index("class")
     for name, value in overall(predictions).items():
