@@ -19,7 +19,7 @@ SMALLEST = {"images": 2, "boxes": 3}
 
 
 def case(images: int, models: int, boxes: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return tables images and detections: random boxes around two points per image, most of them with low scores."""
+    """Return tables `images` and `detections`: random boxes around two points per image, most of them with low scores."""
     rng = np.random.default_rng(0)
     names = np.array([f"{number:012x}" for number in range(images)], dtype=object)
     n = images * models * boxes

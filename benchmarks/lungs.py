@@ -36,7 +36,7 @@ SMALLEST = {"count": 2}
 
 
 def phantoms(cache: XrayCache, count: int) -> pd.DataFrame:
-    """Put `count` images of eight phantoms into `cache` and return the table images; only their number matters."""
+    """Put `count` copies of eight phantoms into `cache` and return the `images` table; only the number of images matters."""
     drawn = []
     for seed in range(8):
         rng = np.random.default_rng(seed)

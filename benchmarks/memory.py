@@ -16,7 +16,7 @@ SMALLEST = {"only": "ensemble_vgg19"}
 
 
 def row(name: str, gib: float) -> str:
-    """Return a recipe's row of the table."""
+    """Return the Markdown table row of the recipe `name`, whose training needs `gib` GiB."""
     recipe = RECIPES[name]
     return (
         f"| `{name}` | {recipe.image_size} | {recipe.batch_size} | {recipe.nominal_batch or recipe.batch_size} | {gib:.1f} |"

@@ -1,4 +1,4 @@
-"""Speed and memory of the page, without a browser: the first prediction, a warm one, the pictures, and many visits.
+"""Speed and memory of the web page, without a browser: the first prediction, later ones, pictures, and many visits.
 
 Part of `make bench`. Needs the runs of `make demo`, or others by --runs. Every upload is a new file, so that no prediction
 comes from a cache.
@@ -76,7 +76,7 @@ def _timed(work):
 
 
 def _renewed(file: Path, folder: Path, number: int) -> Path:
-    """Return the path of a copy of `file` with the same pixels and other bytes, because padding follows the pixels."""
+    """Write a copy of `file` with the same pixels but other bytes (padding at the end), and return its path."""
     path = folder / f"{file.stem}-{number}.dcm"
     shutil.copyfile(file, path)
     with open(path, "ab") as opened:

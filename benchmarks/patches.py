@@ -29,7 +29,7 @@ PUBLISHED = [
     (PatchRecipe(backbone=name, image_size=299 if name == "inception_v3" else 224), 8, 100)
     for name in ("densenet161", "inception_v3", "resnet152", "resnext101_32x8d", "vgg19_bn")
 ]
-# The same for two CPU cores: takes about a minute.
+# Recipes, number of images and patches per image for two CPU cores: takes about a minute.
 SHORT = [
     (recipe("small_patches", PatchRecipe), 4, 50),
     (PatchRecipe(backbone="mobilenetv3_small_050"), 2, 25),
@@ -64,7 +64,7 @@ def batched(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor)
 
 
 def bare_forward(model: PatchClassifier, canvases: torch.Tensor, where: torch.Tensor) -> None:
-    """Run as many patches, ready on the device in full batches, through the network: the upper limit of speed."""
+    """Run as many patches, already on the device in full batches, through the network: the upper limit of speed."""
     chunk = min(len(where), model.chunk)
     ready = model.normalise(canvases.new_zeros(chunk, *[model.recipe.image_size] * 2).to(next(model.parameters()).device))
     for start in range(0, len(where), chunk):
@@ -73,7 +73,7 @@ def bare_forward(model: PatchClassifier, canvases: torch.Tensor, where: torch.Te
 
 
 def seconds(way: Callable, *arguments: object) -> float:
-    """Return the duration of `way`: with a GPU wall time; without one CPU time per thread, since the machine is shared."""
+    """Return the seconds that `way` takes: wall time with a GPU, else CPU time per thread, as other processes may run."""
     clock, threads = (time.perf_counter, 1) if torch.cuda.is_available() else (time.process_time, torch.get_num_threads())
     start = clock()
     way(*arguments)

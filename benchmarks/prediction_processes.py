@@ -1,7 +1,7 @@
-"""Time of predicting a submission in one process and in two. Part of `make bench`.
+"""Time to predict a submission with one process and with two. Part of `make bench`.
 
 On a machine with two GPUs, each process has its own; on a CPU, the processes share the cores, one thread each on two cores.
-The files that both ways write are compared.
+The submissions that both ways write are compared.
 """
 
 import json
@@ -30,7 +30,7 @@ SMALLEST = {"studies": 4, "models": 1, "side": 32, "ways": [1]}
 
 
 def write_weights(folder: Path, models: int, backbone: str, side: int) -> None:
-    """Write bundles of untrained study models, and their list, as build_kernel.py does."""
+    """Write bundles of untrained study models, and weights.json, which lists them, as build_kernel.py does."""
     bundles, recipe = [], StudyRecipe(backbone=backbone, image_size=side, starting_weights="")
     for fold in range(models):
         torch.manual_seed(fold)

@@ -36,7 +36,8 @@ from kitlib.tables import BOX
 MAX_EXPONENT = 1.3
 COMPARES_ALL_PAIRS = "near_duplicates"  # its time grows with the square; a limit in seconds keeps it small instead
 ALL_PAIRS_S = 20.0
-# Growth from one size to the next is judged only if the larger one takes so many seconds; less is noise and fixed costs.
+# Growth from one size to the next is only checked if the larger size takes at least so many seconds, because shorter times
+# are mostly noise and fixed costs.
 JUDGED_S = 0.5
 FOLDS = 5
 # Arguments of `main` for the tests, with which it takes a few seconds.
@@ -141,7 +142,7 @@ def bootstrapping(images: int, folder: Path) -> Callable[[], float]:
 
 
 def grouping(blank: float) -> Callable[[int, Path], Callable[[], float]]:
-    """Near-duplicates among random hashes, of which the share `blank` is identical."""
+    """Return a stage that groups near-duplicates among random hashes, of which the share `blank` is identical."""
 
     def prepare(images: int, folder: Path) -> Callable[[], float]:
         from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes
@@ -155,7 +156,7 @@ def grouping(blank: float) -> Callable[[int, Path], Callable[[], float]]:
 
 
 def opening(images: int, folder: Path) -> Callable[[], float]:
-    """Opens a packed cache of images of 8 pixels a side, as the first process on a machine does, and reads one image."""
+    """Return a function that opens a packed cache, as the first process on a machine does, and reads one image."""
     from kitlib.paths import scratch_root
     from kitlib.xrays.cache import CachedXray, XrayCache
 
@@ -175,7 +176,7 @@ def opening(images: int, folder: Path) -> Callable[[], float]:
 
 
 def first_fusion(images: int, folder: Path) -> Callable[[], float]:
-    """What an offline kernel waits for its first fusion: imports and compilation, without a cache of compiled code."""
+    """Return a function that fuses in a new process, as an offline kernel does: with imports and without compiled code."""
     made = tables(images, 2)
     made["detections"].to_parquet(folder / "detections.parquet")
     made["images"].to_parquet(folder / "images.parquet")
@@ -266,7 +267,7 @@ def main(
             table.add_row(stage, f"{images:,}", *row)
     Console(width=120).print(table)
     if steep:
-        raise SystemExit("\n".join(["these stages grow faster than they may:", *steep]))
+        raise SystemExit("\n".join(["these stages grow faster than allowed:", *steep]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What survives: a submission killed at random moments, one with too little time, and the decoding of damaged files.
+"""Robustness: submissions killed at random moments, submissions with too little time, and decoding of damaged files.
 
 Part of `make bench`. Needs the weights and the phantoms of `make demo`, or others by --weights and --competition. Every
-submission must be one that Kaggle accepts, every run must end within its limit, and every damaged file must have an outcome.
+submission must be valid, every run must end within its time limit, and every damaged file must have an outcome.
 """
 
 import os
@@ -63,24 +63,24 @@ class Submission:
 
     @property
     def is_answered(self) -> bool:
-        """Whether the submission has an answer of a model, and not only placeholder predictions."""
+        """Whether the submission has predictions of a model, and not only placeholder predictions."""
         return self.output.is_file() and self.output.read_bytes() != self.placeholders
 
     def wait_for_answer(self) -> float:
-        """Wait until the submission has an answer, or the process ends; return the seconds since its start."""
+        """Wait until the submission has predictions of a model, or the process ends; return the seconds since its start."""
         while self.process.poll() is None and not self.is_answered:
             time.sleep(0.01)
         return time.monotonic() - self.started
 
     def faults(self) -> int:
-        """Return the number of faults in the submission; a file that was never written is one."""
+        """Return the number of faults in the submission; a missing file counts as one fault."""
         return len(validate(self.sample, self.output))
 
 
 def kill_at_random(
     competition: Path, weights: Path, folder: Path, count: int, rng: random.Random, table: Table
 ) -> tuple[float, int]:
-    """Kill `count` runs, half of them after the first model has answered.
+    """Kill `count` runs, half of them after the first model has predicted.
 
     Returns the seconds of an undisturbed run, and the number of killed runs that left no valid file.
     """
@@ -112,7 +112,7 @@ def kill_at_random(
 
 
 def stop_early(competition: Path, weights: Path, folder: Path, needed_s: float, table: Table) -> int:
-    """Run with shares of the needed time as limits; return the number of runs that ended late or left an invalid file."""
+    """Run with time limits of SHARES of `needed_s`; return the number of runs that ended late or left an invalid file."""
     bad = 0
     for share in SHARES:
         limit_s = share * needed_s
@@ -126,7 +126,7 @@ def stop_early(competition: Path, weights: Path, folder: Path, needed_s: float, 
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """Return `content` cut short, with changed bytes, with a block of zeros or noise, or with a block twice or missing."""
+    """Return `content` cut short, with changed bytes, with a block of zeros or noise, or a block repeated or missing."""
     kind, at = rng.randrange(6), rng.randrange(len(content))
     end = min(len(content), at + rng.choice((1, 4, 64, 1024)))
     if kind == 0:

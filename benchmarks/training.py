@@ -1,7 +1,7 @@
-"""Speed and memory of the kit's training, against a bare PyTorch loop with the same network and batch size: `make bench`.
+"""Speed and memory of the kit's training, against a bare PyTorch loop with the same network and batch size.
 
 The bare loop repeats one synthetic batch that is already on the device; the kit's `fit` reads, augments, transfers and logs
-as in every training. Full-size networks on a GPU: `python benchmarks/training.py --full --workers 8`.
+as in every training. Part of `make bench`. Full-size networks on a GPU: `python benchmarks/training.py --full --workers 8`.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ def measure(name: str, settings: TrainingRecipe, xrays: NoisyXrays, workers: int
     with tempfile.TemporaryDirectory() as scratch:
         loaders = batches(train, settings.batch_size, workers, shuffle=True), batches(validation, settings.batch_size)
         fitted = fit(module, settings, *loaders, scratch, device, seed=0)
-    # The best speed of each, because the machine is shared. The kit's first epoch includes the start of the workers.
+    # The best speed counts, because other processes use the machine. The kit's first epoch includes starting the workers.
     kit = max(fitted.history.images_per_s[1:])
     bare = max(before, bare_rate(settings, xrays, device, steps))
     megabytes = [f"{value:,.0f}" for value in module.megabytes]

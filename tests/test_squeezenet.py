@@ -32,12 +32,12 @@ def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_it_has_the_published_size():
+def test_squeezenet_has_the_published_size():
     assert count(timm.create_model("squeezenet1_1")) == 1_235_496  # torchvision's table of models
     assert count(timm.create_model("squeezenet1_1", num_classes=0)) == 722_496  # ../shared/data/weights/SOURCES.md
 
 
-def test_it_has_torchvisions_outputs_and_parameter_names():
+def test_squeezenet_has_torchvisions_outputs_and_parameter_names():
     torch.manual_seed(0)
     reference = torchvision.models.squeezenet1_1(weights=None).eval()
     model = timm.create_model("squeezenet1_1").eval()

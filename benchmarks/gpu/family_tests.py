@@ -12,7 +12,7 @@ import typer
 from part import PROJECT, figures
 
 MARK = "pytest.mark.gpu"
-SMALL = "test_it_learns_two_dark_ellipses"
+SMALL = "test_a_segmenter_learns_two_dark_ellipses"
 CLOSING = re.compile(r"\d+ (?:passed|failed|error)")
 
 

@@ -1,6 +1,6 @@
 """Predictions of every model family in half precision against float32, with the same weights, trained on phantoms.
 
-No part of gpu.sh, because a CPU shows the same rounding. `python benchmarks/gpu/half_precision.py` takes some minutes.
+Not part of gpu.sh, because a CPU shows the same rounding. `python benchmarks/gpu/half_precision.py` takes some minutes.
 """
 
 import sys
@@ -62,7 +62,7 @@ class Phantoms:
 
     def train(self, name: str, run: Path, epochs: int | None, lungs: StoredLungs | None = None) -> Path:
         """Train a small recipe on all folds but 0 in float32, and return its bundle."""
-        # Means of patches, because votes hide small differences.
+        # Patch classifiers average their patches here, because votes hide small differences.
         means = {"patch_score": "mean_softmax"} if name == CLASSIFIERS["patches"] else {}
         recipe = override(RECIPES[name], **means, **({"epochs": epochs} if epochs else {}))
         with computing_in(FLOAT32):
@@ -82,9 +82,10 @@ def in_every_precision(predict: Callable[[], np.ndarray | pd.DataFrame]) -> Resu
 
 
 def compare_boxes(boxes: pd.DataFrame, others: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return for the best boxes of each image the largest shift of an edge, in pixels, and the change of the score.
+    """Return two arrays, one value for each of the best boxes: the largest shift of an edge in pixels, and the score change.
 
-    A box is compared with the closest of the same image in `others`. A far one means that suppression kept another box.
+    A box is compared with the closest box of the same image in `others`. A large shift means that suppression kept another
+    box.
     """
     shifts, changes = [], []
     for image_id, part in boxes.groupby("image_id"):

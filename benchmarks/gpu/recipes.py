@@ -102,7 +102,7 @@ def training(model: nn.Module, images: Images) -> RecipeTraining:
 
 
 def step_of(model: nn.Module, images: Images, device: torch.device, scratch: str) -> tuple[Callable[[], torch.Tensor], Any]:
-    """Return a function that computes the loss of a batch on the device, and the moving average of weights or None."""
+    """Return a function that computes the loss of a batch on the device, and the moving average of the weights (or None)."""
     if isinstance(model, YoloDetector):
         inner = model.model
         inner.args = get_cfg(overrides=ultralytics_settings(model.recipe, Path(scratch), device, 0, 0))
@@ -127,7 +127,7 @@ def step_of(model: nn.Module, images: Images, device: torch.device, scratch: str
 
 
 def train(model: nn.Module, device: torch.device, scratch: str) -> float:
-    """Return images per second of `STEPS` steps: forward, backward, optimiser and moving average."""
+    """Train for `STEPS` steps (forward, backward, optimiser, moving average) and return images per second."""
     settings = model.recipe
     images = Images(model, settings.batch_size)
     loss, average = step_of(model, images, device, scratch)
@@ -157,7 +157,7 @@ def train(model: nn.Module, device: torch.device, scratch: str) -> float:
 
 
 def predict(model: nn.Module, device: torch.device) -> tuple[int, float]:
-    """Return the batch size of a prediction, as in validation, and images per second."""
+    """Return the batch size and the images per second of predictions, made as in validation."""
     settings, count = model.recipe, 2 * model.recipe.batch_size
     side = settings.image_size
     if isinstance(settings, PatchRecipe):

@@ -1,4 +1,4 @@
-"""Checks that two processes that train one model together (by gloo, also on a single GPU) get one process's weights."""
+"""Checks that two processes that train a model together (by gloo, also on one GPU) get the same weights as one process."""
 
 import os
 import sys

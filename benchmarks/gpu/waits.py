@@ -27,7 +27,7 @@ STEPS, VALIDATION, REST = "training steps", "validation", "the rest"
 
 
 class Waits:
-    """A context manager that counts waits by (phase, line of the kit) in `counted`."""
+    """Context manager that counts how often the CPU waits for the GPU, keyed by (phase, line of the kit), in `counted`."""
 
     MESSAGE = "called a synchronizing CUDA operation"  # c10/cuda/CUDAFunctions.cpp
 
@@ -70,7 +70,7 @@ def phase(stack: list[traceback.FrameSummary]) -> str:
 
 
 def trainings(scratch: Path) -> dict[str, tuple[str, Any, dict[str, Any]]]:
-    """Return for each model family the name of its small recipe, its images, and further arguments of its task."""
+    """Return, for each model family, the name of its small recipe, its images, and further arguments of its training."""
     small, chests = SmallXrays(32), SmallMasks(scratch / "masks")
     return {
         "study": ("small_study", small, {}),

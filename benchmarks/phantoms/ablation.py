@@ -1,7 +1,7 @@
 """Measures the gain of each addition to the training on phantoms, out of fold: `python benchmarks/phantoms/ablation.py`.
 
 Every row trains the same small models on the same folds and seeds with one field of the recipe changed. The last epoch is
-kept, so that nothing is chosen on the judged fold. The tables show the mean average precision of the study outputs (or of
+kept, so that nothing is chosen on the held-out fold. The tables show the mean average precision of the study outputs (or of
 opacity) and the paired difference to the first row, with 95 % intervals of a bootstrap over patients. Finished runs stay in
 --folder, so that an interrupted script continues. Takes an hour on two cores.
 """
@@ -120,7 +120,7 @@ def _study_table(
 def _study_draws(
     study_scores: pd.DataFrame, image_scores: pd.DataFrame, tables: dict[str, pd.DataFrame], samples: int
 ) -> np.ndarray:
-    """Return (1 + samples, 2): mean AP of the study classes and AP of none; NaN if the model has no such output."""
+    """Return (1 + samples, 2), all patients, then each draw: mean AP of the study classes, AP of `none`; NaN if missing."""
     images = tables["images"][tables["images"].image_id.isin(tables["folds"].id)]
     patients = np.sort(images.patient_id.unique())
     of_study = images.drop_duplicates("study_id").set_index("study_id").patient_id

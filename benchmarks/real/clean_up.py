@@ -1,10 +1,10 @@
-"""Compares lung masks as drawn with those that UNet + HRNet's clean-up grows, on manual masks of real X-rays.
+"""Compares lung masks before and after the clean-up of the UNet + HRNet paper, on manual masks of real X-rays.
 
 PYTHONPATH=. .venv/bin/python benchmarks/real/clean_up.py --prepared runs/lungs/v7 --segmenter runs/lungs/resunet_v7/fold0
 
-First prepare the data with benchmarks/real/lungs.py and train a segmenter, see lungs.sh. Prints, for the images of the fold
-that the segmenter has not seen, once with its masks and once with the manual ones: the Dice, and the share of patch centres
-of Patched FLANNEL outside the manual masks; and for all manual masks, how many each rule accepts.
+First prepare the data with benchmarks/real/lungs.py and train a segmenter, see lungs.sh. For the images of the fold that the
+segmenter has not seen, prints the Dice and the share of Patched FLANNEL's patch centres outside the manual masks, once for
+the segmenter's masks and once for the manual ones. For all manual masks, prints how many each rule accepts.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Compares detectors on images that were held out from all of them: AP with interval, paired difference to the first run.
+"""Compares detectors on images held out from all of them: AP with interval, and paired difference to the first run.
 
 PYTHONPATH=. python benchmarks/real/compare.py --prepared runs/real/rsna runs/real/yolo_scratch runs/real/yolo_nih
 """

@@ -1,6 +1,6 @@
 """Arranges real X-rays as ieee8023's COVID-19 collection and Kermany's children: nearly FLANNEL's training data.
 
-    PYTHONPATH=. python benchmarks/real/covid_layouts.py --data ../shared/data --out inputs/real
+    PYTHONPATH=. python benchmarks/real/covid_layouts.py --data DATA --out inputs/real
 
 OUT/covid-chestxray gets the frontal images of DATA/cxr_cls/ieee8023 with a metadata.csv, OUT/chest-xray-pneumonia the
 available 4,004 and 624 images of Kermany's training and test folders. Images are linked or unpacked, not changed.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Repeats FLANNEL's experiment on nearly its own data, in one or two hours on two CPU cores: five small learners on whole images,
 # one on patches of the lungs, two shortcut probes; each image is judged by models and ensembles that have not seen its fold.
-# First: PYTHONPATH=. .venv/bin/python benchmarks/real/covid_layouts.py --data ../shared/data --out inputs/real
+# First: PYTHONPATH=. .venv/bin/python benchmarks/real/covid_layouts.py --data DATA --out inputs/real
 #   and: benchmarks/real/lungs.sh, whose UNet finds the lungs
 # Then:  bash benchmarks/real/flannel.sh SQUEEZENET, the file with SqueezeNet's ImageNet weights
 # With a GPU and weights files for the five published networks, use the plan submissions/plans/flannel.yaml instead.

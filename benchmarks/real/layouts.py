@@ -1,6 +1,6 @@
 """Arranges real X-rays as RSNA's and NIH's data sets.
 
-    PYTHONPATH=. python benchmarks/real/layouts.py --data ../shared/data --out inputs/real
+    PYTHONPATH=. python benchmarks/real/layouts.py --data DATA --out inputs/real
 
 OUT/rsna gets the images of DATA/cxr_det that RSNA's radiologists annotated, with their rows of the label table; OUT/nih gets
 the NIH images of DATA/cxr_cls with their findings. No patient and no group of near-duplicates is in both, so that a backbone

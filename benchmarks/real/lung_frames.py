@@ -48,7 +48,7 @@ def main(prepared: Path, segmented: Path) -> None:
 
 
 def judge(finder: LungFinder, xrays: list[CachedXray], masks: MaskStore) -> list[tuple[bool, float, float]]:
-    """Return per image: True if no lungs were found, share of annotated lungs in the frame, frame's share of the image."""
+    """Return per image: whether no lungs were found, share of annotated lungs in the frame, frame's share of the image."""
     rows = []
     for xray, lungs in zip(xrays, finder.find(xrays), strict=True):
         if lungs.frame is None:

@@ -1,6 +1,6 @@
 """Prepares real chest X-rays with manual lung masks as runs for notebook 12, one run per data set.
 
-PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data ../shared/data --out runs/lungs
+PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data DATA --out runs/lungs
 
 The data are not part of this project; the script needs the tables cxr_seg/labels.csv and cxr_cls/labels.csv. Patients and
 near-duplicates that these tables put into one group count as one patient.

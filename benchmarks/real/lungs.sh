@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the three published networks on manual masks of real X-rays, at sizes that take two CPU cores an hour or two.
-# First: PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data ../shared/data --out runs/lungs
+# First: PYTHONPATH=. .venv/bin/python benchmarks/real/lungs.py --data DATA --out runs/lungs
 # With a GPU: FULL=1 bash benchmarks/real/lungs.sh, which trains the published sizes on all folds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -38,7 +38,7 @@ def keras(source: Path, out: Path) -> None:
 
 @app.command()
 def yolo(source: Path, out: Path) -> None:
-    """Convert a trained classifier with the backbone `squeezenet1_1` to a file for the YOLO with it (RGB pixels 0..1)."""
+    """Convert a trained classifier with backbone `squeezenet1_1` to a file for YOLO with this backbone (RGB pixels 0..1)."""
     weights = read_starting_weights(source)
     prefix = "backbone."
     layers = {name.removeprefix(f"{prefix}features."): each for name, each in weights.items() if name.startswith(prefix)}

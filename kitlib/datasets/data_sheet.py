@@ -178,8 +178,8 @@ def _flag_folds(
                 (
                     "leak",
                     "",
-                    f"{(counts_of_locations > 1).sum()} {name} are in several folds, or in a fold and the test set; "
-                    f"the first is {examples}",
+                    f"{name} in several folds, or in a fold and the test set: {(counts_of_locations > 1).sum()}; "
+                    f"the first: {examples}",
                 )
             )
     counts = pd.crosstab(located.location, located.true_class).reindex(columns=classes, fill_value=0)

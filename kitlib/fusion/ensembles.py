@@ -136,9 +136,13 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
     if settings.method == "flannel":
         from kitlib.fusion.flannel import train_flannel
 
-        learnt, losses = train_flannel(stack.probabilities, stack.truth, settings, choose_held_out(stack, settings.seed))
-        best_epoch = 1 + int(np.argmin(losses or [0]))
-        logger.info("FLANNEL was trained on %d rows; its best epoch is %d", len(stack.ids), best_epoch)
+        held_out = choose_held_out(stack, settings.seed)
+        learnt, losses = train_flannel(stack.probabilities, stack.truth, settings, held_out)
+        if losses:
+            best_epoch, held = 1 + int(np.argmin(losses)), int(held_out.sum())
+            logger.info(
+                "FLANNEL was trained on %d rows; by %d others, epoch %d is best", len(held_out) - held, held, best_epoch
+            )
         return learnt
     return {}
 

@@ -107,8 +107,8 @@ def _read_files(path: Path, file_column: str, study_column: str) -> dict[tuple[s
         logger.warning("%s %s: %s", path, row, problem)
     if file_column not in table:
         raise DatasetError(
-            f"{path} has no column {file_column!r} of files; it has: {', '.join(table.columns)}. Name the column that lists "
-            "the files with --file-column"
+            f"{path} has no column {file_column!r} of files; it has: {', '.join(table.columns)}. Give the name of the "
+            "column of files as `file_column` (--file-column)"
         )
     studies: Sequence[str] = table[study_column].tolist() if study_column in table else [""] * len(table)
     files = table[file_column].tolist()

@@ -1,4 +1,4 @@
-"""Shows what a submission answers for images whose ground truth is known, for any competition but SIIM-COVID."""
+"""Scores submissions and draws their predictions beside the ground truth, for any competition but SIIM-COVID."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ from kitlib.xrays.run_lengths import draw_runs
 
 
 def score_table(competition: Competition, truth: Any, submissions: Mapping[str, str | Path]) -> pd.DataFrame:
-    """Return the score and its parts (rows) of each of the `submissions` (columns: their names) against `truth`.
+    """Score submission files against `truth`: return a table with one row per metric and one column per submission.
 
-    Raises SubmissionError for a file that has a fault or other ids.
+    The first row is the competition's score. `submissions` maps the names of the columns to the files. Raises
+    SubmissionError for a file that has a fault or whose ids are not those of `truth`.
     """
     ids = list(competition.truth_ids(truth))
     scores = {
@@ -34,14 +35,15 @@ def score_table(competition: Competition, truth: Any, submissions: Mapping[str, 
 
 
 def submitted_ids(path: str | Path) -> list[str]:
-    """Return the ids of a submission, those in its first column. Raises TableError if it is not a CSV file."""
+    """Return the ids in the first column of a submission.csv. Raises TableError if it is not a CSV file."""
     return read_text_table(path).iloc[:, 0].tolist()
 
 
 def answered_boxes(competition: Competition, answers: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the boxes in a submission as detections in pixels of the image files, without rows of other classes.
+    """Return a submission's boxes in pixels of the image files; rows of classes that have no boxes are dropped.
 
-    `answers` is what the competition's `read_submission` returns; `images` has the size of each image in it.
+    `answers` is the result of the competition's `read_submission`; its columns are kept. `images` must have the columns
+    image_id, rows and columns, and a row for each image in `answers`.
     """
     boxes = answers[answers["finding"].isin(competition.box_classes)].astype({"finding": object}).reset_index(drop=True)
     if competition.side is None:
@@ -58,10 +60,10 @@ def answers_figure(
     masks: MaskStore | None,
     answers: Any,
 ) -> Figure:
-    """Draw each X-ray of `images` with its ground truth and the answer: boxes, outlines of masks, or probabilities.
+    """Draw each X-ray in `images` with its ground truth and its submitted prediction: boxes, mask outlines or probabilities.
 
-    `tables` has the ground truth's tables labels and boxes, `masks` its masks. `answers` is what the competition's
-    `read_submission` returns; for boxes, those to draw in pixels of the image files.
+    `tables` holds the ground truth's `labels` and `boxes`, `masks` its masks. `answers` is the result of the competition's
+    `read_submission` or, in a competition with boxes, those rows of the result of `answered_boxes` that should be drawn.
     """
     ids = images["image_id"]
     if competition.mask_classes:
@@ -74,9 +76,9 @@ def answers_figure(
 
 @dataclass(frozen=True)
 class RunMasks:
-    """Masks given as run lengths, read like those of a MaskStore: an image's mask has the size of its decoded copy.
+    """Masks that are stored as run lengths and read as arrays of the size of each image's decoded copy, as from a MaskStore.
 
-    `runs` maps an image_id to its runs (n, 2), see kitlib.xrays.run_lengths; pixels of the structure have the value `code`.
+    `runs` maps an image_id to its runs (n, 2), see kitlib.xrays.run_lengths. Pixels in a run have the value `code`.
     """
 
     runs: Mapping[str, np.ndarray]
@@ -94,7 +96,7 @@ class RunMasks:
 
 
 def varied_sample(images: pd.DataFrame, labels: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Return at most `count` random rows of `images`: half of those with the most frequent labels, half of others."""
+    """Return up to `count` random rows of `images`, half with the most frequent set of labels, half with others."""
     classes = images[["study_id"]].merge(labels, left_on="study_id", right_on="id", how="left")[list(labels.columns[1:])]
     kind = classes.astype(str).agg(" ".join, axis=1).to_numpy()
     is_usual = pd.Series(kind == pd.Series(kind).mode().iloc[0]).to_numpy()

@@ -51,11 +51,11 @@ def paired_differences(
     """Return the differences of each model's metrics from those of `reference`, on the images that all models predicted.
 
     Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
-    high, sides and images. `sides` is twice the share of draws below zero or above zero, whichever is smaller: about 1 if
-    the models do not differ, about 0 if they clearly do. To reuse earlier draws, pass them as `drawn`, a dict from model to
-    the table that `draws` returned, all with the same seed; `models` must then already be reduced to their shared images.
-    Raises ValueError for an unknown reference, if `drawn` was computed for other models or images, and in the cases
-    described at `on_shared_images`.
+    high, sides and images. `sides` is a two-sided p-value: twice the share of draws whose difference is at most zero or at
+    least zero, whichever share is smaller. To reuse earlier draws, pass them as `drawn`, a dict from model to the table that
+    `draws` returned, all with the same seed; `models` must then already be reduced to their shared images. Raises ValueError
+    for an unknown reference, if `drawn` was computed for other models or images, if no image is shared, or if the models
+    have different classes.
     """
     if reference not in models:
         raise ValueError(f"reference model {reference!r} does not exist; available models: {', '.join(models)}")
@@ -63,8 +63,8 @@ def paired_differences(
     if drawn is None:
         drawn = {name: draws(table, samples, seed) for name, table in shared.items()}
     elif set(drawn) != set(models) or len({len(table) for table in drawn.values()}) > 1:
-        lengths = ", ".join(f"{len(table)} of {name}" for name, table in drawn.items())
-        raise ValueError(f"got {lengths}; expected the same number of draws for each of the models {', '.join(models)}")
+        lengths = ", ".join(f"{len(table)} rows for {name}" for name, table in drawn.items())
+        raise ValueError(f"drawn has {lengths}; it must have the same number of rows for each of: {', '.join(models)}")
     elif mismatched := [name for name, table in models.items() if len(table.truth) != len(shared[name].truth)]:
         raise ValueError(
             f"draws of {', '.join(mismatched)} include images that not all models have predicted; "
@@ -103,7 +103,7 @@ def append_to_published(
     by_fold: Mapping[str, pd.DataFrame] | None = None,
     level: float = 0.95,
 ) -> pd.DataFrame:
-    """Return a table of text: the published rows, then one row for each model in `drawn`, with intervals.
+    """Return a published table as text, followed by one row for each model in `drawn`, with intervals.
 
     `drawn` maps each model's name to the table that `draws` returned, and `by_fold`, if given, to the table that
     `fold_table` returned. With `by_fold`, each model also gets a row with the mean and standard deviation over the folds
@@ -151,9 +151,9 @@ def what_differs(table: PublishedTable, predictions: Judged, protocol: str) -> p
 
 
 def _interval_or_nan(values: np.ndarray, level: float) -> dict[str, float]:
-    """Return value, low and high of one metric, whose value and draws are in `values` (1 + draws,), keyed by these names.
+    """Return a dict with the value and the interval (low, high) of one metric; low and high are NaN if no draw is finite.
 
-    low and high are NaN if the metric is undefined in all draws.
+    `values` is an array (1 + draws,) with the metric for all patients, then for each bootstrap draw.
     """
     if np.isfinite(values[1:]).any():
         return interval(values, level)

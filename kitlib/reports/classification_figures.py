@@ -26,8 +26,8 @@ def confusion_figure(models: Mapping[str, Judged]) -> Figure:
 def extreme_folds(models: Mapping[str, Judged]) -> dict[str, Judged]:
     """Return two entries per model: its predictions for its least accurate fold, and those for its most accurate fold.
 
-    If several folds have the same accuracy, the first one is used. The keys are texts with model, fold and accuracy. These
-    are the confusion matrices in figures 13 and 14 of the UNet + HRNet paper.
+    If several folds have the same accuracy, the first one is used. The keys are texts with model, fold and accuracy. Figures
+    13 and 14 of the UNet + HRNet paper show confusion matrices of such folds.
     """
     chosen = {}
     for model, predictions in models.items():
@@ -40,7 +40,7 @@ def extreme_folds(models: Mapping[str, Judged]) -> dict[str, Judged]:
 
 
 def class_curves(models: Mapping[str, Judged]) -> Figure:
-    """Draw the ROC and precision-recall curves of each class against the others, in a row for each model."""
+    """Draw one row per model, with the ROC and the precision-recall curve of each class against the others."""
     rows = {}
     for model, predictions in models.items():
         truth = np.arange(len(predictions.classes)) == predictions.truth[:, None]

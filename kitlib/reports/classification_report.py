@@ -55,11 +55,11 @@ class Judged:
 
 
 def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> None:
-    """Raise DatasetError if a model that is trained on these tables could not be evaluated by `judged`.
+    """Raise DatasetError unless every image to train or test on has exactly one true class and `multi_label` is False.
 
-    This is checked before training. `prepared` has the tables of a prepared run. Every image in a fold or in the split
-    "test" must have exactly one true class, and the recipe's `multi_label` must be False. Does nothing if there are no
-    classes, because training raises an error for this.
+    Call it before training: `judged` could not evaluate a model trained on other images. `prepared` has the tables of a
+    prepared run; images in a fold or in the split "test" are checked. Does nothing if there are no classes, because training
+    raises an error for this.
     """
     images, labels = prepared["images"], prepared["labels"].set_index("id")
     is_used = images.image_id.isin(prepared["folds"].id) | (images["split"] == "test" if "split" in images else False)
@@ -67,11 +67,13 @@ def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> 
     wrong = images.image_id[is_used][(label.isna().any(axis=1) | (label.sum(axis=1) != 1)).to_numpy()]
     if len(labels.columns) and (multi_label or len(wrong)):
         problem = (
-            f"{len(wrong)} images have not, such as {wrong.iloc[0]}" if len(wrong) else "multi_label is true in overrides"
+            f"{len(wrong)} images have more or fewer; the first is {wrong.iloc[0]}"
+            if len(wrong)
+            else "multi_label is true in overrides"
         )
         raise DatasetError(
-            f"notebook 25 is for images with exactly one true class, but {problem}; notebook 20 trains on several findings "
-            "per image, or unknown ones (own images: `labels` in columns, where `label` is one class)"
+            f"notebook 25 needs images with exactly one true class, but {problem}. Use notebook 20 for images with several "
+            "or unknown findings (prepare own images with `labels`, which names several columns, instead of `label`)"
         )
 
 
@@ -88,7 +90,7 @@ def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, sou
         raise ValueError("the `class_scores` table is empty")
     models = sorted(set(scores.model))
     if len(models) > 1:
-        raise ValueError(f"scores are of several models ({', '.join(models)}); split them with by_model and pass one")
+        raise ValueError(f"the scores are from several models ({', '.join(models)}); split them with by_model and pass one")
     absent = [name for name in class_columns(labels, "labels") if name not in scores]
     if absent:
         raise ValueError(f"the labels have classes that the scores lack: {absent}; the model cannot predict them")
@@ -165,9 +167,9 @@ def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Metrics:
-    """Computes OVERALL_METRICS and CLASS_METRICS of one model with any weights of its images, as bootstrap draws need.
+    """Computes the OVERALL_METRICS and CLASS_METRICS of one model for any weighting of its images, such as bootstrap draws.
 
-    What does not depend on the weights is computed only once.
+    Whatever does not depend on the weights is computed only once.
     """
 
     def __init__(self, predictions: Judged) -> None:
@@ -213,10 +215,10 @@ class Metrics:
 
 
 def class_table(predictions: Judged) -> pd.DataFrame:
-    """Return one row per class, against the others, then a row `macro`; the columns are class, support and CLASS_METRICS.
+    """Return metrics with one row per class (against all other classes) and a last row `macro`, the mean over the classes.
 
-    `support` is the number of images of the class. `macro` is the mean over the classes that occur. pr_auc is average
-    precision; brier is the mean squared error of the probability of that class.
+    The columns are class, support (images of the class; all images for `macro`) and CLASS_METRICS. Classes without images
+    are left out of the mean. pr_auc is average precision; brier is the mean squared error of the probability of that class.
     """
     row = Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0]
     class_names = [*predictions.classes, "macro"]
@@ -239,7 +241,7 @@ def log_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return an array (n,): for each image the negative natural logarithm of the true class's probability.
 
     `probabilities` is an array (n, classes), `truth` (n,) holds the indices of the true classes. Probabilities below LEAST
-    are raised to it, as in the temperature fit, so a probability of 0, which a vote can result in, gives a loss of about 16.
+    are replaced by LEAST, as in the temperature fit, so a probability of 0 (a vote can give it) has a loss of about 16.
     """
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST))
 
@@ -284,11 +286,11 @@ def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataF
 
 
 def source_table(predictions: Judged) -> pd.DataFrame:
-    """Return the rows of `class_table` except `macro`, first for all sources pooled, then for each source alone.
+    """Return metrics with one row per source and class, first for all sources pooled, then for each source alone.
 
-    The columns are source, class, support, of (the number of images from the source) and CLASS_METRICS. Within one source, a
-    model gains nothing from recognising the source. If a source has a single class, specificity and the areas under curves
-    are NaN.
+    The columns are source, class, support (images of the class), of (images from the source) and CLASS_METRICS. Classes
+    without images are omitted. Within one source, a model gains nothing from recognising the source. If a source has a
+    single class, specificity and the areas under curves are NaN.
     """
     sources = predictions.source
     parts = {"pooled": predictions} | {str(name): predictions.rows(sources == name) for name in sorted(set(sources))}
@@ -308,9 +310,9 @@ def failures(
 
     `outside_folds` counts images that were excluded or set aside for testing, `unanswered` images in folds without a
     prediction, and `answered` images in folds with one. If a `lungs` table is passed, `lungs_not_found` counts images that
-    are in folds but whose lungs were not found. The last columns are unanswered and lungs_not_found as shares of the class's
-    images in folds. If one class fails more often than another, the metrics on the remaining images look better than they
-    are.
+    are in folds but whose lungs were not found. The columns unanswered_share and lungs_not_found_share are shares of the
+    class's images in folds. If one class fails more often than another, the metrics on the remaining images look better than
+    they are.
     """
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].reindex(images.study_id).to_numpy() >= 0.5
@@ -358,10 +360,10 @@ def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
 
 
 def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what `_areas` needs: order, positive and ends.
+    """Sort the scores `values` of one class in descending order; return the arrays order, positive and ends for `_areas`.
 
-    `order` has the indices that sort the scores `values` in descending order, `positive` is 1.0 for positives and 0.0 for
-    negatives in that order, and `ends` has the last position of each group of equal scores.
+    `order` has the indices that sort the scores, `positive` is 1.0 for positives and 0.0 for negatives in that order, and
+    `ends` has the last position of each group of equal scores.
     """
     order = np.argsort(-values, kind="stable")
     scores = values[order]

@@ -1,4 +1,4 @@
-"""Reads the predictions of finished single-label classification runs, and finds images that a bundle was not trained on."""
+"""Reads predictions of finished single-label classification runs, and finds images that a saved model was not trained on."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from kitlib.runs.finished_run import check_out_of_fold, read_metrics
 from kitlib.tables import class_columns, concatenate, empty_table, read_table
 
 SPLITS = {"folds": "class_scores", "test": "test_scores"}  # split -> table with the predictions for its images
-SAME_SCORE = 1e-6  # an ensemble's run repeats its learners' scores, which may differ by this much
+SAME_SCORE = 1e-6  # an ensemble's run contains a copy of its learners' scores, which may differ by this much
 
 
 def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: str = "folds") -> dict[str, pd.DataFrame]:
@@ -61,7 +61,7 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
 
 
 def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Path, list[str]]:
-    """Return the folder of the run's first bundle, and the ids of images that the bundle was not trained on.
+    """Return the folder of the run's first bundle (trained model), and the ids of images that it was not trained on.
 
     `tables` are the tables of the prepared run, keyed by name. For a nested run (run/outer<k>/fold<n>/bundle), these are the
     images in the outer fold that was held out; for any other run, they are those in the bundle's validation fold, on which
@@ -87,14 +87,14 @@ def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Pat
 
 
 def kept_models(runs: Iterable[str | Path], models: Iterable[str]) -> list[str]:
-    """Return the models that `runs` have saved, by their names in `models` (see `read_class_scores`).
+    """Return those of `models` (names from `read_class_scores`) whose trained model is saved in one of `runs`.
 
-    A run of notebook 65 has saved one ensemble, a run that trains a learner this learner.
+    A run of notebook 65 saves one ensemble, although its scores include the learners; a training run saves its own model.
     """
     kept, models = [], set(models)
     for run in map(Path, runs):
         name = str(read_metrics(run).get("model", ""))
-        kept += [each for each in (f"{run.name}: {name}", name) if each in models][:1]
+        kept += [candidate for candidate in (f"{run.name}: {name}", name) if candidate in models][:1]
     return list(dict.fromkeys(kept))
 
 

@@ -189,13 +189,13 @@ def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], c
 def detection_by_finding(
     boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float = OVERLAP
 ) -> pd.DataFrame:
-    """Return a table with one row per finding in `boxes`, and a last row `all findings` with their sums and means.
+    """Return detection metrics with one row per finding in `boxes`, and a last row `all findings` (totals and means).
 
-    The columns are finding, images and boxes (the numbers of images with it and of annotated boxes), average_precision (VOC
-    2010), and, at the confidence with the highest F1 for the finding, recall, precision and confidence. Only boxes on images
-    in the column image_id of `images` count. A detection is a hit if its IoU with a box of the same finding is above
-    `overlap`. Detections of a finding without a box in these images count nowhere. Values that are undefined, because there
-    is no detection, are NaN.
+    The columns are finding, images (number of images with the finding), boxes (number of annotated boxes), average_precision
+    (VOC 2010), and, at the confidence with the highest F1 for the finding, recall, precision and confidence. Only boxes on
+    images in the column image_id of `images` count. A detection is a hit if its IoU with a box of the same finding is above
+    `overlap`. Detections of a finding without a box in these images are ignored. Values that are undefined, because there is
+    no detection, are NaN.
     """
     rows = []
     for name, (score, hit, of_finding, _) in _by_finding(boxes, detections, images, overlap).items():
@@ -236,13 +236,13 @@ def detection_draws(
     seed: int = 0,
     overlap: float = OVERLAP,
 ) -> np.ndarray:
-    """Return bootstrap draws of the mean over findings of the AP (VOC 2010) on the images in `coverage`.
+    """Return the mean AP (VOC 2010, averaged over findings) on the images in `coverage`, and its bootstrap draws.
 
-    The result is an array (1 + samples,): first the mean AP for all patients, then one per draw. Whole patients are drawn
-    with replacement; a finding that does not occur in a draw is left out of the mean of that draw. Two detectors with the
-    same images and seed get the same draws, so the difference of their arrays is a paired comparison. Folds are pooled, so
-    the scores of a model must be comparable across folds. Raises ValueError if an image in `coverage` is not in `images` or
-    occurs twice.
+    The result is an array (1 + samples,): first the mean AP for all patients, then that of each draw. Whole patients are
+    drawn with replacement; a finding that does not occur in a draw is left out of the mean of that draw. Two detectors with
+    the same images and seed get the same draws, so the difference of their arrays is a paired comparison. Folds are pooled,
+    so the scores of a model must be comparable across folds. Raises ValueError if an image in `coverage` is not in `images`
+    or occurs twice.
     """
     image_ids = coverage["image_id"]
     if image_ids.duplicated().any():
@@ -271,7 +271,7 @@ def detection_draws(
 def _by_finding(
     boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float
 ) -> dict[str, tuple[np.ndarray, np.ndarray, pd.DataFrame, pd.DataFrame]]:
-    """Return for each finding of the boxes in these images: its detections' scores and hits, its boxes, its detections."""
+    """Return, for each finding with boxes in `images`, its detections' scores and hits (n,), its boxes, its detections."""
     of_images = [
         table[table["image_id"].isin(images["image_id"])].assign(finding=lambda rows: rows.get("finding", ONE_FINDING))
         for table in (boxes, detections)

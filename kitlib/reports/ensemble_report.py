@@ -16,10 +16,10 @@ from kitlib.tables import concatenate
 
 
 def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
-    """Return one row per learner and ensemble, the best macro F1 last.
+    """Return metrics with one row per learner and ensemble, sorted by macro F1, the best last.
 
-    The columns are learns (the kind of predictions that weights were fitted on), rows, macro_f1, accuracy, log_loss, ece and
-    the F1 of each class. `rows` is the number of images or studies, whichever the learners predict.
+    The columns are learns (the kind of predictions that the weights were fitted on), rows, macro_f1, accuracy, log_loss, ece
+    and the F1 of each class. `rows` is the number of images or studies, whichever the learners predict.
     """
     lines = []
     for model, rows in judged.scores.groupby("model", sort=False):
@@ -53,7 +53,7 @@ def cross_scaled_scores(judged: Judged, learners: LearnerScores, model: str, nam
 def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> float:
     """Return the temperature of `ensemble`, fitted on its predictions from the learners' out-of-fold scores.
 
-    It ignores that the ensemble's weights were fitted on the same images, so it may be too optimistic. With several folds,
+    This ignores that the ensemble's weights were fitted on the same images, so it may be too optimistic. With several folds,
     prefer `cross_scaled_scores`.
     """
     examples = learners.full_stack()
@@ -61,9 +61,9 @@ def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> floa
 
 
 def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
-    """Return the test images' `class_scores` table: each learner with its folds, the ensembles, and `model` after scaling.
+    """Return a `class_scores` table of the test images: of each learner's folds, each ensemble, and the scaled `model`.
 
-    The rows of `model` scaled by `temperature` have the model name `name`; they are omitted if the temperature is 1.
+    The scores of `model`, scaled by `temperature`, get the model name `name`; they are omitted if the temperature is 1.
     """
     ensembles = judged.scores[~judged.scores["model"].isin(test.means.learners)]
     chosen, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)

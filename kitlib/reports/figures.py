@@ -73,7 +73,7 @@ def show_legend(figure: Figure, **names: str) -> None:
 
 
 def _show_findings(figure: Figure, colours: Mapping[str, str], **names: str) -> None:
-    """Add a legend below the images with the `colours` of findings, and the `names` of what TRUTH and PREDICTION show."""
+    """Add a legend below the images: the colour of each finding, and the line styles of annotated and predicted boxes."""
     if not colours:
         show_legend(figure, **names)
         return
@@ -84,12 +84,12 @@ def _show_findings(figure: Figure, colours: Mapping[str, str], **names: str) -> 
 
 
 def _style(colour: str, colours: Mapping[str, str]) -> str:
-    """Return the line style of boxes: annotated ones are dashed if the `colours` of findings replace TRUTH."""
+    """Return the line style of boxes: dashed for annotated boxes if the line's colour shows the finding, otherwise solid."""
     return "--" if colours and colour == TRUTH else "-"
 
 
 def show_xray(axis: Axes, xray: CachedXray, title: str) -> None:
-    """Draw the X-ray in grey with a title above it, of whose long words only the ends are shown."""
+    """Draw the X-ray in grey with a title above it; of a long word in the title, only the last characters are shown."""
     axis.imshow(xray.pixels, cmap="gray", vmin=0, vmax=255)
     shown = re.sub(rf"\S{{{LONGEST_WORD + 1},}}", lambda word: "…" + word[0][1 - LONGEST_WORD :], title)
     axis.set_title(shown, fontsize=8)
@@ -109,10 +109,9 @@ def example_images(
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If the tables have several findings, each has a colour and its boxes its name; annotated boxes are then dashed.
-    The colours depend on all findings in the tables, so pass whole tables. If `masks` contains an image's mask, the outline
-    of each structure in it is drawn in green, and the legend has their names. `labels_are` says in the titles what the
-    labels are.
+    drawn. If the tables have several findings, boxes have the colour and name of their finding, annotated ones dashed. The
+    colours depend on all findings in the tables, so pass whole tables. If `masks` contains an image's mask, the outline of
+    each structure in it is drawn in green, and the legend has their names. `labels_are` is what titles call the labels.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
@@ -140,7 +139,7 @@ def example_images(
 def compare_detections(
     cache: XrayCache, images: pd.DataFrame, boxes: pd.DataFrame, answers: Mapping[str, pd.DataFrame]
 ) -> Figure:
-    """Draw one row per image, which shows the same X-ray once per model, with the boxes that this model has predicted.
+    """Draw one row per image and one column per model: the X-ray with its annotated boxes and the model's predicted boxes.
 
     `answers` maps names of models to tables of detections. Colours are those of `example_images`, for the findings in
     `boxes`. All detections are drawn, so pass only those with a sufficient score.
@@ -235,7 +234,7 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
 def precision_recall_figure(curves: Mapping[str, pd.DataFrame], findings: Iterable[str] = ()) -> Figure:
     """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend.
 
-    If all `findings` of a run are given, each key is a finding with its AP in parentheses, and has the finding's colour.
+    To give curves the colours of findings, pass all `findings` of the run; each key must then be like `finding (AP 0.123)`.
     """
     colours = finding_colours(findings)
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -322,8 +321,8 @@ def _draw_boxes(
 ) -> set[str]:
     """Draw annotated and predicted boxes, with scores; return the findings drawn.
 
-    If there are `colours` of findings, boxes have them and are labelled with the findings. A label that would cover another
-    one is not printed: scores come first, the highest before others.
+    `colours` maps findings to colours. If it is not empty, boxes have the colour and name of their finding. A label that
+    would cover another one is not printed; predicted boxes are labelled first, in descending order of score.
     """
     height, width = xray.pixels.shape
     scale = np.array([width / xray.columns, height / xray.rows] * 2)

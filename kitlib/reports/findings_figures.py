@@ -26,7 +26,7 @@ def roc_figure(curves: dict[str, pd.DataFrame]) -> Figure:
 
 
 def auc_figure(intervals: pd.DataFrame) -> Figure:
-    """Draw the ROC AUC of each class and their mean as in `intervals`, which has the columns name, value, low and high."""
+    """Draw the ROC AUC of each class and their mean with `intervals`, a table with the columns name, value, low and high."""
     named = intervals.assign(model=intervals["name"], name="ROC AUC with its interval over patients")
     return intervals_figure(named, line=0.5)
 

@@ -68,10 +68,11 @@ def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int])
 
 
 def compute_heat(predictor: AnyPredictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
-    """Return one heat map per X-ray, for its entry in `class_names`, mapped from the model's canvas to the decoded copy.
+    """Return one heat map per X-ray, of the size of the decoded copy, for the class at its position in `class_names`.
 
-    Pixels that the model does not see, such as those outside a crop, have no heat. If the model has several views, only the
-    first, unmirrored one is used. Raises ValueError if the model is not a classifier of whole images or lacks a class.
+    Pixels that the model does not see, such as those outside a crop, have no heat. If the model averages several crops or
+    mirrored copies of an image, only the first, unmirrored one is used. Raises ValueError if the model is not a classifier
+    of whole images or lacks a class.
     """
     if (
         not isinstance(predictor, Predictor)
@@ -120,9 +121,10 @@ def inside_lungs(heats: Iterable[Heat], lungs: LungFinder) -> pd.DataFrame:
 
 
 def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one row per model, with the means of its result of `inside_lungs`, and the columns images and not_judged.
+    """Return one row per model: means of heat_inside, area_inside and concentration, and the counts images and not_judged.
 
-    `images` counts all images in the result, `not_judged` those of them without a value.
+    `tables` maps each model to the result of `inside_lungs`. `images` counts its rows, `not_judged` the rows without a
+    value.
     """
     rows = {name: {**table[COLUMNS[2:]].mean(), "images": len(table)} for name, table in tables.items()}
     summary = pd.DataFrame.from_dict(rows, orient="index")
@@ -132,9 +134,8 @@ def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def heat_figure(heats_by_model: Mapping[str, Sequence[Heat]], lungs: LungFinder | None = None) -> Figure:
     """Draw one column per image: the first row shows the images, each further row the heat maps of one model.
 
-    Heat is drawn over the image as the model sees it. The models can be, for example, one trained with and one without lung
-    masks. The outline of the lungs is drawn if `lungs`
-    finds a mask. Raises ValueError if the models' heat maps are of different images.
+    Heat is drawn over the image as the model sees it. The outline of the lungs is drawn if `lungs` finds a mask. Raises
+    ValueError if the models' heat maps are of different images.
     """
     first = next(iter(heats_by_model.values()))
     ids = [heat.xray.image_id for heat in first]

@@ -28,7 +28,7 @@ PUBLISHED = "Heidelberg, published: {}"
 COUNTS = ("images", "boxed_images", "studies")
 # The report's table 1 and table 2, with the counts to compare first.
 TABLE_1, TABLE_2 = COLUMNS[:9], COLUMNS[9:]
-# Published row -> the beginnings of the names of our answers that are listed under this row.
+# Published row -> prefixes of the names of our predictions that are listed below it.
 UNDER = {"ensemble": "fused", "Faster R-CNN": "faster_rcnn", "YOLO": "yolo", "study model": "study"}
 
 
@@ -42,8 +42,8 @@ def heidelberg_table(
 ) -> pd.DataFrame:
     """Return a table that compares our predictions with the published rows of the Heidelberg report.
 
-    `answers` maps names to predictions. Each published row is followed by rows for the answers of the same kind (see UNDER);
-    all other answers come last. The columns are COLUMNS; missing values are NaN.
+    `answers` maps names to predictions. Each published row is followed by rows for our predictions of the same kind (see
+    UNDER); all others come last. The columns are COLUMNS; missing values are NaN.
 
     The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
     that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
@@ -51,10 +51,10 @@ def heidelberg_table(
     `ap_boxed` the AP on images with a box. `f1`, `recall` and `precision` are computed on images with a box from the boxes
     whose confidence is at least `confidence`, `precision_all` on all images.
 
-    The confidence limit is never chosen on the images that it is evaluated on. If `confidences` has an entry for the key in
-    `answers`, that is the limit. Otherwise the limit for each fold of `folds` is the one with the highest F1 on the other
-    folds; the table then shows the mean limit over images. If all predicted images are of a single fold, the two halves of
-    its patients take the place of folds.
+    The confidence limit is never chosen on the images that it is evaluated on. If `confidences` has an entry for a key of
+    `answers`, the entry is the limit. Otherwise the limit for each fold of `folds` is the one with the highest F1 on the
+    other folds; the table then shows the mean limit over images. If all predicted images are from a single fold, two halves
+    of its patients are used as folds.
 
     Study recall, precision and F1 are means over the classes. `study_map` is the mean AP of the probabilities.
     `study_map_hard` is, as in the report, the mean AP with a probability of 1 for the most probable class and 0 for the
@@ -80,7 +80,7 @@ def heidelberg_table(
 
 
 def check_filled(table: pd.DataFrame) -> None:
-    """Raise RunError if a value that the published document prints is missing in the result of `heidelberg_table`."""
+    """Raise RunError if a metric of our predictions is NaN in `table`, the result of `heidelberg_table`."""
     ours = table[~table.index.str.startswith(PUBLISHED.format(""))]
     gaps = []
     for count, columns in (("images", TABLE_1), ("studies", TABLE_2)):
@@ -89,8 +89,8 @@ def check_filled(table: pd.DataFrame) -> None:
                 gaps.append(f"{name}: {', '.join(empty)}")
     if gaps:
         raise RunError(
-            f"the published table has gaps, {'; '.join(gaps)}: on the images that the confidence is chosen on, no box is "
-            "predicted or none is annotated; train longer, or judge more images"
+            f"the comparison with the published table lacks values ({'; '.join(gaps)}): the images that the confidence is "
+            "chosen on have no predicted box or no annotated box. Train longer, or evaluate more images"
         )
 
 
@@ -108,7 +108,7 @@ def readable(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> pd.DataFr
 
 
 def document_tables(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """Return the result of `heidelberg_table` as the report's table 1 (boxes) and table 2 (studies), readable."""
+    """Split the result of `heidelberg_table` into the report's table 1 (boxes) and table 2 (studies), both as text."""
     return [readable(table, TABLE_1), readable(table, TABLE_2)]
 
 
@@ -120,8 +120,8 @@ def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.D
     text = "Each fold is judged at the confidence with the highest F1 on the other folds."
     if alone:
         text += (
-            f" These have predicted one fold alone: {'; '.join(alone)}. Its patients are divided into two halves, and each "
-            "half is judged at the confidence with the highest F1 on the other half."
+            f" These have predicted a single fold: {'; '.join(alone)}. The fold's patients are divided into two halves, and "
+            "each half is judged at the confidence with the highest F1 on the other half."
         )
     return text
 
@@ -129,7 +129,7 @@ def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.D
 def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
     """Return the ids of the images with an annotated box that were predicted by all of the `answers` that predict boxes.
 
-    Returns [] if only one answer predicts boxes.
+    Returns [] if fewer than two of them do.
     """
     detectors = [set(answer.nones.loc[answer.nones["seen"], "image_id"]) for answer in answers.values()]
     detectors = [seen for seen in detectors if seen]
@@ -144,8 +144,8 @@ def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: 
     `thresholds` is an array (n, classes) or (classes,). Precision, recall and F1 are unweighted means over the classes that
     occur. Accuracy is the share of images for which all classes are right, among images whose labels are all known. If
     `exclusive`, the published row is followed by a single row, in which the most probable class is predicted. The published
-    row is for another split of the whole NIH set, so it shows the scale and is not a ranking. The report does not say how it
-    averages; this function follows scikit-learn's convention for several labels per image.
+    row is for another split of the whole NIH set, so it cannot be ranked with ours. The report does not say how it averages;
+    this function follows scikit-learn's convention for several labels per image.
     """
     calls = {
         f"here, from {DEFAULT_THRESHOLD} on": predictions.probabilities >= DEFAULT_THRESHOLD,
@@ -177,7 +177,7 @@ def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) ->
 def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame) -> dict[str, float]:
     """Return a dict that maps each image_id to the confidence limit chosen on the folds that do not contain the image.
 
-    If there is one fold alone, the halves of its patients are used instead.
+    If all images are from a single fold, two halves of its patients are used as folds.
     """
     predicted_images = _predicted_images(answer, images)
     fold = predicted_images["image_id"].map(folds.set_index("id")["fold"])
@@ -197,7 +197,7 @@ def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame
 def _half_of_patients(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.Series:
     """Return a Series with 0 or 1 for each of `images`, which splits the patients into random halves.
 
-    Both halves have the same number of patients with a box.
+    The numbers of patients with a box differ by at most one between the halves.
     """
     has_box = images["image_id"].isin(boxes["image_id"]).groupby(images["patient_id"]).any()
     shuffled = has_box.sort_index().sample(frac=1, random_state=0).sort_values(kind="stable")

@@ -28,7 +28,7 @@ class Masks(Protocol):
 def overlap_figure(scores: pd.DataFrame) -> Figure:
     """Draw the cumulative share of images over Dice, one line per structure.
 
-    The agreement of two readers, if the structures include lungs, is dotted.
+    If the structures include lungs, a dotted line shows the median agreement of two human readers.
     """
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -44,7 +44,7 @@ def overlap_figure(scores: pd.DataFrame) -> Figure:
 def mask_images(
     cache: XrayCache, masks: Masks, image_ids: Sequence[str], titles: Sequence[str], drawn: Masks | None = None
 ) -> Figure:
-    """Draw images with the outlines of predicted masks (orange) and annotated masks (green), where available."""
+    """Draw images with the outlines of predicted `masks` (orange) and annotated masks `drawn` (green), where available."""
     figure, axes = image_grid(len(image_ids), 4, 3.2, 3.4)
     for axis, image_id, title in zip(axes, image_ids, titles, strict=False):
         show_xray(axis, cache.read(image_id), title)

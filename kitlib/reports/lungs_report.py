@@ -51,10 +51,11 @@ def overlap_report(
 def classes_of_images(
     images: pd.DataFrame, labels: pd.DataFrame, masks: MaskStore, structures: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return tables `images` and `labels` whose classes `overlap_report` shows for a segmenter of `structures`.
+    """Return the `images` and `labels` to pass to `overlap_report` for a segmenter of `structures`.
 
-    They are the tables themselves, with the classes of the data set; but for a structure that most images do not have, the
-    classes are images with it and without it in their mask, and images without a mask are left out.
+    Usually they are unchanged, so the report is by the classes of the data set. For a structure that most images lack (one
+    of SPARSE_STRUCTURES), the classes are "with NAME" and "without NAME", as the masks show, and images without a mask are
+    left out.
     """
     (name, *others) = structures
     if others or name not in SPARSE_STRUCTURES:
@@ -68,8 +69,8 @@ def classes_of_images(
 def examples(scores: pd.DataFrame, masks: MaskStore, count: int = 4) -> pd.DataFrame:
     """Return rows of images to show, from the `mask_scores` of one structure: the `count` worst and the `count` best.
 
-    They are images whose mask in `masks` is not empty. Up to `count` images with an empty mask follow, in which the
-    structure was predicted.
+    All of these have an annotated mask in `masks` that is not empty. Up to `count` images follow whose annotated mask is
+    empty although the structure was predicted.
     """
     has = np.array([masks.shows(image_id) for image_id in scores.image_id], bool)
     ranked, false_alarms = scores[has].sort_values("dice"), scores[~has & (scores.dice < 1)]
@@ -106,7 +107,7 @@ def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) ->
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per class with its number of images by verdict; the class `all`, with all images, comes first.
+    """Return one row per class with its numbers of images by verdict: lungs found, or why not. First comes `all` images.
 
     `lungs` is the table of a run that applied a segmenter. The columns are class, images, one count per verdict, and
     not_found, the share of images without lungs. If the shares differ between classes, excluding the images without lungs

@@ -18,7 +18,7 @@ def study_examples(
     image_scores: pd.DataFrame,
     count: int = 4,
 ) -> Figure:
-    """Draw one image per study: in the first row studies whose true class got the highest probability, then the lowest.
+    """Draw one image per study: in row 1 the studies whose true class got the highest probability, in row 2 the lowest.
 
     Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the two most
     probable classes and `none`. If `study_scores` or `image_scores` is empty, its values are omitted. Studies without a

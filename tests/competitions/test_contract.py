@@ -186,13 +186,13 @@ def test_the_sample_of_the_competition_is_found(files, name, found, tmp_path):
 
 
 @every_competition
-def test_the_header_of_the_sample_says_whose_rules_hold(competition, tmp_path):
+def test_the_header_of_the_sample_determines_the_competition(competition, tmp_path):
     sample_of(competition, tmp_path, ["a_image"]).rename(tmp_path / "my_sample_submission.csv")
     assert choose_competition(f"{tmp_path}") == (competition, str(tmp_path))
     assert choose_competition(f"{tmp_path}", "siim-acr")[0].name == "siim-acr"
 
 
-def test_data_that_do_not_say_whose_they_are_are_siims_or_an_error(tmp_path, caplog):
+def test_data_without_a_known_sample_are_siims_or_an_error(tmp_path, caplog):
     assert choose_competition(f"{tmp_path}/absent")[0].name == "siim-covid19" and "no readable sample" in caplog.text
     (tmp_path / "sample_submission.csv").write_text("a_study\nb_image\n")  # a copy of SIIM's without its header
     assert choose_competition(str(tmp_path))[0].name == "siim-covid19"

@@ -54,7 +54,7 @@ def test_the_score_is_the_mean_over_the_columns(tmp_path):
     assert scores[0] == pytest.approx((3 / 4 + 1 / 2 + 9 * 7 / 8) / 11)
 
 
-def test_a_label_of_one_kind_is_undefined_and_said_so(tmp_path, caplog):
+def test_a_label_that_is_always_or_never_positive_is_undefined_with_a_warning(tmp_path, caplog):
     """A7: neither 0 nor 1/2; the mean is over the other labels."""
     scores = RANZCR_CLIP.score_files(*files_of(tmp_path, [(1, 1), (0, 1)], [(0, 1), (0, 1)]))
     assert math.isnan(scores["ETT - Abnormal"]) and scores["score"] == 1

@@ -81,7 +81,7 @@ def test_a_broken_row_is_one_fault_and_the_others_are_read(tmp_path, line, probl
     assert len(data.images) == (5 if "old" in line else 4) and data.labels.loc[0, "Edema"] == 0
 
 
-def test_the_archive_may_be_a_folder_and_its_absence_is_told(tmp_path):
+def test_the_archive_may_be_a_folder_and_missing_tables_or_images_are_an_error(tmp_path):
     write(tmp_path / ARCHIVE, GOOD[:1])
     write(tmp_path / ARCHIVE, [GOOD[2].replace("/train/", "/valid/")], "valid.csv")
     assert len(read_chexpert(tmp_path, progress=False).images) == 2

@@ -63,7 +63,7 @@ def test_mendeleys_names(tmp_path):
     assert images.diagnosis.tolist() == ["bacterial", "bacterial", "normal", "viral"]
 
 
-def test_what_cannot_be_told_is_listed_and_left_out(kaggle):
+def test_files_of_unknown_class_or_unreadable_are_listed_and_left_out(kaggle):
     root = kaggle / "chest_xray"
     shutil.copytree(root / "val", root / "chest_xray" / "val")
     save(root / "train" / "NORMAL" / "person7_virus_1.jpeg")
@@ -91,7 +91,7 @@ def test_what_cannot_be_told_is_listed_and_left_out(kaggle):
     assert "and 1 other image files are not read" in faults["OCT/train/CNV/CNV-1-1.jpeg"]
 
 
-def test_another_folder_is_told(tmp_path):
+def test_a_folder_without_readable_images_of_kermany_is_an_error(tmp_path):
     save(tmp_path / "NORMAL" / "IM-0001-0001.jpeg")
     with pytest.raises(
         DatasetError,

@@ -110,7 +110,7 @@ def test_ids_that_clash_take_their_sets_name(tmp_path, parts):
     assert set(data.images["part"]) == {"train", ""} and set(data.images.age_group) == {"child", ""}
 
 
-def test_sets_of_findings_say_what_they_can(tmp_path, parts):
+def test_findings_are_converted_to_diagnoses_and_sets_without_them_are_refused(tmp_path, parts):
     nih = write_nih(tmp_path, images=40, side=32, seed=1, workers=1, progress=False)
     data = read_pool({"nih": nih, "covid_chestxray": parts["covid_chestxray"]}, "three", progress=False)
     of_nih = data.images[data.images.source == "nih"]

@@ -101,7 +101,7 @@ def test_a_whole_layout_gives_the_tables(layout):
         ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 0.5}]", "thinner than 1 pixel"),
     ],
 )
-def test_an_image_with_a_broken_box_is_left_out_and_told(layout, cell, problem):
+def test_an_image_with_a_broken_box_is_left_out_and_reported(layout, cell, problem):
     """Kept without its box it would pass for a healthy image."""
     xray(layout / "train/s3/series/x.dcm", "p3")
     add_image_row(layout, "x_image", cell, opacity(1, 2, 4, 6), "s3")
@@ -184,7 +184,7 @@ def test_boxes_of_resized_copies_are_scaled_by_the_original_sizes(layout, tmp_pa
     assert "with boxes are resized, such as the first from 20 x 16 to 8 x 8 pixels; the boxes are scaled" in problems
 
 
-def test_boxes_beyond_the_edges_are_cut_and_told(layout):
+def test_boxes_beyond_the_edges_are_cut_and_reported(layout):
     xray(layout / "train/s3/series/x.dcm", "p3")
     add_image_row(
         layout, "x_image", "[{'x': -1.5, 'y': 2.0, 'width': 23.0, 'height': 4.0}]", opacity(-1.5, 2, 21.5, 6), "s3"
@@ -194,7 +194,7 @@ def test_boxes_beyond_the_edges_are_cut_and_told(layout):
     assert train.faults.row.tolist() == ["x_image"] and "1.5 pixels" in train.faults.problem[0]
 
 
-def test_rows_files_and_studies_that_do_not_match_are_told(layout):
+def test_rows_files_and_studies_that_do_not_match_are_reported(layout):
     xray(layout / "train/s9/series/extra.dcm", "p9")
     (layout / "train/s9/notes.txt").write_text("?")
     add_image_row(layout, "gone_image", None, NONE, "s2")
@@ -224,7 +224,7 @@ def test_rows_files_and_studies_that_do_not_match_are_told(layout):
     assert len(train.faults) == 9
 
 
-def test_an_unreadable_training_file_is_left_out_and_told(layout):
+def test_an_unreadable_training_file_is_left_out_and_reported(layout):
     (layout / "train/s1/series-a/a.dcm").write_bytes(b"garbage")
     train = read_train(layout, progress=False)
     assert train.images.image_id.tolist() == ["b", "c", "d"] and train.boxes.empty
@@ -270,7 +270,7 @@ def test_the_samples_own_ids_are_as_written_in_its_order_without_odd_ones(layout
     assert "left out" in told(test.faults, odd) and "one row" in told(test.faults, "g_image")
 
 
-def test_a_sample_of_nothing_or_none_has_no_ids(layout):
+def test_an_empty_or_missing_sample_has_no_ids(layout):
     sample(layout, [])
     assert read_test(layout, progress=False).sample_ids == ()
     (layout / "sample_submission.csv").unlink()
@@ -293,7 +293,7 @@ def test_a_sample_without_one_kind_is_filled_from_the_files(layout, kind):
     assert test.study_ids == ("s4", "s5") and test.image_ids == ("e", "f", "g")
 
 
-def test_missing_parts_of_a_test_set(layout):
+def test_a_test_set_without_images_sample_or_folder_is_read_from_what_remains(layout):
     (layout / "test/s6").mkdir()  # a study without an image
     assert read_test(layout, progress=False).study_ids == ("s5", "s4", "s6")
     (layout / "sample_submission.csv").unlink()

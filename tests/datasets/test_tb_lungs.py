@@ -97,7 +97,7 @@ def test_a_prepared_set_has_both_lungs(cohort, request):
     np.testing.assert_array_equal(store.read(data.images.image_id[0]), (LEFT | RIGHT)[::2, ::2].astype(np.uint8))
 
 
-def test_the_pack_of_both_sets_is_told_apart(tmp_path):
+def test_each_reader_takes_its_own_files_from_a_folder_with_both_sets(tmp_path):
     root = tmp_path / "chest-xray-masks-and-labels" / "Lung Segmentation"
     for name, mask in (("MCUCXR_0001_0", "MCUCXR_0001_0"), ("CHNCXR_0001_0", "CHNCXR_0001_0_mask")):
         save(root / "CXR_png" / f"{name}.png", np.full((60, 80), 90))

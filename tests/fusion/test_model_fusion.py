@@ -62,7 +62,7 @@ def test_a_single_list_is_unchanged():
     assert fused["finding"].tolist() == ["opacity", "opacity"]
 
 
-def test_two_models_that_agree_average_and_one_alone_is_halved():
+def test_boxes_of_two_models_are_averaged_and_the_score_of_a_lone_box_is_halved():
     moved = (120.0, 100.0, 520.0, 900.0)
     fused = fuse_boxes(
         detections(("a", "m", 0, 0.6, *ONE), ("a", "n", 0, 0.2, *moved), ("a", "n", 0, 0.8, *FAR)), IMAGES, PLAIN

@@ -99,7 +99,7 @@ def test_predictions_equal_those_of_a_submission(folder, competition, predicted,
         np.testing.assert_allclose(found[list(BOX)], submitted[list(BOX)], atol=0.1101)
 
 
-def test_a_segmenter_of_another_structure_tells_its_highest_probability(folder, tmp_path):
+def test_a_segmenter_of_another_structure_reports_its_highest_probability(folder, tmp_path):
     image = np.zeros((200, 300), np.uint8)
     image[20:180, 30:270] = 250  # bright is pneumothorax for this segmenter
     cv2.imwrite(str(tmp_path / "ill.png"), image)
@@ -373,6 +373,6 @@ def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, m
     assert names["precision"] == score_files(folder / "inputs" / "truth", "runs/demo/submission.csv")
 
 
-def test_a_folder_that_is_not_prepared_needs_to_be_told_its_classes(tmp_path):
+def test_a_folder_that_is_not_prepared_requires_the_parameter_prepare(tmp_path):
     with pytest.raises(RunError, match=r'is not a prepared run; for your own images, give `prepare`, .* \{"class_folders"'):
         train_classifier(tmp_path, tmp_path / "run")

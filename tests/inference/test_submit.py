@@ -214,7 +214,7 @@ def test_a_submission_leaves_time_to_end(competition, tmp_path, monkeypatch, lim
     assert validate(competition / "sample_submission.csv", run.output) == []
 
 
-def test_slow_files_are_told_in_the_ledger(competition, weights, tmp_path, monkeypatch):
+def test_slow_files_are_listed_in_the_ledger(competition, weights, tmp_path, monkeypatch):
     decode = XrayCache.decode
 
     def slow(self, images, workers, limit, pool):
@@ -678,7 +678,7 @@ def hostile(competition, weights, tmp_path) -> tuple[Path, Path, dict[str, str]]
     return folder, copy, ledger | {"decode": "cannot be a file name"}
 
 
-def test_whatever_is_bad_costs_only_itself(hostile, of_whole_images, tmp_path):
+def test_damaged_files_and_models_do_not_change_other_predictions(hostile, of_whole_images, tmp_path):
     competition, weights, expected = hostile
     # The default longest_side, 0: that of the good models.
     path, ledger = submit(competition, weights, tmp_path, SubmitSettings(time_limit_s=600, workers=1, batch_size=4))

@@ -93,7 +93,7 @@ def test_boxes_move_with_the_square_that_is_seen():
         assert np.abs(example["boxes"][0].numpy() - frame).max() <= 1
 
 
-def test_a_kept_canvas_is_the_whole_one():
+def test_the_cache_holds_whole_canvases_and_not_random_squares():
     small = SmallXrays(8)
     examples = dataset(small, LARGER, augment=True)
     first, again = examples[3, 2]["pixels"], examples[3, 2]["pixels"]
@@ -175,7 +175,7 @@ def test_prediction_sees_what_training_is_judged_on(changes):
     assert predictor.wants_masks == (recipe.lungs == "masks")
 
 
-def test_a_border_that_nobody_would_see_is_refused():
+def test_a_border_probe_is_refused_if_the_canvas_or_mask_hides_the_border():
     with pytest.raises(
         SettingsError, match="the middle 224 pixels of a canvas of 336, which does not include the border; set canvas=0"
     ):

@@ -118,7 +118,7 @@ def test_a_record_tells_whether_the_model_looks_at_lungs_and_whose(recipe, looks
     assert needs_lungs(recipe, ["lungs"]) and needs_masks(recipe, ["lungs"]) == (recipe.get("lungs") == "masks")
 
 
-def test_masks_that_are_missing_or_that_nobody_heeds_are_refused_with_what_to_set():
+def test_masks_that_are_missing_or_unused_are_refused_with_what_to_set():
     masks = override(RECIPE, lungs="masks")
     check_finder(masks, FixedLungs(Lungs(None)), "study")
     check_finder(RECIPE, None, "study")

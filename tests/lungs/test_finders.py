@@ -86,14 +86,14 @@ def test_images_without_lungs_have_no_frame_and_unknown_images_are_an_error(smal
         stored.find_one(stranger)
 
 
-def test_a_mask_of_another_copy_is_refused_with_the_mend(small, tmp_path):
+def test_a_mask_of_another_copy_is_refused_with_what_to_do(small, tmp_path):
     stored = stored_lungs(tmp_path, small)
     larger = CachedXray("image000", np.zeros((ROWS, COLUMNS), np.uint8), ROWS, COLUMNS)
     with pytest.raises(ValueError, match=r"mask of image000 has \(40, 50\) pixels, .* \(80, 100\); apply the segmenter to"):
         stored.find_one(larger)
 
 
-def test_a_run_that_is_none_is_named(small, tmp_path):
+def test_a_run_without_its_table_or_weights_is_an_error(small, tmp_path):
     with pytest.raises(TableError, match=r"lungs\.parquet is missing"):
         StoredLungs(tmp_path / "nowhere")
     folder = lungs_run(tmp_path / "run", small)

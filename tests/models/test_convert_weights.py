@@ -67,7 +67,7 @@ def test_a_hostile_file_runs_nothing_and_is_refused(tmp_path, old_format):
     assert not (tmp_path / "run").exists() and not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_contains_no_model_is_told(tmp_path):
+def test_a_file_without_a_model_is_an_error(tmp_path):
     torch.save({"state_dict": {"a": torch.ones(2)}}, tmp_path / "plain.pth")
     with pytest.raises(BundleError, match="a state dictionary needs no conversion"):
         convert_weights(tmp_path / "plain.pth", tmp_path / "out.safetensors")

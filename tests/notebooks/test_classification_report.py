@@ -119,7 +119,7 @@ def test_the_figures_are_those_of_the_scores(report):
     assert differences.loc[("resnet152", "accuracy")].value == pytest.approx(-2 / 32)
 
 
-def test_calibration_sources_probes_failures_and_heat_are_told(report):
+def test_calibration_sources_probes_failures_and_heat_are_reported(report):
     calibration = pd.read_csv(report / "calibration.csv").set_index("model")
     assert calibration.loc["mean", "ece before"] == pytest.approx(30 / 32 - 0.4)
     assert calibration.loc["mean", "log_loss after"] < calibration.loc["mean", "log_loss before"]

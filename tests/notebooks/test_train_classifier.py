@@ -46,7 +46,7 @@ def test_every_pair_of_an_outer_and_an_inner_fold_has_a_model(run):
     assert (trained["train_images"], trained["validation_images"], trained["test_images"]) == (12, 16, 20)
 
 
-def test_the_tables_tell_what_each_model_had_not_seen(run):
+def test_class_scores_are_of_models_that_had_not_seen_the_image(run):
     folder, small = run
     own = small.fold_table.set_index("id").fold
     nested = read_table("nested_scores", folder / "tables" / "nested_scores.parquet")
@@ -62,7 +62,7 @@ def test_the_tables_tell_what_each_model_had_not_seen(run):
     assert set(test.image_id) == set(small.image_ids) - set(own.index)
 
 
-def test_it_is_finished_and_shown(run):
+def test_a_finished_run_has_its_metrics_and_pictures(run):
     folder, _ = run
     metrics = json.loads((folder / "metrics.json").read_text())
     assert (

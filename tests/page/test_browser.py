@@ -164,7 +164,7 @@ def test_window_and_level_change_the_picture_of_a_dicom_file_alone(xrays, visito
     expect(own).to_have_count(0)
 
 
-def test_several_files_are_one_study_and_a_bad_one_among_them_is_told(xrays, visitor, tmp_path):
+def test_several_files_are_one_study_and_a_bad_one_among_them_is_named(xrays, visitor, tmp_path):
     study = xrays[xrays.study_id == xrays.study_id.mode()[0]]
     (tmp_path / "notes.dcm").write_text("words, not an image")
     visitor.open(study.study_id.iloc[0], *study.path, tmp_path / "notes.dcm")

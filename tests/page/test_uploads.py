@@ -160,7 +160,7 @@ def test_other_modalities_are_refused_before_their_pixels_are_read(tmp_path, cop
 
 
 @pytest.mark.parametrize("modality", ["CR", "dx", "OT", "", None])
-def test_xrays_and_files_that_do_not_say_are_taken(tmp_path, copies, modality):
+def test_xrays_and_files_without_a_modality_are_accepted(tmp_path, copies, modality):
     path = write(tmp_path / "x.dcm", extra={"Modality": modality})
     assert len(open_uploads([path], copies, SIDE).images) == 1
 

@@ -130,7 +130,7 @@ def test_luts_of_both_kinds(tmp_path):
     assert windowed.has_curve and windowed.file_window is None and windowed.default == (128, 256)
 
 
-def test_shrunk_to_means_of_areas_beside_the_decoded_copy(tmp_path):
+def test_values_are_shrunk_by_area_means_to_the_size_of_the_decoded_copy(tmp_path):
     """A 64 x 40 image becomes means of 4 x 4 blocks, and the range stays that of the whole image."""
     stored = np.random.default_rng(0).integers(0, 4096, (64, 40)).astype(np.uint16)
     stored[0, 0], stored[-1, -1] = 0, 4095

@@ -47,7 +47,7 @@ def legend(root: ElementTree.Element) -> list[str]:
     return ["".join(entry.itertext()).strip() for part in of_class(root, "legend") for entry in part]
 
 
-def test_the_picture_alone():
+def test_without_layers_the_picture_has_only_the_x_ray():
     root = drawn()
     svg = root.find(f"{SVG}svg")
     assert svg.get("viewBox") == "0 0 200 300" and svg.get("role") == "img"

@@ -9,7 +9,7 @@ from kitlib.reports.classification_report import CLASS_METRICS, class_table, jud
 from tests.reports.test_classification_report import CLASSES, tables
 
 
-def test_the_first_row_is_the_report():
+def test_the_first_row_has_the_metrics_of_all_images():
     predictions = judged(*tables())
     first, table = draws(predictions, samples=1).iloc[0], class_table(predictions).set_index("class")
     for name, value in overall(predictions).items():
@@ -85,7 +85,7 @@ def test_precomputed_draws_give_the_same_differences():
         paired_differences(models, "mean", drawn=drawn), paired_differences(models, "mean", 10, seed=3)
     )
     with pytest.raises(
-        ValueError, match="got 11 of mean; expected the same number of draws for each of the models mean, turned"
+        ValueError, match="drawn has 11 rows for mean; it must have the same number of rows for each of: mean, turned"
     ):
         paired_differences(models, "mean", drawn={"mean": drawn["mean"]})
     models["turned"] = judged(other[1:], images, labels)

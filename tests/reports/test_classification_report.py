@@ -168,9 +168,9 @@ def test_several_or_unknown_classes_are_refused_before_training():
     # Images without a fold are not judged.
     partly = labels.where(labels.id.isin(images.study_id.iloc[:8]), several)
     check_one_class(prepared | {"labels": partly}, multi_label=False)
-    with pytest.raises(DatasetError, match=r"8 images have not, such as i000; notebook 20 trains on several findings"):
+    with pytest.raises(DatasetError, match=r"8 images have more or fewer; the first is i000\. Use notebook 20 for images"):
         check_one_class(prepared | {"labels": several}, multi_label=False)
-    with pytest.raises(DatasetError, match=r"but multi_label is true in overrides; notebook 20"):
+    with pytest.raises(DatasetError, match=r"but multi_label is true in overrides\. Use notebook 20"):
         check_one_class(prepared, multi_label=True)
 
 
@@ -182,7 +182,7 @@ def test_inconsistent_scores_and_labels_are_refused():
         judged(scores, images, labels.assign(**dict.fromkeys(CLASSES, 1.0)))
     with pytest.raises(ValueError, match=r"classes that the scores lack: \['normal'\]"):
         judged(scores.drop(columns="normal"), images, labels)
-    with pytest.raises(ValueError, match=r"of several models \(m, n\); split them with by_model"):
+    with pytest.raises(ValueError, match=r"from several models \(m, n\); split them with by_model"):
         judged(pd.concat([scores, scores.assign(model="n")]), images, labels)
     with pytest.raises(ValueError, match=r"no image was predicted by all of these models: a, b"):
         halves = {"a": scores[:5], "b": scores[5:]}

@@ -91,11 +91,13 @@ def test_the_halves_of_a_single_folds_patients_choose_for_each_other(small):
     assert crossed.equals(heidelberg_table({"mine": mine}, images, labels, boxes, folds))
     check_filled(crossed)
     note = confidence_note({"mine": mine}, images, folds.assign(fold=3))
-    assert "one fold alone: mine. Its patients are divided" in note
+    assert "a single fold: mine. The fold's patients are divided" in note
     assert "alone" not in confidence_note({"mine": mine}, images, folds)
     # Images of one patient are in the same half, so that a single patient leaves none to choose on.
     table = heidelberg_table({"mine": mine}, images.head(2), labels, boxes, folds)
-    with pytest.raises(RunError, match="has gaps, mine: confidence, f1, recall, precision, precision_all: on the images"):
+    with pytest.raises(
+        RunError, match=r"lacks values \(mine: confidence, f1, recall, precision, precision_all\): the images"
+    ):
         check_filled(table)
 
 

@@ -107,7 +107,7 @@ class Counting:
         return self.small.read(image_id)
 
 
-def test_an_interrupted_run_goes_on_and_ends_alike(run, small, bundle, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_and_ends_with_the_same_lungs(run, small, bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IMAGES_PER_FILE", 4)
     with pytest.raises(OSError, match="the disk is gone"):
         apply_lungs(small.images, Counting(small, fails_at=11), bundle, tmp_path, batch_size=2, progress=False)
@@ -146,14 +146,14 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(run, small,
         applied(small, bundle, tmp_path / "other", clean_up={"width": 2.0})
 
 
-def test_the_area_of_grown_masks_judges_no_others(small, bundle, tmp_path, caplog):
-    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* the settings are 0 dilations .* set least_area"):
+def test_the_published_least_area_is_only_for_dilated_masks(small, bundle, tmp_path, caplog):
+    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* here are 0 dilations .* set least_area"):
         applied(small, bundle, tmp_path, clean_up=PUBLISHED_CLEAN_UP | {"dilations": 0})
     applied(small, bundle, tmp_path / "old", clean_up=PUBLISHED_CLEAN_UP)  # as in the bundles of a resunet until clean-up 2
     assert "but its network is resunet" in caplog.text
 
 
-def test_a_rule_that_nothing_meets_leaves_whole_images(small, bundle, tmp_path):
+def test_if_no_lungs_pass_the_clean_up_whole_images_are_used(small, bundle, tmp_path):
     lungs = applied(small, bundle, tmp_path, clean_up={"least_island": 0.99})
     assert set(lungs.verdict) == {EMPTY, BLANK} and (lungs.area == 0).all()
     assert all(each.frame is None for each in StoredLungs(tmp_path).find(list(small.stream())))

@@ -129,7 +129,7 @@ def test_starting_weights_that_lack_tensors_of_a_frozen_backbone_are_refused(tmp
         ({"image_size": 32, "frozen_backbone": False}, ""),
     ],
 )
-def test_a_frozen_backbone_that_gets_another_input_than_it_was_trained_on_is_told(one_epoch, caplog, changes, told):
+def test_a_frozen_backbone_on_another_input_than_it_was_trained_on_gives_a_warning(one_epoch, caplog, changes, told):
     recipe, bundle = one_epoch
     recipe = override(recipe, **{"frozen_backbone": True, "starting_weights": bundle, **changes})
     model = StudyClassifier(recipe)

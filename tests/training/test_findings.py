@@ -353,7 +353,7 @@ def test_a_backbone_of_lung_crops_scores_validation_and_test_images_on_theirs(tm
 
 
 @pytest.mark.parametrize("multi_label", [True, False])
-def test_a_single_class_teaches_nothing(tmp_path, multi_label):
+def test_training_images_with_the_same_labels_are_refused(tmp_path, multi_label):
     """Any model would be right for every image, so that the figures would be perfect."""
     small, recipe = SmallFindings(), override(RECIPE, multi_label=multi_label)
     small.labels = small.labels.assign(**{"Mass": 1.0, "No Finding": 0.0})

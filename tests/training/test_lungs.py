@@ -50,7 +50,7 @@ def run(small, tmp_path_factory):
 
 
 @pytest.mark.gpu
-def test_it_learns_two_dark_ellipses(run):
+def test_a_segmenter_learns_two_dark_ellipses(run):
     # The heart, the brightest structure, cuts into both lungs; a box around the lungs would have a Dice below 0.75.
     assert run.tables["mask_scores"].dice.min() > 0.85
 

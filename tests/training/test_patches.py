@@ -97,7 +97,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, 
 
 
 @pytest.mark.gpu
-def test_it_learns_and_penalises(tmp_path, lungs):
+def test_a_patch_classifier_learns_with_an_l1_penalty(tmp_path, lungs):
     # Batches of four and no early stopping: some random starts predict only three of the classes for ten epochs.
     longer = override(RECIPE, epochs=40, patience=40, batch_size=4, learning_rate=5e-3)
     learnt = train(tmp_path, lungs, override(longer, patch_score="mean_softmax", l1=1e-5, normalisation="half"))

@@ -249,7 +249,7 @@ def test_a_bad_file_costs_one_file(tmp_path, monkeypatch):
     assert [outcomes[f"image{number}"].status for number in (0, 4, 5, 6)] == ["decoded"] * 4
 
 
-def test_the_time_limit_is_asked_for_each_file(tmp_path, monkeypatch):
+def test_each_file_gets_its_own_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(kitlib.xrays.cache, "decode_into", misbehave)
     limits = iter([60.0, 60.0, 0.5, 60.0, 60.0])
     outcomes = XrayCache(tmp_path / "c").decode(write_images(tmp_path, 5), 1, lambda: next(limits))
