@@ -192,7 +192,7 @@ def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None
             f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
             for value, rows in assigned[assigned[column].isin(leaking[:5])].groupby(column)
         )
-        raise DatasetError(f"{len(leaking)} {name} are in several folds, such as {examples}. Make new folds with make_folds")
+        raise DatasetError(f"{name} in several folds: {len(leaking)}, such as {examples}. Make new folds with make_folds")
 
 
 def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:

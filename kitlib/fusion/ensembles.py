@@ -141,7 +141,7 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
         if losses:
             best_epoch, held = 1 + int(np.argmin(losses)), int(held_out.sum())
             logger.info(
-                "FLANNEL was trained on %d rows; by %d others, epoch %d is best", len(held_out) - held, held, best_epoch
+                "FLANNEL: %d rows trained it, %d held-out rows chose epoch %d", len(held_out) - held, held, best_epoch
             )
         return learnt
     return {}

@@ -94,14 +94,14 @@ def test_leaks_and_missing_classes_are_flagged():
     sheet = make_data_sheet(images, labels, folds, near)
     assert kinds(sheet) == [("leak", ""), ("class missing", "fold 1"), ("class missing", "the test set")]
     assert sheet.flags.problem.tolist() == [
-        "1 groups of near-duplicates are in several folds, or in a fold and the test set; "
-        "the first is i0 in fold 0, i4 in the test set",
+        "groups of near-duplicates in several folds, or in a fold and the test set: 1; "
+        "the first: i0 in fold 0, i4 in the test set",
         "has no image of COVID-19",
         "has no image of normal",
     ]
     images.loc[1:2, "patient_id"] = "same"
     assert (
-        "patients are in several folds, or in a fold and the test set; the first is i1 in fold 0, i2 in fold 1"
+        "patients in several folds, or in a fold and the test set: 1; the first: i1 in fold 0, i2 in fold 1"
         in make_data_sheet(images, labels, folds).flags.problem.iloc[0]
     )
 

@@ -103,7 +103,7 @@ def test_a_study_whose_files_state_two_patients_is_in_one_fold(drawn, n_folds, s
     merged = folds.merge(images, left_on="id", right_on="image_id")
     assert merged.groupby("study_id").fold.nunique().max() == merged.groupby("patient_id").fold.nunique().max() == 1
     torn = folds.assign(fold=range(len(folds)))
-    with pytest.raises(DatasetError, match="are in several folds"):
+    with pytest.raises(DatasetError, match="in several folds"):
         check_no_leak(torn, images.assign(patient_id=images.image_id))
 
 
@@ -121,7 +121,7 @@ def test_a_leak_names_the_patient():
     folds = make_folds(images, labels, boxes, 2)
     check_no_leak(folds, images)
     folds.loc[folds.id == "i0", "fold"] = 1 - folds.fold[folds.id == "i0"]
-    with pytest.raises(DatasetError, match=r"1 patients are in several folds, such as p1 \(i0 in fold"):
+    with pytest.raises(DatasetError, match=r"patients in several folds: 1, such as p1 \(i0 in fold"):
         check_no_leak(folds, images)
 
 
