@@ -273,6 +273,7 @@ def run(
     from kitlib.plans.graph import draw_plan
     from kitlib.plans.inputs import check_inputs
     from kitlib.plans.plan import read_plan
+    from kitlib.plans.scores import describe_scores
     from kitlib.plans.trainings import describe_trainings
     from kitlib.yaml_reader import parse_yaml
 
@@ -293,6 +294,8 @@ def run(
             check_inputs(parsed_plan, names)
         if not (graph or dry_run):
             run_plan(parsed_plan, Console(), only or (), cores, gpus, retries, engine or ())
+            if (scores := describe_scores(parsed_plan)).row_count:
+                Console().print(scores)
     except (PlanError, SettingsError) as error:
         _fail(error)
 
