@@ -109,7 +109,7 @@ def example_images(
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn. If the tables have several findings, boxes have the colour and name of their finding, annotated ones dashed. The
+    drawn; if all are below it, the legend says so. If the tables have several findings, boxes have the colour and name of their finding, annotated ones dashed. The
     colours depend on all findings in the tables, so pass whole tables. If `masks` contains an image's mask, the outline of
     each structure in it is drawn in green, and the legend has their names. `labels_are` is what titles call the labels.
     """
@@ -130,7 +130,12 @@ def example_images(
     names = f": {', '.join(sorted(structures)).replace('_', ' ')}" if structures else ""
     drawn = {TRUTH: f"annotated{names}"} if boxes is not None or masks is not None else {}
     if detections is not None:
-        drawn |= {PREDICTION: "predicted, with confidence" + (f" ({shown_score:g} or more)" if shown_score else "")}
+        highest = detections.loc[detections.image_id.isin(images.image_id), "score"].max()
+        if highest >= shown_score:
+            drawn |= {PREDICTION: "predicted, with confidence" + (f" ({shown_score:g} or more)" if shown_score else "")}
+        else:  # otherwise the figure of a weak model would look as if its boxes had been forgotten
+            weak = "" if pd.isna(highest) else f" with {shown_score:g} or more; the highest confidence is {highest:.2f}"
+            drawn |= {PREDICTION: f"no box is predicted{weak}"}
     if drawn:
         _show_findings(figure, {name: colours[name] for name in colours if name in drawn_findings}, **drawn)
     return figure

@@ -51,6 +51,21 @@ def test_boxes_are_scaled_from_original_pixels():
     ]
 
 
+@pytest.mark.parametrize(
+    ("scores", "text"),
+    [
+        ((0.05, 0.136), "no box is predicted with 0.2 or more; the highest confidence is 0.14"),
+        ((), "no box is predicted"),
+    ],
+)
+def test_the_legend_says_why_no_box_is_drawn(scores, text):
+    """The confidence 0.9 belongs to an image that is not shown."""
+    rows = [("i1", 150.0, 250.0, 350.0, 650.0)] * len(scores)
+    detections = boxes(*rows, ("other", 0.0, 0.0, 9.0, 9.0), score=[*scores, 0.9])
+    figure = figures.example_images(Cache(), IMAGES, detections=detections)
+    assert [label.get_text() for label in figure.legends[0].get_texts()] == [text]
+
+
 def test_a_score_is_not_printed_over_a_higher_one():
     detections = boxes(("i1", 150.0, 250.0, 350.0, 650.0), ("i1", 160.0, 250.0, 350.0, 640.0), score=[0.3, 0.7])
     _, ill = figures.example_images(Cache(), IMAGES, detections=detections, per_row=2).axes
