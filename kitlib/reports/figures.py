@@ -109,9 +109,10 @@ def example_images(
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn; if all are below it, the legend says so. If the tables have several findings, boxes have the colour and name of their finding, annotated ones dashed. The
-    colours depend on all findings in the tables, so pass whole tables. If `masks` contains an image's mask, the outline of
-    each structure in it is drawn in green, and the legend has their names. `labels_are` is what titles call the labels.
+    drawn; if all are below it, the legend says so. If the tables have several findings, boxes have the colour and name of
+    their finding, annotated ones dashed. The colours depend on all findings in the tables, so pass whole tables. If `masks`
+    contains an image's mask, the outline of each structure in it is drawn in green, and the legend has their names.
+    `labels_are` is what titles call the labels.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
