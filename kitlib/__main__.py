@@ -59,6 +59,9 @@ def score(
         typer.echo(f"{name:<{width}}{value:7.4f}")
 
 
+LISTED_FAULTS = 20  # one mistake in the code that writes a submission often makes every row faulty
+
+
 @app.command()
 def validate(
     submission: Submission,
@@ -72,9 +75,9 @@ def validate(
     competition: CompetitionName = "siim-covid19",
     as_json: Json = False,
 ) -> None:
-    """Check whether Kaggle would accept SUBMISSION for the ids of SAMPLE or TRUTH; print every fault with its row.
+    """Check whether Kaggle would accept SUBMISSION for the ids of SAMPLE or TRUTH; print the first 20 faults.
 
-    Exits with 0 only if there is no fault. With --json, prints `valid`, and `faults` as a list of row, id and problem.
+    Exits with 0 only if there is no fault. With --json, prints `valid`, and all `faults` as a list of row, id and problem.
     """
     from kitlib.competitions.registry import find_competition
 
@@ -87,8 +90,10 @@ def validate(
     if as_json:
         typer.echo(json.dumps({"valid": not faults, "faults": [vars(fault) for fault in faults]}))
     else:
-        for fault in faults:
+        for fault in faults[:LISTED_FAULTS]:
             typer.echo(str(fault))
+        if len(faults) > LISTED_FAULTS:
+            typer.echo(f"... and {len(faults) - LISTED_FAULTS} more, which --json lists")
         verdict = "valid" if not faults else "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         typer.echo(f"{submission}: {verdict}")
     if faults:

@@ -88,6 +88,15 @@ def test_validate_lists_the_faults(folder):
     assert "row 6, s1_study: duplicate id" in result.stdout and "3 faults" in result.stdout
 
 
+def test_validate_lists_twenty_faults_and_counts_the_others(folder):
+    write_all_negative(folder / "sample.csv", [*IDS, *(f"s{number}_study" for number in range(100, 123))])
+    call = ("validate", "--sample", folder / "sample.csv", "--submission", folder / "submission.csv")
+    *listed, more, verdict = run(*call).stdout.splitlines()
+    assert len(listed) == 20 and all("no row, s1" in line for line in listed)
+    assert more == "... and 3 more, which --json lists" and verdict.endswith("23 faults")
+    assert len(json.loads(run(*call, "--json").stdout)["faults"]) == 23
+
+
 def test_score_and_validate_know_other_competitions(tmp_path):
     (tmp_path / "train-rle.csv").write_text("ImageId, EncodedPixels\na, -1\nb, 0 4\n")
     (tmp_path / "submission.csv").write_text("ImageId,EncodedPixels\na,-1\nb,2 4\n")
