@@ -311,6 +311,8 @@ def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, 
     assert find_system(run).lungs == tmp_path / "lungs" / "bundle"
     masked, plain = (predict(pngs, each) for each in (run, runs / "first"))
     assert (masked.error == "").all() and np.abs(masked[CLASSES] - plain[CLASSES]).to_numpy().max() > 1e-4
+    cv2.imwrite(str(tmp_path / "black.png"), np.zeros((60, 80), np.uint8))  # no lungs for a segmenter of bright pixels
+    assert "first used 1 images uncropped, because no lungs were found" in predict(tmp_path / "black.png", run).warning[0]
 
 
 def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
@@ -337,6 +339,13 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             find_system(name)
     assert find_system(tmp_path / "some" / "faster_rcnn").detectors == ("faster_rcnn",)
+
+
+def test_of_several_runs_the_fusion_predicts_or_else_the_ensemble_the_only_model_or_the_segmenter(folder, tmp_path):
+    for name, *needed in (("lungs",), ("first",), ("both", "second"), ("fuse", "study", "faster_rcnn")):
+        for run in (name, *needed):
+            shutil.copytree(folder / "runs" / run, tmp_path / run)
+        assert find_system(tmp_path).name.partition(":")[0] == name
 
 
 def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, monkeypatch, quick_kernels):
