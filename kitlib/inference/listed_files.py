@@ -73,7 +73,7 @@ def list_files(
 
 
 def _find_images(folder: str) -> list[str]:
-    """Return the paths of the image files in and below a folder: DICOM files of any name, and files with an image's suffix."""
+    """Return the paths of the image files in and below a folder: DICOM files of any name, and files such as .png or .jpg."""
     found, others = [], 0
     for parent, names in walk(Path(folder), lambda left_out, reason: logger.warning("%s %s; left out", left_out, reason)):
         for name in names:
