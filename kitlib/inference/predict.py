@@ -54,9 +54,9 @@ class Predictor:
     `views` are the forms in which an image is predicted, such as "full" or "flip" (keys of VIEWS; default: the recipe's
     views). The predictions for several views are combined: probabilities by their mean, boxes by weighted box fusion.
     `lungs` finds the lungs of a batch. It is called only if the recipe crops or blackens images by lung masks (see
-    kitlib.lungs.crop). If an image's lungs are not found, the whole image is used, and a patch model gets it as a single
-    patch. Patch centres are derived from the image's id, so that predictions are reproducible. If a batch overflows in half
-    precision, it is predicted again in float32.
+    kitlib.lungs.crop). If an image's lungs are not found, the whole image is used, with nothing blackened; a patch model
+    gets it as a single patch. Patch centres are derived from the image's id, so that predictions are reproducible. If a
+    batch overflows in half precision, it is predicted again in float32.
 
     `seen` lists the image_ids of the predicted images. `lungs_missed` is the number of images whose lungs were not found,
     `overflowed` the number of images in batches that overflowed. Raises ValueError for unknown or repeated views, and for a

@@ -102,10 +102,10 @@ def predict_parts(
     file, and which models failed; `error` says why there is no prediction.
 
     If `pictures` is a folder, each image is drawn in IMAGE_ID.png in this folder, with its boxes of a score of 0.2 or more,
-    or with the outline of its lungs for a lung segmenter. A segmenter's mask is written to masks/IMAGE_ID.png, in the size
-    of the original image, with the value 255 inside the lungs or another structure (see Answer.mask). `workers` is the
-    number of decoding processes; 0: one per core. Raises BundleError if a segmenter or an ensemble of classifiers is
-    damaged, CacheError or OSError if files cannot be written.
+    or with the outline of its lungs for a lung segmenter. The picture has the size of the image's decoded copy or is larger.
+    A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the original image, with the value 255 inside the
+    lungs or another structure (see Answer.mask). `workers` is the number of decoding processes; 0: one per core. Raises
+    BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if files cannot be written.
     """
     columns = table_columns(system)
     is_segmenter = "lungs" in system.answers
@@ -137,10 +137,9 @@ def predict_parts(
 def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs of a lung segmenter are lungs, lung_area and boxes. Of other systems, the outputs are those of the following
-    that the models predict: the four study classes, `none`, the classes of classifiers, the structures of segmenters (each
-    value is the structure's highest probability in the image), boxes. Raises RunError if a class has the same name as
-    another column.
+    The outputs of a lung segmenter are lungs, lung_area and boxes. The outputs of other systems are whichever of these the
+    models predict: the four study classes, `none`, the classes of classifiers, the structures of segmenters (each value is
+    the structure's highest probability in the image), boxes. Raises RunError if a class has the same name as another column.
     """
     answers = system.answers
     if "lungs" in answers:

@@ -41,7 +41,7 @@ class ProcessSettings:
 
 
 class PredictionProcess:
-    """Runs a process that predicts with one model after the other. `load` starts the process, and restarts it after it died.
+    """Runs a process that predicts with one model after the other; `load` starts the process if it is not running.
 
     `gpu` is the value of CUDA_VISIBLE_DEVICES in the process, "" for no GPU. `lungs` is the latest report of the process on
     segmented lungs, None until a model that needs lungs has finished.
@@ -170,7 +170,7 @@ class RemotePredictor:
             self._send("end")
 
     def _send(self, what: str, content: Any = None) -> bool:
-        """Send a message and return True. If the prediction has ended, send nothing to the next model and return False."""
+        """Send a message and return True. If the prediction has ended, return False: the next model must not get it."""
         with self._sending:
             if not self._ended:
                 self.process.send(what, content)

@@ -131,7 +131,7 @@ class MaskPredictor(TrainedSegmenter):
             yield check_table(table, "mask_maps")
 
     def map_table(self, xray: CachedXray, maps: np.ndarray, place: Placement) -> pd.DataFrame:
-        """Return an image's probability maps, without padding, as a `mask_maps` table. The arguments come from `maps`."""
+        """Return an image's probability maps, without padding, as a `mask_maps` table; for the arguments see `maps`."""
         pngs = [encode_grey(place.shown(probabilities)) for probabilities in maps]
         names = {"image_id": xray.image_id, "model": self.model, "fold": self.fold}
         return pd.DataFrame({**names, "finding": self.recipe.structures, "map": pngs})

@@ -41,8 +41,8 @@ class System:
 
     The models predict any of "study", "none", "boxes", "classes" and "masks"; or there is one model, which predicts "lungs".
     The models' predictions are merged with the settings `fusion`. If the run is a fusion that was tuned for a competition,
-    `competition` is this competition, and `settings` are the tuned settings. Their rules for masks apply to all predictions,
-    their rules for boxes and classes only to the competition's submission. `name` is shown to users: the name of the run,
+    `competition` is this competition, and `settings` are the tuned settings. Settings for masks apply to all predictions,
+    those for boxes and classes only to the competition's submission. `name` is shown to users: the name of the run,
     followed by the names of the runs that the run combines.
     """
 
@@ -241,12 +241,13 @@ def _build_classifiers(
 def _segmenter_of(name: str, models: Sequence[AnsweringModel], segmenters: Mapping[str, Path]) -> Path | None:
     digests = {model.segmenter for model in models if model.wants_masks}
     if len(digests) > 1:
-        raise RunError(f"{name}: the models need masks from {len(digests)} lung segmenters; give models that use one")
+        advice = "give models that use the same one"
+        raise RunError(f"{name}: the models need masks from {len(digests)} lung segmenters; {advice}")
     return segmenters.get(next(iter(digests))) if digests else next(iter(segmenters.values()), None)
 
 
 def _bundles(run: Path) -> list[Path]:
-    """Return the bundle folders of a run, sorted: only the run's own bundle, or else those of all folds and nested folds."""
+    """Return the bundle folders of a run: its own bundle or, if it has none, those of its folds and nested folds, sorted."""
     if (run / "bundle" / BUNDLE_RECORD).is_file():
         return [run / "bundle"]
     return sorted(path.parent for pattern in ("", "outer*/") for path in run.glob(f"{pattern}fold*/bundle/{BUNDLE_RECORD}"))
@@ -305,7 +306,7 @@ def _folders_beside(run: Path) -> list[Path]:
 
 
 def _lungs_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Return the folders of the runs of lung masks: the parameter lungs_run of the run `run` and of the runs it combines."""
+    """Return the folders of the runs in the parameter lungs_run, of the run `run` and of the runs that `run` combines."""
     trained = [run, *(_named_run(name, run) for name in parameters.get("runs") or [])]
     named = [named_folder(_read_parameters(folder).get("lungs_run"), folder) for folder in trained]
     return [folder for folder in named if folder is not None]
