@@ -1,4 +1,4 @@
-"""Predicts with trained models: any files, lung masks, or a complete submission before a deadline.
+"""Uses trained models: to predict any image files, to find lungs, or to write a complete submission before a deadline.
 
-Does not belong here: training libraries, because a submission kernel contains this folder but not kitlib.training.
+Does not belong here: code that imports training libraries. A submission kernel contains this folder, not kitlib.training.
 """

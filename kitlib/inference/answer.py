@@ -1,4 +1,4 @@
-"""Reads what each trained model predicts, and fuses the predictions of all models, for submissions and the web page."""
+"""Reads which outputs each trained model has, and fuses the predictions of all models, for submissions and the web page."""
 
 import logging
 import time
@@ -49,10 +49,10 @@ class AnsweringModel:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Report on applying the ensemble to a submission's studies.
+    """Report on applying an ensemble, which combines several models (its learners), to the studies of a submission.
 
-    `studies` is the number of studies that all learners have predicted, and `seconds` the run time. `note` says how many
-    studies lack a learner's prediction, or why the ensemble was not applied; otherwise it is "".
+    `studies` is the number of studies that all learners have predicted, and `seconds` the time that the ensemble took.
+    `note` says how many studies lack a learner's prediction, or why the ensemble was not applied; otherwise it is "".
     """
 
     studies: int
@@ -63,8 +63,9 @@ class Stacked:
 def read_answering_model(folder: Path, record_sha256: str = "", competition: Competition = SIIM_COVID19) -> AnsweringModel:
     """Read the description of the model in the bundle `folder`, and check that a submission can use its predictions.
 
-    Raises BundleError if model.json cannot be read or its digest is not `record_sha256` ("": any digest), SettingsError for
-    an invalid recipe, and ValueError if a submission to `competition` cannot use the model's predictions.
+    `record_sha256` is the expected digest of model.json; "" accepts any digest. Raises BundleError if model.json cannot be
+    read or has another digest, SettingsError for an invalid recipe, and ValueError if a submission to `competition` cannot
+    use the model's predictions.
     """
     record = read_record(folder)
     if record_sha256 not in ("", record["record_sha256"]):
@@ -133,13 +134,13 @@ def fused_answer(
 ) -> tuple[Any, Stacked | None]:
     """Fuse the predictions of all models; return the competition's answers and a report on the ensemble.
 
-    `probabilities` are the tables that the Predictors of classifiers yield, `detections` those of detectors, `mask_maps`
-    those of segmenters. `coverage` tables (image_id, model, fold) list the images that each detector has predicted. `images`
-    has image_id, study_id, rows and columns. The answers are the result of `competition.decide`, for SIIM a `Fused`.
+    `probabilities`, `detections` and `mask_maps` are the tables that the Predictors of classifiers, detectors and segmenters
+    yield. Each table in `coverage` (image_id, model, fold) lists the images that one detector has predicted. `images` has
+    image_id, study_id, rows and columns. The answers are the result of `competition.decide`, for SIIM a `Fused`.
 
-    The ensemble's prediction replaces the predictions of its learners. For studies that lack a learner, it is the unweighted
-    mean of the other learners. If the ensemble fails, its learners are fused without it. The report notes both cases; it is
-    None if there is no ensemble or no prediction by a study model.
+    The ensemble's prediction replaces the predictions of its learners, the models that it combines. If a study lacks a
+    learner's prediction, it gets the unweighted mean of the other learners. If the ensemble fails, its learners are fused
+    like other models. The report notes both. The report is None if there is no ensemble, or if no study model has predicted.
     """
     of_studies = [table for table in probabilities if set(STUDY_CLASSES) <= set(table.columns)]
     of_images = [table for table in probabilities if not set(STUDY_CLASSES) <= set(table.columns)]

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LungsReport:
-    """Copy of the attributes of a CachedLungs that have the same names, with their values at one moment."""
+    """Snapshot of a CachedLungs: what its attributes of these names were at one moment."""
 
     segmented: int
     missed: int
@@ -31,10 +31,11 @@ class LungsReport:
 class CachedLungs:
     """Finds lungs with the segmenter in the folder `bundle`, once per image, and caches the results.
 
-    If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or all
-    images of a batch of two or more fail, no further images are segmented, and `fault`, "" until then, contains the reason.
-    `missed` is the number of segmented images without plausible lungs, and `seconds` the time spent. The cache contains the
-    lung frames of the last `most` images (None: of all images) and, if `masked` is True, their masks as PNG. Thread-safe.
+    If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or if the
+    segmenter fails on every image of a batch of two or more, no further images are segmented, and `fault` is the reason;
+    otherwise `fault` is "". `missed` is the number of segmented images without plausible lungs, `seconds` the time spent.
+    The cache keeps the last `most` images (None: all images): their lung frames and, if `masked` is True, their lung masks.
+    Thread-safe.
     """
 
     def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
@@ -66,7 +67,9 @@ class CachedLungs:
         began = time.monotonic()
         try:
             if self.bundle is None:
-                raise FileNotFoundError("the weights contain no lung segmenter; give its run in the kernel's key `lungs`")
+                raise FileNotFoundError(
+                    "the weights contain no lung segmenter; give the run of a segmenter in the kernel's key `lungs`"
+                )
             self._segmenter = load_segmenter(self.bundle, batch_size=self.batch_size)
         except Exception as error:
             self._give_up(error)
@@ -88,7 +91,8 @@ class CachedLungs:
     def _segment(self, segmenter: LungFinder, xrays: list[CachedXray]) -> None:
         """Segment a batch and cache the results.
 
-        If the batch fails, its images are segmented one by one. If all of two or more images fail, `fault` is set.
+        If the batch fails, its images are segmented one by one. If the batch has two or more images, and all of them fail,
+        `fault` is set.
         """
         try:
             self._store(xrays, segmenter.find(xrays))

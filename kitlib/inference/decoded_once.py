@@ -28,8 +28,8 @@ class DecodedOnce:
     ) -> None:
         """Prepare `workers` decoding processes (0: one per core), without decoding a file yet.
 
-        Decoding one file may take `longest_s` seconds, or less once slow files have used up their share of `seconds`, the
-        time for decoding and prediction.
+        A file may take at most `longest_s` seconds to decode. This limit is lowered once slow files have used up their share
+        of `seconds`, the time for decoding and prediction together.
         """
         self.cache, self.images = cache, images
         self.error: Exception | None = None
@@ -47,17 +47,17 @@ class DecodedOnce:
                 yield xray
 
     def ids_without(self, image_ids: set[str]) -> Iterator[str]:
-        """Yield the ids of the images that `without` yields, for a process that reads the copies in `cache` itself."""
+        """Yield the ids of all readable images except `image_ids`; another process reads their decoded copies in `cache`."""
         for index in self._readable_without(image_ids):
             yield self.outcomes[index].image_id
 
     def restore(self, image_id: str) -> bool:
-        """Decode an image again if its copy is damaged or gone; return whether there is a readable copy now."""
+        """Decode an image again if its decoded copy is damaged or gone; return whether it has a readable copy now."""
         index = next(index for index, outcome in enumerate(self.outcomes) if outcome.image_id == image_id)
         return self._read(index) is not None
 
     def sized(self, images: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows of `images` whose files are decoded so far, with their original size as `rows` and `columns`."""
+        """Return the rows of `images` that have been decoded, with the original size in the columns `rows` and `columns`."""
         sizes = {done.image_id: (done.rows, done.columns) for done in list(self.outcomes) if done.status != "failed"}
         images = images[images.image_id.isin(sizes)].copy()
         images[["rows", "columns"]] = [sizes[name] for name in images.image_id]
@@ -77,7 +77,7 @@ class DecodedOnce:
             index += 1
 
     def _read(self, index: int) -> CachedXray | None:
-        """Return the image of `outcomes[index]`, decoded again if its copy is damaged or gone, or None if that fails."""
+        """Return the image of `outcomes[index]`, if necessary after decoding it again; return None if that fails, too."""
         image_id = self.outcomes[index].image_id
         try:
             return self.cache.read(image_id)
@@ -95,7 +95,7 @@ class DecodedOnce:
                 return None
 
     def _decode_up_to(self, index: int) -> bool:
-        """Decode the next file if `outcomes` has no element `index` yet; return whether it has one now."""
+        """Decode the next file if `outcomes` has no element `index` yet; return whether this element exists now."""
         with self._one_at_a_time:
             if index == len(self.outcomes) and not self._closed:
                 try:

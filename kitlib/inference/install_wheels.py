@@ -1,4 +1,4 @@
-"""Installs packages that Kaggle's image lacks from wheels in an attached dataset, without network access."""
+"""Installs the wheels in an attached dataset, without network access: packages that Kaggle's Docker image lacks."""
 
 import importlib
 import importlib.metadata
@@ -13,9 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 def install_wheels(slug: str) -> list[str]:
-    """Install the wheels in the dataset `slug` whose versions are not installed yet; return them as "name==version".
+    """Install the wheels in the dataset `slug`; return the packages that were installed, each as "name==version".
 
-    Raises InputNotFound if the dataset is not attached, and RuntimeError with pip's output if pip fails.
+    A wheel is skipped if its version is installed already. Raises InputNotFound if the dataset is not attached, and
+    RuntimeError with pip's output if pip fails.
     """
     folder, started = find_input(slug), time.monotonic()
     missing = []

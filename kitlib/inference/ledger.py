@@ -46,7 +46,7 @@ class Ledger:
                 self.note("lungs", lungs.segmented, now - lungs.seconds, "; ".join(notes))
 
     def note_decoding(self, xrays: "DecodedOnce", files: int) -> None:
-        """Add rows about files that failed, had warnings, were slow or were never decoded; `files` is the number of all."""
+        """Add rows about files that failed, had warnings, were slow or were never decoded, out of `files` files in all."""
         now, outcomes = time.monotonic(), list(xrays.outcomes)
         for failed in (outcome for outcome in outcomes if outcome.status == "failed"):
             self.note("decode", 1, now, f"{failed.image_id} keeps its placeholder prediction: {failed.reason}")

@@ -33,12 +33,12 @@ def list_files(
     Each of `names` is an image file, a folder (all images below it are listed), or a table (CSV, TSV or Parquet) with image
     files in the column `file_column`, as paths relative to the table's folder.
 
-    In the result, `file` is the file as the caller wrote it: an element of `names`, an element of `names` followed by the
-    path in this folder, or a cell of the table. `path` is the path to read. `image_id` is the file name without suffix,
-    followed by -2, -3 and so on if the name repeats, so that ids are unique. `study_id` is the value of the table's column
-    `study_column` if there is one, else the StudyInstanceUID of the DICOM header if there is one, else the image_id. Rows of
-    one study are next to each other. `error` is "", or says why the file cannot be used. Raises DatasetError if there is no
-    image file, or if a table cannot be read.
+    In the result, `file` is the file as the caller wrote it: for an image file, the element of `names`; for a folder, the
+    element followed by the path below the folder; for a table, the cell. `path` is the path to read. `image_id` is the file
+    name without suffix; if it repeats, -2, -3 and so on is added. `study_id` is the first of these that exists: the value in
+    the table's column `study_column`, the StudyInstanceUID in the DICOM header, the image_id. Rows of one study are next to
+    each other. `error` says why the file cannot be used, or is "". Raises DatasetError if there is no image file, or if a
+    table cannot be read.
     """
     given = [names] if isinstance(names, str | Path) else list(names)
     rows: dict[tuple[str, str], str] = {}  # (file, path) -> study_id from a table, or ""
@@ -73,7 +73,7 @@ def list_files(
 
 
 def _find_images(folder: str) -> list[str]:
-    """Return the image files in and below a folder: those with an image's suffix, and DICOM files of any name."""
+    """Return the paths of the image files in and below a folder: DICOM files of any name, and files such as .png or .jpg."""
     found, others = [], 0
     for parent, names in walk(Path(folder), lambda left_out, reason: logger.warning("%s %s; left out", left_out, reason)):
         for name in names:
@@ -97,9 +97,9 @@ def _is_dicom(file: str) -> bool:
 
 
 def _read_files(path: Path, file_column: str, study_column: str) -> dict[tuple[str, str], str]:
-    """Return a dict that maps pairs (file, path) to study ids, for the rows of the table in the file `path`.
+    """Read a table of files; return a dict that maps each pair (cell of `file_column`, path to read) to a study id.
 
-    A study id is "" if the table has no column `study_column`. Raises DatasetError if there is no column `file_column`.
+    The study id is "" if the table has no column `study_column`. Raises DatasetError if it has no column `file_column`.
     """
     faults = Faults()
     table = read_table_file(path, (file_column, study_column), faults)
@@ -113,7 +113,7 @@ def _read_files(path: Path, file_column: str, study_column: str) -> dict[tuple[s
     studies: Sequence[str] = table[study_column].tolist() if study_column in table else [""] * len(table)
     files = table[file_column].tolist()
     if blank := [number for number, file in enumerate(files, start=2) if not file]:
-        logger.warning("%s: %d rows name no file, the first in line %d; left out", path, len(blank), blank[0])
+        logger.warning("%s: %d rows without a file are left out, the first in line %d", path, len(blank), blank[0])
     return {(file, str(path.parent / file)): study for file, study in zip(files, studies, strict=True) if file}
 
 

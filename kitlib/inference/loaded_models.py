@@ -1,4 +1,4 @@
-"""Keeps models loaded, so that they can predict many groups of images, for the predict command and the page."""
+"""Keeps models loaded, so that they can predict many groups of images, for the predict command and the web page."""
 
 import logging
 import time
@@ -33,11 +33,11 @@ Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator 
 class Answer:
     """The predictions of a system (models whose predictions are combined) for some images.
 
-    `fused` has the predictions of study models and detectors, with boxes of any findings in original pixels. `classes`, from
-    classifiers, is a table with the columns image_id and the classes, whose values are probabilities 0..1. `masks`, from
-    segmenters, is a table of fused maps (kitlib.fusion.mask_maps). `runs` maps image_ids to the run lengths of the mask that
-    a tuned fusion has decided on (kitlib.xrays.run_lengths). Each of them is None if the system does not predict it. A lung
-    segmenter predicts none of them: its masks are read from `LoadedModels.segmenter`.
+    `fused` has the predictions of study models and detectors; boxes are in original pixels and may be of any findings.
+    `classes`, from classifiers, is a table with image_id and a column of probabilities 0..1 for each class. `masks`, from
+    segmenters, is a table of fused probability maps (kitlib.fusion.mask_maps). `runs` has the masks that a tuned fusion has
+    decided on: a dict that maps image_ids to run lengths (kitlib.xrays.run_lengths). What a system does not predict is None.
+    A lung segmenter predicts none of these four; its masks are read from `LoadedModels.segmenter`.
     """
 
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
@@ -49,17 +49,17 @@ class Answer:
     runs: Mapping[str, np.ndarray] | None = None
 
     def maps(self, image_id: str) -> dict[str, np.ndarray]:
-        """Return an image's probability map of each structure, float (h, w) of any size, 0..1; {} if it has no map."""
+        """Return a dict of an image's probability maps by structure, float (rows, columns) of any size, 0..1; {} if none."""
         if self.masks is None:
             return {}
         of_image = self.masks[self.masks["image_id"] == image_id]
         return {name: decode_grey(png) / 255 for name, png in zip(of_image["finding"], of_image["map"], strict=True)}
 
     def mask(self, image_id: str) -> np.ndarray | None:
-        """Return an image's mask of all structures, bool (h, w) of any size; None if it has none.
+        """Return an image's mask of all structures together, bool (rows, columns) of any size; None if it has no mask.
 
         The mask is the one that a tuned fusion has decided on. Without a tuned fusion, it is True at pixels where a
-        structure's probability is at least MASK_LEVEL.
+        structure's probability is at least 0.5 (MASK_LEVEL).
         """
         if self.runs is not None:
             return draw_runs(self.runs[image_id]) if image_id in self.runs else None
@@ -97,11 +97,12 @@ class LoadedModels:
         self._ensembles: dict[Path, Ensemble] = {}
 
     def answer(self, system: System, models: Sequence[AnsweringModel], xrays: Stream, images: pd.DataFrame) -> Answer:
-        """Predict `images` with the `models` of `system`; return their combined predictions.
+        """Predict `images` with `models`, some or all models of `system`; return the combined predictions.
 
-        `images` is a table with the columns image_id, study_id, rows and columns, and must contain all images of each study;
-        `xrays` returns their decoded copies. A model that fails is left out, with a remark. If all models fail, the error of
-        the last one is raised. Raises BundleError if an ensemble of classifiers is damaged or has other classes.
+        `images` is a table with the columns image_id, study_id, rows and columns, and must contain all images of each study.
+        Each call of `xrays` returns an iterator over their decoded copies. If a model fails, it is left out, and a remark
+        says so. If all models fail, the error of the last one is raised. Raises BundleError if an ensemble of classifiers is
+        damaged, or if its classes are not those of the models.
         """
         if "lungs" in system.answers:
             return self._segment(system, xrays)
@@ -120,8 +121,8 @@ class LoadedModels:
     def _classify(self, system: System, asked: _Asked) -> pd.DataFrame:
         """Return a table of class probabilities, with the columns image_id and the classes.
 
-        As in notebooks 25 and 65, the predictions of one learner for one fold are averaged first. Then the ensemble is
-        applied; without an ensemble, folds and learners are averaged.
+        First, an image's predictions by models with the same name and fold are averaged, as in notebooks 25 and 65. Then
+        the ensemble is applied; without an ensemble, folds and learners are averaged.
         """
         classes = system.classes()
         scores = pd.concat([table.dropna() for table in asked.classes], ignore_index=True)
@@ -138,14 +139,17 @@ class LoadedModels:
     def _draw(
         self, system: System, asked: _Asked, images: pd.DataFrame
     ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray] | None]:
-        """Return a table of fused maps, and the run lengths of the competition's masks by image_id (None without masks)."""
+        """Return a table of fused probability maps, and a dict of the masks for the competition: run lengths by image_id.
+
+        Instead of the dict, returns None if the system has no competition, or if its competition has no masks.
+        """
         predictions = ModelPredictions.of(mask_maps=concatenate(asked.mask_maps, "mask_maps"))
         merged, competition = merge(predictions, images, system.fusion), system.competition
         wants_masks = competition is not None and competition.mask_classes
         return merged.masks, competition.decide(merged, system.settings) if competition and wants_masks else None
 
     def _segment(self, system: System, xrays: Stream) -> Answer:
-        """Find and cache the lungs in each image, which the caller reads from `segmenter`; the Answer has no predictions."""
+        """Find each image's lungs; the caller reads them from the cache of `segmenter`. The Answer has no predictions."""
         asked, segmenter, model = _Asked(remarks=list(system.notes)), self.segmenter(system), system.models[0]
         began = time.perf_counter()
         for xray in xrays():

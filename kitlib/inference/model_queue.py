@@ -1,4 +1,4 @@
-"""Decides which model of a submission predicts next, in the order of their value, and how much time it may take."""
+"""Decides which model of a submission predicts next, most valuable models first, and how much time it may take."""
 
 import threading
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Counts(Protocol):
-    """Attributes of a Predictor that are read after each batch: its name, and counts since the call of `predict`."""
+    """Attributes of a Predictor that are read after each batch: its model and fold, and its counts since `predict` began."""
 
     model: str
     fold: int
@@ -68,9 +68,9 @@ class Model:
         return pd.DataFrame({**seen, "findings": FINDINGS_SEPARATOR.join(self.record.classes)})
 
     def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
-        """Add a batch's predictions and the predictor's counts, unless the model was dropped.
+        """Add a batch's predictions, and update the counts, unless the model was dropped.
 
-        `before` has the predictions and counts from before this turn.
+        `predictor` has counted since this turn began; `before` has the counts from before this turn.
         """
         if self.dropped:
             return
@@ -108,11 +108,11 @@ class Turn:
 
 
 class ModelQueue:
-    """Hands out the models of a submission to one or more `processes` that predict. Thread-safe.
+    """Decides which model of a submission predicts next; `processes` is the number of processes that predict. Thread-safe.
 
-    The first model of each kind of prediction may be stopped before it has predicted all images, so that the first models of
-    the other kinds get their share of the time: predictions for some images are better than none. Further models must
-    finish. Stopped models get a second turn after all others.
+    `models` are in the order in which they predict. The first model of each kind of prediction, such as boxes, gets a share
+    of the time. After this time it is stopped and keeps its predictions, because predictions for some images are better than
+    none. Further models of this kind are dropped if they cannot finish. Stopped models get a second turn after all others.
     """
 
     def __init__(self, models: list[Model], deadline: Deadline, processes: int = 1) -> None:

@@ -51,14 +51,16 @@ class Batch:
 class Predictor:
     """A trained classifier or detector with its input preparation; predicts probabilities, or boxes in original pixels.
 
-    Predictions for several `views` (keys of VIEWS; by default those of the recipe) are combined: probabilities by their
-    mean, boxes by weighted box fusion. The argument `lungs` is a finder, called for each batch if the recipe requires masks
-    to find the lungs (see kitlib.lungs.crop). An image without a lung frame (or lung mask, if the recipe uses masks) is used
-    uncropped and unmasked, or as a single patch by a patch model. Patch centres are derived from the image's id, so that
-    predictions are reproducible. If a batch overflows in half precision, it is predicted again in float32.
+    `views` are the forms in which an image is predicted, such as "full" or "flip" (keys of VIEWS; default: the recipe's
+    views). The predictions for several views are combined: probabilities by their mean, boxes by weighted box fusion.
+    `lungs` finds the lungs of a batch. It is called only if the recipe crops or blackens images by lung masks (see
+    kitlib.lungs.crop). If an image's lungs are not found, the whole image is used, with nothing blackened; a patch model
+    gets it as a single patch. Patch centres are derived from the image's id, so that predictions are reproducible. If a
+    batch overflows in half precision, it is predicted again in float32.
 
-    `seen` lists the predicted images, `lungs_missed` counts those without lungs, and `overflowed` those in batches that
-    overflowed. Raises ValueError for unknown or repeated views, and for a patch model with views other than "full".
+    `seen` lists the image_ids of the predicted images. `lungs_missed` is the number of images whose lungs were not found,
+    `overflowed` the number of images in batches that overflowed. Raises ValueError for unknown or repeated views, and for a
+    patch model with views other than "full".
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class Predictor:
         """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
 
         Study models yield one row per image with the columns image_id, model, fold, the four classes and none; outputs that
-        were not trained are NaN. Findings and patch models yield `class_scores` tables. Detectors yield `detections` tables,
-        in which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` are reset at the start. An error
-        in the stream is raised here. Closing the generator ends the thread.
+        were not trained are NaN. Other classifiers yield `class_scores` tables. Detectors yield `detections` tables, in
+        which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` are reset at the start. If `stream`
+        raises an error, this generator raises it. Closing the generator ends the thread.
         """
         self.seen, self.lungs_missed, self.overflowed = [], 0, 0
         for batch in ahead(self._batches(stream)):
@@ -182,7 +184,7 @@ class Predictor:
         return self.network.overflows if self.family.answers == BOXES else self._overflowed_batches
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Yield for each view its pixels (n, side, side), mirrored if the view is, and the n images' placements on them."""
+        """Yield for each view its canvases (n, side, side), and the n placements of the images on them before mirroring."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
@@ -207,10 +209,10 @@ class Predictor:
         return check_table(table, "detections")
 
     def _to_original(self, placement: Placement, boxes_on_canvas: np.ndarray, mirrored: bool) -> np.ndarray:
-        """Convert an image's boxes (k, 6) from canvas to original pixels; return a float array (m, 6).
+        """Convert an image's boxes (k, 6) from canvas to original pixels; return the m boxes that remain, float (m, 6).
 
-        The columns of both arrays are xmin, ymin, xmax, ymax, score and class. Boxes are clipped to the image, and dropped
-        if less than a pixel is inside. If `mirrored`, the boxes are on a mirrored canvas.
+        The columns of both arrays are xmin, ymin, xmax, ymax, score and class. Boxes are clipped to the image; a box whose
+        width or height is then below one pixel is dropped. If `mirrored`, the boxes are on a mirrored canvas.
         """
         boxes = flip_boxes(boxes_on_canvas[:, :4], placement.canvas_columns) if mirrored else boxes_on_canvas[:, :4]
         boxes, inside = clip_boxes(placement.boxes_to_original(boxes), placement.rows, placement.columns)
@@ -221,7 +223,7 @@ class Predictor:
     def _merge_views(self, lists: list[np.ndarray], placement: Placement) -> np.ndarray:
         """Fuse an image's boxes from all views, class by class; return an array (k, 6).
 
-        `lists` contains an array (m, 6) for each view; the columns are those of `_to_original`.
+        `lists` contains one array of boxes (m, 6) per view. All arrays have the columns of `_to_original`.
         """
         if len(lists) == 1:
             return lists[0]
@@ -250,7 +252,7 @@ def load_predictor(
 ) -> AnyPredictor:
     """Return a predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
 
-    A segmenter of a structure that most images do not have gets a MaskPredictor, whose views are those of its recipe.
+    For a segmenter of a structure that most images do not have, this is a MaskPredictor; it ignores `views` and `lungs`.
     Raises BundleError if the bundle is damaged or contains a lung segmenter.
     """
     record, state_dict = read_bundle(bundle_folder)
@@ -266,10 +268,10 @@ def load_predictor(
 
 
 def study_and_image_scores(chunks: Iterable[pd.DataFrame], images: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Convert predictions of study models; return a `study_scores` table (means over a study's images) and `image_scores`.
+    """Convert predictions of study models to two tables: `study_scores` (means over a study's images) and `image_scores`.
 
-    `chunks` are the tables that Predictors yield, `images` has image_id and study_id. Outputs that were not trained, which
-    are NaN in `chunks`, get no row. Raises ValueError if `chunks` contains an image that is not in `images`.
+    `chunks` are the tables that Predictors yield, `images` has image_id and study_id. Outputs that were not trained are NaN
+    in `chunks` and get no row. Raises ValueError if `chunks` contains an image that is not in `images`.
     """
     chunks = [chunk for chunk in chunks if len(chunk)]
     if not chunks:

@@ -43,7 +43,7 @@ PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can b
 
 @dataclass(frozen=True)
 class _Part:
-    """A group of decoded files, which contains all files of each of its studies.
+    """A group of decoded files. All files of a study are in the same group.
 
     `files` are rows of the table of `list_files`, `outcomes` maps the image_id of each file that exists to the Outcome of
     decoding, and `cache` has the decoded copies.
@@ -78,10 +78,11 @@ def predict(
 ) -> pd.DataFrame:
     """Predict image files with the models of a run; return a table with one row per file.
 
-    `files` are image files, folders or tables of files, in which `file_column` and `study_column` are column names (see
-    `list_files`). `runs` is the run, or a folder that contains it (see `find_system`). `predict_parts` describes the columns
-    of the result, `pictures` and `workers`. If a file cannot be read, the column `error` says why. Raises RunNotFound if the
-    run does not exist, RunError if it cannot predict, and DatasetError if there is no image file.
+    `files` is one or more image files, folders of image files, or tables with the columns `file_column` and optionally
+    `study_column` (see `list_files`). `runs` is the run, or a folder that contains it (see `find_system`). For the columns
+    of the result, `pictures` and `workers` see `predict_parts`. If a file cannot be read, the column `error` says why.
+    Raises RunNotFound if the run does not exist, RunError if the run cannot predict, and DatasetError if there is no image
+    file.
     """
     system = find_system(runs)
     listed = list_files(files, file_column, study_column)
@@ -93,18 +94,18 @@ def predict_parts(
 ) -> Generator[pd.DataFrame, None, None]:
     """Predict `files`, a table from `list_files`, in groups, and yield one table of predictions per group.
 
-    Working in groups keeps the memory use independent of the number of files. `table_columns` lists the columns of the
-    tables. Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries with finding, score, xmin, ymin, xmax and
-    ymax in pixels of the original image, sorted by score, the highest first; it is empty text if no detector has predicted
-    the image. Other values that no model has predicted are NaN or empty. If the system is a lung segmenter, `lungs` says
-    whether usable lungs were found, and `lung_area` is the share of the image that is lung. `warning` says what is unusual
-    about the file, and which models failed; `error` says why there is no prediction.
+    The groups keep the memory use independent of the number of files. For the columns of the tables see `table_columns`.
+    Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries with finding, score, xmin, ymin, xmax and ymax in
+    pixels of the original image, sorted by score, the highest first; if no detector has predicted the image, it is empty
+    text. Other values that no model has predicted are NaN or empty. If the system is a lung segmenter, `lungs` says whether
+    usable lungs were found, and `lung_area` is the share of the image that is lung. `warning` says what is unusual about the
+    file, and which models failed; `error` says why there is no prediction.
 
-    If `pictures` is a folder, each image is written to IMAGE_ID.png in this folder, in the size of its decoded copy or
-    larger, with its boxes of a score of 0.2 or more. A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the
-    original image, with the value 255 inside the lungs or another structure (see Answer.mask). `workers` is the number of
-    decoding processes; 0: one per core. Raises BundleError if a segmenter or an ensemble of classifiers is damaged,
-    CacheError or OSError if files cannot be written.
+    If `pictures` is a folder, each image is drawn in IMAGE_ID.png in this folder, with its boxes of a score of 0.2 or more,
+    or with the outline of its lungs for a lung segmenter. The picture has the size of the image's decoded copy or is larger.
+    A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the original image, with the value 255 inside the
+    lungs or another structure (see Answer.mask). `workers` is the number of decoding processes; 0: one per core. Raises
+    BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if files cannot be written.
     """
     columns = table_columns(system)
     is_segmenter = "lungs" in system.answers
@@ -136,9 +137,9 @@ def predict_parts(
 def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs are those of the four study classes, `none`, the classes of classifiers, the structures of segmenters (the
-    highest probability in an image), and boxes that the system's models predict; or, for a lung segmenter, lungs, lung_area
-    and boxes. Raises RunError if a class has the same name as another column.
+    The outputs of a lung segmenter are lungs, lung_area and boxes. The outputs of other systems are whichever of these the
+    models predict: the four study classes, `none`, the classes of classifiers, the structures of segmenters (each value is
+    the structure's highest probability in the image), boxes. Raises RunError if a class has the same name as another column.
     """
     answers = system.answers
     if "lungs" in answers:
@@ -156,7 +157,7 @@ def table_columns(system: System) -> list[str]:
 
 
 class _Predicting:
-    """Callable that predicts a _Part with study models, detectors or classifiers.
+    """Callable that predicts a _Part with the models of a system that is not a lung segmenter.
 
     Returns a table of outputs, indexed by image_id, and the faults (see Answer).
     """
@@ -225,9 +226,9 @@ class _Segmenting:
 
 
 def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int, pool: ProcessPool) -> Iterator[_Part]:
-    """Decode `files` in groups of about PART images, and yield each group as a _Part with its own cache folder.
+    """Decode `files` in groups of at least 256 files (PART), and yield each group as a _Part with its own cache folder.
 
-    The files of a study are always in the same group. `pool` has `workers` processes.
+    The last group may be smaller. The files of a study are always in the same group. `pool` has `workers` processes.
     """
     starts = files["study_id"].ne(files["study_id"].shift()).to_numpy()
     bounds = [0]
@@ -242,9 +243,9 @@ def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int,
 
 
 def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd.DataFrame, tuple[str, ...], str]:
-    """Return a part's table of outputs, its faults, and an error message, which is "" unless all models failed on the part.
+    """Return a part's table of outputs, the models' failures, and an error message, which is "" unless all models failed.
 
-    The error is not raised, because the models may succeed on other parts.
+    If all models failed on this part, no error is raised, because they may succeed on other parts.
     """
     if part.readable.empty:
         return pd.DataFrame(), (), ""

@@ -41,10 +41,10 @@ class ProcessSettings:
 
 
 class PredictionProcess:
-    """Runs a process that predicts with one model after the other; `load` starts the process, also again after it has died.
+    """Runs a process that predicts with one model after the other; `load` starts the process if it is not running.
 
-    `gpu` is the process's CUDA_VISIBLE_DEVICES, "" for no GPU. `lungs` is the process's latest report on segmented lungs,
-    None until a model that needs lungs has finished.
+    `gpu` is the value of CUDA_VISIBLE_DEVICES in the process, "" for no GPU. `lungs` is the latest report of the process on
+    segmented lungs, None until a model that needs lungs has finished.
     """
 
     def __init__(self, settings: ProcessSettings, gpu: str, deadline: Deadline) -> None:
@@ -74,8 +74,8 @@ class PredictionProcess:
     def receive(self, last_sent: Callable[[], float] = lambda: 0.0, limit_s: float | None = None) -> tuple[str, Any]:
         """Return the name and the content of the next message from the process.
 
-        `last_sent` returns the time.monotonic() value at which the process last got work to do. The process may take
-        `limit_s` seconds from then, STALLED_S by default. Raises the errors of `load`.
+        `last_sent` returns the time.monotonic() value at which the process last got work to do. From then, or from this call
+        if it is later, the process may take `limit_s` seconds (default: 300). Raises the errors of `load`.
         """
         limit_s = limit_s or STALLED_S
         began, connection, process = time.monotonic(), self._connection, self._process
@@ -126,11 +126,11 @@ class RemotePredictor:
         self._failure: Exception | None = None  # in the thread that sends image ids
 
     def predict(self, image_ids: Iterable[str], restore: Callable[[str], bool]) -> Generator[pd.DataFrame, None, None]:
-        """Yield one table of predictions per batch of the decoded images `image_ids`, which a thread iterates over.
+        """Predict the decoded images `image_ids`; yield one table of predictions per batch. A thread iterates over the ids.
 
         If the decoded copy of an image cannot be read, `restore` decodes the image again and returns whether the copy can be
-        read now. Raises the errors of `PredictionProcess.load`, and those of `image_ids`. If the generator is closed before
-        its end, it waits until the process is ready for another model.
+        read now. Raises the errors of `PredictionProcess.load`, and errors that iterating over `image_ids` raises. Closing
+        the generator before its end waits until the process is ready for another model.
         """
         threading.Thread(target=self._send_all, args=[image_ids], name="image ids", daemon=True).start()
         what = ""
@@ -170,7 +170,7 @@ class RemotePredictor:
             self._send("end")
 
     def _send(self, what: str, content: Any = None) -> bool:
-        """Send a message and return True, or return False if the prediction has ended: no id may reach the next model."""
+        """Send a message and return True. If the prediction has ended, return False: the next model must not get it."""
         with self._sending:
             if not self._ended:
                 self.process.send(what, content)
@@ -259,7 +259,7 @@ class _Inbox:
 
 
 def _receive_all(connection: _Connection, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]") -> None:
-    """Receive the parent's messages: put each model to load into `loads` with a new inbox, and its images into the inbox."""
+    """Receive the parent's messages: put each model with a new inbox into `loads`, and its image ids into this inbox."""
     inbox = _Inbox()
     while True:
         try:

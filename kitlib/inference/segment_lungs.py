@@ -1,4 +1,4 @@
-"""Runs trained segmenters, which predict probability maps and, for lungs, plausible masks and the frames to crop to.
+"""Runs trained segmenters, which predict probability maps; those of lungs also give masks and the frames to crop images to.
 
 Imports no training library, so that a submission starts in seconds.
 """
@@ -131,7 +131,7 @@ class MaskPredictor(TrainedSegmenter):
             yield check_table(table, "mask_maps")
 
     def map_table(self, xray: CachedXray, maps: np.ndarray, place: Placement) -> pd.DataFrame:
-        """Convert what `maps` yields for one image to rows of a `mask_maps` table, without the padding of the maps."""
+        """Return an image's probability maps, without padding, as a `mask_maps` table; for the arguments see `maps`."""
         pngs = [encode_grey(place.shown(probabilities)) for probabilities in maps]
         names = {"image_id": xray.image_id, "model": self.model, "fold": self.fold}
         return pd.DataFrame({**names, "finding": self.recipe.structures, "map": pngs})

@@ -1,7 +1,7 @@
 """Writes submission.csv for a test folder of DICOM files: a complete file within seconds, improved after each model.
 
-Packages that Kaggle's image may lack until the wheels are installed, and those that take seconds to import (torch), are
-imported inside functions, so that the first file is written before any of them is needed.
+Two kinds of packages are imported inside functions, so that the first file is written before they are needed: those that
+Kaggle's Docker image may lack until the wheels are installed, and those that take seconds to import, such as torch.
 """
 
 import json
@@ -127,7 +127,7 @@ class SubmissionRun:
         return self._ledger.table()
 
     def install(self, wheels: str) -> None:
-        """Install the wheels in the attached dataset `wheels`, if it is not "". A failure becomes a row of the ledger."""
+        """Install the wheels in the attached dataset `wheels` ("": none). A failure becomes a row of the ledger."""
         if not wheels:
             return
         began = time.monotonic()
@@ -157,7 +157,7 @@ class SubmissionRun:
             self._note("ensemble", self.stacked.studies, time.monotonic() - self.stacked.seconds, self.stacked.note)
 
     def _predict_in(self, folder: str, weights: str) -> None:
-        """Predict with the bundles in the input `weights`; decoded images are written to `folder`."""
+        """Predict with the bundles in the attached dataset `weights`; decoded images are written to `folder`."""
         with self.deadline.enforced():
             from kitlib.inference.decoded_once import DecodedOnce
             from kitlib.xrays.cache import XrayCache
@@ -185,7 +185,7 @@ class SubmissionRun:
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
 
     def finish(self) -> pd.DataFrame:
-        """Validate the submission and return the ledger; faults for which Kaggle would reject the submission get a row."""
+        """Validate the submission and return the ledger, with a new row: "valid", or why Kaggle would reject the file."""
         began = time.monotonic()
         self.faults = self.competition.find_faults(list(self.ids), self.output, "the sample submission")
         note = "valid"
@@ -198,8 +198,8 @@ class SubmissionRun:
     def check(self, allow_placeholders: bool) -> None:
         """Raise SubmissionError if `finish` has found a fault, or if all rows are placeholder predictions.
 
-        With `allow_placeholders`, rows may all be placeholder predictions. Nothing is raised on Kaggle, where any file is
-        worth more than an error.
+        If `allow_placeholders` is True, all rows may be placeholder predictions. On Kaggle nothing is raised, because there
+        any file is worth more than an error.
         """
         if on_kaggle():
             return
@@ -216,7 +216,7 @@ class SubmissionRun:
             )
 
     def _find_studies(self) -> None:
-        """Read the study of each image whose path does not contain it from the image's DICOM header."""
+        """Find the studies of images whose path does not contain the study: read them from the DICOM headers."""
         began, count = time.monotonic(), int((self.images.study_id == self.images.image_id).sum())
         if not count or not self.competition.study_classes:
             return
@@ -296,7 +296,7 @@ class SubmissionRun:
     def _predict_side_by_side(
         self, turns: ModelQueue, processes: "list[PredictionProcess]", xrays: "DecodedOnce", fusion: "FusionSettings"
     ) -> None:
-        """Let processes predict with one model after the other; after each model, fuse in this process while they go on."""
+        """Predict in several processes, one model after the other in each; after each model, fuse here while they go on."""
         finished: queue.SimpleQueue[Model | None] = queue.SimpleQueue()
 
         def work(process: "PredictionProcess") -> None:

@@ -39,10 +39,11 @@ PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "masks", "l
 class System:
     """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
-    The models predict any of "study", "none", "boxes", "classes" and "masks", or the single model predicts "lungs". Their
-    predictions are merged with `fusion`. If the run is a fusion that was tuned for a `competition`, `settings` are its tuned
-    settings. They decide on masks; what they say about boxes and classes applies only to the competition's submission.
-    `name` is shown to users: the name of the run, followed by the names of the runs that it combines.
+    The models predict any of "study", "none", "boxes", "classes" and "masks"; or there is one model, which predicts "lungs".
+    The models' predictions are merged with the settings `fusion`. If the run is a fusion that was tuned for a competition,
+    `competition` is this competition, and `settings` are the tuned settings. Settings for masks apply to all predictions,
+    those for boxes and classes only to the competition's submission. `name` is shown to users: the name of the run,
+    followed by the names of the runs that the run combines.
     """
 
     name: str
@@ -56,7 +57,7 @@ class System:
 
     @property
     def longest_side(self) -> int:
-        """Longest side, in pixels, of the decoded images that the models read: the largest that a model was trained on."""
+        """Longest side of the decoded images, in pixels: the largest that any of the models was trained on."""
         return max(model.longest_side for model in self.models)
 
     @property
@@ -80,7 +81,7 @@ class System:
 
     @property
     def fills_siim(self) -> bool:
-        """Whether the predictions fill rows of SIIM's submission, as those of a fusion for SIIM or of study models do."""
+        """Whether the predictions fill rows of SIIM's submission: true of a fusion for SIIM, and of SIIM's study models."""
         if self.competition is not None:
             return self.competition is SIIM_COVID19
         return bool({"study", "none"} & self.answers) and set(self.findings) <= {ONE_FINDING} and self.answers <= FUSED
@@ -94,10 +95,10 @@ class System:
 def find_system(runs: str | Path) -> System:
     """Return the system of models of a run, or of the preferred run in a folder of runs.
 
-    `runs` is the path or the name of a run (see `find_run`), or a folder that contains runs. In a folder, the only fusion is
-    used, or else the only ensemble, or else the only run of another model. Raises RunNotFound if `runs` does not exist, and
-    RunError if no finished run can predict, if several can and none combines them, or if the lung segmenter that the models
-    need is not found. The messages list the available runs.
+    `runs` is the path or the name of a run (see `find_run`), or a folder that contains runs. In a folder, a fusion is
+    preferred to an ensemble, an ensemble to other models, and all of these to a lung segmenter. Raises RunNotFound if `runs`
+    does not exist, and RunError if no finished run can predict, if there are several of the preferred kind, or if the lung
+    segmenter that the models need is not found.
     """
     root = Path(runs) if Path(runs).is_dir() else find_run(runs)
     run = root if is_run(root) or find_kind(root) else _choose_run(root)
@@ -125,9 +126,10 @@ def find_system(runs: str | Path) -> System:
 def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters: Mapping[str, Path]) -> System:
     """Return the system of models in the folder of a finished run.
 
-    `kind` is the run's kind, one of PREDICTING, and `parameters` are the parameters in its record. `segmenters` maps digests
-    of lung segmenters to bundles (see `find_segmenters`). Folds that are not trained yet are left out. Raises RunError if
-    a run that `run` combines does not exist or has no model, and BundleError or SettingsError if a file is invalid.
+    `kind` is the run's kind, one of PREDICTING, and `parameters` are the notebook's parameters in the run's record.
+    `segmenters` maps digests of lung segmenters to bundles (see `find_segmenters`). Folds that are not trained yet are left
+    out. Raises RunError if `run` combines runs and one of them does not exist, or if there is no model, and BundleError or
+    SettingsError if a file is invalid.
     """
     if kind in ("masks", "lungs", "applied lungs"):
         bundles = _bundles(run)
@@ -165,12 +167,12 @@ def build_system(
     segmenters: Mapping[str, Path],
     competition: Competition | None = None,
 ) -> System:
-    """Return a system called `name` of all study models and detectors in the run folders `folders`.
+    """Return a system called `name` of the models in the run folders `folders`.
 
-    `fusion` and `ensemble`, the folder of an ensemble's bundle or None, say how predictions are combined. `segmenters` maps
-    digests of lung segmenters to bundles. If a `competition` is given, the models are all those that its submission uses.
-    The system's `notes` say which bundles cannot be used, and why. Raises RunError if no bundle can be used, or if the
-    models need masks from several segmenters.
+    If a `competition` is given, the system has all models whose predictions its submission can use, otherwise all study
+    models and detectors. `fusion` and `ensemble`, the folder of an ensemble's bundle or None, say how predictions are
+    combined. `segmenters` maps digests of lung segmenters to bundles. The system's `notes` say which bundles cannot be used,
+    and why. Raises RunError if no bundle can be used, or if the models need masks from several segmenters.
     """
     models: dict[tuple[str, int], AnsweringModel] = {}
     notes = []
@@ -218,38 +220,43 @@ def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 def _build_classifiers(
     name: str, folders: Sequence[Path], fusion: SiimFusion, ensemble: Path | None, segmenters: Mapping[str, Path]
 ) -> System:
-    """Return a system of all classifiers in the run folders `folders`, with all of their folds, including nested folds.
+    """Return a system of all classifiers in the run folders `folders`, of all folds, including nested folds.
 
-    The arguments are those of `build_system`. The folds of a learner may be in several runs. Raises RunError if a run has no
-    classifier, or if the classes differ. An unusable bundle raises an error and is not left out, because the probabilities
-    would differ without it.
+    The arguments are those of `build_system`. The folds of a learner may be in several runs. Raises RunError if there is no
+    model, if a model is not a classifier, or if the classes differ. An unusable bundle is not left out but raises an error,
+    because the probabilities would differ without it.
     """
-    models = tuple(read_any_model(bundle) for folder in folders for bundle in _bundles(folder))
+    by_run = [[read_any_model(bundle) for bundle in _bundles(folder)] for folder in folders]
+    models = tuple(model for of_run in by_run for model in of_run)
     if not models or {model.answers for model in models} != {frozenset({"classes"})}:
-        raise RunError(f"{name}: not every run has trained classifiers (fold*/bundle): {', '.join(map(str, folders))}")
-    if len({model.classes for model in models}) > 1:
-        raise RunError(f"{name}: {models[0].folder} and another model have different classes; give runs with equal classes")
+        trained = [bool(of_run) and all("classes" in model.answers for model in of_run) for of_run in by_run]
+        others = ", ".join(str(folder) for folder, is_trained in zip(folders, trained, strict=True) if not is_trained)
+        raise RunError(f"{name}: no trained classifiers (fold*/bundle) in: {others}")
+    if other := next((model for model in models if model.classes != models[0].classes), None):
+        both = f"{models[0].folder} and {other.folder}"
+        raise RunError(f"{name}: {both} have different classes; give runs with equal classes")
     return System(name, models, fusion, ensemble, _segmenter_of(name, models, segmenters))
 
 
 def _segmenter_of(name: str, models: Sequence[AnsweringModel], segmenters: Mapping[str, Path]) -> Path | None:
     digests = {model.segmenter for model in models if model.wants_masks}
     if len(digests) > 1:
-        raise RunError(f"{name}: the models need masks from {len(digests)} lung segmenters, but only one can be used")
+        advice = "give models that use the same one"
+        raise RunError(f"{name}: the models need masks from {len(digests)} lung segmenters; {advice}")
     return segmenters.get(next(iter(digests))) if digests else next(iter(segmenters.values()), None)
 
 
 def _bundles(run: Path) -> list[Path]:
-    """Return the bundle folders of a run: the run's own bundle or else those of its folds and nested folds, by path."""
+    """Return the bundle folders of a run: its own bundle or, if it has none, those of its folds and nested folds, sorted."""
     if (run / "bundle" / BUNDLE_RECORD).is_file():
         return [run / "bundle"]
     return sorted(path.parent for pattern in ("", "outer*/") for path in run.glob(f"{pattern}fold*/bundle/{BUNDLE_RECORD}"))
 
 
 def _choose_run(root: Path) -> Path:
-    """Return the folder of the preferred run below `root`: the only fusion, else the only ensemble, else the only other run.
+    """Return the folder of the preferred run below `root`; for the order of preference see `find_system`.
 
-    Raises RunError if there is no such run, or if there are several of the preferred kind.
+    Raises RunError, which lists the runs, if no finished run can predict, or if there are several of the preferred kind.
     """
     kinds = {run: find_kind(run) for run in walk_runs(root)}
     finished = [run for run, kind in kinds.items() if kind in PREDICTING and (run / METRICS).is_file()]
@@ -276,16 +283,16 @@ def _read_parameters(run: Path) -> dict[str, Any]:
 def _named_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
     if not (names := parameters.get("runs")):
         raise RunError(
-            f"the parameter runs in {run / RECORD} is empty, so it is unknown which runs {run} combines; repeat its notebook"
+            f"the parameter `runs` in {run / RECORD} is empty; it must list what {run} combines; repeat its notebook"
         )
     return [_named_run(name, run) for name in names]
 
 
 def _named_run(name: object, run: Path) -> Path:
-    """Return the folder of another run, whose name or path, `name`, is in the parameters of the run in the folder `run`.
+    """Return the folder of the run `name`, which is a name or path in the parameters of the run in the folder `run`.
 
-    If `name` is an absolute path, a folder next to `run` with the same last part is preferred, because the runs may have
-    been moved together. Raises RunError if there is no such folder.
+    If `name` is an absolute path, a folder of this name next to `run` is preferred, because the runs may have been moved
+    together. Raises RunError if the run is not found.
     """
     sibling = run.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
     folder = sibling if sibling is not None and sibling.is_dir() else named_folder(name, run)
@@ -299,7 +306,7 @@ def _folders_beside(run: Path) -> list[Path]:
 
 
 def _lungs_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Return the run folders that the parameter lungs_run names, in the run `run` and in the runs that `run` combines."""
+    """Return the folders of the runs in the parameter lungs_run, of the run `run` and of the runs that `run` combines."""
     trained = [run, *(_named_run(name, run) for name in parameters.get("runs") or [])]
     named = [named_folder(_read_parameters(folder).get("lungs_run"), folder) for folder in trained]
     return [folder for folder in named if folder is not None]

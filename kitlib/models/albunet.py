@@ -12,7 +12,7 @@ FILTERS = 32
 
 
 class AlbuNet(nn.Module):
-    """AlbuNet for grey images. `encoder` has the tensors of torchvision's and timm's resnet34, with one input channel.
+    """AlbuNet for grey images. `encoder` is a resnet34 with one input channel; its tensors have torchvision's names.
 
     In the decoder, each block enlarges its input twofold, bilinearly, before two 3 x 3 convolutions with ReLU. `width`
     scales the channels of the decoder, but not of the encoder. The sides of images must be multiples of `multiple` pixels.

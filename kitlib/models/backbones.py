@@ -40,9 +40,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def import_own_backbones() -> None:
     """Import the modules listed in the environment variable KIT_BACKBONES. Raises ValueError if one cannot be imported.
 
-    Such a module registers networks with timm's `register_model`, and adds YOLOs to `kitlib.models.yolo.ARCHITECTURES`. Only
-    this variable, which new processes inherit, decides what is imported; recipes and bundles cannot, because they contain
-    only the names of backbones.
+    Such a module registers networks with timm's `register_model`, or adds YOLOs to `kitlib.models.yolo.ARCHITECTURES`.
+    Recipes and bundles contain only names of backbones, so they cannot cause an import. New processes inherit the variable.
     """
     for module in filter(None, map(str.strip, os.environ.get(MODULES, "").split(","))):
         try:

@@ -1,4 +1,4 @@
-"""Auxiliary task of study classifiers, which predict a mask of the true boxes: the true mask, the decoder and the loss."""
+"""Auxiliary task of study classifiers: to predict a mask of the boxes. Contains the true mask, the decoder and the loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,9 +32,9 @@ def box_mask(boxes: torch.Tensor, cells: int, stride: int) -> torch.Tensor:
 def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return 0.6 x binary cross entropy + 0.4 x Dice loss, for logits and true masks 0..1, both (n, cells, cells).
 
-    The weights are those of the competition's 1st place. With p the predicted and m the true values, the Dice loss over the
-    whole batch is 1 - 2 sum(p m) / (sum(p) + sum(m)), with 1 added to numerator and denominator, so that it is 0 if the
-    batch contains no boxes and the predicted mask is empty (Milletari et al. 2016, section 3, without the squares).
+    The weights are those of SIIM-COVID19's 1st place. With p the predicted and m the true values, the Dice loss over the
+    whole batch is 1 - (2 sum(p m) + 1) / (sum(p) + sum(m) + 1). Because of the added 1, the loss is 0 if the batch contains
+    no boxes and the predicted mask is empty. Source: Milletari et al. 2016, section 3, without the squares.
     """
     logits = logits.float()
     predicted = logits.sigmoid()
@@ -45,8 +45,8 @@ def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class MaskDecoder(nn.Module):
     """Predicts the mask of boxes by a feature pyramid (Lin et al. 2017) over a backbone's maps of stride 8 and above.
 
-    The pyramid's maps are resized to the mask's size and summed. `indices` are the indices of the backbone's maps that are
-    used, for timm's `forward_intermediates`; `stride` is the stride of the finest of these maps.
+    The pyramid's maps are resized to the mask's size and summed. `indices` says which of the backbone's maps are used, for
+    timm's `forward_intermediates`; `stride` is the stride of the finest of these maps.
     """
 
     def __init__(self, channels: Sequence[int], indices: Sequence[int], stride: int) -> None:

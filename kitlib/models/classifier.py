@@ -27,11 +27,12 @@ TRAINED_OUTPUTS = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5
 class Classifier(nn.Module):
     """A timm backbone with pooled features and a head (see `make_head`), with random weights.
 
-    `outputs` is the number of logits, `answers` the number of predicted probabilities, which a subclass may change. A frozen
-    backbone gets no gradients and, if the recipe also freezes its statistics, stays in evaluation mode. `stages` lists the
-    names of the backbone's parameters, one list per stage (as timm groups them), starting at the input. `unfreeze` makes the
-    last stages trainable; if statistics are frozen, their batch norm stays in evaluation mode unless the recipe sets
-    `thawed_statistics`.
+    `outputs` is the number of logits, `answers` the number of predicted probabilities, which a subclass may change. `stages`
+    lists the names of the backbone's parameters, one list per stage (as timm groups them), starting at the input.
+
+    If the recipe freezes the backbone, it gets no gradients, until `unfreeze` makes its last stages trainable. If the recipe
+    also freezes the statistics of batch norm, frozen stages stay in evaluation mode. The batch norm of unfrozen stages then
+    stays in evaluation mode, too, unless the recipe sets `thawed_statistics`.
     """
 
     backbone: Any  # timm's networks have no common type that declares their common attributes
@@ -111,8 +112,8 @@ class Classifier(nn.Module):
 class StudyClassifier(Classifier):
     """Classifier of the four study classes and the image-level `none`: five outputs in the order of OUTPUTS.
 
-    If `recipe.segmentation` is above 0, a decoder also predicts a mask of the boxes; only `with_mask` runs it. Raises
-    ValueError if `recipe.image_size` is then not a multiple of the decoder's stride.
+    If `recipe.segmentation` is above 0, a decoder also predicts a mask of the boxes; only `with_mask` runs it. In this case,
+    ValueError is raised if `recipe.image_size` is not a multiple of the decoder's stride.
     """
 
     recipe: StudyRecipe
@@ -150,7 +151,7 @@ class StudyClassifier(Classifier):
 
 
 class FindingsClassifier(Classifier):
-    """Classifier with one output per class, in the order of `classes`, or a single output for two classes.
+    """Classifier with one output for each of `classes`, in this order, or with a single output for two classes.
 
     If the recipe sets `one_logit`, the single output is the logit of the first class. If it sets `auxiliary`, the backbone
     keeps the auxiliary head of inception_v3, which only `with_auxiliary` runs. Raises ValueError if the recipe sets
@@ -203,9 +204,9 @@ def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
 def make_head(features: int, hidden: int | Sequence[int], dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
     """Return the head of a classifier: linear-ReLU-dropout for each hidden layer, then linear, with Xavier weights.
 
-    `hidden` is the number of units of the only hidden layer, or of each of several. The head of the Heidelberg report
-    (section 3.4) has 2048 `features` and 1024 `hidden` units. If `hidden` is 0, the head is dropout and one linear layer, as
-    in ImageNet networks.
+    `hidden` is the number of units of the only hidden layer, or a list with the number of each hidden layer. If it is 0, the
+    head is dropout and one linear layer, as in ImageNet networks. The head of the Heidelberg report (section 3.4) has 2048
+    `features` and 1024 `hidden` units.
     """
     units = [hidden] * bool(hidden) if isinstance(hidden, int) else list(hidden)
     layers: list[nn.Module] = [] if units else [nn.Dropout(dropout)]
@@ -235,10 +236,10 @@ def study_loss(
 ) -> torch.Tensor:
     """Return the cross entropy of the study classes + `none_weight` x the binary cross entropy of `none`, for logits (n, 5).
 
-    Each part is the mean over the rows whose label is known. `study` (n, 4) holds the true class probabilities; a row with a
-    NaN is unknown. `none` (n,) holds the true probability of `none`, NaN if unknown. If `outputs` is "study" or "none", the
-    loss is only that part, unweighted. `smoothing` is the share of label smoothing: over the four classes for the study
-    part, and over `none` and its opposite for the part of `none`.
+    Each of the two terms is the mean over the rows whose label is known. `study` (n, 4) holds the true class probabilities;
+    a row with a NaN is unknown. `none` (n,) holds the true probability of `none`, NaN if unknown. If `outputs` is "study" or
+    "none", the loss is only the term of this name, unweighted. `smoothing` is the share of the true probability that is
+    spread evenly over the four classes, or over `none` and its opposite.
     """
     logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":

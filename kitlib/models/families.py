@@ -1,7 +1,7 @@
 """Lists the model families with their recipe, network and kind of prediction, and loads a bundle's network.
 
-No other file compares the names of families; kitlib.training.driver adds how each family is trained. A network's module is
-imported only when a network is built: importing ultralytics takes seconds, and kernels without a YOLO do not have it.
+Only this file decides by the names of families; kitlib.training.driver adds how each family is trained. A network's module
+is imported only when a network is built: importing ultralytics takes seconds, and kernels without a YOLO do not have it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ def family_of(recipe: TrainingRecipe) -> Family:
 
 
 def recorded_family(record: Mapping[str, Any], bundle: str | Path = "this bundle") -> Family:
-    """Return the Family of a bundle's `record`. Raises BundleError if it is unknown; `bundle` is for the message."""
+    """Return the Family of a bundle's `record`. Raises BundleError, with the path `bundle`, if the family is unknown."""
     if record["family"] not in FAMILIES:
         raise BundleError(f"{bundle}: unknown family {record['family']!r}; the families are: {', '.join(FAMILIES)}")
     return FAMILIES[record["family"]]

@@ -13,7 +13,7 @@ class FCDenseNet103(nn.Module):
     """FC-DenseNet103: a U-Net of dense blocks with 103 convolutions and, for four outputs, 9,319,428 parameters.
 
     The bottleneck and the blocks on the way up, except for the last block, pass on only their new features. Images may have
-    any sides of at least 32 pixels, because up-sampled maps are cropped to the size of the skipped map.
+    any size of at least 32 x 32 pixels: up-sampled maps are cropped to the size of the map from the way down.
     """
 
     multiple = 1

@@ -20,7 +20,7 @@ class HalvingBatches:
     def __call__(self, compute: Callable[[torch.Tensor], list[Any]], pixels: torch.Tensor) -> list[Any]:
         """Call `compute` on pieces of `pixels` (n, ...), moved to the device; return all results in one list.
 
-        `compute` returns a list of results for its piece. If even one image does not fit, the library's error is raised.
+        `compute` returns a list of results for its piece. If a single image does not fit into memory, the error is raised.
         """
         results: list[Any] = []
         start = 0

@@ -56,7 +56,7 @@ class PatchClassifier(FindingsClassifier):
         return torch.cat(logits)
 
     def scored(self, probabilities: torch.Tensor, where: torch.Tensor, images: int) -> torch.Tensor:
-        """Combine patch probabilities (m, classes) into image probabilities, float64 (images, classes) on the CPU.
+        """Combine the probabilities (m, classes) of m patches into those of images, float64 (images, classes) on the CPU.
 
         Column 0 of `where` (m, 3) is the index of each patch's image; `images` is the number of images.
         """

@@ -71,7 +71,7 @@ def image_seed(image_id: str) -> int:
 
 
 def join_centres(centre_arrays: Sequence[np.ndarray]) -> torch.Tensor:
-    """Join the patch centres of several canvases into one tensor, int64 (m, 3).
+    """Join the patch centres of several canvases into one tensor, int64 (m, 3) for m patches.
 
     Each array in `centre_arrays` is (k, 2): rows and columns of the centres on one canvas. The result has one row per patch:
     index of the canvas, row and column of the centre.
@@ -81,10 +81,10 @@ def join_centres(centre_arrays: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def cut_patches(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch.Tensor:
-    """Cut patches out of canvases (n, rows, columns); return them as (m, side, side), on the device of the canvases.
+    """Cut m patches out of canvases (n, rows, columns); return them as (m, side, side), on the device of the canvases.
 
     `where` is int64 (m, 3), one row per patch: index of the canvas, row and column of the patch's centre. Patches that cross
-    the canvas's border are padded with 0. If the side is even, the centre is the pixel to the right of and below the middle.
+    the canvas's border are padded with 0. If `side` is even, the centre is the pixel to the right of and below the middle.
     Raises IndexError for a centre outside of the canvases.
     """
     before = side // 2
@@ -95,9 +95,9 @@ def cut_patches(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch
 def votes(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -> torch.Tensor:
     """Return the share of each image's patches that vote for each class, float64 (images, classes).
 
-    `probabilities` (m, classes) are those of the patches, `image_index` (m,) is the index of each patch's image. A patch
-    votes for its most probable class; among equally probable classes, for the first. Rows sum to 1; the row of an image
-    without patches, or with a patch that has a NaN, is NaN. Source: Patched FLANNEL, section 2.2.
+    `probabilities` (m, classes) are those of the m patches, `image_index` (m,) is the index of each patch's image. A patch
+    votes for its most probable class, or for the first of equally probable classes. Rows sum to 1. If an image has no patch,
+    or if a patch has a NaN, the image's row is NaN. Source: Patched FLANNEL, section 2.2.
     """
     one_hot = functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).double()
     one_hot[probabilities.isnan().any(dim=1)] = torch.nan
@@ -107,7 +107,7 @@ def votes(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -
 def mean_softmax(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -> torch.Tensor:
     """Return the mean probabilities of each image's patches, float64 (images, classes).
 
-    `probabilities` (m, classes) are those of the patches, `image_index` (m,) is the index of each patch's image.
+    `probabilities` (m, classes) are those of the m patches, `image_index` (m,) is the index of each patch's image.
     """
     return _mean(probabilities.double(), image_index, images)
 

@@ -17,9 +17,9 @@ TIMM_FILTERS = ("checkpoint_filter_fn", "_filter_fn", "_filter_torchvision_pretr
 def timm_names(tensors: Mapping[str, torch.Tensor], network: Any) -> dict[str, torch.Tensor]:
     """Return published weights with their tensors renamed, and if necessary reshaped, to fit the timm network `network`.
 
-    Removes the prefixes in PREFIXES one after the other, and tries timm's own conversion for this network, which also
-    resizes position embeddings to the network's image size. Of all these variants, returns the one in which most tensors
-    have the name of a tensor in the network. Tensors that fit no part of the network are included.
+    Tries the names without the prefixes that training code adds (PREFIXES), and timm's own conversion for this network,
+    which also resizes position embeddings to the network's image size. Of all these variants, returns the one in which most
+    tensors have the name of a tensor in the network. Tensors that fit no part of the network are included.
     """
     variants = [variant for names in without_prefixes(tensors) for variant in _converted(names, network)]
     return max(variants, key=partial(count_fitting, target=network.state_dict()))

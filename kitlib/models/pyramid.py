@@ -35,7 +35,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class HalfPrecision:
-    """Base class of a detector's parts that compute in half precision: the layers that take nearly all of the time.
+    """Base class of those parts of a detector that compute in half precision; they take nearly all of the time.
 
     The layers after them predict offsets and scores in float32, because bfloat16 coordinates would be off by four pixels.
     """
@@ -61,9 +61,9 @@ class HalfPrecision:
 class Pyramid(HalfPrecision, nn.Module):
     """A timm backbone and a feature pyramid over its features; each map of the pyramid has `out_channels` channels.
 
-    `strides` lists the strides of the returned maps: `finest`, 4 or 8, and each further stride whose largest anchor,
-    `largest_anchor` strides wide, is at most half of the canvas. The pyramid uses the backbone's features at all of
-    BACKBONE_STRIDES from `finest`, even if fewer maps are returned.
+    `strides` lists the strides of the returned maps. The first is `finest`, 4 or 8. A further stride, up to 64, is included
+    only if its largest anchor is at most half as wide as the canvas; this anchor is `largest_anchor` strides wide. Even if
+    fewer maps are returned, the pyramid uses the backbone's features at all strides from `finest` to 32.
     """
 
     body: Any  # timm's networks have no common type that declares their common attributes
@@ -153,8 +153,8 @@ class PyramidDetector(nn.Module, ABC):
         """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 6) per canvas, highest score first.
 
         Columns are xmin, ymin, xmax, ymax in canvas pixels, the score 0..1 and the index of the box's class in `classes`; k
-        is at most `max_detections`. The side must be the recipe's `inference_size`, or its `image_size` if that is 0. Raises
-        ValueError for other sides or types.
+        is at most `max_detections`. `side` must be the recipe's `inference_size` or, if `inference_size` is 0, `image_size`.
+        Raises ValueError for other sizes or types.
         """
         self.model.eval()
         with torch.autocast(pixels.device.type, enabled=False):
@@ -257,5 +257,5 @@ def _load_weights(detector: PyramidDetector, recipe: DetectorRecipe) -> str:
     )
     body.load_state_dict(loaded.state_dict())
     summary = f"{recipe.starting_weights}: {len(expected)} tensors of the backbone; pyramid and heads left random"
-    logger.info("starting weights %s; unused: %d", summary, len(set(weights) - set(expected)))
+    logger.info("starting weights %s; unused tensors: %d", summary, len(set(weights) - set(expected)))
     return summary

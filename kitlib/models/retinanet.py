@@ -17,7 +17,7 @@ class RetinaNetDetector(PyramidDetector):
     """RetinaNet for grey uint8 canvases of the recipe's size; each class has a score of its own (a sigmoid).
 
     The pyramid has maps of strides 8 to 64; torchvision's RetinaNet computes maps after stride 32 by strided convolutions.
-    Canvases smaller than SMALL_SIDE also get a map of stride 4, because the smallest anchors at stride 8 are too large.
+    Canvases smaller than 512 pixels also get a map of stride 4, because the anchors at stride 8 are too large for them.
     """
 
     family = "retinanet"

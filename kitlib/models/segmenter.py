@@ -82,14 +82,14 @@ class Segmenter(nn.Module):
 def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: SegmenterRecipe) -> torch.Tensor:
     """Return the recipe's loss for logits (n, outputs, rows, columns) and label images (n, rows, columns).
 
-    Labels are 0 for background and k for the k-th structure. The loss "dice" is the mean over images and structures of
-    1 - 2 sum(p g) / (sum(p^2) + sum(g^2)), with p the probability and g the true mask (equation 1 of the UNet + HRNet
-    paper). 1 is added to numerator and denominator: the loss is 0 if a mask is empty and nothing is predicted. The loss
-    "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`. "bce_dice_focal", for one
-    output, is a weighted sum, with weights `loss_weights`, of three losses of the 1st place in SIIM-ACR Pneumothorax
-    Segmentation: binary cross entropy and focal loss (1 - q)^2 -log q, with q the probability of a pixel's true label, both
-    as means over pixels; and 1 - 2 sum(p g) / (sum(p) + sum(g)) over all pixels of the batch, because in most single images
-    g is empty.
+    Labels are 0 for background and k for the k-th structure. Below, p is the predicted probability and g the true mask.
+    "dice" is the mean over images and structures of 1 - (2 sum(p g) + 1) / (sum(p^2) + sum(g^2) + 1): equation 1 of the
+    UNet + HRNet paper, with 1 added so that the loss is 0 if a mask is empty and nothing is predicted.
+    "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`.
+    "bce_dice_focal", for one output, is the sum, weighted by `loss_weights`, of three losses of the 1st place in SIIM-ACR
+    Pneumothorax Segmentation: binary cross entropy; 1 - 2 sum(p g) / (sum(p) + sum(g)) over all pixels of the batch, because
+    in most single images g is empty; and focal loss -(1 - q)^2 log q, with q the probability of a pixel's true label. The
+    first and the last are means over pixels.
     """
     logits = logits.float()
     if isinstance(recipe, SparseSegmenterRecipe):

@@ -52,15 +52,16 @@ def load_starting_weights(
     """Copy the starting weights at `path` into `model` as far as they fit; return a dict of three lists of tensor names.
 
     `loaded` lists the tensors that were copied, `random` the model's tensors that keep their random values (without counters
-    of batch norm), and `unused` the file's tensors that do not fit. The file may contain the whole model or, like published
-    weights, only the part of the model whose names begin with `prefix`; names may also have prefixes of training code.
-    The interpretation with which most tensors fit is used. For a timm backbone, timm's own conversion is also tried (see
-    kitlib.models.published_names). The tensors of `head` are loaded only if all of them fit, because part of a head for
-    other classes is useless. Tensors whose names begin with one of `left_out` are never loaded.
+    of batch norm), and `unused` the file's tensors that were not copied. The file may contain the whole model or, like
+    published weights, only the part of the model whose tensor names begin with `prefix`. Names with and without `prefix`,
+    names without the prefixes that training code adds, and for a timm backbone timm's own conversion are tried (see
+    kitlib.models.published_names); the variant with which most tensors fit is used. The tensors of `head` are loaded only if
+    all of them fit, because part of a head for other classes is useless. Tensors whose names begin with one of `left_out`
+    are never loaded.
 
-    If the model has grey input and the file's first convolution has 3 colours, its weights are summed over the colours
-    (timm's rule). In the reverse case each colour gets a third of the weights, which assumes that all colours have the same
-    normalisation. Raises BundleError if no tensor fits.
+    If the model has grey input and the file's first convolution has 3 colours, the convolution's weights are summed over the
+    colours (timm's rule). In the reverse case each colour gets a third of the weights, which assumes that all colours have
+    the same normalisation. Raises BundleError if no tensor fits.
     """
     published, target = read_starting_weights(path), model.state_dict()
     variants = [
@@ -108,8 +109,8 @@ def load_starting_weights(
 def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBackbone) -> None:
     """Raise BundleError if tensors of `model` keep random values although the recipe does not allow this.
 
-    `random_names` are the names of the tensors that should have been loaded but were not. Names that begin with one of the
-    recipe's `random_parts` are allowed. The message lists the parts of the model that the other names belong to.
+    `random_names` are the tensors that should have been loaded but keep random values. Names that begin with one of the
+    recipe's `random_parts` are allowed. The message lists the parts of the model to which the other tensors belong.
     """
     missing = [name for name in random_names if not name.startswith(recipe.random_parts or ("\0",))]
     if not missing:
@@ -125,10 +126,11 @@ def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBack
 
 
 def input_differences(model: Any) -> list[str]:
-    """Return how a model's input differs from the input that its starting weights were trained with, as a list of texts.
+    """Return a list of texts that say how a model's input differs from the training input of its starting weights.
 
     Each text is about one setting, such as "image_size 512 instead of 224". `model` has a `recipe`, and `mean` and `std`
-    with one value per channel. The list is empty if the starting weights are a single file, which does not state its input.
+    with one value per channel. If the starting weights are not a bundle but a single file, which does not state its input,
+    the list is empty.
     """
     source = find_starting_weights(model.recipe.starting_weights)
     if not source.is_dir():

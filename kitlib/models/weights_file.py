@@ -31,8 +31,9 @@ def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
 
     A .safetensors or .npz file contains only tensors. A PyTorch file (.pth, .pt, .bin, .ckpt or .pkl) is read with
     `weights_only`, which refuses everything but tensors and plain containers, so no code from the file is run. The weights
-    are the dictionary in the file or, if the file is a checkpoint, the entry of this dictionary under one of STATE_KEYS.
-    Raises BundleError if the file cannot be read in this way, if it contains no tensor, or if a value is not finite.
+    are the dictionary in the file or, if the file is a checkpoint, an entry of this dictionary such as "state_dict" (see
+    STATE_KEYS). Raises BundleError if the file cannot be read in this way, if it contains no tensor, or if a value is not
+    finite.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -76,8 +77,8 @@ def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
             return tensors
     keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
     raise BundleError(
-        f"{path} contains no dictionary of tensors, only: {keys}; the file must be such a dictionary, or have one under one "
-        f"of the keys {', '.join(STATE_KEYS)}"
+        f"{path} contains no dictionary of tensors, only: {keys}; the file must be a dictionary of tensors, or have one "
+        f"under one of the keys {', '.join(STATE_KEYS)}"
     )
 
 

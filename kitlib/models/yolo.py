@@ -68,7 +68,7 @@ class Network(DetectionModel):
 
 
 class YoloDetector(nn.Module):
-    """YOLO for grey uint8 canvases of the recipe's size; it repeats them over three channels and scales them to 0..1.
+    """YOLO for grey uint8 canvases of the recipe's size. It repeats each canvas over three channels, scaled to 0..1.
 
     `classes` are the findings that it detects.
     """
@@ -105,8 +105,8 @@ class YoloDetector(nn.Module):
         """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 6) per canvas, highest score first.
 
         Columns are xmin, ymin, xmax, ymax in canvas pixels, the score 0..1 and the index of the box's class in `classes`; a
-        box with several likely classes has a row for each. k is at most `max_detections`. The side must be the recipe's
-        `inference_size`, or its `image_size` if that is 0. Raises ValueError for other sides or types.
+        box with several likely classes has a row for each. k is at most `max_detections`. `side` must be the recipe's
+        `inference_size` or, if `inference_size` is 0, `image_size`. Raises ValueError for other sizes or types.
         """
         side = self.recipe.inference_size or self.recipe.image_size
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
@@ -164,8 +164,8 @@ class YoloDetector(nn.Module):
     def _suppress(self, boxes: torch.Tensor) -> torch.Tensor:
         """Reduce one image's candidates (boxes, 6) to its detections (k, 6), highest score first.
 
-        The columns are those of `_candidates`. Boxes are clipped to the canvas, and non-maximum suppression with the
-        recipe's `nms_iou` among boxes of the same class keeps at most `max_detections`.
+        The columns are those of `_candidates`. Boxes are clipped to the canvas. Non-maximum suppression with the recipe's
+        `nms_iou` is applied to the boxes of each class; of what remains, the best `max_detections` are kept.
         """
         # ultralytics' own suppression is not used: it stops at a time limit and silently loses boxes on slow machines.
         boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)[:CANDIDATES]]
@@ -202,8 +202,8 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
 def read_architecture(name: str) -> dict[str, Any]:
     """Return the configuration of the model `name`, read from a YAML file inside ultralytics' package.
 
-    ultralytics' own function `yaml_model_load` is not used, because it prefers files in the current folder and evaluates
-    parts of them as code, and `name` may come from an untrusted bundle. Raises ValueError if the package has no such file.
+    `name` may come from an untrusted bundle. So ultralytics' own `yaml_model_load` is not used: it prefers files in the
+    current folder, and evaluates parts of them as code. Raises ValueError if the package has no such file.
     """
     configurations = {path.stem: path for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
     stem = re.sub(r"(yolov[58][nsmlx])6", r"\1-p6", name)

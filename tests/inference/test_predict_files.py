@@ -331,7 +331,7 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
         runs / "prepare": (RunError, "kind 'prepared', which predicts nothing"),
         tmp_path / "nothing": (RunError, "no finished run that can predict, only: no run"),
         tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
-        tmp_path / "untrained": (RunError, "not every run has trained classifiers"),
+        tmp_path / "untrained": (RunError, "no trained classifiers .* in: .*untrained"),
         tmp_path / "unfinished": (RunError, "not finished"),
         tmp_path / "both": (RunError, "combines the run first, which was not found"),
     }
