@@ -173,11 +173,11 @@ def fit(
     epochs.
 
     After each epoch `run_folder/checkpoints` contains last.ckpt, from which a later call resumes, and best.safetensors, the
-    weights of the epoch to keep. An epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with the
-    same number of threads, resumed training equals uninterrupted training bit for bit. The optimiser steps after every
+    weights of the epoch to keep. If another epoch would not end before `deadline`, raises SessionOver; last.ckpt is then
+    complete. An epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with the same number of
+    threads, resumed training equals uninterrupted training bit for bit. The optimiser steps after every
     `batches_per_step(recipe)` batches, and after an epoch's last batch. If fewer batches are left for the last step of an
-    epoch, its gradient is proportionally smaller. If another epoch would not end before `deadline`, writes the checkpoint
-    and raises SessionOver.
+    epoch, its gradient is proportionally smaller.
 
     If several processes train together (kitlib.training.data_parallel), each calls this function with its share of the
     batches; only the first process writes files and loads the kept weights.

@@ -95,7 +95,7 @@ def seen_by(
 
     - it was trained on this image, or on another image of its study or patient
     - it was trained on a near-duplicate: an image of the same group in `groups` (columns image_id and group)
-    - it must not predict another image of the study or patient
+    - it must not predict another image of the same study or patient
     """
     fold_of = trained["image_id"].map(folds.set_index("id")["fold"])
     group = None if groups is None else groups.set_index("image_id")["group"]

@@ -59,8 +59,8 @@ class XrayDataset(Examples):
 
     If the recipe's `trained_on` is "lungs", images are cropped to the frame of the lungs. If it is "either", `seed` and the
     key (epoch, index) decide whether an image is cropped; with a plain index, as in validation, it is never cropped. If the
-    recipe's `masked` is true, pixels outside the lung mask are black; if its `probe` is "outside_lungs", pixels inside are
-    black. `lungs` is an object that finds the lungs; it is used only if the recipe's `lungs` is "masks" (see
+    recipe's `masked` is true, pixels outside the lung mask are black. If its `probe` is "outside_lungs", the lungs are black
+    instead. `lungs` is an object that finds the lungs; it is used only if the recipe's `lungs` is "masks" (see
     kitlib.lungs.crop). An image without usable lungs is used whole and unmasked; `lungs_missed` counts such images.
 
     If the recipe's `canvas` is larger than its `image_size`, a square of `image_size` pixels a side is cropped from the
@@ -259,9 +259,8 @@ def batches(
     """Return a data loader for a data set. Batches are made by `collate_fn` (default: `collate`).
 
     With `shuffle`, each epoch has a new random order, and an incomplete last batch is dropped. If n processes train
-    together, each gets every n-th example, from the position of its rank: with `shuffle`, every n-th example of each batch;
-    without, every n-th example of the data set. If the `workers` do not deliver a batch within 10 minutes (BATCH_TIMEOUT_S),
-    the loader raises RuntimeError.
+    together, the process with rank r gets the examples r, r + n, r + 2n, ...: with `shuffle`, of each batch; without, of the
+    data set. If the `workers` do not deliver a batch within 10 minutes (BATCH_TIMEOUT_S), the loader raises RuntimeError.
     """
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:
