@@ -1,6 +1,7 @@
-"""Makes a model's input from an X-ray: adjusts grey levels, masks the lungs, places the image, cuts the central square.
+"""Makes a model's input from an X-ray: adjusts grey levels, blackens pixels, places the image, cuts the central square.
 
-Training and prediction share this code, so that a model gets the same kind of input in both.
+Pixels are blackened outside the lungs if the model's recipe requires it. Training and prediction share this code, so that a
+model gets the same kind of input in both.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ class Canvas:
 
     @property
     def whole(self) -> int:
-        """Side of the square canvas on which the image is placed; the model's input, `image_size` a side, is cut from it."""
+        """Side length in pixels of the square canvas for the whole image; the model's input is cut from this canvas."""
         return self.canvas or self.image_size
 
     @property
@@ -62,7 +63,10 @@ class Canvas:
         return keep_border(canvas) if self.probe == "border" else canvas
 
     def middle(self, place: Placement) -> Placement:
-        """Convert a placement on the whole canvas to one on its central square (side `image_size`), used for prediction."""
+        """Convert a placement on the whole canvas to the placement on its central square, which is used for prediction.
+
+        The square's side length is `image_size`.
+        """
         edge = (self.whole - self.image_size) // 2
         if not edge and self.whole == self.image_size:
             return place
@@ -75,13 +79,13 @@ class Canvas:
         )
 
     def crop_middle(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the central square, `image_size` a side, of the canvas `pixels` (whole, whole), as a view."""
+        """Return the central square of the whole canvas `pixels` as a view; its side length is `image_size`."""
         edge = (self.whole - self.image_size) // 2
         return pixels[edge : edge + self.image_size, edge : edge + self.image_size]
 
 
 def read_canvas(recipe: TrainingRecipe | Mapping[str, Any], image_size: int = 0) -> Canvas:
-    """Return the Canvas of a recipe, given as an object or as in a bundle's record.
+    """Return the Canvas of `recipe`: a recipe object, or the dict of a recipe in a bundle's record.
 
     `image_size` replaces the recipe's `image_size`, unless it is 0.
     """

@@ -1,4 +1,7 @@
-"""Converts a segmenter's probability maps to masks, and cleans up lung masks: removes islands, dilates, closes, judges."""
+"""Converts a segmenter's probability maps to masks, and cleans up lung masks.
+
+The clean-up removes islands, dilates, closes, and decides whether the lungs can be used.
+"""
 
 from dataclasses import dataclass
 
@@ -45,11 +48,12 @@ def make_input(xray: CachedXray, place: Placement, recipe: SegmenterRecipe) -> n
 
 
 def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], recipe: SegmenterRecipe) -> np.ndarray:
-    """Convert the maps of one image to a label image, uint8 of `shape`, that has a code of MASK_CODES at each pixel.
+    """Convert the probability maps of one image to a label image, uint8 (rows, columns), with a code at each pixel.
 
-    `maps`, from `TrainedSegmenter.maps`, has one map of probabilities (0..255) per structure of the recipe, on the canvas of
-    `place`. Maps are interpolated linearly to `shape`, the shape of the cached image. A pixel gets the code of its most
-    probable structure, or 0 if the background is more probable. For a SparseSegmenterRecipe, `threshold_map` decides.
+    `maps`, from `TrainedSegmenter.maps`, has one map (0..255) per structure of the recipe, on the canvas of `place`. Maps
+    are interpolated linearly to `shape`, the shape of the cached image and of the result. A pixel gets the code of its most
+    probable structure (see MASK_CODES), or 0 if the background is more probable. If the recipe is a SparseSegmenterRecipe,
+    its rule `threshold_map` is used instead.
     """
     if isinstance(recipe, SparseSegmenterRecipe):
         mask = threshold_map(place.back(maps[0], *shape), recipe.top, recipe.least_area * shape[0] * shape[1], recipe.bottom)
@@ -70,8 +74,8 @@ def clean_up_mask(xray: CachedXray, codes: np.ndarray, recipe: SegmenterRecipe) 
     `codes` is the label image that the network predicted, from `decode_maps`. On a canvas of 512 pixels a side, small
     islands are removed, then the lungs are dilated and closed by 3 x 3 pixels. The result determines frame and verdict: the
     lungs are rejected if the image is blank, if no lung is found, if their area is below a minimum (UNet + HRNet paper,
-    section 3.2), or if their frame is too narrow for two lungs. The returned mask is the cleaned mask or, if the recipe has
-    neither dilations nor closings, the predicted mask.
+    section 3.2), or if their frame is too narrow for two lungs. If the recipe has neither dilations nor closings, the
+    returned mask is the predicted mask; otherwise it is the cleaned mask.
     """
     shape, drawn = xray.pixels.shape, np.isin(codes, LUNG_CODES)
     canvas = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)

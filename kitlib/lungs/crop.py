@@ -23,9 +23,9 @@ class NoLungs:
 
 
 def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
-    """Return the finder for a recipe whose field `lungs` is `recipe_lungs`.
+    """Return the object that finds the lungs for a recipe whose field `lungs` is `recipe_lungs`.
 
-    The result is DarkLungs if the field is "darkness"; otherwise `finder`, or NoLungs if `finder` is None.
+    If the field is "darkness", it is DarkLungs. Otherwise it is `finder`, or NoLungs if `finder` is None.
     """
     if recipe_lungs == "darkness":
         return DarkLungs()
@@ -35,8 +35,8 @@ def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
 def needs_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
     """Return whether a model needs to know where the lungs are, to blacken the image or to crop it to the lungs.
 
-    `recipe` is the recipe in the model's bundle, as a dict. `views` are keys of VIEWS, the forms of an image whose
-    predictions are averaged, such as "lungs" for the lung crop; if empty, the recipe's views are used.
+    `recipe` is the recipe in the model's bundle, as a dict. `views` are the forms of an image whose predictions are
+    averaged, such as "lungs" for the lung crop (keys of VIEWS). If `views` is empty, the recipe's views are used.
     """
     shown = views or recipe.get("views") or ("full",)
     by_mask = recipe.get("masked", False) or recipe.get("probe") == "outside_lungs"
@@ -49,7 +49,7 @@ def needs_masks(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
 
 
 def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) -> None:
-    """Raise ValueError if `recipe` needs a finder but `finder` is None, or if it would ignore `finder`.
+    """Raise ValueError if `recipe` needs a finder but `finder` is None, or if `finder` is given but not needed.
 
     A recipe needs a finder if its field `lungs` is "masks". The message starts with `model`, the name of the model.
     """
@@ -66,7 +66,7 @@ def check_finder(recipe: WithBackbone, finder: LungFinder | None, model: str) ->
 
 
 def find_lungs(finder: LungFinder, xrays: Sequence[CachedXray], masked: bool) -> list[Lungs]:
-    """Return the lungs of each image, found by `finder`: with a frame and a mask if `masked`, otherwise with a frame only.
+    """Return the lungs of each image, found by `finder`: their frame and, if `masked`, their mask.
 
     If `masked`, lungs without a mask count as not found.
     """

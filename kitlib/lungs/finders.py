@@ -61,8 +61,8 @@ class StoredLungs:
 
     The stored masks are those that the network predicted; they are cleaned up when they are read, as in a submission.
     `fingerprint` (hex) changes if a frame or a mask changes. `segmenter` is the digest of the segmenter that found the lungs
-    (see `segmenter_digest`). `image_ids` are the ids of the images that it has segmented. Raises BundleError if the run is
-    from a version of the kit with another clean-up.
+    (see `segmenter_digest`). `image_ids` are the ids of all images in the run. Raises BundleError if the run is from a
+    version of the kit that cleans up masks differently.
     """
 
     def __init__(self, run_folder: str | Path) -> None:
@@ -71,8 +71,8 @@ class StoredLungs:
         record = read_record(Path(run_folder) / "bundle")
         if record["architecture"].get("clean_up") != CLEAN_UP:
             raise BundleError(
-                f"{run_folder} was written by a version of the kit that cleaned up masks differently (the first version "
-                "stored the cleaned masks, not the network's own); apply the segmenter again with notebook 14"
+                f"{run_folder} was written by a version of the kit that cleaned up masks differently; apply the "
+                "segmenter again with notebook 14"
             )
         self.recipe, self.segmenter = from_dict(SegmenterRecipe, record["recipe"]), segmenter_digest(record)
         self.run, self.image_ids = Path(run_folder), frozenset(table.image_id)
@@ -92,9 +92,9 @@ class StoredLungs:
         """
         if xray.image_id not in self.image_ids:
             raise ValueError(
-                f"{self.run} has segmented {len(self.image_ids)} images, but not image {xray.image_id!r}: apply the "
-                "segmenter to the prepared run that is used for training. Only models trained on whole images "
-                "(trained_on full, not masked) can use extra images"
+                f"{self.run} has segmented {len(self.image_ids)} images, but not image {xray.image_id!r}; apply the "
+                "segmenter to the prepared run that is used for training. If the image is from an extra run, leave out that "
+                "run, or train on whole images (trained_on full, masked false)"
             )
         frame = self.frames.get(xray.image_id)
         if frame is None:

@@ -40,7 +40,7 @@ def submitted_ids(path: str | Path) -> list[str]:
 
 
 def answered_boxes(competition: Competition, answers: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return a submission's boxes in pixels of the image files; rows of classes that have no boxes are dropped.
+    """Return a submission's boxes in pixels of the image files; rows of classes without boxes are dropped.
 
     `answers` is the result of the competition's `read_submission`; its columns are kept. `images` must have the columns
     image_id, rows and columns, and a row for each image in `answers`.
@@ -62,8 +62,9 @@ def answers_figure(
 ) -> Figure:
     """Draw each X-ray in `images` with its ground truth and its submitted prediction: boxes, mask outlines or probabilities.
 
-    `tables` holds the ground truth's `labels` and `boxes`, `masks` its masks. `answers` is the result of the competition's
-    `read_submission` or, in a competition with boxes, those rows of the result of `answered_boxes` that should be drawn.
+    `tables` has the tables `labels` and `boxes` of the ground truth; `masks` has its masks. `answers` is the submission as
+    read by the competition's `read_submission`. If the competition has boxes, `answers` is the result of `answered_boxes`
+    instead, with only the rows to draw.
     """
     ids = images["image_id"]
     if competition.mask_classes:
@@ -76,9 +77,10 @@ def answers_figure(
 
 @dataclass(frozen=True)
 class RunMasks:
-    """Masks that are stored as run lengths and read as arrays of the size of each image's decoded copy, as from a MaskStore.
+    """Masks that are stored as run lengths, with the methods of a MaskStore that the figures use.
 
-    `runs` maps an image_id to its runs (n, 2), see kitlib.xrays.run_lengths. Pixels in a run have the value `code`.
+    `runs` maps an image_id to its runs (n, 2), see kitlib.xrays.run_lengths. A mask is read in the size of the image in
+    `cache`; pixels in a run have the value `code`, all others 0.
     """
 
     runs: Mapping[str, np.ndarray]
@@ -96,7 +98,7 @@ class RunMasks:
 
 
 def varied_sample(images: pd.DataFrame, labels: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Return up to `count` random rows of `images`, half with the most frequent set of labels, half with others."""
+    """Return up to `count` random rows of `images`: half with the most frequent combination of labels, half with others."""
     classes = images[["study_id"]].merge(labels, left_on="study_id", right_on="id", how="left")[list(labels.columns[1:])]
     kind = classes.astype(str).agg(" ".join, axis=1).to_numpy()
     is_usual = pd.Series(kind == pd.Series(kind).mode().iloc[0]).to_numpy()

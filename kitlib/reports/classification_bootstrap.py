@@ -20,9 +20,9 @@ DRAWS_PER_BATCH = 64
 def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Return a table with one column per metric: the first row is for all patients, each later row for one bootstrap draw.
 
-    The columns are those of `overall`, then those of `class_table`, for example "f1 COVID-19" and "f1 macro". A class that
-    does not occur in a draw is left out of the means of that draw. `samples` is the number of draws. Raises ValueError if it
-    is below 1.
+    The columns are the metrics of `overall`, such as "accuracy", then those of `class_table`, such as "f1 COVID-19" and "f1
+    macro". A class that does not occur in a draw is left out of the means of that draw. `samples` is the number of draws.
+    Raises ValueError if it is below 1.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1, and a few hundred for stable intervals")
@@ -51,11 +51,11 @@ def paired_differences(
     """Return the differences of each model's metrics from those of `reference`, on the images that all models predicted.
 
     Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
-    high, sides and images. `sides` is a two-sided p-value: twice the share of draws whose difference is at most zero or at
-    least zero, whichever share is smaller. To reuse earlier draws, pass them as `drawn`, a dict from model to the table that
-    `draws` returned, all with the same seed; `models` must then already be reduced to their shared images. Raises ValueError
-    for an unknown reference, if `drawn` was computed for other models or images, if no image is shared, or if the models
-    have different classes.
+    high, sides and images. `sides` is a two-sided p-value: twice the smaller of the share of draws with a difference of at
+    most zero and the share with a difference of at least zero. To reuse earlier draws, pass them as `drawn`, a dict from
+    model to the table that `draws` returned, all with the same seed; `models` must then be the result of `on_shared_images`.
+    Raises ValueError for an unknown reference, if `drawn` was computed for other models or images, if no image is shared, or
+    if the models have different classes.
     """
     if reference not in models:
         raise ValueError(f"reference model {reference!r} does not exist; available models: {', '.join(models)}")

@@ -66,8 +66,9 @@ def model_curves(models: Mapping[str, Judged], class_name: str) -> Figure:
 def reliability(predictions: Judged, bins: int = RELIABILITY_BINS) -> pd.DataFrame:
     """Return one row per confidence bin that contains images, with the columns predicted, observed and count.
 
-    `predicted` is the mean confidence, `observed` the share of correctly classified images and `count` the number of images.
-    `bins` is the number of bins, which divide 0..1 equally (see `confidence_bins`).
+    An image's confidence is its highest probability. `predicted` is the mean confidence, `observed` the share of correctly
+    classified images and `count` the number of images. `bins` is the number of bins, which divide 0..1 equally (see
+    `confidence_bins`).
     """
     bin_of, confidence = confidence_bins(predictions.probabilities, bins), predictions.probabilities.max(axis=1)
     counts = np.bincount(bin_of, minlength=bins)
@@ -161,7 +162,7 @@ def _curves(rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> 
     """Draw ROC curves (left) and precision-recall curves (right) in one row of axes per entry of `rows`.
 
     `rows` maps the title of each row to its lines, a dict from a line's name to a pair of arrays: scores, and the truth as
-    bool. Lines without positives or without negatives are omitted.
+    bool. A line whose truth is all True or all False is omitted.
     """
     figure = Figure(figsize=(9, 4.4 * len(rows)), layout="constrained")
     for (left, right), (title, lines) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):

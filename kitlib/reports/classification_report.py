@@ -73,7 +73,7 @@ def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> 
         )
         raise DatasetError(
             f"notebook 25 needs images with exactly one true class, but {problem}. Use notebook 20 for images with several "
-            "or unknown findings (prepare own images with `labels`, which names several columns, instead of `label`)"
+            "or unknown findings (prepare your own images with a list of columns as `labels`, instead of `label`)"
         )
 
 
@@ -145,10 +145,10 @@ def confusion(predictions: Judged) -> pd.DataFrame:
 
 
 def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each of COUNT_METRICS as an array (..., classes), for each class against the others.
+    """Return accuracy, sensitivity, specificity, ppv, npv and f1 of each class against the others, as arrays (..., classes).
 
     `matrix` is an array (..., classes, classes) of confusion matrices, with the true classes as rows. For a class without
-    images, all metrics except accuracy are NaN. If all images are of one class, its specificity is NaN. The ppv of a class
+    images, all metrics except accuracy are NaN. For a class that contains all images, specificity is NaN. The ppv of a class
     that is never predicted is 0, and so is the npv of a class that is always predicted.
     """
     matrix = np.asarray(matrix, dtype=float)
@@ -167,7 +167,7 @@ def count_metrics(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Metrics:
-    """Computes the OVERALL_METRICS and CLASS_METRICS of one model for any weighting of its images, such as bootstrap draws.
+    """Computes the metrics of one model for many weightings of its images, such as bootstrap draws.
 
     Whatever does not depend on the weights is computed only once.
     """
@@ -185,10 +185,11 @@ class Metrics:
         self.ranked = [_ranked(column, positive) for column, positive in zip(probabilities.T, true.T, strict=True)]
 
     def for_weights(self, weight: np.ndarray) -> pd.DataFrame:
-        """Return one row per draw; the columns are OVERALL_METRICS, then CLASS_METRICS for each class and their macro means.
+        """Return a table with one row per draw and one column per metric.
 
-        Column names are, for example, "f1 COVID-19" and "f1 macro". `weight` is an array (draws, n) that says how often each
-        draw contains each image.
+        The columns are OVERALL_METRICS, such as "accuracy", then CLASS_METRICS for each class and their means over the
+        classes, such as "f1 COVID-19" and "f1 macro". `weight` is an array (draws, n) that says how often each draw contains
+        each image.
         """
         size, total = len(self.classes), weight.sum(axis=1)
         matrix = (weight @ self.cells).reshape(-1, size, size)
@@ -217,8 +218,9 @@ class Metrics:
 def class_table(predictions: Judged) -> pd.DataFrame:
     """Return metrics with one row per class (against all other classes) and a last row `macro`, the mean over the classes.
 
-    The columns are class, support (images of the class; all images for `macro`) and CLASS_METRICS. Classes without images
-    are left out of the mean. pr_auc is average precision; brier is the mean squared error of the probability of that class.
+    The columns are class, support (images of the class; all images for `macro`), accuracy, sensitivity, specificity, ppv,
+    npv, f1, roc_auc, pr_auc (average precision) and brier (mean squared error of the class's probability). Classes without
+    images are left out of the mean.
     """
     row = Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0]
     class_names = [*predictions.classes, "macro"]
@@ -228,11 +230,11 @@ def class_table(predictions: Judged) -> pd.DataFrame:
 
 
 def overall(predictions: Judged) -> dict[str, float]:
-    """Return OVERALL_METRICS of one model, keyed by the metric's name.
+    """Return the metrics of one model that are not for a single class, as a dict from name to value.
 
     For single labels, micro_f1 equals accuracy. papers_micro_f1 is the harmonic mean of macro precision and macro recall,
-    which the FLANNEL papers call micro-F1. brier is the squared error summed over the classes (0..2, Brier 1950). log_loss
-    is the mean of `log_losses`, in nats.
+    which the FLANNEL papers call micro-F1. ece is the expected calibration error. brier is the squared error summed over the
+    classes (0..2, Brier 1950). log_loss is the mean of `log_losses`, in nats.
     """
     return Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0][list(OVERALL_METRICS)].to_dict()
 
@@ -240,8 +242,8 @@ def overall(predictions: Judged) -> dict[str, float]:
 def log_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return an array (n,): for each image the negative natural logarithm of the true class's probability.
 
-    `probabilities` is an array (n, classes), `truth` (n,) holds the indices of the true classes. Probabilities below LEAST
-    are replaced by LEAST, as in the temperature fit, so a probability of 0 (a vote can give it) has a loss of about 16.
+    `probabilities` is an array (n, classes), `truth` (n,) holds the indices of the true classes. Probabilities below 1e-7
+    (LEAST) are raised to it, as in the temperature fit, so a probability of 0 (a vote can give it) has a loss of about 16.
     """
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST))
 
@@ -257,8 +259,8 @@ def confidence_bins(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarr
 def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
     """Return the expected calibration error of the predicted class, 0..1.
 
-    This is the mean of |accuracy - mean confidence| over the `bins` bins of `confidence_bins`, weighted by their numbers of
-    images (Guo et al. 2017, eq. 3).
+    This is the mean of |accuracy - mean confidence| over the bins of `confidence_bins`, weighted by their numbers of images
+    (Guo et al. 2017, eq. 3). `bins` is the number of bins.
     """
     gaps = (probabilities.argmax(axis=1) == truth) - probabilities.max(axis=1)
     return float(np.abs(np.bincount(confidence_bins(probabilities, bins), gaps)).sum() / len(truth))
@@ -288,9 +290,9 @@ def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataF
 def source_table(predictions: Judged) -> pd.DataFrame:
     """Return metrics with one row per source and class, first for all sources pooled, then for each source alone.
 
-    The columns are source, class, support (images of the class), of (images from the source) and CLASS_METRICS. Classes
-    without images are omitted. Within one source, a model gains nothing from recognising the source. If a source has a
-    single class, specificity and the areas under curves are NaN.
+    The columns are source, class, support (images of the class), of (images from the source) and the metrics of
+    `class_table`. Classes without images are omitted. Within one source, a model gains nothing from recognising the source.
+    If a source has a single class, specificity and the areas under curves are NaN.
     """
     sources = predictions.source
     parts = {"pooled": predictions} | {str(name): predictions.rows(sources == name) for name in sorted(set(sources))}
@@ -306,13 +308,13 @@ def failures(
     folds: pd.DataFrame,
     lungs: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Return one row per class: how many of its images were predicted, and how many were not, for which reason.
+    """Return a table with one row per class: how many of its images were predicted, and why the others were not.
 
-    `outside_folds` counts images that were excluded or set aside for testing, `unanswered` images in folds without a
-    prediction, and `answered` images in folds with one. If a `lungs` table is passed, `lungs_not_found` counts images that
-    are in folds but whose lungs were not found. The columns unanswered_share and lungs_not_found_share are shares of the
-    class's images in folds. If one class fails more often than another, the metrics on the remaining images look better than
-    they are.
+    `outside_folds` counts the images that are in no fold, because they were excluded or set aside for testing. The images in
+    folds are counted as `answered` if they have a prediction, otherwise as `unanswered`. If a `lungs` table is passed,
+    `lungs_not_found` counts the images in folds whose lungs were not found. The columns unanswered_share and
+    lungs_not_found_share are shares of the class's images in folds. If one class fails more often than another, the metrics
+    on the remaining images look better than they are.
     """
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].reindex(images.study_id).to_numpy() >= 0.5
@@ -362,8 +364,8 @@ def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
 def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sort the scores `values` of one class in descending order; return the arrays order, positive and ends for `_areas`.
 
-    `order` has the indices that sort the scores, `positive` is 1.0 for positives and 0.0 for negatives in that order, and
-    `ends` has the last position of each group of equal scores.
+    `order` has the indices that sort the scores. `positive` has, in this order, 1.0 for images of the class and 0.0 for
+    others. `ends` has the last position of each group of equal scores.
     """
     order = np.argsort(-values, kind="stable")
     scores = values[order]
@@ -374,7 +376,7 @@ def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, ends: np
     """Return the ROC AUC and the average precision of each draw, as two arrays (draws,).
 
     `weight` is an array (draws, n) that says how often each draw contains each image; the other arguments are the results of
-    `_ranked`. ROC AUC is NaN without positives or without negatives, average precision is NaN without positives.
+    `_ranked`. Both are NaN for a draw without images of the class; ROC AUC is also NaN for a draw without other images.
     """
     weight = weight[:, order]
     hits, calls = (np.cumsum(values, axis=1)[:, ends] for values in (weight * positive, weight))

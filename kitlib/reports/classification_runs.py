@@ -19,13 +19,15 @@ SAME_SCORE = 1e-6  # an ensemble's run contains a copy of its learners' scores, 
 def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: str = "folds") -> dict[str, pd.DataFrame]:
     """Return the predictions of training and ensemble runs: one `class_scores` table per model, keyed by the model's name.
 
-    With split "folds" these are out-of-fold predictions. With "test" they are predictions for the test images that were set
-    aside, averaged over the models of all folds, with the fold ALL_FOLDS. Models are in the order in which they appear in
-    `runs`. Runs that contain different folds of one model are merged; rows that an ensemble run repeats are dropped. If two
-    runs have different scores for an image under the same model name, they are kept as separate models called "run: model".
-    `folds` is the table of the prepared run. Raises RunError for an unknown split; for a run without such predictions; with
-    split "folds", for predictions that are not out-of-fold with respect to `folds`; and with "test", for predictions for
-    images in `folds`.
+    If `split` is "folds", these are out-of-fold predictions. If it is "test", they are predictions for the test images that
+    were set aside, averaged over the models of all folds; their column `fold` is -1 (ALL_FOLDS). Models are in the order in
+    which they appear in `runs`. Runs that contain different folds of one model are merged; rows that an ensemble run repeats
+    are dropped. If two runs have different scores for an image under the same model name, they are kept as separate models
+    called "run: model". `folds` is the table of the prepared run. Raises RunError
+
+    - for an unknown split, or a run without such predictions
+    - with "folds", for predictions that are not out-of-fold with respect to `folds`
+    - with "test", for predictions for images in `folds`
     """
     if split not in SPLITS:
         raise RunError(f"split is {split!r}; valid splits: {', '.join(SPLITS)}")
@@ -63,10 +65,10 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
 def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Path, list[str]]:
     """Return the folder of the run's first bundle (trained model), and the ids of images that it was not trained on.
 
-    `tables` are the tables of the prepared run, keyed by name. For a nested run (run/outer<k>/fold<n>/bundle), these are the
-    images in the outer fold that was held out; for any other run, they are those in the bundle's validation fold, on which
-    its epoch was chosen. Raises RunError for a run without a bundle, and for a bundle that was trained on other data or
-    folds; a nested bundle must have been trained on the prepared run without its outer fold.
+    `tables` are the tables of the prepared run, keyed by name. If the run is nested (run/outer<k>/fold<n>/bundle), the
+    images are those of the outer fold k, which was held out. Otherwise they are those of the bundle's validation fold, on
+    which its epoch was chosen. Raises RunError if the run has no bundle, or if the bundle was not trained on these tables (a
+    nested bundle: on these tables without the outer fold).
     """
     run = Path(run)
     records = sorted([*run.glob("outer*/fold*/bundle/model.json"), *run.glob("fold*/bundle/model.json")])
@@ -89,7 +91,8 @@ def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Pat
 def kept_models(runs: Iterable[str | Path], models: Iterable[str]) -> list[str]:
     """Return those of `models` (names from `read_class_scores`) whose trained model is saved in one of `runs`.
 
-    A run of notebook 65 saves one ensemble, although its scores include the learners; a training run saves its own model.
+    A training run saves its own model. A run of notebook 65 saves one ensemble, but not the learners, whose scores it
+    contains.
     """
     kept, models = [], set(models)
     for run in map(Path, runs):
@@ -146,7 +149,10 @@ def _check_unseen(run: Path, table: pd.DataFrame, folds: pd.DataFrame, split: st
 
 
 def _merge_parts(parts: list[pd.DataFrame]) -> pd.DataFrame | None:
-    """Return the distinct rows of all tables, or None if their classes, or their scores for an image and fold, differ."""
+    """Merge tables of one model's scores and drop repeated rows; return None if the tables contradict each other.
+
+    They do if their classes differ, or if their scores for the same image and fold differ.
+    """
     classes = class_columns(parts[0], "class_scores")
     if any(set(class_columns(part, "class_scores")) != set(classes) for part in parts):
         return None

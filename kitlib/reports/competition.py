@@ -27,8 +27,8 @@ def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins:
 
     The columns are class, positives, of (the number of studies or images), average_precision, roc_auc, brier and
     calibration_error. `brier` is the Brier score and `calibration_error` the expected calibration error (`bins` equal bins,
-    weighted by their counts), both for one class against the others. Metrics that are undefined because all or none of the
-    rows are positive are NaN.
+    weighted by their counts), both for one class against the others. If a class is true for all studies (images) or for
+    none, its undefined metrics are NaN.
     """
     calibration = reliability(truth, studies, nones, bins)
     rows = []
@@ -52,9 +52,9 @@ def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins:
 def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
     """Return one row per class and probability bin, with the columns class, predicted, observed and count.
 
-    `predicted` is the mean probability in the bin, `observed` the share in which the class is true, and `count` the number
-    of studies, or of images for the class `none`. `bins` is the number of bins, which divide 0..1 equally; empty ones are
-    omitted.
+    The rows in a bin are studies or, for the class `none`, images. `predicted` is their mean probability, `observed` the
+    share for which the class is true, and `count` their number. `bins` is the number of bins, which divide 0..1 equally;
+    empty bins are omitted.
     """
     tables = []
     for name, (positive, predicted) in _answers(truth, studies, nones).items():
@@ -67,7 +67,10 @@ def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: 
 def precision_recall_curves(
     truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """Return a table of recall and precision (VOC's envelope) for each class that occurs, keyed by `class (AP 0.123)`."""
+    """Return one table per class that occurs, with the columns recall and precision, keyed by `class (AP 0.123)`.
+
+    Precision is VOC's envelope: at each recall, the highest precision at this or a higher recall.
+    """
     of_ids = _answers(truth, studies, nones).items()
     answers = {name: (predicted, positive, positive.sum()) for name, (positive, predicted) in of_ids}
     detections_of_truth = detections[detections["image_id"].isin(truth.image_ids)]
@@ -97,10 +100,11 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return percentile intervals of the score, the six APs and opacity_boxed, with the columns name, value, low and high.
+    """Return percentile intervals of SIIM's score and its parts, with the columns name, value, low and high.
 
-    Whole patients are drawn with replacement because images of one patient are not independent. `images` has the columns
-    image_id, study_id and patient_id. A class that does not occur in a draw is left out of the mean of that draw.
+    The names are the score, the six APs of which it is the mean, and opacity_boxed, the AP of opacity on images that have
+    boxes. Whole patients are drawn with replacement because images of one patient are not independent. `images` has the
+    columns image_id, study_id and patient_id. A class that does not occur in a draw is left out of the mean of that draw.
     """
     draws = score_draws(truth, studies, nones, detections, images, samples, seed)
     low, high = np.nanquantile(draws.iloc[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -116,11 +120,12 @@ def score_draws(
     samples: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Return a table with SCORE_KEYS as columns: the first row is for all patients, each later row for one bootstrap draw.
+    """Return a table of SIIM's score and its parts: first a row for all patients, then one row per bootstrap draw.
 
-    Whole patients are drawn, as in `bootstrap`. If a table of predictions is None, its columns are NaN and the score is the
-    mean of the others. Predictions for the same truth and seed get the same draws, so the difference of two such tables is a
-    paired comparison. Raises ValueError for an image or study of `truth` that `images` lacks.
+    The columns are those of SCORE_KEYS (see `bootstrap`), and whole patients are drawn. If `studies`, `nones` or
+    `detections` is None, the APs of its classes are NaN, and the score is the mean of the other APs. Predictions for the
+    same truth and seed get the same draws, so the difference of two such tables is a paired comparison. Raises ValueError
+    for an image or study of `truth` that `images` lacks.
     """
     patient = images.set_index("image_id")["patient_id"].reindex(list(truth.image_ids))
     patient_of_study = images.drop_duplicates("study_id").set_index("study_id")["patient_id"].reindex(truth.labels["id"])
@@ -162,9 +167,9 @@ def score_draws(
 def _answers(
     truth: Truth, studies: pd.DataFrame | None, nones: pd.DataFrame | None
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return for each class two arrays (n,): the truth (bool) and the probability of each study (class `none`: each image).
+    """Return for each class two arrays (n,) for n studies: the truth (bool) and the probability.
 
-    Classes of a table that is None are omitted.
+    For the class `none`, n is the number of images. If `studies` or `nones` is None, its classes are omitted.
     """
     answers = {}
     if studies is not None:
@@ -217,9 +222,10 @@ def detection_by_finding(
 def finding_curves(
     boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float = OVERLAP
 ) -> dict[str, pd.DataFrame]:
-    """Return a table of recall and precision (VOC's envelope) for each finding in `boxes`, keyed by `finding (AP 0.123)`.
+    """Return one table per finding in `boxes`, with the columns recall and precision, keyed by `finding (AP 0.123)`.
 
-    The arguments are those of `detection_by_finding`.
+    Precision is VOC's envelope: at each recall, the highest precision at this or a higher recall. The arguments are those of
+    `detection_by_finding`.
     """
     curves: dict[str, pd.DataFrame] = {}
     for name, (score, hit, of_finding, _) in _by_finding(boxes, detections, images, overlap).items():
@@ -271,7 +277,10 @@ def detection_draws(
 def _by_finding(
     boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float
 ) -> dict[str, tuple[np.ndarray, np.ndarray, pd.DataFrame, pd.DataFrame]]:
-    """Return, for each finding with boxes in `images`, its detections' scores and hits (n,), its boxes, its detections."""
+    """Return a dict from each finding with boxes in `images` to its scores, hits, boxes and detections.
+
+    Scores and hits are arrays (n,) with one entry per detection of the finding.
+    """
     of_images = [
         table[table["image_id"].isin(images["image_id"])].assign(finding=lambda rows: rows.get("finding", ONE_FINDING))
         for table in (boxes, detections)

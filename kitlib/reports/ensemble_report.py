@@ -61,9 +61,10 @@ def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> floa
 
 
 def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
-    """Return a `class_scores` table of the test images: of each learner's folds, each ensemble, and the scaled `model`.
+    """Return a `class_scores` table of the test images, with the predictions of learners, ensembles and the scaled `model`.
 
-    The scores of `model`, scaled by `temperature`, get the model name `name`; they are omitted if the temperature is 1.
+    Learners have one row per image and fold, ensembles one row per image. The scores of `model` after scaling by
+    `temperature` get the model name `name`; they are omitted if the temperature is 1.
     """
     ensembles = judged.scores[~judged.scores["model"].isin(test.means.learners)]
     chosen, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)
@@ -73,7 +74,7 @@ def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, tempe
 
 
 def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
-    """Draw one panel per ensemble, with bars for each learner's mean weight by true class, and their standard deviations."""
+    """Draw one panel per ensemble: a bar for each learner and true class, the mean weight with its standard deviation."""
     names = list(dict.fromkeys(weights["model"]))
     figure = Figure(figsize=(max(4, 1 + 1.2 * len(learners)), 2.6 * len(names)), layout="constrained")
     for axis, name in zip(figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0], names, strict=True):

@@ -38,7 +38,7 @@ LONGEST_WORD = 36  # characters of a title that fit above an X-ray; RANZCR's ids
 def save_figure(figure: Figure, path: str | Path) -> Image:
     """Write the figure to the PNG file `path` atomically (temporary file, then rename); return the picture for display.
 
-    A notebook shows a figure itself only if matplotlib's inline backend is active, but an Image always.
+    The result is an Image, because a notebook shows a figure only if matplotlib's inline backend is active.
     """
     with replacing(path) as temporary_path:
         figure.savefig(temporary_path, dpi=110, bbox_inches="tight")
@@ -84,7 +84,7 @@ def _show_findings(figure: Figure, colours: Mapping[str, str], **names: str) -> 
 
 
 def _style(colour: str, colours: Mapping[str, str]) -> str:
-    """Return the line style of boxes: dashed for annotated boxes if the line's colour shows the finding, otherwise solid."""
+    """Return the line style of boxes: dashed for annotated boxes if colours show the findings, otherwise solid."""
     return "--" if colours and colour == TRUTH else "-"
 
 
@@ -110,9 +110,9 @@ def example_images(
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
     drawn; if all are below it, the legend says so. If the tables have several findings, boxes have the colour and name of
-    their finding, annotated ones dashed. The colours depend on all findings in the tables, so pass whole tables. If `masks`
-    contains an image's mask, the outline of each structure in it is drawn in green, and the legend has their names.
-    `labels_are` is what titles call the labels.
+    their finding, and annotated boxes are dashed. The colours depend on all findings in the tables, so pass whole tables. If
+    `masks` contains an image's mask, the outline of each structure in it is drawn in green, and the legend has their names.
+    Titles show an image's labels after the words `labels_are`.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
@@ -164,9 +164,9 @@ def compare_detections(
 
 
 def draw_outlines(axis: Axes, codes: np.ndarray, colour: str) -> list[str]:
-    """Draw the outline of each structure in the mask `codes`, which must have the size of the picture in `axis`.
+    """Draw the outline of each structure in the mask `codes`, and return the names of these structures.
 
-    The mask contains a value of MASK_CODES for each pixel of a structure. Returns the names of the structures in it.
+    `codes` must have the size of the picture in `axis`, with a code of MASK_CODES at each pixel of a structure.
     """
     found = {name: codes == code for name, code in MASK_CODES.items() if (codes == code).any()}
     for inside in found.values():
@@ -238,7 +238,7 @@ def confusion_figure(matrices: Mapping[str, pd.DataFrame], shares_too: bool = Fa
 
 
 def precision_recall_figure(curves: Mapping[str, pd.DataFrame], findings: Iterable[str] = ()) -> Figure:
-    """Draw one curve per table with the columns recall and precision (VOC's envelope); the keys become the legend.
+    """Draw one curve per table with the columns recall and precision; the keys of `curves` become the legend.
 
     To give curves the colours of findings, pass all `findings` of the run; each key must then be like `finding (AP 0.123)`.
     """
@@ -254,7 +254,7 @@ def precision_recall_figure(curves: Mapping[str, pd.DataFrame], findings: Iterab
 
 
 def reliability_figure(bins: pd.DataFrame) -> Figure:
-    """Draw how often classes are observed against how often they are predicted, with one line per class in `bins`.
+    """Draw the observed share of each class against its predicted probability, with one line per class in `bins`.
 
     `bins` has the columns class, predicted, observed and count; the area of a dot shows the count.
     """

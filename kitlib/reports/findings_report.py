@@ -79,8 +79,8 @@ def mean_over_folds(scores: pd.DataFrame) -> pd.DataFrame:
 def best_thresholds(predictions: Answers) -> np.ndarray:
     """Return an array (classes,): for each class, the threshold with the highest F1 on these images.
 
-    An image is called positive if its probability is at least the threshold. A class without positives gets a threshold of
-    0.5.
+    A class is predicted for an image if its probability is at least the threshold. If no image has the class, the threshold
+    is 0.5.
     """
     thresholds = np.full(len(predictions.classes), DEFAULT_THRESHOLD)
     for index, (truth, scores) in enumerate(_known_labels(predictions)):
@@ -110,10 +110,10 @@ def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
 def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
     """Return one row per class, with ROC AUC, average precision, and precision, recall and F1 at `thresholds`.
 
-    The columns are class, positives, of (number of images with a known label), roc_auc, average_precision, threshold,
-    precision, recall and f1. `thresholds` is an array (n, classes), for example from `cross_fitted_thresholds`, or
-    (classes,); the column `threshold` is its mean over the images. ROC AUC is NaN without positives or negatives, the other
-    metrics are NaN without positives. Precision is 0 if nothing is predicted positive.
+    The columns are class, positives (images with the class), of (images with a known label), roc_auc, average_precision,
+    threshold, precision, recall and f1. `thresholds` is an array (n, classes), for example from `cross_fitted_thresholds`,
+    or (classes,); the column `threshold` is its mean over the images. For a class that no image has, all metrics are NaN;
+    for a class that all images have, ROC AUC is NaN. Precision is 0 if the class is never predicted.
     """
     thresholds = np.broadcast_to(thresholds, predictions.probabilities.shape)
     rows = []
@@ -140,8 +140,8 @@ def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
 def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """Return percentile intervals of each class's ROC AUC and of their mean, with the columns name, value, low and high.
 
-    Whole patients are drawn with replacement. A class that has no positives or no negatives in a draw is left out of the
-    mean of that draw.
+    Whole patients are drawn with replacement. A class that all or none of the images in a draw have is left out of the mean
+    of that draw.
     """
     draws = auc_draws(predictions, samples, seed)
     # A class that is undefined in all samples keeps NaN, because np.nanquantile would warn about it.

@@ -38,7 +38,7 @@ COLUMNS = ["image_id", "class", "heat_inside", "area_inside", "concentration"]
 
 @dataclass(frozen=True)
 class Heat:
-    """Heat map of an image for one class, in the size of the decoded copy: float32, 0..1, all 0 if there is no heat.
+    """Heat map of an image for one class: float32 of the size of `xray.pixels`, 0..1, all 0 if there is no heat.
 
     `seen`, uint8 of the same size, is the image as the model sees it, for example black outside the lungs.
     """
@@ -68,7 +68,7 @@ def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int])
 
 
 def compute_heat(predictor: AnyPredictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
-    """Return one heat map per X-ray, of the size of the decoded copy, for the class at its position in `class_names`.
+    """Return one heat map per X-ray, of the size of its cached image, for the class at the same position in `class_names`.
 
     Pixels that the model does not see, such as those outside a crop, have no heat. If the model averages several crops or
     mirrored copies of an image, only the first, unmirrored one is used. Raises ValueError if the model is not a classifier

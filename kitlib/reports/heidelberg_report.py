@@ -1,4 +1,4 @@
-"""Compares predictions with the Heidelberg project's published metrics, on the project's scale and on the competition's.
+"""Compares predictions with the Heidelberg project's published metrics, on images with a box and on all images.
 
 The project's 859 held-out images all have a box, so no healthy image can produce a false positive. Box metrics are therefore
 computed on images with a box and, to show a detector's value in the competition, on all images.
@@ -42,14 +42,15 @@ def heidelberg_table(
 ) -> pd.DataFrame:
     """Return a table that compares our predictions with the published rows of the Heidelberg report.
 
-    `answers` maps names to predictions. Each published row is followed by rows for our predictions of the same kind (see
-    UNDER); all others come last. The columns are COLUMNS; missing values are NaN.
+    `answers` maps names to predictions. The table has one row per published model and one per entry of `answers`. If the
+    name of an entry starts with "fused", "faster_rcnn", "yolo" or "study", its row follows the published row of this kind;
+    other rows come last. The columns are COLUMNS; missing values are NaN.
 
     The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
     that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
     the counts `images`, `boxed_images` and `studies`. `ap` is the competition's VOC 2010 AP of boxes on all images,
-    `ap_boxed` the AP on images with a box. `f1`, `recall` and `precision` are computed on images with a box from the boxes
-    whose confidence is at least `confidence`, `precision_all` on all images.
+    `ap_boxed` the AP on images with a box. `f1`, `recall`, `precision` and `precision_all` use the boxes whose confidence is
+    at least `confidence`: `precision_all` on all images, the others on images with a box.
 
     The confidence limit is never chosen on the images that it is evaluated on. If `confidences` has an entry for a key of
     `answers`, the entry is the limit. Otherwise the limit for each fold of `folds` is the one with the highest F1 on the
@@ -66,7 +67,7 @@ def heidelberg_table(
     for name, answer in answers.items():
         if folds is None and name not in confidences:
             raise ValueError(
-                f"{name!r} needs an entry in confidences, or the `folds` table to choose a confidence out of fold"
+                f"{name!r} needs an entry in confidences; or pass the `folds` table, to choose a confidence on other folds"
             )
         chosen = _confidence_by_fold(answer, images, boxes, folds) if name not in confidences else confidences[name]
         rows[name] = _box_figures(answer, images, boxes, chosen) | _study_figures(answer, images, labels)
@@ -127,9 +128,9 @@ def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.D
 
 
 def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
-    """Return the ids of the images with an annotated box that were predicted by all of the `answers` that predict boxes.
+    """Return the ids of the images with an annotated box that all detectors among the `answers` have predicted.
 
-    Returns [] if fewer than two of them do.
+    Returns [] if fewer than two of the `answers` are from detectors.
     """
     detectors = [set(answer.nones.loc[answer.nones["seen"], "image_id"]) for answer in answers.values()]
     detectors = [seen for seen in detectors if seen]
@@ -160,7 +161,7 @@ def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: 
 
 
 def best_confidence(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame) -> float:
-    """Return the confidence limit at which predicted boxes have the highest F1, on images with an annotated box only.
+    """Return the confidence limit with the highest F1 of predicted boxes on those of `images` that have an annotated box.
 
     Returns NaN if there is no such image, or if no box is predicted on any of them.
     """

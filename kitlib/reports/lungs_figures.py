@@ -18,7 +18,10 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 class Masks(Protocol):
-    """Masks of images by image_id, such as a MaskStore: arrays with values of MASK_CODES, of the decoded copies' sizes."""
+    """Protocol of a store of masks, such as a MaskStore: `read` returns an image's mask in the size of the cached image.
+
+    Masks have a code of MASK_CODES at each pixel of a structure, otherwise 0.
+    """
 
     def __contains__(self, image_id: str) -> bool: ...
 
@@ -28,7 +31,7 @@ class Masks(Protocol):
 def overlap_figure(scores: pd.DataFrame) -> Figure:
     """Draw the cumulative share of images over Dice, one line per structure.
 
-    If the structures include lungs, a dotted line shows the median agreement of two human readers.
+    If the structures include lungs, a dotted line shows the median Dice of two human annotators.
     """
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axis = figure.subplots()
@@ -56,7 +59,7 @@ def mask_images(
 
 
 def clean_up_figure(cache: XrayCache, lungs: StoredLungs, image_ids: Iterable[str]) -> Figure:
-    """Draw one column per image with usable lungs: the image, the mask as drawn, the cleaned mask, and the masked image.
+    """Draw one column per image with usable lungs: the image, the predicted mask, the cleaned mask, and the masked image.
 
     As in figure 6 of the UNet + HRNet paper.
     """

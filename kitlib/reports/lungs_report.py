@@ -51,11 +51,11 @@ def overlap_report(
 def classes_of_images(
     images: pd.DataFrame, labels: pd.DataFrame, masks: MaskStore, structures: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the `images` and `labels` to pass to `overlap_report` for a segmenter of `structures`.
+    """Return the tables `images` and `labels` to pass to `overlap_report` for a segmenter of `structures`.
 
-    Usually they are unchanged, so the report is by the classes of the data set. For a structure that most images lack (one
-    of SPARSE_STRUCTURES), the classes are "with NAME" and "without NAME", as the masks show, and images without a mask are
-    left out.
+    They are returned unchanged, so that the report is by the classes of the data set, unless the segmenter's only structure
+    is one that most images lack (SPARSE_STRUCTURES). In this case the classes are "with NAME" and "without NAME", according
+    to each image's mask, and images without a mask are left out.
     """
     (name, *others) = structures
     if others or name not in SPARSE_STRUCTURES:
@@ -107,11 +107,11 @@ def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) ->
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per class with its numbers of images by verdict: lungs found, or why not. First comes `all` images.
+    """Return a table with one row per class: how many of its images have usable lungs, and how many have not, by reason.
 
-    `lungs` is the table of a run that applied a segmenter. The columns are class, images, one count per verdict, and
-    not_found, the share of images without lungs. If the shares differ between classes, excluding the images without lungs
-    favours a class.
+    The class `all`, with all images, comes first. `lungs` is the table of a run that applied a segmenter. The columns are
+    class, images, one count per verdict ("found", or a reason), and not_found, the share of images without usable lungs. If
+    the shares differ between classes, excluding the images without lungs favours a class.
     """
     joined = _with_classes(check_table(lungs, "lungs"), images, labels)
     counts = pd.crosstab(joined["class"], joined.verdict).reindex(joined["class"].unique())

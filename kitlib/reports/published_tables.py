@@ -51,9 +51,9 @@ def find_published(name: str) -> PublishedTable:
 def check_counts(table: PublishedTable) -> pd.DataFrame:
     """Check whether the metrics of each row can result from any counts of true and false positives and negatives.
 
-    The columns of the result are the metrics in percent, COUNTS (the first possible counts, NA if there are none),
-    consistent (bool), renamed (printed metrics that can only be another metric) and says (the result in words). Rows of
-    means are not checked. Returns an empty table if the number of positives and negatives is unknown.
+    The columns of the result are the metrics in percent; the first possible counts, such as true_positives (NA if there are
+    none); consistent (bool); renamed (printed metrics that can only be another metric); and says (the result in words). Rows
+    of means are not checked. Returns an empty table if the number of positives and negatives is unknown.
     """
     if table.counts is None:
         return pd.DataFrame()
@@ -68,12 +68,14 @@ def possible_counts(
     """Return the possible counts behind printed metrics, and which printed metrics must have the name of another metric.
 
     `printed` maps metric names to percentages, for a test with `positives` positive and `negatives` negative cases. The
-    first result is a table with the columns COUNTS; the second maps a misnamed metric's printed name to the metrics that it
-    can be. All integer counts are tried, so the result is a proof within the printed `decimals`. A printed value may be
-    rounded or truncated, because papers do both. If no counts fit all metrics under their printed names, as few names as
-    possible are read as other metrics, each as a different one, and sensitivity keeps its name if possible. Metrics are
-    those of `count_metrics` and "balanced accuracy". Raises ValueError for another metric, a value outside 0..100, or a test
-    without positives or negatives.
+    first result is a table with one row per possibility and the columns true_positives, false_negatives, true_negatives and
+    false_positives. The second maps the printed name of a misnamed metric to the metrics that it can be.
+
+    All integer counts are tried, so the result is a proof within the printed `decimals`. A printed value may be rounded or
+    truncated, because papers do both. If no counts fit all printed names, as few metrics as possible are taken for other
+    metrics (each for a different one), and sensitivity keeps its name if possible. Valid metrics are those of
+    `count_metrics` and "balanced accuracy". Raises ValueError for another metric, a value outside 0..100, or a test without
+    positives or negatives.
     """
     tp, tn = (grid.ravel() for grid in np.meshgrid(np.arange(positives + 1), np.arange(negatives + 1), indexing="ij"))
     counts = np.stack([tp, positives - tp, tn, negatives - tn])

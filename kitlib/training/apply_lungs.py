@@ -52,13 +52,19 @@ def apply_lungs(
 ) -> pd.DataFrame:
     """Segment the lungs of every image and return the `lungs` table, one row per image in the order of `images`.
 
-    `bundle` is the folder of the segmenter's bundle. `clean_up` overrides fields of the segmenter's recipe; only those in
-    CLEAN_UP_FIELDS are allowed. Writes to `run_folder`: the `lungs` table; `masks/`, the masks that the network predicted;
-    `bundle/`, the segmenter with the clean-up fields that were applied, so that a submission uses the same lungs; and, with
-    `masked_images`, `masked/`, a cache of copies that are black outside the cleaned lungs (an image without detected lungs
-    is copied unchanged). With `resume`, an interrupted run continues. Raises TrainingError if the folder contains a run with
-    other images, settings or another segmenter; SettingsError if `clean_up` has a field that is not in CLEAN_UP_FIELDS, or
-    if the published `least_area` is used without the published dilations and closings, for which it is meant.
+    `bundle` is the folder of the segmenter's bundle. `clean_up` replaces settings of the segmenter's recipe for the clean-up
+    of masks, such as `dilations` (the fields in CLEAN_UP_FIELDS). With `resume`, an interrupted run continues. Writes to
+    `run_folder`:
+
+    - `tables/lungs.parquet`, the `lungs` table
+    - `masks/`, the masks that the network predicted, before the clean-up
+    - `bundle/`, the segmenter with the settings in `clean_up`, so that a submission finds the same lungs
+    - if `masked_images`, `masked/`, a cache of the images, black outside the cleaned lungs; an image without usable lungs is
+      unchanged
+
+    Raises TrainingError if the folder contains a run with other images, other settings or another segmenter. Raises
+    SettingsError if `clean_up` has another field, or if `least_area` has its published value but `dilations` or `closings`
+    do not: the published value is for masks after these steps.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
@@ -101,22 +107,22 @@ def apply_lungs(
 
 
 def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
-    """Raise SettingsError if a recipe has the published `least_area` without the published dilations and closings.
+    """Raise SettingsError if `least_area` has its published value but `dilations` or `closings` do not.
 
-    Logs a warning if a network other than the published unet has all of these settings: until clean-up 2, the recipe of
-    every segmenter had them, and old bundles still do.
+    Logs a warning if all three have their published values, but the network is not the UNet that they were published for.
+    Old bundles of other networks have these values.
     """
     published = {name: getattr(recipe, name) == value for name, value in PUBLISHED_CLEAN_UP.items()}
     if published["least_area"] and not all(published.values()):
         raise SettingsError(
             f"least_area is {recipe.least_area:.4f}, the minimum published for masks after "
-            f"{PUBLISHED_CLEAN_UP['dilations']} dilations and {PUBLISHED_CLEAN_UP['closings']} closings, but here are "
-            f"{recipe.dilations} dilations and {recipe.closings} closings; also set least_area in clean_up (0: no minimum)"
+            f"{PUBLISHED_CLEAN_UP['dilations']} dilations and {PUBLISHED_CLEAN_UP['closings']} closings, but the recipe has "
+            f"{recipe.dilations} dilations and {recipe.closings} closings; set least_area in clean_up too (0: no minimum)"
         )
     if recipe.network != "unet" and all(published.values()):
         logger.warning(
             "%s has the clean-up settings published for UNet + HRNet (8 dilations, 2 closings, a minimal area), but its "
-            "network is %s; they enlarge masks by a fifth. To use the masks as predicted, set clean_up to "
+            "network is %s; these settings enlarge masks by a fifth. To use the masks as predicted, set clean_up to "
             "{dilations: 0, closings: 0, least_area: 0}",
             bundle,
             recipe.network,
@@ -124,7 +130,7 @@ def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
 
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
-    """Return the masks that an interrupted run has stored, and `lungs` tables with the rows of the images in these masks."""
+    """Return the masks that an interrupted run has stored, and `lungs` tables that together have one row per stored mask."""
     store = MaskStore(run_folder / "masks") if resume else MaskStore.create_empty(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]
@@ -133,10 +139,11 @@ def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, lis
 def _segment_image(
     segmentation: tuple[CachedXray, np.ndarray, Placement], recipe: SegmenterRecipe, masked: XrayCache | None
 ) -> tuple[Cleaned, np.ndarray]:
-    """Return the cleaned lungs of one image, and the label image that the network predicted.
+    """Return the cleaned lungs of one image, and the label image that the network predicted (see `decode_maps`).
 
-    If `masked` is given, also stores in this cache a copy of the image that is black outside the cleaned lungs, or unchanged
-    if no usable lungs were found.
+    `segmentation` is the image, the network's probability maps and the image's placement on the network's canvas. If
+    `masked` is given, also stores the image in this cache, black outside the cleaned lungs. An image without usable lungs is
+    stored unchanged.
     """
     xray, maps, place = segmentation
     codes = decode_maps(maps, place, xray.pixels.shape, recipe)

@@ -1,4 +1,4 @@
-"""MixUp and CutMix, which mix each image of a batch with another one, and their targets in the same proportion."""
+"""Mixes each image of a training batch with another image (MixUp or CutMix), and their targets in the same proportion."""
 
 import math
 from typing import Any
@@ -7,19 +7,21 @@ import torch
 
 
 def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, Any]:
-    """Return a copy of a batch in which each image is mixed with another image of the batch, and so are their targets.
+    """Return a copy of a training batch in which each image and its targets are mixed with those of another image.
 
-    `batch` is a result of `kitlib.training.xray_dataset.collate`. One share is drawn per batch from Beta(alpha, alpha);
-    `mixup` is MixUp's alpha, `cutmix` is CutMix's alpha. An alpha of 0 switches its method off. If both are 0, the batch is
-    returned unchanged; if neither is 0, one of the methods is drawn for each batch, each with probability 1/2. Each image's
-    partner is drawn by permuting the batch. MixUp returns share * image + (1 - share) * partner; the pixels become float32
-    0..255 (Zhang et al. 2018, section 2). CutMix pastes a rectangle of the partner into the image; the share becomes the
-    part of the image's area that is not covered (Yun et al. 2019, section 3.1).
+    `batch` is a result of `kitlib.training.xray_dataset.collate`. `mixup` and `cutmix` are the alphas of the two methods; an
+    alpha of 0 switches the method off. If both are 0, the batch is returned unchanged. If neither is 0, one method is drawn
+    for each batch, each with probability 1/2. The other image of each mixture (the partner) comes from a random permutation
+    of the batch. One share per batch is drawn from Beta(alpha, alpha).
 
-    `label` and `none` are blended as share * image + (1 - share) * partner; a target that is NaN for either image becomes
-    NaN. If the batch has `mask` (n, cells, cells), it is mixed like the pixels, and the rectangle's edges are placed between
-    cells. Boxes and their findings are removed, because neither image's boxes fit the mixture. Random numbers come from
-    torch's CPU generator.
+    MixUp returns share * image + (1 - share) * partner, with pixels in float32, 0..255 (Zhang et al. 2018, section 2).
+    CutMix pastes a rectangle of the partner into the image; the share is then set to the part of the image's area that the
+    rectangle leaves visible (Yun et al. 2019, section 3.1).
+
+    Each of the targets `label` and `none` becomes share * target + (1 - share) * partner's target, or NaN if one of these is
+    NaN. A `mask` (n, cells, cells), if the batch has one, is mixed like the pixels, and CutMix places the rectangle's edges
+    between cells. Boxes and their findings are removed, because neither image's boxes fit the mixture. Random numbers come
+    from torch's CPU generator.
     """
     if not mixup and not cutmix:
         return batch

@@ -31,9 +31,10 @@ def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
 def start_from_weights(model: Classifier) -> str:
     """Load the starting weights of the model's recipe, and return a text that says how many tensors were loaded.
 
-    Returns "from scratch" if the recipe has no starting weights. If a frozen backbone was trained on another size, placement
-    or normalisation of images, logs a warning, and the text says so. Raises BundleError if a part of the backbone that is
-    not in the recipe's `random_parts` would stay random; ValueError if any part of a frozen backbone would stay random.
+    Returns "from scratch" if the recipe has no starting weights. If the backbone is frozen and was trained with another
+    image size, placement or normalisation than the recipe's, logs a warning, and the text says so. Raises ValueError if a
+    part of a frozen backbone would stay random. If the backbone is not frozen, raises BundleError if a part would stay
+    random that the recipe's `random_parts` does not list.
     """
     recipe = model.recipe
     if not recipe.starting_weights:

@@ -20,7 +20,7 @@ LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
 
 @contextmanager
 def open_curves(kind: str, folder: Path, title: str) -> Iterator[Logger | None]:
-    """Yield a Lightning logger that writes to `folder` in the format of `kind`, a key of LOGGERS; None if `kind` is "".
+    """Yield a Lightning logger of the kind "tensorboard", "wandb" or "mlflow" that writes to `folder`; None if `kind` is "".
 
     The logger is closed at the end, so that the next model trained in this process starts a new logger run. Raises
     TrainingError if the package named `kind` is not installed.
@@ -31,7 +31,7 @@ def open_curves(kind: str, folder: Path, title: str) -> Iterator[Logger | None]:
     if importlib.util.find_spec(kind) is None:
         raise TrainingError(
             f'curves is "{kind}", but the package {kind} is not installed; install it (.venv/bin/python -m pip install '
-            f"{kind}), or leave curves empty: tables/history.csv has the same figures"
+            f"{kind}), or leave curves empty: tables/history.csv has the same metrics"
         )
     folder.mkdir(parents=True, exist_ok=True)
     curves = LOGGERS[kind](folder, title)

@@ -23,9 +23,9 @@ class DetectorStrategy(Strategy):
     """Trains a detector, and writes its predictions for the validation fold to the tables `detections` and `coverage`.
 
     The classes are all findings in the prepared run's `boxes`. `detections` has one row per box, in original pixels;
-    `coverage` has one row per image, even if no box was predicted. The best epoch is the epoch with the highest score of
-    `canvas_precision` on all images of the validation fold. If images are cropped to the lungs, this score uses ground-truth
-    boxes clipped to the crop, whereas scores computed from the tables use whole boxes.
+    `coverage` has one row per image, even if no box was predicted. The best epoch is the epoch with the highest AP on all
+    images of the validation fold (see `canvas_precision`). If images are cropped to the lungs, this AP uses ground-truth
+    boxes clipped to the crop, whereas metrics computed from the tables use whole boxes.
     """
 
     uses = ("extra", "lungs")
@@ -42,7 +42,7 @@ class DetectorStrategy(Strategy):
         if unknown:
             raise ValueError(
                 f"{task.model_name}: the extra images have boxes of {', '.join(unknown)}, but the prepared run has only "
-                f"boxes of {', '.join(self.classes)}; use an extra run without other findings"
+                f"boxes of {', '.join(self.classes)}; use an extra run that has only boxes of these findings"
             )
         self.training_data = sample_negatives(images, boxes, self.recipe.negatives, task.seed), labels, boxes, cache
         for part_images, name in (
@@ -106,11 +106,12 @@ def sample_negatives(images: pd.DataFrame, boxes: pd.DataFrame, share: float, se
 def canvas_precision(
     predictions: list[np.ndarray], ground_truth: list[np.ndarray], classes: Sequence[str]
 ) -> dict[str, float]:
-    """Return the average precision (AP, VOC 2010) of predicted boxes over all images, as `score`.
+    """Return the average precision (AP, VOC 2010) of predicted boxes over all images: a dict with the key `score`.
 
-    With several `classes`, the score is the mean over the classes that occur in the ground truth, and the result also has
-    each class's AP, NaN for a class without a true box. Both lists have one array per image, with one row per box: xmin,
-    ymin, xmax, ymax in canvas pixels, then in `predictions` the score, and last the index of the box's class.
+    With several `classes`, `score` is the mean AP of the classes that occur in the ground truth. The dict then also has the
+    AP of each class, keyed by the class; it is NaN for a class without ground-truth boxes. Both arguments are lists with one
+    array per image and one row per box. The columns are xmin, ymin, xmax, ymax in canvas pixels, then (only in
+    `predictions`) the score, and last the index of the box's class.
     """
     image, true_image = (
         np.repeat(np.arange(len(arrays)), [len(boxes) for boxes in arrays]) for arrays in (predictions, ground_truth)

@@ -49,7 +49,7 @@ def check_findings(
         if len(in_folds):
             raise ValueError(
                 f"{len(in_folds)} images in the split 'test' are in folds; the first is {in_folds.iloc[0]}. Make the folds "
-                "with make_folds, which leaves them out"
+                "with make_folds, which leaves test images out"
             )
     if not recipe.multi_label:
         classes = class_columns(labels, "labels")
@@ -63,10 +63,9 @@ def check_findings(
 
 
 def unseen_test_images(images: pd.DataFrame, train_images: pd.DataFrame, limit: int | None = None) -> pd.DataFrame:
-    """Return the rows of at most `limit` images in the split "test", without patients that the model is trained on.
+    """Return at most `limit` rows of `images` in the split "test", without patients who also have images in `train_images`.
 
-    Logs a warning if test images are dropped because their patient has an image in `train_images`. Returns no rows if
-    `images` has no column `split`.
+    Logs a warning if images are dropped because of their patient. Returns no rows if `images` has no column `split`.
     """
     if "split" not in images:
         return images.iloc[:0]
@@ -170,10 +169,10 @@ def findings_loss(
 class FindingsStrategy(Strategy):
     """Strategy that trains a classifier of single images on one fold. Its classes are the columns of the `labels` table.
 
-    Writes tables of predictions: `class_scores` for the validation fold; `test_scores` for images in the split "test", at
-    most `limit_validation`; and, with the task's `in_sample`, `training_scores` for the model's training images without
-    augmentation, as needed by FLANNEL's published ensemble. The bundle can be the starting weights of a study classifier or
-    a detector.
+    Writes predictions for the validation fold to the table `class_scores`, and predictions for at most `limit_validation`
+    images in the split "test" to `test_scores`. With the task's `in_sample`, it also writes predictions for the model's
+    training images, without augmentation, to `training_scores`; FLANNEL's published ensemble needs them. The bundle can be
+    the starting weights of a study classifier or a detector.
     """
 
     uses = ("lungs", "in_sample")
@@ -230,8 +229,7 @@ class FindingsStrategy(Strategy):
     def complete(self, device: torch.device) -> int:
         """Write the tables of predictions that the task requests and the run folder lacks.
 
-        Returns the number of images that were predicted for these tables without usable lungs, although the model uses
-        lungs.
+        Returns the number of predicted images in which no usable lungs were found; 0 if the model does not use lungs.
         """
         missing = [name for name in self.images_to_predict if not self._table_path(name).is_file()]
         if not missing:

@@ -265,7 +265,8 @@ def find_kept_epoch(history: list[dict[str, float]], recipe: TrainingRecipe) -> 
 def is_over(history: list[dict[str, float]], recipe: TrainingRecipe) -> bool:
     """Return whether training is over, because all epochs are done or the score has not risen for `patience` epochs.
 
-    `history` has one dict of metrics per completed epoch. With the recipe's `keep` "last", only the number of epochs counts.
+    `history` has one dict of metrics per completed epoch. If the recipe's `keep` is "last", training is over only when all
+    epochs are done.
     """
     if not history:
         return False

@@ -31,9 +31,10 @@ CPU = torch.device("cpu")
 def training_memory_gib(recipe: TrainingRecipe) -> float:
     """Estimate the GPU memory in GiB that one process needs to train a model with this recipe in mixed float16.
 
-    The estimate is SURCHARGE times the memory of the weights, gradients, optimiser states, moving average, and activations
-    that a batch's forward pass keeps for the backward pass. Stages that the recipe unfreezes later count as trainable. Only
-    the shapes of tensors are computed, not their values, so the estimate takes a second or two and needs no GPU.
+    The estimate is the memory of the weights, gradients, optimiser states, moving average, and activations that a batch's
+    forward pass keeps for the backward pass, plus 10 % (SURCHARGE). Stages that the recipe unfreezes later count as
+    trainable. Only the shapes of tensors are computed, not their values, so the estimate takes a second or two and needs no
+    GPU.
     """
     # Imported here, because training does not need this private class, which torch may move.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,7 +105,7 @@ class _TrainingForward(nn.Module):
 
 @contextmanager
 def explaining_memory(recipe: TrainingRecipe) -> Iterator[None]:
-    """Context manager that raises TrainingError, which says what to change, if its block runs out of memory."""
+    """Context manager: if its block runs out of memory, raises a TrainingError that says what to change in the recipe."""
     try:
         yield
     except RuntimeError as error:

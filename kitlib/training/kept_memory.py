@@ -18,9 +18,9 @@ CGROUPS = Path("/sys/fs/cgroup")
 def available_memory(own_cgroup: Path = Path("/proc/self/cgroup"), cgroups: Path = CGROUPS) -> int:
     """Return the number of bytes that this process can still allocate on this machine or in its container.
 
-    This is the smallest of the machine's available memory and the free memory of each control group (version 1 or 2) that
-    limits the process, including parent groups. Cached file contents that the system can drop count as free. `own_cgroup`
-    is the file that lists the process's groups, and `cgroups` the folder of all groups.
+    This is the minimum of the machine's available memory and of the free memory in each control group (cgroup, version 1 or
+    2) that limits the process, including parent groups. Cached file contents that the system can drop count as free.
+    `own_cgroup` is the file that lists the process's groups; `cgroups` is the folder with the files of all groups.
     """
     return max(0, min([psutil.virtual_memory().available, *_free_in_cgroups(own_cgroup, cgroups)]))
 
@@ -50,8 +50,8 @@ def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
 class KeptMemory:
     """Memory budget for the canvases (resized images) that this process's data sets keep in memory.
 
-    All training processes together may use SHARE of the free memory, each an equal part. `available` is a function that
-    returns the number of free bytes. `folds_at_once` is the number of folds that train at the same time.
+    All training processes together may use half (SHARE) of the free memory, each an equal part. `available` is a function
+    that returns the number of free bytes. `folds_at_once` is the number of folds that train at the same time.
     """
 
     def __init__(self, available: Callable[[], int] = available_memory) -> None:

@@ -79,10 +79,10 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
     """Return the optimiser of a recipe (SGD with Nesterov momentum, Adam or AdamW) for the parameters of `model`.
 
     The optimiser gets the parameters that require gradients; biases and normalisation layers get no weight decay. A network
-    may have a method `rates()`, which returns a dict from prefixes of parameter names to factors of the recipe's learning
-    rate; the longest matching prefix is used. Parameters with such a prefix are included even while they are frozen, so that
-    they can be unfrozen later. Raises ValueError if a prefix matches no parameter, or if the network has no parameter to
-    train.
+    may have a method `rates()`, which returns a dict from prefixes of parameter names to factors. The recipe's learning rate
+    is multiplied by the factor of a parameter's longest matching prefix. Parameters with such a prefix are included even
+    while they are frozen, so that they can be unfrozen later. Raises ValueError if a prefix matches no parameter, or if the
+    network has no parameter to train.
     """
     rates: dict[str, float] = getattr(model, "rates", dict)()
     unmatched_prefixes = set(rates)
@@ -95,7 +95,8 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
             decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
             groups.setdefault((recipe.learning_rate * rate, decay), []).append(parameter)
     if unmatched_prefixes or not groups:
-        missing = " or ".join(sorted(unmatched_prefixes)) or "that is not frozen"
+        prefixes = " or ".join(sorted(unmatched_prefixes))
+        missing = f"whose name starts with {prefixes}" if prefixes else "that is not frozen"
         raise ValueError(f"{type(model).__name__} has no parameter {missing}")
     parameter_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
@@ -109,11 +110,13 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
 def learning_rate_factor(step: int, steps: int, recipe: TrainingRecipe) -> float:
     """Return the factor (0..1) by which the recipe's learning rate is multiplied at optimiser step `step` (from 0).
 
-    `steps` is the number of optimiser steps in all epochs. The schedule "cosine" rises linearly over `warmup_epochs`, then
-    falls as 0.5 (1 + cos(pi t / T)) 0.95 + 0.05 (Heidelberg report, eq. 1). If schedule_every is 0, t is the number of steps
-    since the warm-up and T the number of all steps after it, so that the factor falls to 0.05. If schedule_every is e > 0, t
-    is the number of epochs since the start of training, divided by e and rounded down, and T is the number of epochs: with
-    the published e = 2, training ends at t of about T / 2 and a factor of about 0.525; with e = 1, it ends at t = T - 1.
+    `steps` is the number of optimiser steps in all epochs. With the schedule "cosine", the factor rises linearly over
+    `warmup_epochs`, then it is 0.5 (1 + cos(pi t / T)) 0.95 + 0.05 (Heidelberg report, eq. 1). The recipe's schedule_every
+    determines t and T:
+
+    - 0: t is the number of steps since the warm-up, and T is the number of all steps after it. The factor falls to 0.05.
+    - e > 0: t is the number of epochs since the start of training, divided by e and rounded down, and T is the number of all
+      epochs. With the published e = 2, t ends at about T / 2 and the factor at about 0.525; with e = 1, t ends at T - 1.
 
     With the schedule "step", the factor is step_factor to the power of the number of milestones (in epochs) passed.
     """
@@ -170,11 +173,11 @@ def fit(
     epochs.
 
     After each epoch `run_folder/checkpoints` contains last.ckpt, from which a later call resumes, and best.safetensors, the
-    weights of the epoch to keep. An epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with
-    the same number of threads, resumed training equals uninterrupted training bit for bit. The optimiser steps after every
-    `batches_per_step(recipe)` batches, and at the end of an epoch even after fewer batches; the gradient is then
-    proportionally smaller. Raises SessionOver, after writing the checkpoint, if another epoch would not end before
-    `deadline`.
+    weights of the epoch to keep. If another epoch would not end before `deadline`, raises SessionOver; last.ckpt is then
+    complete. An epoch's random numbers depend on `seed` and the epoch number alone: on a CPU, with the same number of
+    threads, resumed training equals uninterrupted training bit for bit. The optimiser steps after every
+    `batches_per_step(recipe)` batches, and after an epoch's last batch. If fewer batches are left for the last step of an
+    epoch, its gradient is proportionally smaller.
 
     If several processes train together (kitlib.training.data_parallel), each calls this function with its share of the
     batches; only the first process writes files and loads the kept weights.

@@ -51,8 +51,8 @@ def with_masks(images: pd.DataFrame, folds: pd.DataFrame, masks: MaskStore) -> t
 def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> None:
     """Raise ValueError if an image in `other` has the same image_id or patient_id as an image in `home`.
 
-    `home` is the `images` table of the training set. `other` is that of another data set, used for evaluation; `name` is
-    the name of the other data set's run, used in messages.
+    `home` is the `images` table of the training set, `other` the `images` table of a data set for evaluation. `name` is the
+    name of the run that prepared `other`; it is used in messages.
     """
     for column in ("image_id", "patient_id"):
         shared = other.loc[other[column].isin(home[column]), column]
@@ -177,9 +177,9 @@ class SegmenterStrategy(Strategy):
     def start(self, model: Segmenter) -> str:
         """Load the recipe's `starting_weights` into `model`, and return a text that says what was loaded.
 
-        `starting_weights` is the bundle of a segmenter with the same network. For an albunet it may also be a classifier
-        with the backbone resnet34, or a file of weights; then only the encoder is loaded. Returns "from scratch" if the
-        recipe has none. Raises BundleError if the weights do not fit.
+        `starting_weights` is the bundle of a segmenter with the same network. If the network is an albunet, it may also be
+        the bundle of a classifier with the backbone resnet34, or a file of weights; then only the encoder is loaded. Returns
+        "from scratch" if `starting_weights` is empty. Raises BundleError if the weights do not fit.
         """
         name = self.recipe.starting_weights
         if not name:

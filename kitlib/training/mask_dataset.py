@@ -59,9 +59,11 @@ class MaskDataset(Examples):
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
 
     def sampler(self, seed: int) -> EpochSampler:
-        """Return the sampler of training examples: a PositivesSampler if the recipe has `positives`, else an EpochSampler.
+        """Return the sampler that yields the keys of the training examples.
 
-        With `positives`, raises MaskError if all images have the recipe's structure, or none of them.
+        It is an EpochSampler, which draws all images alike, or, if the recipe's `positives` is not empty, a
+        PositivesSampler, which draws a given share of images that show the recipe's structure. In the latter case, raises
+        MaskError if all images show the structure or if none does.
         """
         if not self.positives:
             return super().sampler(seed)
@@ -69,8 +71,8 @@ class MaskDataset(Examples):
         has = np.array([(self.masks.read(image_id) == MASK_CODES[name]).any() for image_id in self.image_ids])
         if has.all() or not has.any():
             raise MaskError(
-                f"{'all' if has.all() else 'none'} of the {len(self)} training images have a {name}; prepare images of both "
-                'kinds, or set overrides {"positives": []}, which trains on all images alike'
+                f"{'all' if has.all() else 'none'} of the {len(self)} training images show a {name}; prepare images with "
+                'it and without it, or set overrides {"positives": []}, which trains on all images alike'
             )
         return PositivesSampler(has, self.positives, self.recipe.epochs, seed)
 
@@ -91,12 +93,12 @@ class MaskDataset(Examples):
 
 
 class PositivesSampler(EpochSampler):
-    """Sampler of the keys (epoch, index) of training examples, of which a given share shows a structure.
+    """Sampler of the keys (epoch, index) of training examples; a given share of the drawn images shows a structure.
 
-    `has_structure`, bool (n,), is True for images with the structure. `shares` are the shares in the first and the last of
-    `epochs` epochs; in between, the share changes linearly. All epochs have the same length: at the lower share, an epoch
-    contains each image with the structure once. Within an epoch, the images with the structure are drawn equally often, up
-    to a difference of one; so are the images without it.
+    `has_structure`, bool (n,), is True for images with the structure. `shares` are the shares of such images in the first
+    and the last of `epochs` epochs; in between, the share changes linearly. All epochs have the same length: at the lower
+    share, an epoch contains each image with the structure once. Within an epoch, the images with the structure are drawn
+    equally often, up to a difference of one; so are the images without it.
     """
 
     def __init__(self, has_structure: np.ndarray, shares: tuple[float, ...], epochs: int, seed: int) -> None:
@@ -119,11 +121,11 @@ def _draw(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
 def truth_on_canvas(codes: np.ndarray, place: Placement, recipe: SegmenterRecipe, xray: CachedXray) -> np.ndarray:
     """Return the mask of a cached X-ray on the recipe's canvas, uint8 (side, side): 0 for background, k for structure k.
 
-    `codes` is the mask of the cached image, with values of MASK_CODES; `place` is the image's placement on the canvas.
-    Structures are numbered from 1 in the recipe's order. Each structure is resized as a mask 0..255, with area interpolation
-    if it shrinks, and thresholded at one half; where structures overlap, the later one is used. The structure "lungs"
-    includes both sides. Raises MaskError if `codes` and the cached image differ in size, or if the recipe distinguishes the
-    left and right lung but the mask does not.
+    `codes` is the mask in the size of the cached image: 0 for background, otherwise a code of MASK_CODES. `place` is the
+    image's placement on the canvas. Structures are numbered from 1 in the recipe's order. Each structure is resized as a
+    mask 0..255, with area interpolation if it shrinks, and thresholded at one half. Where structures overlap, the pixel
+    belongs to the last of them. The structure "lungs" includes both lungs. Raises MaskError if `codes` and the cached image
+    differ in size, or if the recipe distinguishes the left and right lung but the mask does not.
     """
     if codes.shape != xray.pixels.shape:
         raise MaskError(

@@ -24,11 +24,11 @@ NOT_NESTED = -1  # value of the column `outer` if no outer fold was held out
 class NestedScores:
     """Predictions of all models that a nested cross-validation has trained with one recipe, in three tables.
 
-    `nested` is a `nested_scores` table with the predictions of every model. `judged`, for evaluation, is a `class_scores`
-    table with one row per image: the mean prediction of the models that were trained without the image's outer fold. Its
-    column `fold` is the outer fold. If no outer fold was held out, `judged` has the out-of-fold predictions. `test` is a
-    `class_scores` table for the images in the split "test", with one row per image and fold: the mean prediction of the
-    fold's models over all outer folds.
+    `nested` is a `nested_scores` table with the predictions of every model. `judged` is a `class_scores` table for
+    evaluation with one row per image: the mean prediction of the models that were trained without the image's outer fold,
+    which is in the column `fold`. If no outer fold was held out, `judged` has the usual out-of-fold predictions instead.
+    `test` is a `class_scores` table for the images in the split "test". It has one row per image and inner fold: the mean
+    prediction of the models with this inner fold, one for each outer fold.
     """
 
     nested: pd.DataFrame
@@ -37,10 +37,10 @@ class NestedScores:
 
 
 def hold_out(tables: Mapping[str, pd.DataFrame], outer: int) -> dict[str, pd.DataFrame]:
-    """Return the tables of a prepared run in which the images of fold `outer` are moved to the split "test".
+    """Return the tables of a prepared run after the images of fold `outer` have been moved to the split "test".
 
-    Their rows are removed from the `folds` table, and their `split` in the `images` table is "test". Raises ValueError if
-    `outer` is not one of the folds, or if it is the only fold.
+    The rows of these images are removed from the `folds` table, and their `split` in the `images` table is "test". Raises
+    ValueError if `outer` is not one of the folds, or if it is the only fold.
     """
     images, folds = tables["images"], tables["folds"]
     held_out_ids = folds.id[folds.fold == outer]
@@ -63,10 +63,10 @@ def train_nested(
     """Train all models of a nested cross-validation; return a dict from each outer fold to the results of its models.
 
     For each outer fold k and each other fold n in `folds`, one model is trained on the images outside of both folds, in the
-    folder `run`/outer<k>/fold<n>. If `outer_folds` is empty, the folders are `run`/fold<n>, and the dict's only key is
-    NOT_NESTED. For `at_once`, `processes` and the results see `train_folds`. If the end of the session stops a fold, no
-    further outer fold is started. Raises ValueError, before any training, if a fold is not in the tables, or if an outer
-    fold leaves no other fold.
+    folder `run`/outer<k>/fold<n>. If `outer_folds` is empty, no fold is held out: the folders are `run`/fold<n>, and the
+    dict's only key is -1 (NOT_NESTED). `at_once`, `processes` and the results are those of `train_folds`. If the end of the
+    session stops a fold, no further outer fold is started. Raises ValueError, before any training, if a fold is not in the
+    tables, or if `folds` contains no fold except the outer fold.
     """
     folds, outer_folds = list(folds), list(outer_folds)
     available = set(task.tables["folds"].fold)
@@ -74,7 +74,8 @@ def train_nested(
         raise ValueError(f"folds {unknown} are not in the prepared run, which has {sorted(available)}; remove them")
     if without_inner := [outer for outer in outer_folds if not set(folds) - {outer}]:
         raise ValueError(
-            f"outer folds {without_inner} leave none of the folds {folds} to validate on; add other folds to `folds`"
+            f"if outer fold {without_inner[0]} is held out, none of the folds {folds} is left to validate on; add other "
+            "folds to `folds`"
         )
     if not outer_folds:
         return {NOT_NESTED: train_folds(task, folds, run, at_once, processes, train=train)}

@@ -22,12 +22,14 @@ from kitlib.xrays.cache import CachedXray, DecodedXrays
 class PatchDataset(Examples):
     """Data set of lung patches: one example per row of `images`, in the same order.
 
-    With `augment`, examples are for training: dicts with the same keys as those of `XrayDataset`, without boxes and with an
-    unknown (NaN) `none`. `pixels`, uint8 (side, side), is one lung patch; its centre and its augmentation depend on `seed`
-    and the key (epoch, index) alone. Without `augment`, examples are for validation: dicts with `label`, `index`, `canvas`,
-    uint8 (side, side), the image on the recipe's canvas, black outside the lungs, and `centres`, int64 (k, 2), one row per
-    patch: the row and the column of its centre on the canvas. Centres depend on the image_id alone; k is the recipe's
-    `validation_patches`.
+    With `augment`, examples are for training: dicts with the keys of an `XrayDataset` example. `pixels`, uint8 (side, side),
+    is one lung patch, `none` is NaN (unknown), and there are no boxes. The patch's centre and its augmentation depend on
+    `seed` and the key (epoch, index) alone.
+
+    Without `augment`, examples are for validation: dicts with `label`, `index`, `canvas` and `centres`. `canvas`, uint8
+    (side, side), is the image on the recipe's canvas, black outside the lungs. `centres`, int64 (k, 2), has the row and the
+    column of each patch's centre on the canvas; k is the recipe's `validation_patches`. Centres depend on the image_id
+    alone.
 
     The argument `boxes` is ignored; it exists for compatibility with `XrayDataset`. An image without usable lungs is used as
     a single patch (see `kitlib.models.patches.patch_canvas`); `lungs_missed` counts such images.

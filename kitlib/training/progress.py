@@ -21,7 +21,7 @@ class Progress:
         self.title, self.epochs, self.curves, self.latest = title, epochs, curves, time.monotonic()
 
     def log_batch(self, epoch: int, batch: int, batches: int) -> None:
-        """Log that a batch is done, unless another line was logged less than BETWEEN_LINES_S seconds ago.
+        """Log that a batch is done, unless another line was logged less than a minute ago.
 
         `epoch` and `batch` are numbers from 1, `batches` is the number of batches per epoch.
         """

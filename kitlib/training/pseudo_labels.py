@@ -87,13 +87,15 @@ def seen_by(
     groups: pd.DataFrame | None = None,
     extra: Iterable[pd.DataFrame] = (),
 ) -> pd.DataFrame:
-    """Return a table of the images in `images` that a model must not predict, with the columns image_id, model and fold.
+    """Find the images that each model must not predict; return a table with the columns image_id, model and fold.
 
-    The table has one row for each image and each model that must not predict it. `models` has one row per model, with the
-    columns model and fold. A model was trained on the images in `trained` whose fold in the `folds` table is not the model's
-    fold, and on all images in the `images` tables `extra`. It must not predict its training images, images with the study,
-    patient or near-duplicate group of a training image (`groups` has the columns image_id and group), or images with the
-    study or patient of another image that it must not predict.
+    The table has one row for each image in `images` and each model that must not predict it. `models` has one row per model,
+    with the columns model and fold. A model was trained on all images in `extra` (`images` tables), and on the images in
+    `trained` that the table `folds` assigns to another fold than the model's. The model must not predict an image if
+
+    - it was trained on this image, or on another image of its study or patient
+    - it was trained on a near-duplicate: an image of the same group in `groups` (columns image_id and group)
+    - it must not predict another image of the same study or patient
     """
     fold_of = trained["image_id"].map(folds.set_index("id")["fold"])
     group = None if groups is None else groups.set_index("image_id")["group"]
@@ -138,8 +140,8 @@ def predict_unseen(
             )
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
-                f"{row.bundle} needs the lungs of {'another segmenter or clean-up' if lungs else 'a segmenter'}; set "
-                "lungs_run to the run of notebook 14 that it was trained with"
+                f"{row.bundle} {'was trained with lungs of another segmenter or clean-up' if lungs else 'needs lung masks'}"
+                "; set lungs_run to the run of notebook 14 that it was trained with"
             )
         seen_ids = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
         unseen = [image_id for image_id in images["image_id"] if image_id not in seen_ids]
@@ -178,9 +180,9 @@ def pseudo_labels(
     """Fuse the predictions of several models for `images` into pseudo-labels, with the fusion settings `settings`.
 
     Predictions for the pairs of image and model in `seen` (see `seen_by`) are ignored, and images without other predictions
-    get no pseudo-label. Fused boxes with a score of at least `kept` become boxes of the image. An image is `unsure`, which
-    excludes it from training a detector, if no detector has predicted it, or if its highest box score is at least `low` and
-    less than `high`. Scores are compared after fusion, which includes calibration if `settings` calibrates the detectors.
+    get no pseudo-label. Fused boxes with a score of at least `kept` become boxes of the image. An image is `unsure` if no
+    detector has predicted it, or if its highest box score is at least `low` and less than `high`; a detector is not trained
+    on unsure images. The thresholds are for scores after fusion, which calibrates the detectors if `settings` says so.
 
     Raises ValueError unless 0 <= low <= kept <= high <= 1.
     """
@@ -216,7 +218,7 @@ def pseudo_labels(
 
 
 def _drop_seen(table: pd.DataFrame, seen: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a table of predictions that are for `images` and not for a pair of image and model in `seen`."""
+    """Return the rows of `table` (predictions) for images in `images`, without the pairs of image and model in `seen`."""
     key = ["image_id", *MODEL]
     is_seen = pd.MultiIndex.from_frame(table[key]).isin(pd.MultiIndex.from_frame(seen[key]))
     return table[~is_seen & table["image_id"].isin(images["image_id"])].reset_index(drop=True)

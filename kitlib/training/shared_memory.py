@@ -34,8 +34,8 @@ def free_shared_memory() -> float:
 def suitable_workers() -> int:
     """Return the number of worker processes that should load batches for this process: 0 without a GPU.
 
-    With a GPU, the cores are divided equally among all processes of all folds that train at once. Each gets at least 1 and
-    at most MOST_WORKERS workers, because MOST_WORKERS load images faster than a GPU can train on them.
+    With a GPU, the cores are divided equally among all processes of all folds that train at once. Each process gets at least
+    1 and at most 8 (MOST_WORKERS) workers, because 8 load images faster than a GPU can train on them.
     """
     if not torch.cuda.is_available():
         return 0
@@ -44,11 +44,12 @@ def suitable_workers() -> int:
 
 
 def workers_that_fit(workers: int, bytes_per_worker: int, free_bytes: Callable[[], float] = free_shared_memory) -> int:
-    """Return `workers`, or a smaller number, with a warning, if the batches that they prefetch do not fit into /dev/shm.
+    """Return `workers`, or, with a warning, the smaller number of workers whose batches fit into /dev/shm.
 
-    With fewer workers, training has the same result but takes longer. Workers whose batches do not fit would be killed, or
-    keep training waiting for BATCH_TIMEOUT_S. `bytes_per_worker` is the size of the batches that each worker prefetches.
-    Folds that train side by side also use /dev/shm, but this function counts only one fold.
+    `bytes_per_worker` is the size of the batches that each worker prefetches. With fewer workers, training has the same
+    result but takes longer. Workers whose batches do not fit would be killed, or training would wait 10 minutes
+    (BATCH_TIMEOUT_S) for them and fail. Folds that train side by side also use /dev/shm, but this function counts only one
+    fold.
     """
     needed, free = workers * bytes_per_worker, free_bytes() if workers else math.inf
     if needed <= free:

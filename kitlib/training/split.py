@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def leave_out_rejected(tables: Mapping[str, pd.DataFrame], lungs: StoredLungs | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Drop images whose lungs were rejected; return the remaining rows of the `folds` table, and a table of counts.
+    """Drop images without usable lungs; return the remaining rows of the `folds` table, and a table of counts.
 
-    A model would see these images unmasked among masked ones; if one class has more of them, this gives the class away. The
-    counts have one row per class and a row "all", with the columns class, images and dropped. `tables` are the tables of a
-    prepared run. Raises ValueError if `lungs` is None.
+    Such images cannot be masked, so a model would see them unmasked among masked images. If one class has more of them, this
+    gives the class away. The counts have one row per class and a row "all", with the columns class, images and dropped.
+    `tables` are the tables of a prepared run. Raises ValueError if `lungs` is None.
     """
     if lungs is None:
         raise ValueError("drop_rejected requires lungs_run, the run of notebook 14 that judged the lungs")
@@ -42,9 +42,9 @@ def split(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return two `images` tables: the training images (all folds but `fold`) and the validation images (`fold`).
 
-    Neither table has images without a fold or images marked `false_none`. `limit_train` and `limit_validation` cap the
-    number of images in the tables: patients are drawn at random with `seed`, each with all of their images. Raises
-    ValueError if the folds contain images that are not in `images`, or if either table is empty.
+    Images without a fold, and images that no annotator looked at (`false_none`), are in neither table. `limit_train` and
+    `limit_validation` cap the number of images in the tables: patients are drawn at random with `seed`, each with all of
+    their images. Raises ValueError if the folds contain images that are not in `images`, or if either table is empty.
     """
     images_by_id = images.set_index("image_id", drop=False)
     missing = folds.loc[~folds.id.isin(images_by_id.index), "id"]
@@ -75,11 +75,11 @@ def with_extra(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, DecodedXrays]:
     """Add the images in `extra` to the training images; return tables of images, labels and boxes, and a cache.
 
-    The tables contain the rows of both kinds of image, and the cache reads both. Extra images marked `false_none` are left
-    out. The classes are the columns of `labels`; if the extra labels lack a class, it is NaN (unknown) for the extra images.
-    If `extra` is None, returns `train_images`, `labels`, `boxes` and `cache` unchanged. Raises ValueError if no extra image
-    remains, or if extra images share an image_id, study_id or patient_id with validation images, or an image_id or study_id
-    with training images.
+    The tables and the cache contain the training images and the extra images. Extra images that no annotator looked at
+    (`false_none`) are left out. The classes are the columns of `labels`; if the extra labels lack a class, it is NaN
+    (unknown) for the extra images. If `extra` is None, returns `train_images`, `labels`, `boxes` and `cache` unchanged.
+    Raises ValueError if no extra image remains, if an extra image has the image_id, study_id or patient_id of a validation
+    image, or if it has the image_id or study_id of a training image.
     """
     if extra is None:
         return train_images, labels, boxes, cache

@@ -123,7 +123,7 @@ class Strategy(ABC):
     def complete(self, device: torch.device) -> int:
         """Write the predictions that the task requests and a finished run lacks; the base class has nothing to write.
 
-        Returns the number of images that were predicted without usable lungs, although the model uses lungs.
+        Returns the number of predicted images in which no usable lungs were found; 0 if the model does not use lungs.
         """
         return 0
 
@@ -154,7 +154,7 @@ def check_classes_differ(task: Task, images: pd.DataFrame, labels: pd.DataFrame)
     limit = f", or raise limit_train, which is {task.limit_train}" if task.limit_train is not None else ""
     raise DatasetError(
         f"{task.model_name}: all {len(images)} training images have the same labels ({always}), so there is nothing to "
-        f"learn, and any accuracy would be 1.0; in notebook 10, add images of another class (pool){limit}"
+        f"learn, and any accuracy would be 1.0; in notebook 10, add images of another class with `pool`{limit}"
     )
 
 

@@ -61,11 +61,12 @@ def validation_scores(
     """Return a dict with the average precision (AP) of each of a study classifier's outputs, and `score`, the mean AP.
 
     `probabilities` is an array (n, 5), one row per image: the four study classes, then `none`. `study_ids` (n,) has each
-    image's study, `study` (n, 4) and `none` (n,) have the labels, NaN if unknown. AP (VOC 2010, as in the competition) of a
-    study class is computed over studies, with the mean probability of a study's images; AP of `none` is computed over
-    images. If `outputs` is "study" or "none" instead of "both", only the study classes or only `none` are scored. The AP of
-    a class without positives is NaN and left out of the mean; if all are NaN, `score` is NaN. The dict also
-    has CALL_METRICS for the most probable class of each study, as in figure 17 of the Heidelberg report.
+    image's study. `study` (n, 4) and `none` (n,) have the labels, NaN if unknown. The AP (VOC 2010, as in the competition)
+    of a study class is computed over studies, with the mean probability of a study's images; the AP of `none` is computed
+    over images. If `outputs` is "study" or "none" instead of "both", only the study classes or only `none` are scored. A
+    class that does not occur has an AP of NaN, which is left out of the mean; if all are NaN, `score` is NaN. If study
+    classes are scored, the dict also has accuracy, precision, recall and f1 of the most probable class of each study, as in
+    figure 17 of the Heidelberg report.
     """
     scores, calls = {}, {}
     if outputs != "none":

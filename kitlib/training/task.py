@@ -56,7 +56,8 @@ class Task:
     def checked(self) -> "Task":
         """Return a copy of the task whose tables have been checked and converted by `kitlib.tables.check_table`.
 
-        Raises ValueError if `workers` is below -1 or the tables are not exactly TABLES; TableError if a table is invalid.
+        Raises ValueError if `workers` is below -1, or if the keys of `tables` are not images, labels, boxes and folds;
+        TableError if a table is invalid.
         """
         if self.workers < -1:
             raise ValueError(f"workers is {self.workers}; expected -1 or more")

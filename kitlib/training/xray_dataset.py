@@ -58,11 +58,10 @@ class XrayDataset(Examples):
     alone, in any process, so that resumed training uses the same examples as uninterrupted training.
 
     If the recipe's `trained_on` is "lungs", images are cropped to the frame of the lungs. If it is "either", `seed` and the
-    key (epoch, index) decide whether an image is cropped; with a plain index, as in validation, it is never cropped. A
-    `masked` recipe blackens everything outside the lungs' mask; the probe "outside_lungs" blackens everything inside (see
-    kitlib.lungs.canvas). The argument `lungs` is a finder, which is used only by recipes whose field `lungs` is "masks" (see
-    kitlib.lungs.crop). If no lungs or no required mask are found, an image is used whole and unmasked; `lungs_missed` counts
-    such images.
+    key (epoch, index) decide whether an image is cropped; with a plain index, as in validation, it is never cropped. If the
+    recipe's `masked` is true, pixels outside the lung mask are black. If its `probe` is "outside_lungs", the lungs are black
+    instead. `lungs` is an object that finds the lungs; it is used only if the recipe's `lungs` is "masks" (see
+    kitlib.lungs.crop). An image without usable lungs is used whole and unmasked; `lungs_missed` counts such images.
 
     If the recipe's `canvas` is larger than its `image_size`, a square of `image_size` pixels a side is cropped from the
     larger canvas: with `augment` a random square, otherwise the middle. The larger canvas is kept in memory.
@@ -163,7 +162,7 @@ class XrayDataset(Examples):
         return pixels, place
 
     def _placement(self, kind: str, lungs: Lungs, rows: int, columns: int) -> Placement:
-        """Return the placement on the canvas of an image or, if `kind` is "lungs", of its lungs' frame."""
+        """Return the placement of an image on the canvas; if `kind` is "lungs", the image is cropped to the lungs' frame."""
         return crop(self.make_placement, lungs.frame if kind == "lungs" else None, rows, columns, self.canvas.whole)
 
     def _find_lungs(self, index: int, xray: CachedXray) -> Lungs:
@@ -260,8 +259,8 @@ def batches(
     """Return a data loader for a data set. Batches are made by `collate_fn` (default: `collate`).
 
     With `shuffle`, each epoch has a new random order, and an incomplete last batch is dropped. If n processes train
-    together, the process with rank r gets every n-th example, starting at r: with `shuffle` of each batch, otherwise of the
-    data set. A batch that does not arrive from the `workers` within BATCH_TIMEOUT_S seconds raises RuntimeError.
+    together, the process with rank r gets the examples r, r + n, r + 2n, ...: with `shuffle`, of each batch; without, of the
+    data set. If the `workers` do not deliver a batch within 10 minutes (BATCH_TIMEOUT_S), the loader raises RuntimeError.
     """
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:

@@ -80,7 +80,7 @@ class Canvases(YOLODataset):
         }
 
     def example(self, index: int) -> dict[str, Any]:
-        """Return an example of the `XrayDataset`: with `augment`, the one for the current epoch."""
+        """Return example `index` of the `XrayDataset`; with `augment`, its version for the current epoch."""
         key = (self.epoch, index) if self.augment else index
         if self.latest[0] != key:
             self.latest = key, self.examples[key]
@@ -166,15 +166,15 @@ class Trainer(DetectionTrainer):
         return Canvases(self.examples[mode], mode == "train", self.args)
 
     def get_dataloader(self, *arguments: Any, **options: Any) -> DataLoader:
-        """Return ultralytics' data loader, with a time limit of BATCH_TIMEOUT_S seconds for each batch."""
+        """Return ultralytics' data loader, with a time limit of 10 minutes (BATCH_TIMEOUT_S) for each batch."""
         loader = super().get_dataloader(*arguments, **options)
         loader.timeout = BATCH_TIMEOUT_S if loader.num_workers else 0
         return loader
 
     def validate(self) -> tuple[dict[str, float], float]:
-        """Validate the moving average; return the scores of the classes and the score on the validation images.
+        """Validate the moving average of the network; return a dict with the AP of each class, and the score.
 
-        ultralytics expects a dict of metrics and the fitness, a number that decides the best epoch.
+        The dict is empty if there is one class. ultralytics calls the score fitness; it decides the best epoch.
         """
         average = YoloDetector(self.detector.recipe, self.detector.classes, self.ema.ema)
         predictions, ground_truth = [], []

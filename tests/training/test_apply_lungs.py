@@ -147,7 +147,7 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(run, small,
 
 
 def test_the_published_least_area_is_only_for_dilated_masks(small, bundle, tmp_path, caplog):
-    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* here are 0 dilations .* set least_area"):
+    with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* the recipe has 0 dilations .* set least_area"):
         applied(small, bundle, tmp_path, clean_up=PUBLISHED_CLEAN_UP | {"dilations": 0})
     applied(small, bundle, tmp_path / "old", clean_up=PUBLISHED_CLEAN_UP)  # as in the bundles of a resunet until clean-up 2
     assert "but its network is resunet" in caplog.text

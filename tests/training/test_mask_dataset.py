@@ -368,7 +368,7 @@ def test_training_on_a_sparse_structure_needs_images_of_both_kinds(tmp_path):
     assert [int(dataset[index]["truth"].any()) for index in range(8)] == [0, 1, 0, 1, 0, 0, 0, 0]
     for rows, which in ((slice(4, 8), "none"), ([1, 3], "all")):
         part = MaskDataset(small.images.iloc[rows], small, small.masks, SPARSE)
-        with pytest.raises(MaskError, match=f"{which} of the . training images have a pneumothorax; prepare images of both"):
+        with pytest.raises(MaskError, match=f"{which} of the . training images show a pneumothorax; prepare images with"):
             part.sampler(0)
         everything = MaskDataset(small.images.iloc[rows], small, small.masks, override(SPARSE, positives=[]))
         assert len(everything.sampler(0)) == len(part)

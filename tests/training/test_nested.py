@@ -75,7 +75,7 @@ def test_an_unknown_outer_fold_is_an_error_that_lists_the_folds(outer):
     [
         ([0, 1, 2, 3], [], r"folds \[3\] are not in the prepared run, which has \[0, 1, 2\]"),
         ([0, 1, 2], [0, 5], r"folds \[5\] are not in the prepared run"),
-        ([1], [0, 1], r"outer folds \[1\] leave none of the folds \[1\] to validate on"),
+        ([1], [0, 1], r"if outer fold 1 is held out, none of the folds \[1\] is left to validate on"),
     ],
 )
 def test_unknown_folds_are_refused_before_any_training(tmp_path, folds, outer_folds, message):

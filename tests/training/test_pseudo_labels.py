@@ -224,10 +224,10 @@ def test_models_of_a_segmenters_lungs_require_them_and_others_do_not(tmp_path, c
         save_bundle(tmp_path / name, network.state_dict(), record | changes)
     models = pd.DataFrame({"model": ["crops", "whole"], "fold": 0, "bundle": [tmp_path / "crops", tmp_path / "whole"]})
     images, seen = small.images, empty_table("coverage")
-    with pytest.raises(ValueError, match=r"crops needs the lungs of a segmenter; set lungs_run"):
+    with pytest.raises(ValueError, match=r"crops needs lung masks; set lungs_run"):
         predict_unseen(models, images, small, seen)
     other = models.head(1).assign(model="other", bundle=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other needs the lungs of another segmenter or clean-up; set lungs_run"):
+    with pytest.raises(ValueError, match=r"other was trained with lungs of another segmenter or clean-up; set lungs_run"):
         predict_unseen(other, images, small, seen, lungs=lungs)
     assert len(predict_unseen(models.tail(1), images, small, seen).probabilities) == 8
     with caplog.at_level("INFO"):
