@@ -308,7 +308,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
     for keys, message in (
         (
             {"runs": [crops]},
-            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` is empty; set it to the run",
+            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` is empty; set `lungs` to the run",
         ),
         (
             {"runs": [crops], "lungs": other},
