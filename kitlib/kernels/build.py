@@ -162,8 +162,8 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
     """Write the weights dataset to `folder`: one subfolder per bundle (trained model), and weights.json, which lists them.
 
-    weights.json lists the bundles in the order of the kernel's `runs`, the most valuable first. Keys of the kernel's YAML
-    file add more: `ensemble` the subfolder `ensemble`, `lungs` the subfolder `lungs`, `fusion` fusion.json.
+    weights.json lists the bundles in the order of the kernel's `runs`, the most valuable first. In the kernel's YAML file,
+    the key `ensemble` adds the subfolder `ensemble`, `lungs` adds the subfolder `lungs`, and `fusion` adds fusion.json.
     """
     folder.mkdir()
     manifest: list[dict[str, Any]] = []

@@ -49,7 +49,7 @@ class BuiltNotebook:
 
 
 def stand_in_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook with the packages in the folder `packages`, and its environment variables.
+    """Return two values: a command that runs the notebook with the packages in `packages`, and its environment variables.
 
     The command runs the notebook in a sandbox if this system has one.
     """
@@ -57,10 +57,11 @@ def stand_in_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str]
 
 
 def docker_command(notebook: BuiltNotebook, image: str, name: str, gpu: bool) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook in a Docker container called `name`, and its environment variables.
+    """Return two values: a command that runs the notebook in a Docker container, and its environment variables.
 
-    The container runs the Docker image `image`, has no network, and gets this machine's GPUs if `gpu` is True. The inputs
-    are mounted read-only. Raises KernelError if Docker is not installed or does not run, or if the image was not pulled.
+    The container is called `name`, runs the Docker image `image`, has no network, and gets this machine's GPUs if `gpu` is
+    True. The inputs are mounted read-only. Raises KernelError if Docker is not installed or does not run, or if the image
+    was not pulled.
     """
     if not shutil.which("docker"):
         raise KernelError(

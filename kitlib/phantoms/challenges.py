@@ -306,10 +306,7 @@ def _ranzcr_tables(written: Written) -> dict[str, Any]:
 
 
 def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
-    """Draw and write one image; return the run lengths of each of its pneumothoraces.
-
-    An image has no pneumothorax or one; one in five of the images with a pneumothorax has a second one.
-    """
+    """Draw and write one image; return the run lengths of each pneumothorax in it: a list of none, one or two texts."""
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     sides = rng.permutation([-1, 1])[: 1 + int(rng.random() < 0.2)] if image.shows else ()
