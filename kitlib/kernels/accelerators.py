@@ -1,4 +1,4 @@
-"""Kaggle's accelerators, by the names that its client uses for them."""
+"""The accelerators of Kaggle's sessions, such as GPUs: which ones a kernel can use, and why the others are refused."""
 
 # Name -> what a session gets. Only T4 x2 is offered everywhere; the others depend on the competition.
 GPUS = {

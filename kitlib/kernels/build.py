@@ -47,10 +47,11 @@ DATASET_BYTES = 200 * 10**9
 def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> dict[str, Path]:
     """Write `out`/kernel, `out`/wheels and, for a submission, `out`/weights; return the folders as {"kernel": path, ...}.
 
-    `wheels` are the wheel files to copy. The folders of an earlier build are replaced or removed; if anything fails, they
-    stay as they were. Raises KernelError for a parameter that the notebook does not have, a run without a bundle (its
-    trained model), a model trained with a different segmenter from the kernel's `lungs`, a wheel that Kaggle's image cannot
-    install, and a notebook or dataset above Kaggle's size limit. Raises BundleError for a damaged bundle.
+    `wheels` are the wheel files to copy. The folders of an earlier build are replaced; an earlier `out`/weights is removed
+    if the kernel makes no submission. If the build fails, all folders stay as they were. Raises KernelError for a parameter
+    that the notebook does not have, a run without a bundle (its trained model), a model trained with a different segmenter
+    from the kernel's `lungs`, a wheel that Kaggle's Docker image cannot install, and a notebook or dataset above Kaggle's
+    size limit. Raises BundleError for a damaged bundle.
     """
     out, wheels = Path(out), sorted(wheels)
     check_wheels(wheels, image_pins())
@@ -161,8 +162,8 @@ def _write_wheels(spec: KernelSpec, folder: Path, wheels: list[Path]) -> None:
 def _write_weights(spec: KernelSpec, folder: Path) -> None:
     """Write the weights dataset to `folder`: one subfolder per bundle (trained model), and weights.json, which lists them.
 
-    weights.json lists the bundles in the kernel's order, the most valuable first. The subfolders `ensemble` and `lungs` and
-    the file fusion.json are written if the kernel's YAML file has the keys `ensemble`, `lungs` and `fusion`.
+    weights.json lists the bundles in the order of the kernel's `runs`, the most valuable first. In the kernel's YAML file,
+    the key `ensemble` adds the subfolder `ensemble`, `lungs` adds the subfolder `lungs`, and `fusion` adds fusion.json.
     """
     folder.mkdir()
     manifest: list[dict[str, Any]] = []
@@ -183,8 +184,8 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if needs_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
                 f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` "
-                f"{'names a different segmenter or mask clean-up' if segmenter else 'is empty'}; set it to the run of "
-                "notebook 14 that was the parameter lungs_run of the model's training"
+                f"{'has a different segmenter or mask clean-up' if segmenter else 'is empty'}; set `lungs` to the run of "
+                "notebook 14 that the model's training used (its parameter lungs_run)"
             )
         kind = KINDS[family.answers]
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
@@ -206,7 +207,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
 
 
 def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> str:
-    """Copy the bundle of the kernel's `ensemble`; return the subfolder's name, or "" if the kernel has no ensemble.
+    """Copy the kernel's ensemble to a subfolder of `folder`; return the subfolder's name, "" if the kernel has no ensemble.
 
     Raises KernelError unless the ensemble combines exactly `study_models`, the kernel's models that predict study classes.
     """
@@ -232,14 +233,15 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
 
 
 def _write_lungs(spec: KernelSpec, folder: Path) -> str:
-    """Copy the bundle of the kernel's `lungs`; return the segmenter's digest, or "" if the kernel has no segmenter."""
+    """Copy the kernel's lung segmenter to `folder`/lungs; return the segmenter's digest, "" if the kernel has none."""
     bundle = spec.named_bundle("lungs")
     if bundle is None:
         return ""
     record = copy_bundle(bundle, folder / "lungs")
     if recorded_family(record, bundle).answers != LUNGS:
         raise KernelError(
-            f"lungs: {bundle} is a {record['family']} model; give a run of notebook 14, or a fold of notebook 12"
+            f"lungs: {bundle} is a {record['family']} model, not a lung segmenter; give a run of notebook 14, or a fold of "
+            "notebook 12"
         )
     return segmenter_digest(record)
 

@@ -36,7 +36,7 @@ PATIENCE_S = 900.0
 
 
 class KaggleClient:
-    """Kaggle's Python client after signing in. Its methods, below `api`, may only be called inside `with calling(...)`.
+    """Kaggle's Python client, signed in. The methods of its attribute `api` may only be called inside `with calling(...)`.
 
     Raises KernelError if there is no valid token.
     """
@@ -102,8 +102,8 @@ class KaggleClient:
 def poll(ask: Callable[[], T | None], wait_s: float, poll_s: float) -> T | None:
     """Call `ask` every `poll_s` seconds until it returns a value other than None; return this value.
 
-    Returns None after `wait_s` seconds. The error KaggleUnreachable is logged, and raised only if it lasts for more than
-    PATIENCE_S seconds.
+    Returns None after `wait_s` seconds. If Kaggle cannot be reached, this is logged and `ask` is called again. The error
+    KaggleUnreachable is raised only if Kaggle stays unreachable for more than 15 minutes (PATIENCE_S).
     """
     started = reached = time.monotonic()
     while True:

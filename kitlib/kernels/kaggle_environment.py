@@ -1,6 +1,6 @@
-"""Stand-in for Kaggle's image: a folder with those installed packages that the image has at the same version.
+"""Stand-in for Kaggle's Docker image: a folder with those installed packages that the image has at the same version.
 
-If a package that a kernel needs is neither in the image nor in the wheels dataset, it is missing in a rehearsal too.
+A package that is neither in the image nor in the wheels dataset is missing in a rehearsal, as it is on Kaggle.
 """
 
 import fcntl
@@ -28,11 +28,12 @@ KEY = "key.json"
 
 
 def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, str] | None = None) -> Path:
-    """Fill `folder` with hard links to the installed packages that Kaggle's image has too; return `folder`.
+    """Fill `folder` with hard links to the installed packages that Kaggle's Docker image has too; return `folder`.
 
-    The default is `build/stand-in`. An existing folder is reused if Python, the packages and this module are unchanged.
-    `image` maps canonical package names to versions (default: Kaggle's image). Raises KernelError if a package that kernels
-    may import is installed at another version than the image's, or if a package that rehearsals need is not installed.
+    The default folder is `build/stand-in`. An existing folder is reused if Python, the packages and this module are
+    unchanged. `image` maps the canonical names of the image's packages to their versions (default: from kaggle_image.txt).
+    Raises KernelError if a package that kernels may import is installed at another version than the image's, or if a package
+    that rehearsals need is not installed.
     """
     folder = Path(folder or project_root() / "build" / "stand-in")
     image = image_pins() if image is None else image
@@ -53,13 +54,13 @@ def link_kaggle_packages(folder: str | Path | None = None, image: Mapping[str, s
             folder.mkdir()
             _link_distributions(distributions, folder)
             write_json(key_path, key)
-            logger.info("stand-in for Kaggle's image: %d packages in %s", len(distributions), folder)
+            logger.info("stand-in for Kaggle's Docker image: %d packages in %s", len(distributions), folder)
         _link_compiled(folder)
     return folder
 
 
 def create_environment(folder: str | Path, packages: str | Path) -> Path:
-    """Create a virtual environment in `folder` that also imports from `packages`; return its Python interpreter.
+    """Create a virtual environment in `folder` that can also import from the folder `packages`; return its Python's path.
 
     Installing into the environment does not change `packages`.
     """
@@ -76,11 +77,12 @@ def _site_packages() -> Path:
 
 
 def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
-    """Return the installed packages to link: at the image's version, in UNTIED, or required by torch and not in `image`.
+    """Return the installed packages that rehearsals may use, as distributions; `image` maps package names to versions.
 
-    Raises KernelError if a package that kernels may import (requirements.txt and its dependencies) is installed at another
-    version than the image's, or if a package that rehearsals need is not installed. Other packages at another version are
-    left out.
+    These are packages at the image's version, packages of the image whose version may differ (UNTIED), and packages that
+    torch requires and the image lacks. Raises KernelError if a package that kernels may import (requirements.txt and its
+    dependencies) is installed at another version than the image's, or if a package that rehearsals need is not installed.
+    Other packages at another version are left out.
     """
     distributions = importlib.metadata.distributions()
     installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(dist.name): dist for dist in distributions}
@@ -95,7 +97,7 @@ def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata
         for name in sorted(importable & set(image) - matching)
     ]
     if mismatched:
-        raise KernelError(f"installed versions differ from Kaggle's image: {', '.join(mismatched)}; run `make` again")
+        raise KernelError(f"installed versions differ from Kaggle's Docker image: {', '.join(mismatched)}; run `make` again")
     missing = [name for name in ("pip", "papermill", "ipykernel") if name not in installed]
     if missing:
         raise KernelError(f"a rehearsal needs packages that are not installed: {', '.join(missing)}; run `make` again")
@@ -142,7 +144,7 @@ def _link_distributions(distributions: list[importlib.metadata.Distribution], fo
 def _link_compiled(folder: Path) -> None:
     """Add links to the .pyc files that Python has compiled since `folder` was filled.
 
-    A kernel cannot write .pyc files, because the folder is read-only, and without them torch takes half a minute to import.
+    Without .pyc files, torch takes half a minute to import. A kernel cannot write them, because its packages are read-only.
     """
     site, ending = str(_site_packages()), f".{sys.implementation.cache_tag}.pyc"
     for parent, _, files in os.walk(folder):

@@ -1,4 +1,4 @@
-"""Refreshes kaggle_image.txt, the packages of Kaggle's image, from a list that pip printed in a Kaggle session."""
+"""Updates kaggle_image.txt, the list of packages in Kaggle's Docker image, from pip's output in a Kaggle session."""
 
 import datetime
 import re
@@ -36,10 +36,10 @@ class Difference:
 
 
 def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> list[Difference]:
-    """Rewrite the file `image_list` with the packages in `frozen`, a saved output of pip; return the differences.
+    """Rewrite the file `image_list` with the packages in `frozen`, a saved output of pip; return what has changed.
 
-    Local versions, such as +cu128, are left out. Raises KernelError for a line without a version, and if `frozen` lacks more
-    than half of the packages in `image_list`, because it is then not from a Kaggle session.
+    Local version suffixes, such as +cu128, are left out. Raises KernelError for a line without a version, and if `frozen`
+    lacks more than half of the packages in `image_list`, because it is then not from a Kaggle session.
     """
     versions = _read_frozen(Path(frozen))
     before = read_pins(image_list)
@@ -60,7 +60,7 @@ def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> li
 
 
 def list_changes(requirements: str | Path | None = None, image: Mapping[str, str] | None = None) -> list[str]:
-    """Return one message for each change that requirements.txt needs to agree with Kaggle's image.
+    """Return one message for each change that requirements.txt needs to agree with Kaggle's Docker image.
 
     `requirements` is the path of another file to check instead. `image` maps canonical package names to versions (default:
     those in kaggle_image.txt).
@@ -75,13 +75,13 @@ def list_changes(requirements: str | Path | None = None, image: Mapping[str, str
     for name, version in read_pins(path).items():
         if name in starred and name in image:
             changes.append(
-                f"{name}: Kaggle's image now has this package; write {name}=={image[name]} without `# *`, and remove {name} "
-                "from INFERENCE in kitlib/kernels/wheels.py"
+                f"{name}: Kaggle's Docker image now has this package; write {name}=={image[name]} without `# *`, and remove "
+                f"{name} from INFERENCE in kitlib/kernels/wheels.py"
             )
         elif name not in starred and name not in image:
             changes.append(
-                f"{name}: Kaggle's image no longer has this package; add `# *` to its line, and add {name} to INFERENCE in "
-                "kitlib/kernels/wheels.py"
+                f"{name}: Kaggle's Docker image no longer has this package; add `# *` to its line, and add {name} to "
+                "INFERENCE in kitlib/kernels/wheels.py"
             )
         elif name not in starred and version != image[name]:
             changes.append(f"{name}: write {name}=={image[name]} instead of {version}")
@@ -89,7 +89,7 @@ def list_changes(requirements: str | Path | None = None, image: Mapping[str, str
 
 
 def _read_frozen(path: Path) -> dict[str, str]:
-    """Return the versions of the packages in pip's list, without local versions, keyed by the names as written."""
+    """Return the package versions in pip's list, without local suffixes, keyed by package name as written in the list."""
     versions, unknown = {}, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip() or line.startswith("#"):

@@ -1,4 +1,4 @@
-"""Command lines that run a built notebook in a rehearsal: in the stand-in for Kaggle's image, or with Docker."""
+"""Command lines that run a built notebook in a rehearsal: in the stand-in for Kaggle's Docker image, or with Docker."""
 
 import base64
 import csv
@@ -49,7 +49,7 @@ class BuiltNotebook:
 
 
 def stand_in_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook with the packages in a folder, and the command's environment variables.
+    """Return two values: a command that runs the notebook with the packages in `packages`, and its environment variables.
 
     The command runs the notebook in a sandbox if this system has one.
     """
@@ -57,15 +57,16 @@ def stand_in_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str]
 
 
 def docker_command(notebook: BuiltNotebook, image: str, name: str, gpu: bool) -> tuple[list[str], dict[str, str]]:
-    """Return the command that runs the notebook in a container called `name`, and the command's environment variables.
+    """Return two values: a command that runs the notebook in a Docker container, and its environment variables.
 
-    The container has no network, and the inputs are mounted read-only. Raises KernelError if Docker is not installed or does
-    not run, or if the image was not pulled.
+    The container is called `name`, runs the Docker image `image`, has no network, and gets this machine's GPUs if `gpu` is
+    True. The inputs are mounted read-only. Raises KernelError if Docker is not installed or does not run, or if the image
+    was not pulled.
     """
     if not shutil.which("docker"):
         raise KernelError(
             "Docker is not installed: there is no program `docker` on PATH. Install it, or rehearse without --docker, in "
-            "the stand-in for Kaggle's image"
+            "the stand-in for Kaggle's Docker image"
         )
     found = subprocess.run(["docker", "image", "inspect", image], capture_output=True, text=True)
     if found.returncode:
@@ -96,7 +97,8 @@ def container_name() -> str:
 def end_container(name: str, image: str, working: Path) -> None:
     """Stop the container `name` if it still runs, and make this user the owner of the files in `working`.
 
-    On Kaggle and in its image, notebooks run as root.
+    Those files may belong to root, because notebooks in Kaggle's Docker image run as root. The owner is changed in a
+    container of the Docker image `image`.
     """
     subprocess.run(["docker", "rm", "--force", name], capture_output=True)
     if any(path.lstat().st_uid != os.getuid() for path in working.rglob("*")):
@@ -106,9 +108,10 @@ def end_container(name: str, image: str, working: Path) -> None:
 
 
 def papermill_options(spec: KernelSpec) -> list[str]:
-    """Return papermill's options for the rehearsal's parameters, or [] if the kernel has no parameters for rehearsals.
+    """Return papermill's options that set the notebook's parameters in a rehearsal, as a list of command-line arguments.
 
-    All parameters are passed, because papermill replaces the whole cell of injected parameters.
+    Returns [] if the kernel has no parameters for rehearsals. Otherwise the options set all parameters, because papermill
+    replaces the whole cell of injected parameters.
     """
     if not spec.rehearsal:
         return []
@@ -117,7 +120,7 @@ def papermill_options(spec: KernelSpec) -> list[str]:
 
 
 def _mount(source: Path, target: Path, *options: str) -> list[str]:
-    """Return Docker's option for mounting `source` at `target`. Its value is a CSV row; paths may have colons and commas."""
+    """Return Docker's option that mounts `source` at `target`: a CSV row, so that paths may have colons and commas."""
     row = io.StringIO()
     csv.writer(row, lineterminator="").writerow(["type=bind", f"source={source.resolve()}", f"target={target}", *options])
     return ["--mount", row.getvalue()]

@@ -34,10 +34,10 @@ def find_needed_files(sources: Iterable[str]) -> list[str]:
 
 
 def pack_library(sources: Iterable[str], files: Mapping[str, bytes]) -> str:
-    """Return, as base64 text, a tar.bz2 of `files`, the kitlib files that `sources` need, and kitlib's digest.
+    """Pack the kitlib files that `sources` import, then `files`, then kitlib's digest; return a tar.bz2 as base64 text.
 
-    `sources` are source texts, see `find_needed_files`. `files` maps paths in the archive to contents. The same arguments
-    and library always produce the same bytes. The compression is bzip2, because zlib's output differs between
+    `sources` are texts of Python code. `files` maps the paths of further files in the archive to their contents. The same
+    arguments and library always produce the same bytes. The compression is bzip2, because zlib's output differs between
     implementations.
     """
     packed = io.BytesIO()
@@ -66,9 +66,10 @@ def _imported_names(source: str) -> Iterator[str]:
 
 
 def _find_module_file(name: str) -> str:
-    """Return the path of the file of the module `name`; if `name` is "module.attribute", of the module before the last dot.
+    """Return the path, relative to the project's root, of the file of a module.
 
-    Paths are relative to the project's root. Raises ImportError if no such module exists.
+    `name` is the module's name or "module.attribute", where the part before the last dot is the module. Raises ImportError
+    if no such module exists.
     """
     for module in (name, name.rpartition(".")[0]):
         for path in (f"{module.replace('.', '/')}.py", f"{module.replace('.', '/')}/__init__.py"):

@@ -25,19 +25,20 @@ def write_publication(
 ) -> Path:
     """Write a new folder that can be uploaded to Kaggle as a dataset of trained models, and return its path.
 
-    The folder has the bundles of the finished `runs`, a card README.md, which begins with `description`, and the dataset's
-    metadata. Each fold's bundle is in RUN/foldN; where the dataset is attached, it can be used as
-    `starting_weights: SLUG/RUN/foldN`. The slug is made from `title`. `owner` is a Kaggle user name. `licence` is one of
-    LICENCES; weights inherit the terms of the training data and of the starting weights. Raises KernelError if a run has no
-    bundle, two runs have the same name, the folder exists, or the licence, title or owner is not valid; RunError if a run is
-    not finished; BundleError if a bundle is damaged.
+    The folder has the bundles (trained models) of the finished `runs`, a card README.md, which begins with `description`,
+    and the dataset's metadata. The bundle of fold N of a run is in RUN/foldN. A kernel to which the dataset is attached can
+    train from this bundle, with the recipe's `starting_weights: SLUG/RUN/foldN`. The slug is made from `title`. `owner` is a
+    Kaggle user name. `licence` is one of LICENCES; weights inherit the terms of the training data and of the starting
+    weights. Raises KernelError if a run has no bundle, two runs have the same name, the folder exists, or the licence, title
+    or owner is not valid. Raises RunError if a run is not finished, and BundleError if a bundle is damaged.
     """
     folder, parts = Path(folder), {}
     if licence not in LICENCES:
         raise KernelError(f"licence is {licence!r}; valid: {', '.join(LICENCES)}")
     if not 6 <= len(title) <= 50 or not owner:
         raise KernelError(
-            f"a title of 6 to 50 characters and the owner, a Kaggle user name, are needed; got {title!r}, {owner!r}"
+            f"title is {title!r} and owner is {owner!r}; the title must have 6 to 50 characters, and the owner must be a "
+            "Kaggle user name"
         )
     if folder.exists():
         raise KernelError(f"{folder} exists; give a new folder")
@@ -45,7 +46,7 @@ def write_publication(
         metrics = read_metrics(run)
         bundles = {path.parent.name: path for path in sorted(run.glob("fold*/bundle"))} or {"": run / "bundle"}
         if not all((bundle / RECORD).is_file() for bundle in bundles.values()):
-            raise KernelError(f"{run} has no bundle, which is a trained model; give runs of notebooks that train models")
+            raise KernelError(f"{run} has no bundle (trained model); give runs of notebooks that train models")
         if run.name in parts:
             raise KernelError(f"two runs are called {run.name}; rename one of their folders")
         parts[run.name] = (run, metrics, bundles)
@@ -108,9 +109,9 @@ def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, A
 
 
 def _figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return a dict from the name of each number in `metrics` to the number as text with four decimals.
+    """Return the float values in `metrics` as texts with four decimals, keyed by name.
 
-    Keys of nested dicts are joined by spaces, and each name begins with `prefix`.
+    A name is `prefix` and the value's key; in nested dicts, it is all keys that lead to the value, joined by spaces.
     """
     figures: dict[str, str] = {}
     for key, value in metrics.items():

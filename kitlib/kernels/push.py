@@ -36,10 +36,10 @@ def push(
     An existing dataset gets a new version; a wheels dataset is left as it is if its files have the same names and sizes.
     Each dataset's status is checked every `poll_s` seconds, for at most `wait_s` seconds. The result is also written to
     `out`/pushed.json, which the later steps read. After a successful push, the pushed.json of the previous push is renamed
-    to pushed-VERSION.json. `fused_run` is the run whose fusion the kernel uses; the score is later written to this run.
-    `rules` is the name of the competition whose submission format the kernel writes. Raises KernelError if the kernel is not
-    built, if signing in fails, if Kaggle refuses a dataset or the kernel, if a dataset is not ready in time, or if
-    pushed.json is damaged.
+    to pushed-VERSION.json. `fused_run` is the folder of the run whose fusion settings the kernel uses; Kaggle's score is
+    later written there. `rules` is the name of the competition whose submission format the kernel writes; if it is empty,
+    that is the attached competition. Raises KernelError if the kernel is not built, if signing in fails, if Kaggle refuses a
+    dataset or the kernel, if a dataset is not ready in time, or if pushed.json is damaged.
     """
     out = Path(out)
     metadata_path = out / "kernel" / "kernel-metadata.json"
@@ -75,8 +75,8 @@ def push_dataset(name: str, folder: Path, wait_s: float = 3600.0, poll_s: float 
     """Upload `folder` as the dataset `name` (OWNER/SLUG), and wait until Kaggle has processed the dataset.
 
     Returns "created" or "new version". The status is checked every `poll_s` seconds, for at most `wait_s` seconds. Raises
-    KernelError if signing in fails, if the owner is somebody else, if Kaggle refuses the dataset, or if the dataset is not
-    ready in time.
+    KernelError if signing in fails, if OWNER is not the signed-in user, if Kaggle refuses the dataset, or if the dataset is
+    not ready in time.
     """
     client = KaggleClient()
     client.check_owner("dataset", name)
@@ -108,7 +108,8 @@ def _push_dataset(client: KaggleClient, name: str, folder: Path, wait_s: float, 
 def _dataset_status(client: KaggleClient, name: str) -> tuple[str, int]:
     """Return the status of a dataset's newest version, such as "ready", and the number of its current version.
 
-    These are two versions while an upload is being processed. Returns ("", 0) if the dataset does not exist.
+    While an upload is being processed, the newest version is not yet the current one. Returns ("", 0) if the dataset does
+    not exist.
     """
     with client.calling(f"asking for the dataset {name}"):
         try:

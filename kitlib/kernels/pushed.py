@@ -1,4 +1,4 @@
-"""The record of a pushed kernel, from its version to its score, stored as pushed.json next to the built kernel."""
+"""pushed.json, next to a built kernel: the record of its last pushed version, of the version's run and of its score."""
 
 import dataclasses
 import hashlib
@@ -52,7 +52,7 @@ class Pushed(Settings):
 
 
 def read_pushed(out: str | Path) -> Pushed:
-    """Return the last pushed version of the kernel that was built in `out`.
+    """Return the record of the last pushed version of the kernel that was built in `out`.
 
     Raises KernelError if no version was pushed, or if `out`/pushed.json is damaged.
     """
@@ -71,9 +71,9 @@ def write_pushed(out: str | Path, pushed: Pushed) -> None:
 
 
 def write_new_version(out: Path, pushed: Pushed, previous: Pushed | None) -> None:
-    """Write `out`/pushed.json for a new version, and delete the output that was downloaded for the version before.
+    """Write the record `pushed` of a new version to `out`/pushed.json; delete the downloaded output of the earlier version.
 
-    The pushed.json of the version `previous` is renamed to pushed-VERSION.json.
+    The earlier version is `previous`, or None. Its pushed.json is renamed to pushed-VERSION.json.
     """
     shutil.rmtree(out / OUTPUT, ignore_errors=True)
     if previous is not None:

@@ -1,4 +1,4 @@
-"""Run a built kernel as Kaggle would: with the image's packages, Kaggle's folders, no network and a time limit."""
+"""Run a built kernel as Kaggle would: with Kaggle's packages and folders, without network, and with a time limit."""
 
 import json
 import logging
@@ -96,25 +96,25 @@ def rehearse(
     """Run `out`/kernel, built from `spec`, with the parameters for rehearsals; return how the run ended, as a Rehearsal.
 
     `inputs` is a folder with one subfolder per input, named by the input's slug. Only the inputs in the kernel's metadata
-    are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, a key of LAYOUTS, decides where they
-    are mounted. The kernel is killed after `time_limit_s` seconds. `on_line` is called with each line that the kernel
-    prints. `truth`, only for a submission, is the ground truth (see Competition) with which the submission is scored. It is
-    a fault if a bundle (trained model) in `out`/weights has not predicted every readable file, because a valid file of
-    placeholder predictions would pass otherwise; `allow_placeholders` turns this check off. The check reads usage.json,
+    are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, "plain" or "nested", decides at which
+    paths they are mounted (see LAYOUTS). The kernel is killed after `time_limit_s` seconds. `on_line` is called with each
+    line that the kernel prints. If `truth`, the path of the ground truth, is given, the submission is scored with it. The
+    rehearsal of a submission fails if a bundle (trained model) in `out`/weights has skipped a readable file; otherwise a
+    submission of placeholder predictions would pass. `allow_placeholders` turns this check off. The check reads usage.json,
     which the submission notebook writes.
 
-    The kernel runs in a sandbox with the installed packages that Kaggle's image has too. If `docker` is True, the kernel
-    runs in a container of its `docker_image` or, by default, of Kaggle's public image; the image must have been pulled.
+    The kernel runs in a sandbox with the installed packages that Kaggle's Docker image has too. If `docker` is True, it runs
+    in a container of its `docker_image` or, by default, of Kaggle's public Docker image, which must have been pulled.
     Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. The project's folder and /tmp are hidden from the
     kernel, so links from inputs to these folders are broken. Raises KernelError if the rehearsal cannot start, for example
-    if an input is missing.
+    if an input is missing, or if `truth` is given for a kernel that makes no submission.
     """
     out, inputs = Path(out).resolve(), Path(inputs).resolve()
     metadata = _read_metadata(spec, out)
     built_datasets = _find_built_datasets(out)
     folders = _find_inputs(metadata, built_datasets, inputs, LAYOUTS[layout])
     if truth and not spec.is_submission:
-        raise KernelError(f"{spec.slug} makes no submission to score with the ground truth; leave the ground truth out")
+        raise KernelError(f"{spec.slug} makes no submission, so there is nothing to score; leave the ground truth out")
     ids = _find_submission_ids(spec.rules, inputs / spec.competition) if spec.is_submission else ()
     packages = None if docker else link_kaggle_packages()
     working, log, executed = out / "working", out / "rehearsal.log", out / "rehearsal.ipynb"

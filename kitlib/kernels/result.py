@@ -10,10 +10,10 @@ USAGE = "usage.json"  # in the kernel's output: how many files each bundle has p
 
 
 def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple[str, bool, tuple[str, ...]]:
-    """Check the kernel's result file; return its path below `working`, whether the run can be resumed, and its faults.
+    """Check the kernel's result file; return the file's path below `working`, whether the run can be resumed, and faults.
 
-    The result file is submission.csv for a submission and RUN/metrics.json for another run; a missing file is a fault. For a
-    notebook that makes no run, the path is "". `ids` are the ids that a submission must have.
+    The result file of a submission is submission.csv, that of another run is RUN/metrics.json. A missing file is a fault. If
+    the notebook makes no run, the path is "" and there are no faults. `ids` are the ids that a submission must have.
     """
     if spec.is_submission:
         result = working / "submission.csv"
@@ -45,8 +45,8 @@ def list_bundles(weights: Path) -> tuple[str, ...]:
 def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
     """Return a message for each bundle (trained model) in `names` that has not predicted every readable file.
 
-    The counts are read from the file `usage`, the usage.json of the kernel's output. If it is missing or damaged, there is
-    one message about that.
+    `usage` is the path of the kernel's usage.json, which has the numbers of readable and of predicted files. If it is
+    missing or damaged, there is one message about that.
     """
     unknown = f"so it is unknown which of the models {', '.join(names)} were used"
     if not usage.is_file():

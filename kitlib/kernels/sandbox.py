@@ -1,6 +1,6 @@
 """Runs a command in a sandbox: private mounts, processes and network, and chosen folders at chosen paths.
 
-It uses Linux namespaces through util-linux's `unshare` and needs no image, no daemon and, on systems where users may create
+It uses Linux namespaces through util-linux's `unshare` and needs no Docker and, on systems where users may create
 namespaces, no root rights. This file is also the program that sets up the sandbox from inside. It therefore imports only the
 standard library.
 """
@@ -64,7 +64,7 @@ def no_sandbox_reason() -> str:
 
 @functools.cache
 def _find_unshare() -> tuple[list[str] | None, str]:
-    """Return two values: the `unshare` command that works on this system, or None; and the reason if it is None, else ""."""
+    """Return the `unshare` command that works on this system and "", or None and the reason why none works."""
     if not shutil.which("unshare"):
         return None, "the program `unshare` (package util-linux) is not installed"
     reason = ""
@@ -130,7 +130,7 @@ def _enter_sandbox(plan: dict[str, Any]) -> None:
 
 
 def _make_mount_point(source: str, root: Path, path: str | None = None) -> None:
-    """Create an empty folder or file below `root`, at `path` or else at the path of `source`, to mount `source` on."""
+    """Create an empty folder or file, on which `source` can be mounted, at the path `path` or `source` below `root`."""
     target = root / (path or source)[1:]
     if os.path.isdir(source):
         target.mkdir(parents=True, exist_ok=True)

@@ -74,9 +74,10 @@ class KernelSpec(Settings):
 
     @property
     def rules(self) -> Competition:
-        """The competition whose submission format the kernel writes, named by the parameter `rules` or else by its data.
+        """The competition whose submission format the kernel writes.
 
-        Raises SettingsError if the kit does not know the competition, or if `rules` contradicts the data.
+        It is that of the notebook's parameter `rules` or, if this is empty, that of the key `competition`, whose data are
+        attached. Raises SettingsError if the kit does not know the competition, or if `rules` contradicts the data.
         """
         rules = self.parameters.get("rules", "")
         return choose_competition(self.competition, rules)[0] if rules else find_competition(self.competition)
@@ -102,7 +103,7 @@ class KernelSpec(Settings):
         return "weights" in self.notebook_parameters()
 
     def notebook_parameters(self) -> dict[str, Any]:
-        """Return the notebook's parameters and their defaults, as `read_parameters` does.
+        """Return the default values of the notebook's parameters, keyed by parameter name.
 
         Raises KernelError if the notebook does not exist or is not a notebook.
         """
@@ -112,7 +113,7 @@ class KernelSpec(Settings):
             raise KernelError(f"notebook: {error}") from error
 
     def injected_parameters(self, rehearsed: bool = False) -> dict[str, Any]:
-        """Return all parameters to pass to the notebook; if `rehearsed`, `rehearsal` overrides `parameters`.
+        """Return all parameters to pass to the notebook. If `rehearsed`, those in `rehearsal` replace those in `parameters`.
 
         The parameters `competition`, `weights`, `wheels` and `time_limit_s` are set from the kernel's own keys if the
         notebook has them. Raises KernelError if `parameters` or `rehearsal` contains one of these four, a parameter that the
@@ -281,7 +282,7 @@ def _find_slug_faults(slug: str, characters: tuple[int, int]) -> list[str]:
 
 
 def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
-    """Return messages about faults in the keys that name the inputs to attach, or [] if there are none.
+    """Return messages about faults in the keys that list the inputs to attach, or [] if there are none.
 
     Two inputs with equal slugs are a fault, because Kaggle would mount them at the same path.
     """

@@ -151,9 +151,9 @@ def submit_version(out: str | Path, message: str = "") -> Pushed:
 def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
     """Wait until Kaggle has scored the submission; return the record of the pushed version, which has the scores.
 
-    The scores are also written to kaggle.json of the run whose fusion was pushed; the leaderboard shows them next to the
-    out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was submitted, if Kaggle
-    could not score the file (it can then be submitted again), or if there is no score after `wait_s` seconds.
+    The scores are also written to kaggle.json of the run whose fusion settings were pushed; the kit's leaderboard shows them
+    next to the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was submitted,
+    if Kaggle could not score the file (it can then be submitted again), or if there is no score after `wait_s` seconds.
     """
     pushed = read_pushed(out)
     if not pushed.submission:
@@ -217,7 +217,7 @@ def _read_complete(out: str | Path) -> Pushed:
 
 
 def _ask(client: KaggleClient, action: str, call: Callable[[], Any]) -> Any:
-    """Return the result of `call()`. Raises KaggleUnreachable, too, if Kaggle does not yet list what `call` asks for."""
+    """Return the result of `call()`, a request to Kaggle. If Kaggle answers "not found", KaggleUnreachable is raised."""
     with client.calling(action):
         try:
             return call()
@@ -228,7 +228,7 @@ def _ask(client: KaggleClient, action: str, call: Callable[[], Any]) -> Any:
 
 
 def _reporter(name: str) -> Callable[[str], None]:
-    """Return a function that logs a status if it has changed, or every PROGRESS_S seconds."""
+    """Return a function that logs the status passed to it, if the status has changed or was last logged 5 minutes ago."""
     started, last = time.monotonic(), ("", 0.0)
 
     def report(status: str) -> None:
@@ -283,7 +283,7 @@ def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
 def _record_score(run: Path, pushed: Pushed) -> None:
     """Write the scores into the run's kaggle.json, unless the run was removed or made again since the push."""
     if not (run / RECORD).is_file():
-        logger.warning("%s no longer has a run, so the score of %s is not written to a run", run, pushed.name)
+        logger.warning("%s no longer has a run, so the score of %s is not written there", run, pushed.name)
         return
     try:
         started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))

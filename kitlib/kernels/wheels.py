@@ -1,4 +1,4 @@
-"""The wheels dataset: packages that notebooks import and that Kaggle's image lacks, at the versions in requirements.txt."""
+"""The wheels dataset: the packages that notebooks import and Kaggle's Docker image lacks, as pinned in requirements.txt."""
 
 import logging
 import os
@@ -54,15 +54,15 @@ IMAGE_PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_
 
 
 def image_pins() -> dict[str, str]:
-    """Return the version of each package in Kaggle's image, keyed by canonical name."""
+    """Return the version of each package in Kaggle's Docker image, keyed by canonical name."""
     return read_pins(Path(__file__).with_name("kaggle_image.txt"))
 
 
 def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
-    """Return the version in requirements.txt of each package in INFERENCE, keyed by canonical name.
+    """Return the versions of the packages in the wheels dataset (INFERENCE), keyed by canonical package name.
 
-    `requirements` is another file to read instead. Raises KernelError for a package that the file does not pin, or that
-    Kaggle's image already has.
+    The versions are read from the file `requirements` (default: requirements.txt). Raises KernelError for a package that the
+    file does not pin, or that Kaggle's Docker image already has.
     """
     requirements = Path(requirements or project_root() / "requirements.txt")
     pins, image = read_pins(requirements), image_pins()
@@ -70,14 +70,16 @@ def inference_pins(requirements: str | Path | None = None) -> dict[str, str]:
         if name not in pins:
             raise KernelError(f"{requirements} does not pin {name}; add `{name}==VERSION`")
         if name in image:
-            raise KernelError(f"Kaggle's image has {name} {image[name]}; remove it from kitlib.kernels.wheels.INFERENCE")
+            raise KernelError(
+                f"Kaggle's Docker image has {name} {image[name]}; remove {name} from kitlib.kernels.wheels.INFERENCE"
+            )
     return {name: pins[name] for name in INFERENCE}
 
 
 def read_pins(path: str | Path) -> dict[str, str]:
     """Return the versions in the `name==version` lines of a requirements file, keyed by canonical package name.
 
-    Lines `name>=version` count too, see UNTIED. Comments and options are skipped.
+    A line `name>=version` is read as if it were `name==version`. Comments and options are skipped.
     """
     lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     pairs = (re.split("[=>]=", line, maxsplit=1) for line in lines if re.search("[=>]=", line) and not line.startswith("-"))
@@ -85,7 +87,7 @@ def read_pins(path: str | Path) -> dict[str, str]:
 
 
 def kaggle_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> list[Path]:
-    """Return the sorted paths of wheels that Kaggle's image can install, for the package versions in `pins`.
+    """Return the sorted paths of wheels that Kaggle's Docker image can install, for the package versions in `pins`.
 
     Wheels that are not in the folder `cache` (default `build/wheels`) are downloaded into it. Raises KernelError if pip does
     not find a wheel.
@@ -109,7 +111,7 @@ def local_wheels(pins: Mapping[str, str], cache: str | Path | None = None) -> li
 
 
 def image_tags() -> frozenset[Tag]:
-    """Return the tags (Python, ABI and platform) of the wheels that Kaggle's image can install."""
+    """Return the tags (Python, ABI and platform) of the wheels that Kaggle's Docker image can install."""
     compiled = cpython_tags(IMAGE_PYTHON, platforms=IMAGE_PLATFORMS)
     return frozenset([*compiled, *compatible_tags(IMAGE_PYTHON, "cp312", IMAGE_PLATFORMS)])
 
@@ -129,7 +131,7 @@ def are_installable(wheels: Iterable[Path]) -> bool:
 
 
 def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
-    """Raise KernelError if Kaggle's image cannot install a wheel, or if a requirement of a wheel is not met.
+    """Raise KernelError if Kaggle's Docker image cannot install a wheel, or if a requirement of a wheel is not met.
 
     The message lists all these faults. `image` maps canonical package names to versions. A requirement is met by the image
     or by another wheel; markers are evaluated for the image, and requirements of extras are ignored.
@@ -159,7 +161,7 @@ def check_wheels(wheels: Iterable[Path], image: Mapping[str, str]) -> None:
             if requirement.marker is None or requirement.marker.evaluate(environment):
                 faults += _find_unmet(name, requirement, attached, image)
     if faults:
-        raise KernelError("the wheels cannot be installed in Kaggle's image:\n  " + "\n  ".join(faults))
+        raise KernelError("the wheels cannot be installed in Kaggle's Docker image:\n  " + "\n  ".join(faults))
 
 
 def _find_unmet(name: str, requirement: Requirement, attached: Mapping[str, str], image: Mapping[str, str]) -> list[str]:
@@ -212,7 +214,7 @@ def _fetch_wheels(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag], op
             command += ["--disable-pip-version-check", *options, "--dest", temporary_folder, *missing]
             completed = subprocess.run(command, capture_output=True, text=True)
             if completed.returncode:
-                raise KernelError(f"pip found no wheel for one of {', '.join(missing)}:\n{completed.stderr.strip()}")
+                raise KernelError(f"pip found no wheel for one or more of {', '.join(missing)}:\n{completed.stderr.strip()}")
             for wheel in Path(temporary_folder).iterdir():
                 os.replace(wheel, cache / wheel.name)
         wheels = _find_cached(pins, cache, tags)

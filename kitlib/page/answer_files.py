@@ -19,7 +19,7 @@ NOT_FOR_DIAGNOSIS = "Not for diagnosis: these are research models from a competi
 
 
 def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
-    """Return the predictions with each image's own image_id instead of its internal key in the column image_id."""
+    """Return the predictions `fused` with the images' own ids, instead of their internal keys, in the column image_id."""
     names = {image.key: image.image_id for image in study.images}
     tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
     return Fused(fused.studies, *tables)
@@ -28,9 +28,9 @@ def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
 def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System) -> Path | None:
     """Write the study's predictions as a CSV file in `folder` and return its path; return None if the models only segment.
 
-    The file is submission.csv, with the rows of the study and its images in SIIM's format; boxes.csv, if the detectors
-    predict other findings than SIIM's; or predictions.csv, with the class probabilities of each image. Rows of a submission
-    that no model has predicted get the placeholder prediction (the class frequencies).
+    If the models fill rows of SIIM's submission, the file is submission.csv, with the rows of the study and its images; rows
+    that no model has predicted get the placeholder prediction (the class frequencies). If the detectors predict other
+    findings, it is boxes.csv. If the models only classify images, it is predictions.csv, with each image's probabilities.
     """
     if answer.classes is not None and answer.fused is None:
         names = answer.classes["image_id"].map({image.key: image.image_id for image in study.images})
@@ -52,8 +52,9 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System)
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
     """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
-    Values that no model has predicted are null. `masks` is the highest probability of each segmented structure in the image;
-    lung segmenters have no such value. Only models for SIIM's submission have class probabilities of the study.
+    Values that no model has predicted are null. An image's `masks` are the highest probabilities of the segmented structures
+    in it; for lung segmenters, there are none. The study's class probabilities are written only for models that fill rows of
+    SIIM's submission.
     """
     of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, {})
     of_study, classes = of_study if system.fills_siim else {}, _classes(answer.classes)
@@ -84,7 +85,10 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
 
 
 def _fused(fused: Fused, study: OpenedStudy) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the study's class probabilities, and a dict from each image's key to its `none` probability and its boxes."""
+    """Return two dicts for the JSON file: the study's entries, and the entries of each image, keyed by the image's key.
+
+    The study has class probabilities; an image has the probability of `none` (no finding) and boxes.
+    """
     study_row, nones = fused.studies.iloc[0], fused.nones.set_index("image_id")
     classes = None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES}
     of_image = {

@@ -95,7 +95,7 @@ class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
 
 
 class _Visit:
-    """A visitor's latest request, so that results of earlier requests are dropped. Gradio makes a copy for each visitor."""
+    """Marks a visitor's latest request: results of earlier requests are dropped. Gradio makes one object per visitor."""
 
     turn: object = None
 
@@ -302,7 +302,7 @@ class _Page:
     def _hide(self, status: str) -> dict:
         """Return the updates that show the text `status` and hide the earlier result, which belongs to another study.
 
-        They do not change the visitor's state, because a later request may have changed it in the meantime.
+        The updates do not change which study is open, because a later request may have opened another one in the meantime.
         """
         hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {

@@ -75,7 +75,7 @@ def recognise_foreign(path: str | Path) -> tuple[str, str] | None:
 
 
 def kind_by_signature(path: str | Path) -> str:
-    """Return the kind of file (see FileFacts) that the first bytes show, or "" if they are unknown.
+    """Return the format that the first bytes of the file show, such as "DICOM" or "PNG", or "" if it is unknown.
 
     Raises OSError if the file cannot be opened.
     """
@@ -84,7 +84,10 @@ def kind_by_signature(path: str | Path) -> str:
 
 
 def read_facts(path: str | Path) -> FileFacts:
-    """Read the facts of an image file. Raises UnreadableXray if it is damaged, and OSError if it cannot be opened."""
+    """Return the format and header facts of an image file.
+
+    Raises UnreadableXray if the file is damaged, and OSError if it cannot be opened.
+    """
     kind = image_format(path)
     if kind:
         return FileFacts(kind, {"Format": kind}, coloured=kind != "JSRT" and _picture_is_coloured(path))

@@ -37,8 +37,8 @@ class Gallery:
     """The images of one prepared run (notebook 10). Creating a gallery decodes nothing; it may be shared between threads.
 
     `fingerprint` is the data_fingerprint in the records of models that were trained on this run. `longest_side` is the
-    longest side of the run's decoded copies, in pixels. Raises RunError or TableError if `run` is not a finished prepared
-    run.
+    largest side length, in pixels, of the run's decoded copies (its X-rays, decoded to 8 bits and reduced). Raises RunError
+    or TableError if `run` is not a finished prepared run.
     """
 
     def __init__(self, run: str | Path, copies: DecodedCopies, page_size: int = 12) -> None:
@@ -62,14 +62,15 @@ class Gallery:
         self._thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda key: shrink(self._xrays.read(key).pixels, THUMBNAIL))
 
     def choices(self) -> list[str]:
-        """Return the valid choices: "all", each class and finding that occurs, and "test" if there are test images."""
+        """Return the choices of images: "all", each class and finding that occurs, and "test" if there are test images."""
         return list(self._choices)
 
     def page(self, choice: str, number: int) -> tuple[list[tuple[np.ndarray, str]], int]:
         """Return two values: the thumbnails on page `number` (from 1) of the images in `choice`, and the number of pages.
 
-        Each thumbnail is a pair of an array, uint8 (h, w) with at most THUMBNAIL pixels a side, and a caption in plain text.
-        The array is plain grey if the image has no decoded copy. Raises ValueError if the choice or the page does not exist.
+        `choice` is one of `choices()`. Each thumbnail is a pair of an array, uint8 (h, w) with sides of at most 160 pixels
+        (THUMBNAIL), and a caption in plain text. The array is plain grey if the image has no decoded copy. Raises ValueError
+        if the choice or the page does not exist.
         """
         if choice not in self._choices:
             raise ValueError(f"choice {choice!r} does not exist; choices: {', '.join(self._choices)}")
@@ -180,8 +181,8 @@ class Gallery:
 def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedCopies) -> Gallery | None:
     """Return the Gallery of the prepared run with the data fingerprint `fingerprint`, or None if no such run can be read.
 
-    Searches the prepared runs in `listed`, and those that the models with this fingerprint in `listed` were trained on. Logs
-    prepared runs that cannot be read.
+    Searches the prepared runs in `listed`, and the prepared runs on which models in `listed` with this fingerprint were
+    trained. A prepared run that cannot be read is logged and left out.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
     folders = [named_folder(run.parameters.get("prepare_run"), run.folder) for run in trained]
@@ -200,9 +201,10 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
     """Return the table `images` with four more columns: true_classes, fold, marked and boxes.
 
-    true_classes is a tuple of the annotated classes. fold is NaN if the image is in no fold. marked says whether boxes were
-    annotated on the image. boxes is a Counter of the findings of its boxes. patient_id is removed. Rows are sorted by
-    hashed id, so that the order is always the same, and mixed even if ids are sorted by class or patient.
+    true_classes is a tuple of the annotated classes. fold is the image's fold or, if it has none, that of another image of
+    the patient, otherwise NaN. marked says whether boxes were annotated on the image; the argument `marked` says this of the
+    data set. boxes is a Counter of the findings of the image's boxes. The column patient_id is removed. Rows are sorted by a
+    hash of the image_id: the order is always the same, and it mixes classes and patients.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]
     boxes = {name: Counter(found) for name, found in tables["boxes"].groupby("image_id")["finding"]}

@@ -23,8 +23,8 @@ MAX_COPIES = 500  # of each size; older copies are deleted, and decoded again wh
 class DecodedCopies:
     """Decodes image files in worker processes and keeps the decoded copies in `folder`; may be shared between threads.
 
-    If a malicious file hangs, crashes its process or fills the memory, only that file fails; while it hangs, the other
-    processes continue. `close` terminates the processes.
+    A decoded copy is the X-ray, decoded to 8 bits and reduced. If a malicious file hangs, crashes its process or fills the
+    memory, only that file fails; while it hangs, the other processes continue. `close` terminates the processes.
     """
 
     def __init__(self, folder: str | Path, workers: int = 2) -> None:
@@ -35,9 +35,9 @@ class DecodedCopies:
         self._tidying = threading.Lock()
 
     def read(self, key: str, path: str | Path, longest_side: int) -> CachedXray:
-        """Return the copy of the file `path` with at most `longest_side` pixels a side; decode the file if there is none.
+        """Return the decoded copy `key` with at most `longest_side` pixels a side. If it is missing, decode the file `path`.
 
-        `key` is the name of the copy. Raises UnreadableXray if the file cannot be decoded.
+        Raises UnreadableXray if the file cannot be decoded.
         """
         cache = XrayCache(self.folder, longest_side)
         if key not in cache and (outcome := self.decode(key, path, longest_side)).status == "failed":
@@ -126,6 +126,6 @@ class OpenedStudy:
         return self.copies.read(image.key, image.path, longest_side)
 
     def table(self) -> pd.DataFrame:
-        """Return the study's images as a table (image_id, study_id, rows, columns), with `key` as the image_id."""
+        """Return a table of the study's images (image_id, study_id, rows, columns), with their keys in image_id."""
         rows = [(image.key, self.study_id, image.rows, image.columns) for image in self.images]
         return pd.DataFrame(rows, columns=["image_id", "study_id", "rows", "columns"])

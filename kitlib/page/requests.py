@@ -42,13 +42,13 @@ class Guarded:
 
     A page of another site can send requests from its own address (visible in the Origin header), or under a name of its own
     that points to 127.0.0.1 (visible in the Host header). Both requests get status 403 and a sentence that says why. The
-    headers of each response keep the browser from contacting other servers, and tags that name other servers are removed
-    from HTML.
+    headers of each response keep the browser from contacting other servers, and tags with addresses of other servers are
+    removed from HTML.
 
-    Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app. So
-    events may contain only paths of files below `upload_folder`, and no request may name a file of another server; other
-    requests get status 403. Uploads that would make the folder that contains `upload_folder` larger than `max_total_bytes`
-    get status 413.
+    Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app.
+    Therefore a request gets status 403 if it has the path of a file outside `upload_folder` or the address of a file on
+    another server. An upload gets status 413 if it would make the parent folder of `upload_folder` larger than
+    `max_total_bytes`.
     """
 
     def __init__(self, app: ASGIApp, upload_folder: Path, max_total_bytes: int) -> None:
@@ -126,7 +126,7 @@ def _paths(value: Any) -> Iterator[Any]:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """Return the whole body of a request, or None if it is longer than MAX_EVENT_BYTES."""
+    """Return the whole body of a request, or None if it is longer than 1 MB (MAX_EVENT_BYTES)."""
     body, more = b"", True
     while more:
         message = await receive()
@@ -164,7 +164,7 @@ def _refusal(sentence: str, status: int = 403) -> PlainTextResponse:
 
 
 class _FilteredSend:
-    """ASGI send function that adds HEADERS to a response and removes tags that name other servers from HTML.
+    """ASGI send function that adds security headers (HEADERS) and removes tags with addresses of other servers from HTML.
 
     HTML is sent in one piece, because a tag may be split between two chunks; other content is sent chunk by chunk.
     """

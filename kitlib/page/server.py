@@ -106,7 +106,7 @@ def serve(
     """Serve `blocks` until SIGINT or SIGTERM; call `ready` with the address. Port 0 chooses a free port.
 
     Call this within `quiet_gradio`. After Ctrl-C (SIGINT), the function returns normally; for SIGTERM see `quiet_gradio`.
-    Raises PageError if the port is not available, and ValueError for a host that is not in HOSTS.
+    Raises PageError if the port is not available, and ValueError if `host` is not one of this computer's own (HOSTS).
     """
     if host not in HOSTS:
         raise ValueError(f"--host must be one of {', '.join(HOSTS)}, not {host!r}: the page serves only this computer")

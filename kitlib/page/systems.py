@@ -1,4 +1,4 @@
-"""Finds the systems (models that predict together) that the page offers, and the scores of their probes."""
+"""Finds the systems (models that predict together) that the page offers."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ def find_systems(listed: Sequence[ListedRun]) -> list[System]:
     """Return the systems (models that predict together) of the finished runs in `listed`, in the order of the page.
 
     Fusions come first, each followed by its variants with a single detector; then ensembles, classifiers and segmenters. If
-    there is no usable fusion, all study models and detectors form one system with equal weights. A classifier trained as a
-    probe, which sees only a part of each image, is not offered; the notes of the classifiers trained on the same images
-    state its score. Raises RunError if there are no models.
+    there is no usable fusion, all study models and detectors form one system with equal weights. A probe (a classifier that
+    sees only a part of each image) is not offered; its score is in the notes of the classifiers trained on the same prepared
+    run. Raises RunError if there are no models.
     """
     segmenters = find_segmenters((run.kind, run.folder) for run in listed)
     finished = [run for run in listed if run.state == "finished"]
@@ -75,7 +75,7 @@ def _draws_lungs(run: ListedRun) -> bool:
 
 
 def _holds_one_of(run: ListedRun, segmenters: Mapping[str, Path]) -> bool:
-    """Return whether a bundle in `segmenters` is in the run's folder, rather than in a run that applied the segmenter."""
+    """Return whether the run has trained one of the bundles in `segmenters`, not only applied it to images."""
     return any(bundle.is_relative_to(run.folder) for bundle in segmenters.values())
 
 
@@ -85,7 +85,7 @@ def _probe(run: ListedRun) -> str:
 
 
 def _with_probes(system: System, finished: Sequence[ListedRun]) -> System:
-    """Return `system` with a note for each probe that was trained on the same prepared run.
+    """Return `system` with a note on each probe that was trained on the same prepared run as a classifier of `system`.
 
     A probe is a classifier that sees only a part of each image. The note states its mean validation score over the folds.
     """

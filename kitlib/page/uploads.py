@@ -57,8 +57,8 @@ class _Accepted:
 def open_uploads(paths: Sequence[str | Path], copies: DecodedCopies, longest_side: int) -> OpenedStudy:
     """Open the files in `paths` as one study, decoded to at most `longest_side` pixels a side in the processes of `copies`.
 
-    The image_id is made from the file name. The study_id is the StudyInstanceUID if the DICOM files state one and it is the
-    same in all of them, otherwise the image_id of the first image. Both ids consist of letters, digits, `.`, `_` and `-`. A
+    The image_id is made from the file name. The study_id is the StudyInstanceUID that the DICOM files state; if none states
+    one, or if they differ, it is the image_id of the first image. Both ids consist of letters, digits, `.`, `_` and `-`. A
     file that cannot be shown is left out, and the study's remarks say why. Raises PageError if no file can be shown.
     """
     if not paths:

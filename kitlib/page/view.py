@@ -33,7 +33,7 @@ WINDOWED_SIDE = 1024  # pixels of the longest side while window and level are se
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """A study with a system's predictions, kept by Gradio between requests.
+    """A study and the predictions of a system (models that predict together), kept by Gradio between requests.
 
     Gradio compares and prints these objects, so == and repr are Python's fast defaults, which ignore images and tables.
     """
@@ -62,7 +62,7 @@ class View:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """Findings of the models' boxes and of the boxes in the study's prepared run, sorted; they set the colours."""
+        """The sorted findings that the models box or that are boxed in the study's prepared run; each gets a colour."""
         return tuple(sorted({*self.system.findings, *self.study.findings}))
 
     @property
@@ -114,7 +114,7 @@ class Viewer:
         return self._answer(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
-        """Read a DICOM image's grey levels before windowing, so that the page can show it with any window centre and width.
+        """Return a DICOM image's values before windowing, from which the page draws it with any window centre and width.
 
         Raises PageError if the file is missing or not a DICOM file.
         """
@@ -135,11 +135,11 @@ class Viewer:
         windowed: Windowed | None = None,
         window: tuple[float, float] | None = None,
     ) -> str:
-        """Return HTML with the image as SVG, and the available layers of `layers` drawn on top of it.
+        """Return HTML with the image as SVG and, drawn on top of it, those of `layers` that are available.
 
-        Boxes are drawn if their score is at least `threshold`. The heat map is for the class `heat_class`. If `windowed` is
-        given, grey levels are computed from its values with the window (centre, width) in `window`. The caption says which
-        layers could not be drawn, and why.
+        Layers are "boxes", "annotated boxes", "lungs" and "heat". Boxes are drawn if their score is at least `threshold`.
+        The heat map is for the class `heat_class`. If `windowed` is given, grey levels are computed from its values with the
+        window (centre, width) in `window`. The caption says which layers could not be drawn, and why.
         """
         system, captions, mask, heat, structure = view.system, [], None, None, LUNGS
         pixels = view.study.read(image, system.longest_side).pixels
@@ -186,7 +186,7 @@ class Viewer:
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """Return HTML with bars for the class probabilities, `none`, and the highest probability of each structure.
+        """Return HTML with bars for the class probabilities, `none` (no finding) and each structure's highest probability.
 
         For a lung segmenter, the HTML is a sentence with the share of the image that is lung.
         """
@@ -222,7 +222,7 @@ class Viewer:
         return f'<table class="facts">{rows}</table><ul class="remarks">{points}</ul>'
 
     def summary(self, view: View) -> str:
-        """Return the text of the status line: the study, its number of images, the number of models, their time."""
+        """Return the text of the status line: the study, its number of images, and how many models took how long."""
         images, models = len(view.study.images), view.answer.models
         several = f" of {images} images" if images > 1 else ""
         count = "1 model" if len(models) == 1 else f"{len(models)} models"

@@ -46,7 +46,7 @@ class WarmModels:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
-        """Return the predictions of `system` for a study, as an Answer; they equal those of a submission or of `predict`.
+        """Return the predictions of `system` for a study, as an Answer. A submission would have the same predictions.
 
         Models that were trained on the study are left out if possible (see `choose_models`). A model that fails is left out,
         with a remark. If all models fail, the error of the last one is raised. Raises UnreadableXray if an image cannot be
@@ -102,7 +102,7 @@ class WarmModels:
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
     """Return the models of `system` that predict `study`, and remarks on which models were trained on the study.
 
-    A model that was trained on the study is used only if all models of the study's prepared run were trained on it.
+    A model that was trained on the study is used only if all models from the study's prepared run were trained on the study.
     """
     models, remarks = list(system.models), []
     models_of_run = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]
@@ -123,7 +123,7 @@ def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringMod
 
 
 def _classes(model: AnsweringModel) -> tuple[str, ...]:
-    """Return the classes that the model predicts, with `none` (no finding) if a study model predicts this too."""
+    """Return the classes that the model predicts, including `none` (no finding) if it is a study model that predicts it."""
     if "classes" in model.answers:
         return model.classes
     return (*(STUDY_CLASSES if "study" in model.answers else ()), *(["none"] if "none" in model.answers else []))

@@ -52,9 +52,9 @@ class Windowed:
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
     """Return the values of a DICOM file before windowing, reduced to at most `longest_side` pixels a side.
 
-    Decodes in this process, so it must be used only for a file that a decoding process has read before. For a file with
-    colours, a palette or float values, the values are its greys as in `decode_xray`, without a window. Raises UnreadableXray
-    if the file cannot be decoded.
+    Decodes in this process, so it must be used only for a file that a decoding process has read before. If the file has
+    colours, a palette or float values, the values are the grey levels that `decode_xray` returns, and there is no file
+    window. Raises UnreadableXray if the file cannot be decoded.
     """
     stored, photometric = read_stored_values(path), read_header(path).photometric.upper()
     if stored.ndim == 3 or stored.dtype.kind == "f" or photometric == "PALETTE COLOR":

@@ -55,7 +55,7 @@ def draw_picture(
 ) -> str:
     """Return HTML with a legend and one `<svg>`, whose coordinates are pixels of the original image of `rows` x `columns`.
 
-    `pixels`, uint8 (h, w), `mask`, bool (h, w), and `heat`, float 0..1 (h, w), are copies of the image at any size; an
+    `pixels` (uint8), `mask` (bool) and `heat` (float 0..1) are arrays (h, w) that show the whole image, each at any size. An
     all-zero mask or heat map is not drawn. `boxes` (finding, score, xmin, ymin, xmax, ymax) are drawn if their score is at
     least `threshold`, and listed in a table. The annotated boxes `truth` (finding, xmin, ymin, xmax, ymax) are always drawn.
     Both tables are in original pixels. `findings` are the findings to which colours are assigned, by default those of the
@@ -108,9 +108,10 @@ def draw_picture(
 def draw_bars(
     classes: Mapping[str, float], none: float | None = None, priors: bool = False, true_classes: Collection[str] = ()
 ) -> str:
-    """Return HTML with one bar for each of `classes` and, unless `none` is None, one for `none`, with three decimals.
+    """Return HTML with one bar for each class and, unless `none` is None, one for `none`; values have three decimals.
 
-    Values are 0..1. If `priors` is True, no model has predicted the study, and `classes` holds the class frequencies of the
+    `classes` maps class names to the study's probabilities, and `none` is the probability that the image shows no finding,
+    all 0..1. If `priors` is True, no model has predicted the study, and `classes` holds the class frequencies of the
     training set, which are drawn in grey. The `true_classes` are marked as annotated. Raises ValueError if a value is
     outside 0..1.
     """
@@ -156,7 +157,7 @@ def _image(name: str, kind: str, encoded: np.ndarray, rows: int, columns: int) -
 def _heat_png(heat: np.ndarray) -> np.ndarray:
     """Return the heat map as an encoded PNG, more transparent where the heat is lower."""
     if heat.ndim != 2 or not (np.isfinite(heat).all() and heat.min() >= 0 and heat.max() <= 1):
-        raise ValueError(f"expected heat (h, w) with values in 0..1; its shape is {heat.shape}")
+        raise ValueError(f"expected a heat map (h, w) with finite values in 0..1, got an array {heat.shape}")
     levels = np.rint(shrink(heat.astype(np.float32), HEAT_SIDE) * 255).astype(np.uint8)
     coloured = cv2.cvtColor(cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO), cv2.COLOR_BGR2BGRA)
     coloured[..., 3] = np.rint(levels * HEAT_ALPHA)
@@ -225,7 +226,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
 
 
 def _table(boxes: pd.DataFrame | None) -> str:
-    """Return a table of the visible boxes, the highest score first, which the visitor can unfold; "" if there is none."""
+    """Return HTML with a table of the visible boxes, highest score first, that can be unfolded; "" if there are no boxes."""
     if boxes is None or boxes.empty:
         return ""
     rows = "".join(

@@ -1,4 +1,4 @@
-"""Write phantoms in the layouts of VinBigData, RSNA Pneumonia, RANZCR CLiP and SIIM-ACR, with a test set and its truth."""
+"""Write phantoms in the layouts of VinBigData, RSNA Pneumonia, RANZCR CLiP and SIIM-ACR, and their test sets' labels."""
 
 import hashlib
 import uuid
@@ -30,7 +30,7 @@ DEFAULT_SIDE = 320
 
 @dataclass(frozen=True)
 class Planned:
-    """One planned image. `shows` has the labels that the image shows, at most one from each group of the layout."""
+    """One planned image. `shows` has the labels that the image shows, at most one from each of _Layout's groups."""
 
     split: str  # "train" or "test"
     image_id: str
@@ -47,10 +47,11 @@ Written = list[tuple[Planned, Any]]  # the images of a split, and what `draw` ha
 class _Layout:
     """How the phantoms of one competition are planned, drawn and written.
 
-    Each of `groups` maps labels to their shares of the images, with "" for none of them; an image gets one label from each
-    group, independently of the other groups. `make_id` gets the split and 64 random hexadecimal digits. `draw` gets a path,
-    an image and its side, writes the file and returns what `tables` needs to know about it. `tables` returns the contents of
-    the label files, keyed by file name; `label_table` is the name of the file that the competition scores.
+    Each of `groups` maps labels that exclude each other to their shares of the images; the label "" means none of them. An
+    image gets one label from each group, independently of the other groups. `make_id` gets the split and 64 random
+    hexadecimal digits and returns an image_id. `draw` gets a path, a planned image and a side length in pixels, writes the
+    file and returns what `tables` needs to know about it. `tables` returns the contents of the label files, keyed by file
+    name; `label_table` is the name of the label file whose test part is the ground truth.
     """
 
     groups: tuple[dict[str, float], ...]
@@ -76,19 +77,19 @@ def write_challenge(
 ) -> Path:
     """Write `images` training and `test_images` test X-rays, all synthetic, in a competition's layout; return their folder.
 
-    `name` is a competition of LAYOUTS. The folder, FOLDER/SLUG, also has the competition's tables. With a test set, it has
-    the sample submission, and the test set's labels are written to the folder `truth`, in the format of the training labels.
-    No patient is in both sets.
+    `name` is one of the four competitions below. The folder, FOLDER/SLUG, also has the competition's label tables. If there
+    are test images, it also has the sample submission, and the test images' labels are written to the folder `truth`, in the
+    format of the training labels. No patient is in both the training and the test set.
 
-    vinbigdata: `train/*.dicom` with five of the 14 findings; three readers draw boxes that differ a little, and one misses
-    some; the ground truth has the true boxes. rsna-pneumonia: `stage_2_train_images/*.dcm` with the published shares of the
-    classes, and the mapping to NIH's images. ranzcr-clip: `train/*.jpg` with tubes and lines; the label of a line depends on
-    the position of its tip. siim-acr: DICOM files with a pneumothorax in a quarter of the images, always of 1024 x 1024
-    pixels, because the run lengths count these pixels.
+    vinbigdata: `train/*.dicom` with five of the 14 findings; three simulated readers (radiologists) draw boxes that differ a
+    little, and one of them misses some; the ground truth has the true boxes. rsna-pneumonia: `stage_2_train_images/*.dcm`
+    with the published shares of the classes, and the mapping to NIH's images. ranzcr-clip: `train/*.jpg` with tubes and
+    lines; the label of a line depends on the position of its tip. siim-acr: DICOM files with a pneumothorax in a quarter of
+    the images, always of 1024 x 1024 pixels, because the run lengths count these pixels.
 
-    `side` is the longer side in pixels (default: DEFAULT_SIDE); RSNA's images are square. For the other parameters and
-    errors see `write_phantoms`. Raises ValueError for an unknown name, for a `side` that differs from the layout's fixed
-    side, or for test images without `truth`.
+    `side` is the longer side in pixels (default: 320); RSNA's images are square. For the other parameters and errors see
+    `write_phantoms`. Raises ValueError for an unknown name, for siim-acr with another `side` than 1024, or for test images
+    without `truth`.
     """
     if name not in LAYOUTS:
         raise ValueError(f"unknown competition {name!r}; valid: {', '.join(LAYOUTS)}")
@@ -115,7 +116,7 @@ def write_challenge(
 
 
 def _plan(name: str, counts: dict[str, int], seed: int) -> list[Planned]:
-    """Return the planned images of both splits, each ordered by image_id."""
+    """Return the planned images: the training images and then the test images, each ordered by image_id."""
     layout, planned, patients = LAYOUTS[name], [], 20001  # above the numbers of NIH's phantoms, which are other patients
     for number, (split, count) in enumerate(counts.items()):
         rng = np.random.default_rng([seed, 50, list(LAYOUTS).index(name), number])
@@ -205,7 +206,7 @@ def _draw_vinbigdata(path: Path, image: Planned, side: int) -> list[tuple[str, n
 
 
 def _vinbigdata_tables(written: Written) -> dict[str, Any]:
-    """Return train.csv, keyed by its name: boxes by three readers for training images, true boxes for test images."""
+    """Return {"train.csv": table}, with boxes by three readers for training images and true boxes for test images."""
     classes, rows = (*VINBIGDATA_FINDINGS, NO_FINDING), []
     for image, found in written:
         rng = np.random.default_rng([image.seed, 1])
@@ -305,7 +306,7 @@ def _ranzcr_tables(written: Written) -> dict[str, Any]:
 
 
 def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
-    """Draw and write one image; return the run lengths of its pneumothoraces: none, one or, in one of five images, two."""
+    """Draw and write one image; return the run lengths of each pneumothorax in it: a list of none, one or two texts."""
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     sides = rng.permutation([-1, 1])[: 1 + int(rng.random() < 0.2)] if image.shows else ()

@@ -86,14 +86,14 @@ def write_diagnoses(
 ) -> Path:
     """Write `images` synthetic X-rays, one of them damaged, in the layout of a data set; return their folder, FOLDER/LAYOUT.
 
-    `layout` is one of LAYOUTS. "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray" has
-    `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
+    `layout` is one of the following. "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray"
+    has `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
     files do not exist. "covidx" has `{train,test}/*.png` with lists of each image's class and source. "covidgr" has
     `{P,N}/*.jpg`. "ricord" has DICOM files, all of them COVID-19. "bimcv" has a positive and a negative set of PNG files,
     with tables of report labels. "chexpert" has JPEG files in `train` and `valid`, with tables of observations, some of them
     uncertain or blank, and rows for lateral images, whose files do not exist. The longer side of each image has `side`
-    pixels, at least 32; `images` is at least LEAST_IMAGES. The same `seed` gives the same images. For `workers`, `progress`
-    and other errors see `write_phantoms`. Raises ValueError for an unknown layout.
+    pixels, at least 32; `images` is at least 24. The same `seed` gives the same images. For `workers`, `progress` and other
+    errors see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

@@ -1,8 +1,8 @@
 """Render a synthetic frontal chest radiograph, with boxes and masks, from a patient, an exposure and opacities.
 
-Anatomy is drawn with a longer side of at most `WORK_SIDE` pixels and enlarged; noise and markers are drawn at full
-resolution. Grey values add up as in an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an opacity
-is lung without air.
+Anatomy is drawn on an image of at most 512 pixels a side (`WORK_SIDE`), which is then enlarged; noise and markers are drawn
+at full resolution. Grey values add up as in an X-ray: soft tissue and bone add attenuation, aerated lung removes it, and an
+opacity is lung without air.
 """
 
 import cv2
@@ -30,9 +30,9 @@ def render(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return two arrays: the radiograph, and the boxes of its opacities.
 
-    The radiograph is float32 (rows, columns), from 0 (black) to 1 (white). The boxes are (n, 4), one row per opacity with
-    `boxed`, in order: xmin, ymin, xmax, ymax in the radiograph's pixels. The same arguments give the same pixels. For the
-    mask of a pneumothorax see `draw_pneumothorax`.
+    The radiograph is float32 (rows, columns), from 0 (black) to 1 (white). The boxes are an array (n, 4) of xmin, ymin,
+    xmax, ymax in the radiograph's pixels; its rows are the opacities that are `boxed`, in their order. The same arguments
+    give the same pixels. For the mask of a pneumothorax see `draw_pneumothorax`.
     """
     view = _View(patient, exposure)
     rng = np.random.default_rng([patient.seed, 1])
@@ -77,10 +77,10 @@ def draw_pneumothorax(patient: Patient, exposure: Exposure, pneumothorax: Pneumo
 
 
 class _View:
-    """Converts thorax units to pixels of the canvas, an image with at most `WORK_SIDE` pixels on its longer side.
+    """Draws shapes, given in thorax units, on canvases: images with at most 512 pixels (`WORK_SIDE`) on the longer side.
 
-    The final image is the canvas, enlarged if it is larger than `WORK_SIDE`. Canvases are uint8 and 255 stands for 1,
-    because OpenCV draws smooth edges in 8-bit images only.
+    If the radiograph is larger, it is an enlarged canvas. Canvases are uint8 and 255 stands for 1, because OpenCV draws
+    smooth edges in 8-bit images only.
     """
 
     def __init__(self, patient: Patient, exposure: Exposure) -> None:
@@ -344,7 +344,10 @@ def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
 
 
 def _mirrored(points: np.ndarray, side: int) -> np.ndarray:
-    """Return `points`, whose u counts from the midline, on the side -1 (right) or 1 (left), as an array (1, points, 2)."""
+    """Return points on the patient's right (`side` -1) or left (1), as an array (1, points, 2).
+
+    In `points`, u is the distance from the midline.
+    """
     return (np.asarray(points) * (side, 1))[None]
 
 

@@ -99,14 +99,15 @@ def write_phantoms(
 
     `plan` returns the items to write. `write` gets a temporary folder and an item, and writes the item, possibly in another
     process. `finish` then gets the temporary folder, all items, and what `write` returned for them. `parameters` contains
-    `side` in pixels and, for most sets, `images`, the number of images. `least` has their smallest valid values, (images,
-    side).
+    `side` in pixels and, for most sets, `images`, the number of images. `least` has the smallest valid values of (`images`,
+    `side`).
+
     The same parameters and code (the modules in `code` and the drawing modules) give the same bytes, for any number of
-    `workers` (default: one per core, fewer for a small set). `tables` are as in PhantomFolder; `marker` is the name of the
-    marker file next to the folder, by default `.NAME.json`. The folder appears only when it is complete; after an
-    interruption, call again. If one of `other_files` is missing, the set is written again. `unit` names an item in the
-    progress bar. Raises ValueError if `parameters` are below `least`, and FileExistsError if the folder contains anything
-    but phantoms.
+    `workers` (default: one per core, fewer for a small set). `tables` are the names of files by whose content phantoms are
+    recognised (see PhantomFolder); `marker` is the name of the marker file next to the folder, by default `.NAME.json`. The
+    folder appears only when it is complete; after an interruption, call again. If one of `other_files` is missing, all
+    phantoms are written again. `unit` is what the progress bar calls an item. Raises ValueError if `parameters` are below
+    `least`, and FileExistsError if the folder contains anything but phantoms.
     """
     images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:

@@ -53,7 +53,8 @@ class _Drawn:
 class _Layout:
     """How the phantoms of one data set are planned and written.
 
-    `classes` maps each class to its share of the images and a tuple of findings, one of which is chosen for each image.
+    `classes` maps each class to its share of the images and a tuple of findings, one of which is chosen at random for each
+    image.
     """
 
     classes: dict[str, tuple[float, tuple[str, ...]]]
@@ -73,13 +74,13 @@ def write_lungs(
 ) -> Path:
     """Write `images` synthetic X-rays and their lung masks in the layout of a data set; return their folder, FOLDER/LAYOUT.
 
-    `layout` is one of LAYOUTS. "jsrt" has `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is, and
-    `scratch/fold1` and `fold2` with masks of heart, left and right lung as GIF files of 1024 x 1024 pixels. "montgomery" has
-    PNG files, a mask of each lung, and clinical readings. "shenzhen" has PNG files, one mask for six images in seven, and
-    clinical readings. "darwin" has images, and annotations with two polygons called Lung, which include the heart; one image
-    in fifty, and at least one, is tagged as lateral and has no polygons. Images in the last three layouts have `side` pixels
-    on their longer side and are not square. `images` is at least the number of classes. For the other parameters and errors
-    see `write_phantoms`. Raises ValueError for an unknown layout.
+    `layout` is one of the following. "jsrt" has `All247images/*.IMG`, 2048 x 2048 pixels and 8 MB each, whatever `side` is,
+    and `scratch/fold1` and `fold2` with masks of heart, left and right lung as GIF files of 1024 x 1024 pixels. "montgomery"
+    has PNG files, a mask of each lung, and clinical readings. "shenzhen" has PNG files, a mask of both lungs for six images
+    in seven, and clinical readings. "darwin" has images, and annotations with two polygons called Lung, which include the
+    heart; the first image and every fiftieth one are tagged as lateral and have no polygons. Images in the last three
+    layouts have `side` pixels on their longer side and are not square. `images` is at least 4 for "darwin", otherwise at
+    least 2. For the other parameters and errors see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

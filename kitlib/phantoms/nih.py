@@ -45,10 +45,10 @@ def write_nih(
 ) -> Path:
     """Write `images` synthetic X-rays and NIH's tables to FOLDER/nih-chest-xrays, and return this folder.
 
-    The folder has `images_001/images/*.png` to `images_012/images/*.png` (`side` x `side` pixels, where the real images have
-    1024; one in 200, and at least one, is RGBA), `Data_Entry_2017_v2020.csv`, `train_val_list.txt`, `test_list.txt` and, for
-    test images, `BBox_List_2017.csv`. Patients have up to four images, all in the same list. An image shows
-    one of `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly; NIH's other findings do not occur.
+    The folder has `images_001/images/*.png` to `images_012/images/*.png`, `Data_Entry_2017_v2020.csv`, `train_val_list.txt`,
+    `test_list.txt` and, with boxes of test images only, `BBox_List_2017.csv`. Images have `side` x `side` pixels; the real
+    ones have 1024 x 1024. One in 200, and at least one, is RGBA. Patients have up to four images, all in the same list. An
+    image shows one of `kitlib.phantoms.patients.DRAWN_FINDINGS`, sometimes with Cardiomegaly as a second finding.
     `images` is at least 16 and `side` at least 32; for the other parameters and errors see `write_phantoms`.
     """
     return write_phantoms(
@@ -97,9 +97,9 @@ def _plan(images: int, seed: int) -> list[_Planned]:
 
 
 def _test_patients(numbers: list[int], rng: np.random.Generator) -> set[int]:
-    """Return the numbers of the patients in the test set, drawn at random until they have TEST_SHARE of the images.
+    """Return the numbers of the patients in the test set, drawn at random until they have 22.8 % of the images.
 
-    `numbers` has the patient's number of each image.
+    `numbers` has one patient number per image.
     """
     images = pd.Series(numbers).value_counts(sort=False)
     drawn = images.loc[rng.permutation(images.index)].cumsum()

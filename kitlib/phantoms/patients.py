@@ -113,7 +113,7 @@ def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
 
 
 def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
-    """Return a near-duplicate of `exposure`: cropped by up to 4 per cent a side, with another contrast and other noise."""
+    """Return a near-duplicate of `exposure`: cropped by up to 4 per cent of rows and columns, other contrast and noise."""
     rows = round(exposure.rows * rng.uniform(0.96, 1.0))
     columns = round(exposure.columns * rng.uniform(0.96, 1.0))
     # The zoom compensates for the smaller image, so that the patient's size in pixels stays the same.
@@ -208,9 +208,9 @@ def _patch(
     density: tuple[float, float],
     softness: float,
 ) -> Opacity:
-    """Return a random opacity, each of whose values is drawn from the range (low, high) that is passed for it.
+    """Return a random opacity. Each pair (low, high) is a range from which one value is drawn.
 
-    `side` is -1 for the image's left and 1 for its right; `u` is the distance from the midline.
+    `side` is -1 for the left of the image and 1 for its right; `u` is the range of the distance from the midline.
     """
     u_drawn, v_drawn, radius_u_drawn, radius_v_drawn, density_drawn = (
         float(rng.uniform(*bounds)) for bounds in (u, v, radius_u, radius_v, density)

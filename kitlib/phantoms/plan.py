@@ -16,7 +16,7 @@ DAMAGES = ("truncated", "garbage", "empty")
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image of a PlannedStudy. `oddity` is one of ODDITIES or empty, `damage` is one of DAMAGES or empty."""
+    """One image of a PlannedStudy. `oddity` says what is unusual (see ODDITIES), `damage` why it is unreadable, or ""."""
 
     image_id: str
     series_id: str

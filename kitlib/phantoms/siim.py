@@ -70,11 +70,12 @@ def write_competition(
 
     The competition's folder contains only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
     `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. The test set's two label tables are written
-    to the folder `truth`. `side` is the longer side of an image in pixels. As in the real set, a near-duplicate image of a
-    positive study has no box in the training table; it has boxes in the test set's ground truth, because the hidden labels
-    were corrected. `damaged_test_files` is the number of test images that cannot be read completely; the tables keep their
-    rows. The marker is FOLDER/.phantom.json. For the other parameters and errors see `write_phantoms`. Raises ValueError if
-    a split has fewer than four studies, if `side` is less than 32, or if more than half of the test images are damaged.
+    to the folder `truth`. `side` is the longer side of an image in pixels. A near-duplicate image of a positive study has no
+    box in the training table, as in the real set. In the test set's ground truth it has boxes, because the hidden labels
+    were corrected. `damaged_test_files` is the number of test images that cannot be read completely; the tables still have
+    their rows. The marker (see PhantomFolder) is FOLDER/.phantom.json. For the other parameters and errors see
+    `write_phantoms`. Raises ValueError if a split has fewer than four studies, if `side` is less than 32, or if more than
+    half of the test images are damaged.
     """
     if min(train_studies, test_studies) < len(STUDY_CLASSES):
         raise ValueError(
@@ -107,8 +108,8 @@ def write_competition(
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
     """Draw and write the files of one study; return one dictionary per image.
 
-    Its keys are split, study_id, image_id, study_class, and boxes: an array (n, 4) of xmin, ymin, xmax, ymax in the image's
-    pixels.
+    The keys of a dictionary are split, study_id, image_id, study_class, and boxes: an array (n, 4) of xmin, ymin, xmax, ymax
+    in the image's pixels.
     """
     patient = draw_patient(np.random.default_rng(study.patient_seed))
     rng = np.random.default_rng(study.seed)

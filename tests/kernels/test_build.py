@@ -308,17 +308,17 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
     for keys, message in (
         (
             {"runs": [crops]},
-            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` is empty; set it to the run",
+            r"crops/bundle was trained with a segmenter's lung masks, but the key `lungs` is empty; set `lungs` to the run",
         ),
         (
             {"runs": [crops], "lungs": other},
-            r"but the key `lungs` names a different segmenter or mask clean-up; set it to the run of notebook 14",
+            r"but the key `lungs` has a different segmenter or mask clean-up; set `lungs` to the run of notebook 14",
         ),
         (
             {"runs": [segmenter]},
             r"unet/bundle predicts lungs .a., of which a submission to siim-covid19 contains none; give its run in the",
         ),
-        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle is a study model; give a run of notebook 14"),
+        ({"runs": [crops], "lungs": crops}, r"lungs: .*crops/bundle is a study model, not a lung segmenter; give"),
         ({"runs": [crops], "lungs": str(tmp_path / "none")}, r"lungs: .*none/bundle does not exist"),
     ):
         with pytest.raises(KernelError, match=message):

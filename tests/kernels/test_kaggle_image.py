@@ -79,8 +79,8 @@ def test_what_requirements_have_to_change(tmp_path):
     changes = list_changes(tmp_path / "requirements.txt", {"a": "1", "c": "2", "d": "3"})
     assert [change.split(" and ")[0].split("; ")[0] for change in changes] == [
         "c: write c==2 instead of 1",
-        "d: Kaggle's image now has this package",
-        "e: Kaggle's image no longer has this package",
+        "d: Kaggle's Docker image now has this package",
+        "e: Kaggle's Docker image no longer has this package",
     ]
 
 

@@ -411,7 +411,7 @@ def test_a_built_dataset_must_not_also_be_among_the_inputs(tmp_path, prepared, w
 
 
 def test_a_truth_without_a_submission_is_refused(tmp_path, competition, wheel):
-    with pytest.raises(KernelError, match="small-test-kernel makes no submission to score with the ground truth"):
+    with pytest.raises(KernelError, match="small-test-kernel makes no submission, so there is nothing to score"):
         rehearse(*built(tmp_path, wheel, make=make_training), competition / "inputs", 60, competition / "truth")
 
 
