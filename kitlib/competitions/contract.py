@@ -171,7 +171,7 @@ class Competition(Settings):
         return self.find_faults(list(ids), Path(submission), source)
 
     def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
-        """Return the tables in `decided`, a result of `decide`, by name; {} unless it is a dataclass of tables (SIIM-COVID)."""
+        """Return the tables in `decided`, a result of `decide`, by name; {} unless it is a dataclass, as SIIM-COVID's."""
         return dict(vars(decided)) if is_dataclass(decided) else {}
 
     def write_first(self, folder: str | Path, path: str | Path) -> int:
