@@ -73,8 +73,8 @@ def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.Data
     best = judge.score(settings, part)
     if math.isnan(best):
         raise FusionError(
-            "nothing can be tuned, because the score is undefined: no class of the competition can be scored on these images; "
-            "give runs that have predicted more images"
+            "nothing can be tuned, because the score is undefined: no class of the competition can be scored on these "
+            "images; give runs that have predicted more images"
         )
     calibration = judge.calibration(part)
     rows = [("0 default", "", best, 0.0)]
