@@ -118,7 +118,7 @@ class Competition(Settings):
             raise SettingsError(f"{self.name} has no classes; set study_classes, image_classes, box_classes or mask_classes")
         for kind, classes in answers.items():
             if len(set(classes)) < len(classes):
-                raise SettingsError(f"{kind} of {self.name} has a class twice: {', '.join(classes)}")
+                raise SettingsError(f"{kind} of {self.name} has a class twice: {max(classes, key=classes.count)}")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:

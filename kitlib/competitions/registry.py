@@ -63,7 +63,8 @@ def choose_folder(data: str) -> str:
 def _competition_of_sample(data: str) -> Competition:
     """Return the competition whose header is that of the sample submission in `data`, an input or folder.
 
-    If no sample can be read, returns SIIM_COVID19 and logs a warning. Raises SettingsError if no competition has the header.
+    If no sample can be read, returns SIIM_COVID19 and logs a warning. If no competition has the header, returns SIIM_COVID19
+    if the ids end in _study or _image, and otherwise raises SettingsError.
     """
     try:
         sample = find_sample(find_input(data))

@@ -13,7 +13,7 @@ DEFAULT_THRESHOLD = 0.5  # probability at which a class counts as predicted, if 
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the ROC AUC: the probability that a true positive row has a higher score than a negative row.
+    """Return the ROC AUC of a class: the probability that a row with the class has a higher score than a row without it.
 
     A pair of rows with equal scores counts half. `scores` is (n,), `positive` (n,) is True for rows that truly have the
     class, and `weight` (n,) is how often each row counts. The result is NaN if no row has the class, or all rows have it.
@@ -30,7 +30,7 @@ def dense_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return what `roc_auc` returns, but get `dense_ranks(scores)` instead of scores; fast for many different weights."""
+    """Return the `roc_auc` of scores whose ranks, `dense_ranks(scores)`, are given; fast for many different weights."""
     positive = np.asarray(positive, dtype=float)
     weight = np.ones(len(positive)) if weight is None else weight
     positives = np.bincount(ranks, positive * weight)
@@ -44,7 +44,7 @@ def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray
 def mean_auc(truth: np.ndarray, probabilities: np.ndarray, classes: Iterable[str]) -> dict[str, float]:
     """Return the ROC AUC of each class, keyed by name, and their mean as `score`.
 
-    `truth` and `probabilities` are (n, classes). An image has a class if its `truth` is at least 0.5. If it is NaN, the
+    `truth` and `probabilities` are (n, classes). An image has a class if its `truth` is at least 0.5. If `truth` is NaN, the
     image is ignored for this class. If no image has a class or all images have it, its ROC AUC is NaN and ignored in the
     mean. If all are NaN, the mean is NaN.
     """
@@ -93,7 +93,7 @@ def exclusive_scores(
 def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
     """Return precision, recall and F1 of one class. `truth` and `called`, the predictions, are bool arrays (n,).
 
-    If no row of `truth` is True, all three are NaN. If only no row of `called` is True, all three are 0.
+    If no row of `truth` is True, all three are NaN. If some rows of `truth` are True but none of `called`, all three are 0.
     """
     positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
     if not positives:

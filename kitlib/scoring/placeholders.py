@@ -28,6 +28,6 @@ def one_pixel_groups(labels: Iterable[str], confidences: Iterable[float]) -> lis
 
 
 def format_confidence(p: float) -> str:
-    """Return a confidence as text, with seven significant digits, as float32 has, and without an exponent (1e-05)."""
+    """Return a confidence as text, with seven significant digits, as float32 has, and without an exponent: not 1e-05."""
     text = f"{p:.7g}"
     return text if "e" not in text else f"{p:.15f}".rstrip("0").rstrip(".")

@@ -229,9 +229,8 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     except TableError as error:
         raise ScoringError(str(error)) from error
     missing = [column for column in columns if column not in table.columns]
-    if missing or table["id"].duplicated().any():
-        raise ScoringError(
-            f"{path} must have the columns {', '.join(columns)} and no duplicate id; its columns are "
-            f"{', '.join(table.columns)}"
-        )
+    if missing:
+        raise ScoringError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table.columns)}")
+    if table["id"].duplicated().any():
+        raise ScoringError(f"{path} has several rows with the id {table['id'][table['id'].duplicated()].iloc[0]}")
     return table

@@ -60,7 +60,7 @@ def submission_ids(study_ids: Iterable[str], image_ids: Iterable[str]) -> list[s
 
 
 def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
-    """Read a CSV file; return for each line that is not blank its number (from 1) and its cells, also for the header.
+    """Return the number (from 1) and the cells of each line of a CSV file, including the header, without blank lines.
 
     Raises SubmissionError if the file cannot be read.
     """
