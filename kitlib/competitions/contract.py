@@ -22,7 +22,7 @@ from kitlib.settings import AtLeastOne, Positive, Settings
 
 
 class Slug:
-    """Rule for a string setting: lower-case words joined by hyphens, as in a competition's address on Kaggle."""
+    """Rule that allows a string only if it is lower-case words joined by hyphens, as in a competition's Kaggle address."""
 
     def allows(self, value: str) -> bool:
         return all(word.isalnum() and word == word.lower() for word in value.split("-"))
@@ -44,28 +44,31 @@ class BoxTruth:
 
 @dataclass(frozen=True)
 class Competition(Settings):
-    """Everything that the kit needs to know about a competition: its facts, and functions that read and score its files.
+    """What the kit needs to know about one competition: facts, and functions that read, score and write its files.
 
-    `read_truth` reads the ground truth from a file in the format of the training data, or from the folder that contains it.
-    `truth_ids` returns the ids that a submission needs to be scored with a ground truth. `read_sample` returns the ids in a
-    sample submission. `read_submission` gets a file and the ids that it must have; it raises SubmissionError if there is a
-    fault. `find_faults` gets the ids, the file, and a text that says where the ids are from; it returns every fault and
-    never raises. `metric` is a pure function of a ground truth and a submission; it returns a dict with `score` first, then
-    its parts by name, NaN if undefined. `baseline_rows` returns a row of cells for each id, based only on frequencies in
-    the training data. Functions that read the ground truth or a sample raise a KitError if the file is invalid.
+    `read_truth` returns the ground truth, read from a file in the format of the training data, or from the folder of this
+    file. `truth_ids` returns the ids that a submission must have to be scored with a ground truth. `read_sample` returns the
+    ids in a sample submission. `read_truth` and `read_sample` raise a KitError if the file is invalid. `read_submission`
+    gets a file and the ids that it must have; it raises SubmissionError if the file has a fault. `find_faults` gets the ids
+    that a file must have, the file, and a text that says where these ids are from; it returns every fault and never raises.
+    `metric` is a pure function of a ground truth and a submission; it returns a dict with `score` first, then its parts by
+    name. An undefined value is NaN. `baseline_rows` returns a row of cells for each id. The cells depend only on the id and
+    on frequencies in the training data.
 
-    `dataset` is the reader of the training data, a key of kitlib.datasets.registry.READERS. `truth_of` returns the ground
-    truth of images, from the tables images, labels and boxes of a prepared run and its masks (or None). `settings` is a
-    class derived from FusionSettings, whose fields say how merged predictions become answers. `decide` applies these
-    settings: it returns a submission, like `read_submission`, for the images that at least one model has predicted. `fill`
-    returns the submission's rows for given ids, and the ids without a prediction, which get the baseline's rows. `read_test`
-    lists the test images in a folder. `helping_classes` are classes of images that `decide` uses although no submission
-    contains them. `side` is the side in pixels of the published images, if all are squares of this size; answers are then
-    in pixels of the published images, even if smaller copies were prepared.
+    `dataset` is the code that reads the training data, as a key of kitlib.datasets.registry.READERS. `truth_of` returns the
+    ground truth of given images; its arguments are the tables images, labels and boxes of a prepared run, and the run's
+    masks or None. `settings` is a class derived from FusionSettings; its fields say how merged predictions become answers.
+    `decide` gets merged predictions and such settings. It returns what `read_submission` returns, for the images that at
+    least one model has predicted. `fill` gets the ids of a submission and the result of `decide`. It returns the rows of
+    these ids, and the ids without a prediction, whose rows are the baseline's. `read_test` lists the test images in a
+    folder. `helping_classes` are classes of images that `decide` uses, but no submission contains. `side` is the side length
+    in pixels of the published images, if all of them are squares of this size, and otherwise None. If `side` is given,
+    answers are in pixels of the published images, even if the images were reduced in preparation.
 
-    `judge` and `compare` are optional, for tuning: `judge` returns the same score as `metric` after `decide`, but faster.
-    The merged boxes that `judge` gets have the additional column `match`: the row of the true box with the same finding and
-    the largest IoU above `hit_iou`, or -1. The merged masks have the column that `compare` adds.
+    `judge` and `compare` are optional and speed up tuning. `judge` returns the score that `metric` gives for the result of
+    `decide`. The merged boxes that `judge` gets have the additional column `match`: the row of the true box that has the
+    same finding and, among the boxes with an IoU above `hit_iou`, the largest IoU; or -1. The merged masks that `judge` gets
+    have the column that `compare` adds.
 
     Raises SettingsError for an invalid field, a class that occurs twice, or a competition without classes.
     """
@@ -115,11 +118,11 @@ class Competition(Settings):
             raise SettingsError(f"{self.name} has no classes; set study_classes, image_classes, box_classes or mask_classes")
         for kind, classes in answers.items():
             if len(set(classes)) < len(classes):
-                raise SettingsError(f"{kind} of {self.name} has a class twice: {', '.join(classes)}")
+                raise SettingsError(f"{kind} of {self.name} has a class twice: {max(classes, key=classes.count)}")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:
-        """The classes to predict: the fields study_classes to mask_classes as a dict, without empty ones."""
+        """The classes to predict: a dict of the fields study_classes to mask_classes, without the empty fields."""
         kinds = ("study_classes", "image_classes", "box_classes", "mask_classes")
         return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind)}
 
@@ -129,7 +132,7 @@ class Competition(Settings):
         return self.time_limit_hours is not None
 
     def judged(self, truth: Any, merged: MergedPredictions, settings: FusionSettings) -> float:
-        """Return the score of merged predictions with these settings against the ground truth of the same images."""
+        """Return the score of what `decide` returns for `merged` and `settings`; `truth` has the same images."""
         if self.judge is not None:
             return self.judge(truth, merged, settings)
         return self.metric(truth, self.decide(merged, settings))["score"]
@@ -137,7 +140,7 @@ class Competition(Settings):
     def write(self, path: str | Path, ids: Iterable[str], decided: Any) -> list[str]:
         """Write a submission file with a row for each id, atomically; return the ids that got the baseline's row.
 
-        `decided` is a result of `decide`, or None: then all rows are the baseline's.
+        `decided` is a result of `decide`. If it is None, all rows are the baseline's.
         """
         ids = list(ids)
         rows, without = (self.baseline_rows(ids), ids) if decided is None else self.fill(ids, decided)
@@ -157,7 +160,7 @@ class Competition(Settings):
     ) -> list[Fault]:
         """Return every fault of a submission file; its ids must be those of the sample submission or of the ground truth.
 
-        Raises ValueError unless exactly one of `sample` and `truth` is given; a KitError if this file cannot be read.
+        Raises ValueError unless exactly one of `sample` and `truth` is given, and a KitError if that one cannot be read.
         """
         if sample is not None and truth is None:
             ids, source = self.read_sample(Path(sample)), "the sample submission"
@@ -168,13 +171,13 @@ class Competition(Settings):
         return self.find_faults(list(ids), Path(submission), source)
 
     def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
-        """Return the tables in `decided`, a result of `decide`, as a dict; empty unless it is a dataclass (SIIM-COVID's)."""
+        """Return the tables in `decided`, a result of `decide`, by name; {} unless it is a dataclass, as SIIM-COVID's."""
         return dict(vars(decided)) if is_dataclass(decided) else {}
 
     def write_first(self, folder: str | Path, path: str | Path) -> int:
-        """Write the baseline submission for the sample submission in a folder of data; return the number of rows.
+        """Write the baseline submission for the ids in a data folder's sample submission; return the number of rows.
 
-        If the sample is missing or cannot be read, writes nothing and returns 0.
+        If the sample is missing or cannot be read, this function writes nothing and returns 0.
         """
         try:
             return self.write_baseline(find_sample(folder, self.sample), path)

@@ -25,8 +25,8 @@ MANY_FOLDERS = 100  # a folder with more subfolders holds studies or images, so 
 class Rows(Generic[V]):
     """Format of a submission's rows: the header, whose first column is the id, and a function that parses the other cells.
 
-    `parse` gets a row's id and its other cells, and returns the row's value and a list of texts, one per fault. `sample` is
-    the name of the sample submission on Kaggle.
+    `parse` gets a row's id and its other cells. It returns what the cells say (the row's value), and a list of texts, one
+    per fault. `sample` is the file name of the sample submission on Kaggle.
     """
 
     header: tuple[str, ...]
@@ -66,7 +66,7 @@ class Rows(Generic[V]):
 
 @dataclass(frozen=True)
 class TestSet:
-    """Test images of a competition: an `images` table, a table of faults (see Dataset.faults), and a submission's ids."""
+    """Test images: an `images` table, a table of the faults found (see Dataset.faults), and the ids of a submission."""
 
     __test__ = False  # pytest would collect the class
 
@@ -78,9 +78,10 @@ class TestSet:
 def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
     """Return the path of the sample submission in a folder or its subfolders.
 
-    Subfolders are searched level by level, until a level has a file called `name`; deeper folders may contain many images.
-    If no level has this file, a `*sample_submission*.csv` is used: preferably one with `stage_2` in its name, then the one
-    that is fewest folders deep. Raises SubmissionError if there is no such file, or if several on the same level differ.
+    The search goes level by level and ends at the first level with a file called `name`. If no level has this file, the
+    result is a CSV file with `sample_submission` in its name. If any of these files has `stage_2` in its name, only files
+    with `stage_2` are considered. Of several files, the one nearest to `folder` is returned. Raises SubmissionError if there
+    is no such file, or if several files on the same level differ.
     """
     candidates: list[Path] = []
     for files in _levels(folder):
@@ -95,9 +96,9 @@ def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
 
 
 def _levels(folder: str | Path) -> Iterator[list[Path]]:
-    """Yield one list of CSV files per level: those in a folder, then those in its subfolders, and so on.
+    """Yield one list of CSV files per level: the files in a folder, then the files in its subfolders, and so on.
 
-    Links to folders are not followed.
+    Links to folders are not followed. If a folder has more than MANY_FOLDERS subfolders, all of them are skipped.
     """
     folders = [str(folder)] if Path(folder).is_dir() else []
     while folders:
@@ -115,7 +116,7 @@ def _levels(folder: str | Path) -> Iterator[list[Path]]:
 
 
 def _only(samples: list[Path]) -> Path:
-    """Return the first of several files. Raises SubmissionError, which lists the files, if their contents differ."""
+    """Return the first of several equal files. Raises SubmissionError, which lists the files, if they differ."""
     if not all(filecmp.cmp(samples[0], path, shallow=False) for path in samples[1:]):
         listing = "".join(f"\n  {path}" for path in samples)
         raise SubmissionError(f"{len(samples)} sample submissions differ; give the folder of one of them:{listing}")
@@ -123,9 +124,9 @@ def _only(samples: list[Path]) -> Path:
 
 
 def read_listed(rows: Rows[Any]) -> Callable[[Path], TestSet]:
-    """Return a function that returns the TestSet of a folder: the images whose ids are in the folder's sample submission.
+    """Return a function that gets a folder and returns a TestSet: the images whose ids are in its sample submission.
 
-    The function raises SubmissionError if the folder has no sample submission, several that differ, or one without ids.
+    The returned function raises SubmissionError if the folder has no sample submission, several different ones, or no ids.
     """
 
     def read_test(folder: Path) -> TestSet:
@@ -139,9 +140,9 @@ def read_listed(rows: Rows[Any]) -> Callable[[Path], TestSet]:
 def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
     """Read a ground-truth CSV file as a table of strings; `attrs["path"]` of the table is the file's path.
 
-    `path` is the file, or a folder that contains one of `file_names` (the first is preferred). Blanks around column names
-    are removed. Raises ScoringError if the file is missing, cannot be read, has no rows, lacks one of `columns`, or has an
-    empty cell in the first of `columns`.
+    `path` is the file, or a folder with a file of one of `file_names` (if there are several, the first is read). Blanks
+    around column names are removed. Raises ScoringError if the file is missing, cannot be read, has no rows, lacks one of
+    `columns`, or has an empty cell in the first of `columns`.
     """
     if path.is_dir():
         available = [path / name for name in file_names if (path / name).is_file()]
@@ -168,7 +169,7 @@ def read_truth_table(path: Path, file_names: Sequence[str], columns: Sequence[st
 def read_numbers(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
     """Convert columns of a ground-truth table to numbers, float (n, columns); an empty cell becomes NaN.
 
-    Raises ScoringError, which names the row, for any other cell that is not a finite number.
+    Raises ScoringError, with the number of the row, if another cell is not a finite number.
     """
     cells = table[list(columns)]
     numbers = cells.apply(pd.to_numeric, errors="coerce").to_numpy(float)
@@ -191,7 +192,7 @@ def refuse_rows(table: pd.DataFrame, is_wrong: np.ndarray, problem: str) -> None
 
 
 def join_rows(rows: dict[str, np.ndarray], columns: Sequence[str]) -> pd.DataFrame:
-    """Join arrays (k, columns), keyed by image_id in `rows`, into one table with the columns image_id and `columns`."""
+    """Return a table with image_id and `columns`. `rows` maps each image_id to an array of its k rows, (k, columns)."""
     numbers = np.concatenate([np.empty((0, len(columns))), *rows.values()])
     table = pd.DataFrame(numbers, columns=list(columns))
     table.insert(0, "image_id", np.repeat(np.array(list(rows), dtype=object), [len(array) for array in rows.values()]))

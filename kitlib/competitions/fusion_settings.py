@@ -22,7 +22,7 @@ class FusionSettings(Settings):
     """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no calibration.
 
     GRIDS maps the name of each tuning step to a pair: the fields that the step sets together, and the values that it tries.
-    FIRST names steps that are also taken before box merging is tuned, because that tuning depends on their results.
+    FIRST has the names of the steps that are also taken before box merging is tuned; that tuning depends on their results.
     """
 
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}
@@ -45,5 +45,5 @@ class FusionSettings(Settings):
     final_nms_iou: Probability = 1.0
 
     def weight(self, model: str) -> float:
-        """Return the weight of `model`, 1 if `model_weights` does not contain it."""
+        """Return the weight of `model`, or 1 if `model_weights` does not contain the model."""
         return float(self.model_weights.get(model, 1.0))

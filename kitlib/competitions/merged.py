@@ -12,7 +12,7 @@ class MergedPredictions:
 
     `images` has the n images with image_id, study_id, rows and columns. `studies` has one row per predicted study: study_id
     and a probability (0..1) of each study class. `scores` has one row per image that a classifier of images has predicted:
-    image_id and a probability of each image class. A class that no model predicts for a row is NaN. `boxes` has one row per
+    image_id and a probability of each image class. A probability that no model has predicted is NaN. `boxes` has one row per
     box: `row` (the position of its image in `images`), `finding` (categorical), `score` (0..1), xmin, ymin, xmax and ymax in
     original pixels. `seen`, bool (n,), is True for images that a detector has predicted, with or without boxes. `masks` has
     the columns image_id, finding and `map`, see kitlib.fusion.mask_maps.
@@ -38,13 +38,13 @@ class MergedPredictions:
         return self.scores.set_index("image_id")[name].reindex(self.images["image_id"]).to_numpy(float)
 
     def no_box(self) -> np.ndarray:
-        """Return 1 minus the highest box score of each image, (n,): 1 without boxes, NaN if no detector has predicted it."""
+        """Return 1 minus each image's highest box score, (n,): 1 without a box, NaN if no detector predicted the image."""
         highest = np.zeros(len(self.images))
         np.maximum.at(highest, self.boxes["row"].to_numpy(), self.boxes["score"].to_numpy())
         return np.where(self.seen, 1 - highest, np.nan)
 
     def part(self, chosen: np.ndarray) -> "MergedPredictions":
-        """Return the predictions for the images that the boolean mask `chosen` (n,) selects, and their studies."""
+        """Return the predictions for the images for which the boolean mask `chosen` (n,) is True, and for their studies."""
         images = self.images[chosen]
         position = np.cumsum(chosen) - 1
         boxes = self.boxes[chosen[self.boxes["row"].to_numpy()]]
@@ -60,9 +60,10 @@ class MergedPredictions:
 
 
 def weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the weighted mean (n,) over the k rows of `parts` (k, n), ignoring NaN; `weights` (k,) has one weight per row.
+    """Return the weighted mean of each column of `parts` (k, n), (n,); `weights` (k,) has one weight per row.
 
-    Where all rows that are not NaN have weight 0, the result is the first of these rows. Where all rows are NaN, it is NaN.
+    NaN is ignored. If only rows with weight 0 have a number in a column, the result is the first of these numbers. If a
+    column has only NaN, the result is NaN.
     """
     is_available = ~np.isnan(parts)
     weight = weights[:, None] * is_available

@@ -1,7 +1,7 @@
 """RANZCR CLiP, Catheter and Line Position Challenge (2021): the probabilities of eleven labels of an image.
 
-The metric is ROC AUC, averaged over the labels; equal values count half. Only the order of the values in a column matters,
-so a submission may also contain values that are not probabilities, such as ranks.
+The metric is ROC AUC, averaged over the labels. A pair of equal values counts half. Only the order of the values in a column
+matters, so a submission may also contain values that are not probabilities, such as ranks.
 """
 
 import logging
@@ -28,7 +28,7 @@ LABELS = RANZCR_LABELS
 
 
 def read_truth(path: Path) -> pd.DataFrame:
-    """Return the ground truth in train.csv: a table with image_id and LABELS, each 0 or 1.
+    """Return the ground truth in train.csv: a table with image_id and one column for each of LABELS, 0 or 1.
 
     Raises ScoringError if a label is not 0 or 1, or if an image has several rows.
     """
@@ -66,8 +66,9 @@ def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
 def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     """Return `score`, the mean ROC AUC, and the ROC AUC of each label by name, all 0..1.
 
-    Both tables have image_id and LABELS. A label that all images of the truth have, or none, has no ROC AUC: it gets NaN and
-    is not in the mean, with a warning. Raises ScoringError unless `submission` has every image of the truth.
+    Both tables have image_id and a column for each of LABELS. If all images of the truth have a label, or no image has it,
+    its ROC AUC is NaN, the mean ignores it, and a warning is logged. Raises ScoringError unless `submission` has every image
+    of the truth.
     """
     values = submission.set_index("image_id")[list(LABELS)].reindex(truth["image_id"])
     missing = values.index[values.isna().any(axis=1)]
@@ -85,13 +86,13 @@ def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return a row for each id with the same values: the share of the training images that have each label."""
+    """Return a row for each id. All rows have the same values: for each label, the share of training images with it."""
     shares = [format_confidence(PUBLISHED[label] / PUBLISHED["images"]) for label in LABELS]
     return [[name, *shares] for name in ids]
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> pd.DataFrame:
-    """Return the ground truth of prepared images: a table with image_id and LABELS, without images that lack a label."""
+    """Return the ground truth of prepared images: image_id and LABELS, without images for which a label is NaN."""
     known = images[["image_id", "study_id"]].merge(labels, left_on="study_id", right_on="id")
     return known[["image_id", *LABELS]].dropna().reset_index(drop=True)
 
@@ -99,7 +100,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 def decide(merged: MergedPredictions, settings: FusionSettings) -> pd.DataFrame:
     """Return a table with image_id and the probability of each of LABELS, for images that at least one model has predicted.
 
-    A label that no model has predicted gets its share of the training images.
+    If no model has predicted a label for such an image, its value is the label's share of the training images.
     """
     shares = {label: PUBLISHED[label] / PUBLISHED["images"] for label in LABELS}
     return merged.scores.reindex(columns=["image_id", *LABELS]).dropna(how="all", subset=list(LABELS)).fillna(shares)

@@ -33,13 +33,13 @@ def find_competition(name: str) -> Competition:
 
 
 def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
-    """Return the competition that a notebook's parameters choose, and the input or path of its data (`choose_folder`).
+    """Return the competition that a notebook's parameters choose, and the input or path of its data.
 
-    `data` is the name or Kaggle slug of a competition, or another input or path. `rules` is the name of the competition. If
-    `rules` is empty, the competition is the one that `data` names (also by a path whose last folder is a slug), or else the
-    one with the header of the sample submission in `data`. Without a readable sample it is siim-covid19, with a warning.
-    Raises SettingsError if `rules` is unknown, if `data` names another competition than `rules`, or if the sample's header
-    is unknown.
+    `data` is the name or Kaggle slug of a competition, or another input or path; the second result is `choose_folder(data)`.
+    If `rules` is not empty, it is the competition's name or slug. If `rules` is empty and `data` is a name, a slug or a path
+    whose last folder is a slug, `data` decides. Otherwise, the header of the sample submission in `data` decides. If no
+    sample can be read, the competition is siim-covid19, and a warning is logged. Raises SettingsError if `rules` is unknown,
+    if `rules` and `data` are names or slugs of different competitions, or if no competition has the sample's header.
     """
     known = next((each for each in COMPETITIONS.values() if data in (each.name, each.slug)), None)
     known = known or next((each for each in COMPETITIONS.values() if not rules and Path(data).name == each.slug), None)
@@ -50,7 +50,7 @@ def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
 
 
 def choose_folder(data: str) -> str:
-    """Return the Kaggle slug if `data` is a competition's name and no input has this name; otherwise return `data`."""
+    """Return the competition's Kaggle slug if `data` is its name and no input has this name; otherwise return `data`."""
     if data not in COMPETITIONS:
         return data
     try:
@@ -61,9 +61,10 @@ def choose_folder(data: str) -> str:
 
 
 def _competition_of_sample(data: str) -> Competition:
-    """Return the competition with the header of the sample submission in `data`, an input or folder.
+    """Return the competition whose header is that of the sample submission in `data`, an input or folder.
 
-    Without a readable sample, returns SIIM_COVID19 and logs a warning. Raises SettingsError for an unknown header.
+    If no sample can be read, returns SIIM_COVID19 and logs a warning. If no competition has the header, returns SIIM_COVID19
+    if the ids end in _study or _image, and otherwise raises SettingsError.
     """
     try:
         sample = find_sample(find_input(data))
@@ -84,12 +85,11 @@ def _competition_of_sample(data: str) -> Competition:
 
 
 def find_data(dataset: str, folder: str = "") -> tuple[str, str]:
-    """Return the name of a data set's reader (a key of kitlib.datasets.registry.READERS), and the input folder to read.
+    """Return a data set's name (a key of kitlib.datasets.registry.READERS) and the input folder that contains its files.
 
-    `dataset` is a reader's name, or the name or Kaggle slug of a competition, which stands for the reader of its training
-    data. If `folder` is empty, it is the slug of this competition, or of the competition whose training data the reader
-    reads; if `folder` is a competition's name, see `choose_folder`. Raises SettingsError if `folder` is empty and no
-    competition matches `dataset`.
+    `dataset` is the name of a data set, or the name or Kaggle slug of a competition, which stands for the data set with its
+    training data. If `folder` is given, the second result is `choose_folder(folder)`. If `folder` is empty, the second
+    result is the slug of the competition with this training data. Raises SettingsError if there is no such competition.
     """
     known = next((each for each in COMPETITIONS.values() if dataset in (each.name, each.slug, each.dataset)), None)
     if known is None and not folder:

@@ -1,9 +1,9 @@
 """RSNA Pneumonia Detection Challenge (2018), stage 2: boxes of lung opacities.
 
 The metric is TP / (TP + FP + FN), averaged over images and eight IoU thresholds. Every false box lowers the score, whatever
-its confidence; confidences only decide the order in which boxes are matched. The rules do not say which of several true
-boxes a box matches; here it is the unmatched one with the largest IoU. Equal confidences, and equal IoUs, are ordered by
-coordinates.
+its confidence; confidences only decide the order in which predicted boxes are matched. The rules do not say which of several
+true boxes a predicted box matches; here it is the still unmatched one with the largest IoU. Boxes with equal confidence, or
+with equal IoU, are ordered by their coordinates.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def read_truth(path: Path) -> BoxTruth:
 
 
 def _as_corners(image_ids: pd.Series, sides: np.ndarray) -> pd.DataFrame:
-    """Return a table with image_id and kitlib.tables.BOX from `sides` (n, 4): x, y, width and height."""
+    """Return a table with image_id, xmin, ymin, xmax and ymax of n boxes; `sides` (n, 4) has x, y, width and height."""
     corners = np.hstack([sides[:, :2], sides[:, :2] + sides[:, 2:]])
     table = pd.DataFrame(corners, columns=list(BOX))
     table.insert(0, "image_id", image_ids.to_numpy())
@@ -96,11 +96,11 @@ def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
 
 
 def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
-    """Return the competition's score (0..1): the mean of TP / (TP + FP + FN) over images and IoU thresholds.
+    """Return a dict: `score`, the mean of TP / (TP + FP + FN) over images and IoU thresholds, 0..1, and its parts.
 
-    The result is a dict: `score`, then the mean over images at each threshold, as `iou_0.40`. `detections` has the columns
-    image_id, score, xmin, ymin, xmax and ymax. Images with neither a true nor a predicted box are left out; if no image
-    remains, all values are NaN. Raises ScoringError for a detection on an image that is not in the truth.
+    The parts are the mean over images at each threshold, named as `iou_0.40`. `detections` has the columns image_id, score,
+    xmin, ymin, xmax and ymax. Images with neither a true nor a predicted box are left out; if no image remains, all values
+    are NaN. Raises ScoringError for a detection on an image that is not in the truth.
     """
     images = pd.Index(truth.image_ids)
     true_image, image = (images.get_indexer(table["image_id"]) for table in (truth.boxes, detections))
@@ -120,10 +120,10 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
 def _count_hits(
     true_image: np.ndarray, true_boxes: np.ndarray, image: np.ndarray, boxes: np.ndarray, score: np.ndarray, images: int
 ) -> np.ndarray:
-    """Return the number of true boxes that are hit in each image at each of THRESHOLDS; an int array (images, 8).
+    """Return the number of true boxes that are hit in each image at each IoU threshold; an int array (images, 8).
 
-    `true_image` (m,) and `image` (n,) are the indices of the images of `true_boxes` (m, 4) and `boxes` (n, 4), which are
-    xmin, ymin, xmax and ymax; `score` (n,) has the confidences.
+    `boxes` (n, 4) are the predicted and `true_boxes` (m, 4) the true boxes: xmin, ymin, xmax and ymax. `image` (n,) and
+    `true_image` (m,) have the index of each box's image, and `score` (n,) the confidences.
     """
     # Ties are broken by coordinates, so that the result does not depend on the order of rows.
     order = np.lexsort((*true_boxes.T[::-1], true_image))
@@ -155,13 +155,13 @@ def _count_hits(
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return a row without a box for every image: 77 % of the images have none, and with a false box they would score 0."""
+    """Return a row without a box for every id: 77 % of the images have no box, and a false box would make them score 0."""
     return [[name, ""] for name in ids]
 
 
 @dataclass(frozen=True)
 class RsnaPneumoniaFusion(FusionSettings):
-    """Fusion settings of RSNA Pneumonia: which boxes are submitted (a false box lowers the score), and their size."""
+    """Fusion settings of RSNA Pneumonia: which boxes are submitted, and by which factor their sides are scaled."""
 
     GRIDS: ClassVar = {
         "gate_power": (("gate_power",), (0.0, 0.25, 0.5, 1.0)),
@@ -182,25 +182,25 @@ class RsnaPneumoniaFusion(FusionSettings):
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
-    """Return the ground truth of the prepared `images`, with boxes in pixels of the published images."""
+    """Return the ground truth of the prepared `images`, with boxes converted to pixels of the published images."""
     drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]].reset_index(drop=True)
     corners = _on_published_side(drawn[list(BOX)].to_numpy(), images.set_index("image_id").loc[drawn["image_id"]])
     return BoxTruth(tuple(images["image_id"]), drawn.assign(**dict(zip(BOX, corners.T, strict=True))))
 
 
 def _on_published_side(corners: np.ndarray, images: pd.DataFrame) -> np.ndarray:
-    """Convert boxes (n, 4) from pixels of images that may be resized to pixels of the published images, SIDE x SIDE.
+    """Convert boxes (n, 4) from pixels of the prepared images to pixels of the published images, 1024 x 1024 (SIDE).
 
-    `images` has one row per box, with the number of rows and columns of the box's image.
+    `images` has one row per box, with the size of the box's prepared image in the columns rows and columns.
     """
     return corners * (SIDE / images[["columns", "rows", "columns", "rows"]].to_numpy(float))
 
 
 def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataFrame:
-    """Return a table of the boxes to submit: image_id, finding, score, and the box in pixels of the published images.
+    """Return a table of the boxes to submit: image_id, finding, score, xmin, ymin, xmax and ymax in published pixels.
 
-    `image_id` is categorical: its categories are all images that a detector has predicted, also those without a box. Other
-    images get the baseline's row.
+    The column image_id is categorical. Its categories are the ids of all images that a detector has predicted, with or
+    without a box. `fill` gives all other images the baseline's row.
     """
     row, score = merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     if settings.gate_power:

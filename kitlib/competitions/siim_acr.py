@@ -3,8 +3,8 @@
 A mask is written as run lengths, see kitlib.xrays.run_lengths. A run that ends in the last pixel is written like any other
 run, although the organisers' encoder omits it.
 
-The metric is the mean over images of Dice, 2 |X and Y| / (|X| + |Y|), which is 1 if both masks are empty: one wrong pixel on
-an image without a pneumothorax costs the whole image.
+The metric is the mean over images of Dice, 2 |X and Y| / (|X| + |Y|), which is 1 if both masks are empty. So one predicted
+pixel on an image without a pneumothorax lowers the Dice of this image from 1 to 0.
 """
 
 import math
@@ -36,8 +36,8 @@ LEVELS = 257  # the 256 grey levels of a map, and one more, which no pixel reach
 class SiimAcrSettings(FusionSettings):
     """Fusion settings of SIIM-ACR: the thresholds that turn a probability map into a mask, by the rule of the 1st place.
 
-    The rule is kitlib.scoring.metrics.threshold_map. Published values of (top, least_area, bottom) are (0.75, 2000, 0.3) and
-    (0.7, 600, 0.3).
+    See kitlib.scoring.metrics.threshold_map for the rule and its thresholds top, least_area and bottom. Their published
+    values are (0.75, 2000, 0.3) and (0.7, 600, 0.3).
     """
 
     GRIDS: ClassVar = {
@@ -61,8 +61,9 @@ class SiimAcrSettings(FusionSettings):
 def read_truth(path: Path) -> dict[str, np.ndarray]:
     """Return the true masks in stage_2_train.csv or, if it is missing, train-rle.csv: a dict from image_id to runs (n, 2).
 
-    An image has a row for each lesion; runs of different rows may overlap, because the mask is their union. train-rle.csv
-    has blanks before the second column name and before its values; these blanks are ignored.
+    A run is its first pixel and the pixel after its last, as `parse_runs` returns them. An image has one row per lesion. Its
+    mask is the union of these rows, whose runs may overlap. Blanks before the column name and the values of EncodedPixels,
+    as in train-rle.csv, are ignored.
     """
     table = read_truth_table(path, ("stage_2_train.csv", "train-rle.csv"), ("ImageId", "EncodedPixels"))
     rows: dict[str, list[np.ndarray]] = {}
@@ -82,10 +83,11 @@ ROWS = Rows(("ImageId", "EncodedPixels"), _parse_row, "stage_2_sample_submission
 
 
 def metric(truth: Mapping[str, np.ndarray], submission: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return the mean Dice coefficient (0..1) of all images as `score`, and of images `with_pneumothorax` and `without`.
+    """Return mean Dice coefficients, 0..1: of all images, and of the images with and without a pneumothorax.
 
-    Both arguments map each image_id to its runs (n, 2), as `parse_runs` returns them. A mean over no images is NaN. Raises
-    ScoringError unless both arguments have the same ids.
+    The keys of the result are `score`, `with_pneumothorax` and `without`. Both arguments map each image_id to the runs (n,
+    2) of its mask, as `parse_runs` returns them. The ground truth decides whether an image is with or without a
+    pneumothorax. A mean over no images is NaN. Raises ScoringError unless both arguments have the same ids.
     """
     if truth.keys() != submission.keys():
         different = sorted(truth.keys() ^ submission.keys())
@@ -103,7 +105,7 @@ def dice(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def count_pixels(runs: np.ndarray) -> int:
-    """Return the number of pixels in the union of runs (n, 2). A run is its first pixel and the pixel after its last."""
+    """Return the number of pixels in the union of runs (n, 2): each run's first pixel, and the pixel after its last."""
     starts, ends = runs[np.argsort(runs[:, 0])].T
     covered = np.maximum.accumulate(np.append(0, ends))
     return int(np.maximum(ends - np.maximum(starts, covered[:-1]), 0).sum())
@@ -112,7 +114,7 @@ def count_pixels(runs: np.ndarray) -> int:
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> dict[str, np.ndarray]:
     """Return the true masks of the prepared `images` as a dict from image_id to runs (n, 2).
 
-    Images without a mask in `masks`, a MaskStore, are left out. Raises MaskError if `masks` is None.
+    `masks` is a MaskStore. Images without a mask in it are left out. Raises MaskError if `masks` is None.
     """
     if masks is None:
         raise MaskError("the prepared run has no masks, so there is no ground truth; prepare the competition's data again")
@@ -146,8 +148,9 @@ def fill(ids: list[str], decided: Mapping[str, np.ndarray]) -> tuple[list[list[s
 def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `maps` for images in `truth`, with a column `counts` from which `judge` computes scores quickly.
 
-    `maps` are the fused maps of MergedPredictions. `counts` is an int array (2, LEVELS): column k has the numbers of pixels
-    inside and outside the true mask, on a grid of SIDE x SIDE, whose grey level is at least k.
+    `maps` is the table of fused maps in MergedPredictions. For `counts`, each map is resized to 1024 x 1024 pixels. `counts`
+    is an int array (2, LEVELS): entry [0, k] is the number of pixels inside the true mask with a grey level of at least k,
+    and entry [1, k] is the number of such pixels outside.
     """
     import cv2
 
@@ -169,7 +172,7 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
 def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
     """Return the mean Dice coefficient (0..1) of the masks that `decide` would return, over the images in `truth`.
 
-    Images without a map count as empty masks. Takes milliseconds if `merged.masks` has the column that `compare` adds.
+    For an image without a map, the mask is empty. Takes milliseconds if `merged.masks` has the column that `compare` adds.
     """
     maps = merged.masks if "counts" in merged.masks else compare(truth, _maps_of(merged))
     maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]
@@ -187,7 +190,7 @@ def _maps_of(merged: MergedPredictions) -> pd.DataFrame:
 
 
 def _on_grid(pixels: np.ndarray) -> np.ndarray:
-    """Return a uint8 image (rows, columns) resized to SIDE x SIDE: by area if it shrinks, else linearly."""
+    """Return grey values, uint8 (rows, columns), resized to SIDE x SIDE: averaged if reduced, interpolated if enlarged."""
     import cv2
 
     method = cv2.INTER_AREA if max(pixels.shape) > SIDE else cv2.INTER_LINEAR
@@ -195,7 +198,7 @@ def _on_grid(pixels: np.ndarray) -> np.ndarray:
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return a row with an empty mask for every id, because 78 % of the training images have an empty mask."""
+    """Return a row with an empty mask for every id; 78 % of the training images have an empty mask."""
     return [[name, EMPTY] for name in ids]
 
 

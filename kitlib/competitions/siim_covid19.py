@@ -1,7 +1,7 @@
-"""SIIM-FISABIO-RSNA COVID-19 Detection (2021): four classes of studies, images without an opacity, and boxes of opacities.
+"""SIIM-FISABIO-RSNA COVID-19 Detection (2021): four classes of studies, the class `none` of images, and boxes of opacities.
 
-Its metric, rows and validator are in kitlib.scoring; this file computes the answers from merged predictions. All published
-formulas are implemented; `SiimFusion` chooses among them.
+`none` means that an image has no opacity. The competition's metric, rows and validator are in kitlib.scoring; this file
+computes the answers from merged predictions. All published formulas are implemented; `SiimFusion` chooses among them.
 """
 
 from dataclasses import dataclass
@@ -46,9 +46,9 @@ NONE_MIXTURES = (
 
 @dataclass(frozen=True)
 class SiimFusion(FusionSettings):
-    """Fusion settings of SIIM-COVID: the formula for `none` (probability of no opacity), and how it changes other scores.
+    """Fusion settings of SIIM-COVID: the formula for `none`, the probability that an image has no opacity.
 
-    By default, other scores are not changed.
+    They also say how `none` changes the box scores and the study class `negative`. By default, it does not change them.
     """
 
     GRIDS: ClassVar = {
@@ -76,10 +76,10 @@ class Fused:
     """Fused predictions for every study and image of a table of images.
 
     `studies` has the columns study_id, the four classes and prior; `nones` has image_id, none, prior and seen; `detections`
-    has image_id, finding, score, xmin, ymin, xmax and ymax in original pixels. `none` is the probability that an image has
-    no opacity. `prior` is True in rows that no model has predicted; these have a placeholder prediction (the class
-    frequencies). `seen` is True for images that a detector with a nonzero weight has predicted. If `negative_share` is below
-    1, the four classes need not sum to 1.
+    has image_id, finding, score, xmin, ymin, xmax and ymax in original pixels. The column none is the probability that an
+    image has no opacity. The column prior is True in rows that no model has predicted; their probabilities are placeholders:
+    the class frequencies. The column seen is True for images that a detector with a nonzero weight has predicted. The four
+    classes of a study may not sum to 1 if SiimFusion.negative_share is below 1.
     """
 
     studies: pd.DataFrame
@@ -88,9 +88,10 @@ class Fused:
 
 
 def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
-    """Compute `none` (probability of no opacity) of each image, adjust box scores and `negative` with it; return Fused.
+    """Return the answers to submit for all studies and images of merged predictions; see Fused.
 
-    Studies and images that no model has predicted get the class frequencies PRIORS.
+    `none`, the probability that an image has no opacity, changes box scores and `negative` as `settings` say. Studies and
+    images that no model has predicted get the class frequencies (PRIORS).
     """
     studies, nones, score = combine(merged, settings)
     return Fused(studies, nones, merged.detections().assign(score=score))
@@ -99,7 +100,8 @@ def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
 def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
     """Return the tables `studies` and `nones` of Fused, and the adjusted scores of the merged boxes, an array (boxes,).
 
-    `none` is the weighted mean of an image's available NONE_PARTS; if all of these have weight 0, it is the first of them.
+    There are four estimates of an image's `none` (NONE_PARTS, see SiimFusion). `none` is the weighted mean of the estimates
+    that are not NaN. If all of these have weight 0, `none` is the first of them.
     """
     images, box_image, score = merged.images, merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     study_ids = pd.Index(images["study_id"].unique())
@@ -129,7 +131,7 @@ def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFra
 
 
 def judge(truth: score.Truth, merged: MergedPredictions, settings: SiimFusion) -> float:
-    """Return the score (0..1) of merged predictions, whose boxes have the column `match` (see Competition)."""
+    """Return the score (0..1) of the answers that `decide` makes; merged boxes need the column `match` (see Competition)."""
     studies, nones, box_score = combine(merged, settings)
     image = pd.Index(truth.image_ids).get_indexer(merged.images["image_id"])[merged.boxes["row"].to_numpy()]
     return score.score_matched(truth, studies, nones, image, box_score, merged.boxes["match"].to_numpy())["score"]

@@ -1,9 +1,9 @@
-"""VinBigData Chest X-ray Abnormalities Detection (2021): boxes of 14 findings, and images without any.
+"""VinBigData Chest X-ray Abnormalities Detection (2021): boxes of 14 findings, and the class `No finding` of images.
 
 The metric is PASCAL VOC 2010's mean average precision at an IoU above 0.4, over the 14 findings and `No finding`, whose box
-has one pixel. The rules leave three points open, which are decided here as in kitlib.scoring.average_precision: no pixel is
-added to the sides of a box, equal confidences enter the curve as one block, and a class that is absent from the ground truth
-is left out of the mean.
+is one pixel, 0 0 1 1. The rules leave three points open, which are decided here as in kitlib.scoring.average_precision: no
+pixel is added to the sides of a box, equal confidences enter the curve as one block, and a class that is absent from the
+ground truth is left out of the mean.
 """
 
 import logging
@@ -41,10 +41,10 @@ NO_FINDING_SHARE = PUBLISHED[NO_FINDING] / PUBLISHED["images"]
 def read_truth(path: Path) -> BoxTruth:
     """Return the ground truth in train.csv: one box per row, as the radiologists drew them, without merging.
 
-    A row of `No finding` has empty corners, or the one-pixel box. In the training data, three radiologists annotated each
-    image, so a finding usually has several boxes, and an image without findings has three rows of `No finding`, although a
-    prediction can match only one of them. A score on the training data is therefore not comparable with a score on the test
-    set, whose radiologists agreed on their boxes.
+    A row of `No finding` has empty corners, or the one-pixel box 0 0 1 1. Three radiologists annotated each training image.
+    So a finding usually has several boxes, and an image without findings has three rows of `No finding`, but a predicted box
+    can match only one of them. In the test set, the radiologists agreed on their boxes. So a score on the training data
+    cannot be compared with a score on the test set.
     """
     table = read_truth_table(path, ("train.csv",), ("image_id", "class_id", *CORNERS))
     code = table["class_id"].map({label: code for code, label in enumerate(LABELS)}).to_numpy(float)
@@ -101,8 +101,8 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
 def _precisions(score: np.ndarray, match: np.ndarray, code: np.ndarray, true_code: np.ndarray) -> dict[str, float]:
     """Return the average precision of each class; NaN for classes without a true box.
 
-    `score`, `match` (see `match_boxes`) and `code`, each (n,), describe n detections; `true_code` (m,) describes m true
-    boxes. A code is a position in CLASSES.
+    `score`, `match` and `code`, each (n,), belong to n detections; for `match` see `match_boxes`. `true_code` (m,) belongs
+    to m true boxes. A code is the index of a box's class in CLASSES.
     """
     hit, positives = first_hits(score, match), np.bincount(true_code, minlength=len(CLASSES))
     return {
@@ -112,7 +112,7 @@ def _precisions(score: np.ndarray, match: np.ndarray, code: np.ndarray, true_cod
 
 
 def _keys(image_ids: tuple[str, ...], table: pd.DataFrame) -> np.ndarray:
-    """Return an integer array (n,) that identifies the image and class of each row; only boxes with equal keys may match."""
+    """Return an int array (n,): a number per row that stands for its image and class. Only equal numbers may match."""
     image = pd.Index(image_ids).get_indexer(table["image_id"])
     code = pd.Categorical(table["finding"], categories=CLASSES).codes.astype(int)
     for is_unknown, column, expected in (
@@ -136,7 +136,7 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
 class VinBigDataFusion(FusionSettings):
     """Fusion settings of VinBigData: the formula for the probability of `No finding`, and how it changes box scores.
 
-    Boxes are merged at an IoU above 0.4, because different models and radiologists outline a diffuse finding differently.
+    By default, boxes are merged already at an IoU above 0.4, because a diffuse finding is outlined in different ways.
     """
 
     GRIDS: ClassVar = {
@@ -165,7 +165,7 @@ class VinBigDataFusion(FusionSettings):
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
-    """Return the ground truth of the prepared `images`: their boxes, and a box of `No finding` for images without boxes."""
+    """Return the ground truth of the prepared `images`: all boxes, and the box of `No finding` on each image without one."""
     drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]]
     healthy = images.loc[~images["image_id"].isin(drawn["image_id"]), ["image_id"]]
     healthy = healthy.assign(finding=NO_FINDING, **dict(zip(BOX, ONE_PIXEL, strict=True)))
@@ -173,7 +173,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 
 def _weigh(merged: MergedPredictions, settings: VinBigDataFusion) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probability of `No finding` per image, NaN if unknown, and the new score per box, 0 for a dropped box."""
+    """Return each image's probability of `No finding`, NaN if unknown, and each box's new score, 0 if the box is dropped."""
     parts = np.stack([merged.probability(NO_FINDING), merged.no_box()])
     no_finding = weighted_mean(parts, np.array([settings.classifier_weight, settings.no_box_weight]))
     abnormal = (1 - no_finding)[merged.boxes["row"].to_numpy()]
@@ -184,8 +184,7 @@ def _weigh(merged: MergedPredictions, settings: VinBigDataFusion) -> tuple[np.nd
 def decide(merged: MergedPredictions, settings: VinBigDataFusion) -> pd.DataFrame:
     """Return a table of the boxes to submit: image_id, finding, score, xmin, ymin, xmax and ymax.
 
-    Besides its boxes, each image whose probability of `No finding` is known has a row of this class, which never lowers the
-    metric.
+    Each image whose probability of `No finding` is known also has a row of this class, even if it has boxes.
     """
     no_finding, score = _weigh(merged, settings)
     boxes = merged.detections().assign(score=score)
@@ -196,7 +195,7 @@ def decide(merged: MergedPredictions, settings: VinBigDataFusion) -> pd.DataFram
 
 
 def judge(truth: BoxTruth, merged: MergedPredictions, settings: VinBigDataFusion) -> float:
-    """Return the score (0..1) of merged predictions, whose boxes have the column `match` (see Competition)."""
+    """Return the score (0..1) of the answers that `decide` makes; merged boxes need the column `match` (see Competition)."""
     no_finding, score = _weigh(merged, settings)
     is_known = ~np.isnan(no_finding)
     is_healthy = merged.images["image_id"].isin(truth.boxes.loc[truth.boxes["finding"] == NO_FINDING, "image_id"]).to_numpy()

@@ -1,4 +1,4 @@
-"""Merges an image's lists of boxes with the package ensemble-boxes, and calibrates box scores with Platt's sigmoid.
+"""Merges an image's box lists (one per model and fold) into one list, and calibrates box scores with Platt's sigmoid.
 
 Platt, Probabilistic outputs for support vector machines, 1999: p = 1 / (1 + exp(-(slope * logit(score) + offset))), fitted
 by maximum likelihood to smoothed targets. Calibration makes the scores of different detector families comparable and
@@ -29,20 +29,21 @@ def merge_boxes(
     confidence: str = "avg",
     min_score: float = 0.001,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge one image's lists of boxes; return the merged boxes (n, 4) and their scores (n,).
+    """Merge one image's box lists, one per model and fold; return the merged boxes (n, 4) and their scores (n,).
 
-    `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's sides, 0..1; `scores`
-    contains one array (k,) per list, 0..1. `weights` has one entry per list, and may have additional entries for lists
-    without boxes. If there is only one weight, the list is returned unchanged. Boxes are merged if their IoU is above `iou`.
-    `method` and `confidence` are values of `box_method` and `box_confidence` in FusionSettings. `confidence` applies only to
-    wbf. `min_score` applies only to soft_nms, which drops boxes whose score has decayed below it. Raises ValueError unless
-    the shapes match, boxes lie in 0..1 with xmin < xmax and ymin < ymax, and scores are above 0 and at most 1.
+    `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's width and height, 0..1.
+    `scores` contains one array (k,) per list, 0..1. `weights` has one entry above 0 per list; additional entries stand for
+    additional lists without boxes. If there is only one weight, the boxes are returned unchanged. Boxes are merged if their
+    IoU is above `iou`. `method` and `confidence` are values of `box_method` and `box_confidence` in FusionSettings.
+    `confidence` applies only to wbf. `min_score` applies only to soft_nms, which lowers scores and drops boxes with a score
+    below `min_score`. Raises ValueError unless the shapes match, weights are above 0, boxes lie in 0..1 with xmin < xmax and
+    ymin < ymax, and scores are above 0 and at most 1.
     """
     weights = np.asarray(weights, dtype=float)
     if len(boxes) != len(scores) or len(weights) < len(boxes) or not (weights > 0).all():
         raise ValueError(
-            f"got {len(boxes)} lists of boxes, {len(scores)} lists of scores and the weights {weights}; each list of boxes "
-            "needs one list of scores and one weight above 0"
+            f"got {len(boxes)} box arrays, {len(scores)} score arrays and the weights {weights}; each box array needs one "
+            "score array and one weight above 0"
         )
     for box, score in zip(boxes, scores, strict=True):
         if box.shape != (len(score), 4):
@@ -64,8 +65,8 @@ def merge_lists(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Merge the boxes of each image; return merged boxes (k, 4), scores (k,) and the index of each box's image (k,).
 
-    `lists` has the boxes of all images (see ImageLists); the other arguments, and the errors, are those of `merge_boxes`.
-    The boxes of an image with a single list are returned unchanged.
+    `lists` has the boxes of all images, in one list per image, model and fold; see ImageLists. The other arguments and the
+    errors are those of `merge_boxes`. The boxes of an image with a single list are returned unchanged.
     """
     # Written so that NaN, which fails every comparison, is refused too.
     is_box = ((lists.corners >= 0) & (lists.corners <= 1)).all(axis=1)
@@ -145,8 +146,8 @@ def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarr
 def fit_calibration(score: np.ndarray, hit: np.ndarray) -> tuple[float, float] | None:
     """Fit Platt's sigmoid to out-of-fold scores of n boxes, 0..1; return its slope and offset.
 
-    `hit` (n,) is a boolean mask of the boxes that match a ground-truth box. Returns None if there are no hits or only hits,
-    or if a higher score does not make a hit more likely.
+    `hit` (n,) is True for boxes that match a ground-truth box. Returns None if all boxes match one or none does, or if a
+    higher score does not make a match more likely.
     """
     # Imported here because the import takes a second and a submission never fits a calibration.
     from sklearn.linear_model import LogisticRegression

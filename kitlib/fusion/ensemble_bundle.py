@@ -44,7 +44,7 @@ ADDED_FIELDS: dict[str, type] = {"weights_sha256": str, "kitlib": str}
 
 @dataclass(frozen=True)
 class Ensemble:
-    """A trained ensemble, as stored in a bundle. RECORD_FIELDS describes the fields; `weights` holds the trained arrays."""
+    """A trained ensemble, as stored in a bundle. `weights` has the trained arrays; RECORD_FIELDS describes other fields."""
 
     name: str
     method: str
@@ -61,7 +61,8 @@ class Ensemble:
 def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
     """Write an ensemble into `folder`: weights.safetensors, then ensemble.json with the SHA-256 of the weights file.
 
-    If the process is killed, `read_ensemble` refuses the unfinished folder. Raises BundleError if the ensemble is invalid.
+    If the process is killed while it writes, `read_ensemble` raises BundleError for the unfinished folder. Raises
+    BundleError if the ensemble is invalid.
     """
     _check(ensemble, str(folder))
     folder = Path(folder)
@@ -75,7 +76,7 @@ def write_ensemble(folder: str | Path, ensemble: Ensemble) -> None:
 
 
 def read_ensemble(folder: str | Path) -> Ensemble:
-    """Read an ensemble from `folder` (see `write_ensemble`), check it and return it.
+    """Return the ensemble that `write_ensemble` has written into `folder`.
 
     Raises BundleError for a missing file, a wrong hash, missing or unknown keys, values of the wrong type, or weights of
     the wrong shape.
@@ -118,9 +119,10 @@ def read_ensemble(folder: str | Path) -> Ensemble:
 def learnt_ensemble(
     learner_scores: "LearnerScores", name: str, settings: "EnsembleSettings", temperature: float = 1.0
 ) -> Ensemble:
-    """Return the final ensemble, trained on the learners' predictions for the images or studies of all folds.
+    """Return the final ensemble called `name`, trained on the learners' predictions for all folds.
 
-    The predictions are out-of-fold unless `settings.stack_on` is "in_sample". Means and votes are not trained.
+    If `settings.stack_on` is "in_sample", these are the learners' predictions for their own training images; otherwise they
+    are out-of-fold. Means and votes are not trained. `temperature` is stored in the ensemble.
     """
     stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
     weights = learn(stack, settings) if settings.learns else {}
@@ -135,11 +137,11 @@ def learnt_ensemble(
 def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
     """Return the ensemble's prediction for each image or study: a table with the id, the classes and `answered`.
 
-    `answered` is the number of learners whose scores are used. `scores` is a `study_scores` or `class_scores` table. Each
-    learner's folds are averaged first; rows of other models and rows with a NaN are ignored. If a learner has no score for
-    an id, the prediction is the unweighted mean of the other learners, without temperature scaling, because trained weights
-    are valid only for all learners together. Raises BundleError if `scores` lacks the id column (`ensemble.key`), the
-    column model or a class.
+    `answered` is the number of learners that have a score for the id. `scores` is a `study_scores` or `class_scores` table.
+    Rows of models that are not learners and rows with a NaN are ignored. Each learner's folds are averaged first. If all
+    learners have a score for an id, their scores are combined by the ensemble's method and scaled by its temperature.
+    Otherwise, the prediction is the mean of the available scores, without weights and temperature, which apply only to all
+    learners together. Raises BundleError if `scores` lacks the id column (`ensemble.key`), the column model or a class.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]

@@ -29,13 +29,14 @@ TIE = 1e-6  # vote share that is moved to the winner of a tie
 
 @dataclass(frozen=True)
 class Judged:
-    """Predictions for evaluation, by every learner (a model that ensembles combine) and every ensemble.
+    """Predictions of every learner (a model that ensembles combine) and every ensemble, for images not trained on.
 
-    `scores` has the columns image_id or study_id, model, fold and the classes. `weights` has one row per id and trained
-    ensemble: image_id or study_id, model, fold, truth (name of the true class), and one column per learner with its weight.
-    `protocols` maps each name in the column model to the kind of predictions its weights were trained on: nested or
-    cross-fitted (see kitlib.fusion.stacking), out-of-fold (all folds, evaluated on test images) or in-sample. Learners,
-    means and votes have no such weights; their entry is that of ensembles that are not in-sample.
+    `scores` has the columns image_id or study_id, model (a learner or ensemble), fold and the classes. `weights` has one row
+    per id and trained ensemble: image_id or study_id, model (the ensemble), fold, truth (name of the true class), and one
+    column per learner with the learner's weight. `protocols` maps each learner and ensemble to "nested", "cross-fitted",
+    "out-of-fold" or "in-sample": the predictions on which ensembles were trained. For the first two see
+    kitlib.fusion.stacking. "out-of-fold" means those of all folds, for evaluation on test images. Only trained ensembles can
+    be "in-sample"; all other ensembles and the learners have the same value.
     """
 
     scores: pd.DataFrame
@@ -44,7 +45,7 @@ class Judged:
 
 
 def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Combine the probabilities (n, K, C) of K learners into an ensemble's probabilities (n, C); each row sums to 1.
+    """Combine K learners' probabilities (n, K, C) of C classes into an ensemble's probabilities (n, C); rows sum to 1.
 
     `method` is a value of EnsembleSettings.method; `weights` holds the method's trained arrays. Raises ValueError for an
     unknown method.
@@ -64,7 +65,7 @@ def combine(method: str, weights: Weights, probabilities: np.ndarray) -> np.ndar
 
 
 def vote_shares(probabilities: np.ndarray) -> np.ndarray:
-    """Return for each class the share of K learners that vote for it, (n, C); `probabilities` is (n, K, C).
+    """Return for each of n rows and C classes the share of K learners that vote for the class; `probabilities` is (n, K, C).
 
     A learner votes for its most probable class; among equally probable classes, for the first.
     """
@@ -72,7 +73,7 @@ def vote_shares(probabilities: np.ndarray) -> np.ndarray:
 
 
 def majority_vote(probabilities: np.ndarray) -> np.ndarray:
-    """Return for each class the share of K learners that vote for it, (n, C), with ties broken.
+    """Return for each of n rows and C classes the share of K learners that vote for the class, (n, C), with ties broken.
 
     `probabilities` is (n, K, C). If several classes have the most votes, the one with the highest mean probability wins: TIE
     is added to its share and taken from the other tied classes. So the largest entry of each row is the predicted class,
@@ -87,10 +88,10 @@ def majority_vote(probabilities: np.ndarray) -> np.ndarray:
 
 
 def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
-    """Return FLANNEL's weight for each row and learner, (n, K) in -1..1, computed from the `probabilities` (n, K, C).
+    """Return FLANNEL's weight of each learner for each image or study, (n, K), -1..1; `probabilities` is (n, K, C).
 
-    The weights of a row are the tanh of a linear layer, applied to all pairwise products of the row's K * C probabilities.
-    `weights` holds the layer's trained arrays.
+    A linear layer is applied to all pairwise products of the K * C probabilities of a row. The tanh of its outputs are the
+    row's weights. `weights` holds the layer's trained arrays.
     """
     features = probabilities.reshape(len(probabilities), -1)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
@@ -98,7 +99,7 @@ def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
 
 
 def simplex_weights(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return weights (K,), at least 0 and summing to 1, for which the weighted mean of K learners has the smallest log loss.
+    """Return weights (K,) of K learners, at least 0 and summing to 1, whose weighted mean has the smallest log loss.
 
     `probabilities` (n, K, C) are the learners' probabilities, and `truth` (n,) holds the true class indices. Raises
     FusionError if the optimiser does not converge.
@@ -141,7 +142,7 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
         if losses:
             best_epoch, held = 1 + int(np.argmin(losses)), int(held_out.sum())
             logger.info(
-                "FLANNEL: %d rows trained it, %d held-out rows chose epoch %d", len(held_out) - held, held, best_epoch
+                "FLANNEL: trained on %d rows; epoch %d was best for %d held-out rows", len(held_out) - held, best_epoch, held
             )
         return learnt
     return {}
@@ -150,8 +151,9 @@ def learn(stack: Stack, settings: "EnsembleSettings") -> Weights:
 def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
     """Return a boolean mask (n,) of the rows of `stack` to hold out for early stopping.
 
-    The rows of one fold are held out, drawn with `seed`. If the stack has only one fold, the rows of a fifth of its patients
-    are held out; if it has only one patient, none. Folds are preferred because they keep near-duplicates together.
+    If the stack has several folds, the rows of a random one are held out; near-duplicates are in the same fold. If there is
+    only one fold, the rows of a random fifth of the patients, at least one, are held out. If there is only one patient, no
+    row is held out. `seed` decides the random choice.
     """
     folds, rng = np.unique(stack.fold), np.random.default_rng(seed)
     if len(folds) > 1:
@@ -162,10 +164,10 @@ def choose_held_out(stack: Stack, seed: int) -> np.ndarray:
 
 
 def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]) -> Judged:
-    """Return predictions for every fold by the learners and by `ensembles`, which are trained without the predicted fold.
+    """Return predictions of the learners and of `ensembles` for every fold; see Judged.
 
-    `ensembles` maps names to settings. Raises FusionError if an ensemble has the name of a learner, or if there are no
-    scores to train an ensemble on.
+    `ensembles` maps names to settings. For each fold, the ensembles are trained anew on the other folds. Raises FusionError
+    if an ensemble has the name of a learner, or if there are no scores to train an ensemble on.
     """
     parts = [
         _judge(
@@ -179,10 +181,10 @@ def judge_ensembles(learner_scores: LearnerScores, ensembles: Mapping[str, "Ense
 def judge_test_split(
     learner_scores: LearnerScores, test: LearnerScores, ensembles: Mapping[str, "EnsembleSettings"]
 ) -> Judged:
-    """Return predictions for the test images by the learners and by `ensembles`, which are trained on all folds.
+    """Return predictions of the learners and of `ensembles` for the test images; see Judged.
 
-    `test` holds the learners' predictions for the test images, each the mean over a learner's models. `ensembles` maps names
-    to settings. The training rows are those of LearnerScores.full_stack, as for the final ensemble. Raises FusionError if an
+    `test` holds one prediction per learner and test image: the mean over the learner's folds. `ensembles` maps names to
+    settings. Like the final ensemble, they are trained on all folds (LearnerScores.full_stack). Raises FusionError if an
     ensemble has the name of a learner, or if there are no scores to train an ensemble on.
     """
     return _join(
@@ -200,11 +202,11 @@ def _judge(
     training_stack: Callable[[str], Stack],
     ensembles: Mapping[str, "EnsembleSettings"],
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
-    """Return two lists of tables with one row per id in `test`: scores and the learners' weights (see `Judged`).
+    """Train ensembles and predict `test`; return two lists: tables of scores, and tables of the learners' weights.
 
-    There is one table of scores per learner and ensemble, and one table of weights per trained ensemble. `training_stack`
-    is a function that returns the training rows for a value of EnsembleSettings.stack_on. Raises FusionError if an ensemble
-    has the name of a learner.
+    There is one table of scores per learner and ensemble, and one table of weights per trained ensemble; each has one row
+    per id in `test`, with the columns of Judged. `training_stack` gets a value of EnsembleSettings.stack_on and returns the
+    training rows. Raises FusionError if an ensemble has the name of a learner.
     """
     shared_names = sorted(set(ensembles) & set(learner_scores.learners))
     if shared_names:

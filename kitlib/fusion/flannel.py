@@ -20,11 +20,12 @@ from kitlib.settings import AtLeastOne, Count, NotNegative, Positive, Settings, 
 
 
 class FlannelWeights(nn.Module):
-    """Network that weights K learners for each image, from all pairwise products of their class probabilities.
+    """Network that computes a weight of each of K learners for an image, from products of their class probabilities.
 
-    f concatenates the probabilities P_k (C,) of the learners, the weights are W = tanh(linear(f f^T, row by row)), and the
-    logits are the sum of W_k P_k over the learners. The network has (K C)^2 K + K parameters. If the probabilities of each
-    learner sum to 1, the softmax of the logits is at most e^K / (e^K + C - 1).
+    P_k (C,) are the class probabilities of learner k, and f (K C,) is the P_k of all learners, concatenated. The weights
+    (K,) are W = tanh(linear(f f^T)), with f f^T flattened row by row. The logits (C,) are the sum of W_k P_k over the
+    learners. The network has (K C)^2 K + K parameters. If the probabilities of each learner sum to 1, the softmax of the
+    logits is at most e^K / (e^K + C - 1).
     """
 
     def __init__(self, learners: int, classes: int) -> None:
@@ -32,7 +33,7 @@ class FlannelWeights(nn.Module):
         self.linear = nn.Linear((learners * classes) ** 2, learners)
 
     def weights(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """Return a weight for each image and learner, (n, K) in -1..1, computed from the `probabilities` (n, K, C)."""
+        """Return a weight for each image and learner, (n, K), -1..1; `probabilities` (n, K, C) are those of the learners."""
         features = probabilities.flatten(1)
         pairs = features[:, :, None] * features[:, None, :]
         return torch.tanh(self.linear(pairs.flatten(1)))
@@ -58,8 +59,8 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, alpha: torch.Tensor, 
 def class_weights(target: torch.Tensor, classes: int, kind: str) -> torch.Tensor:
     """Return the loss weight of each class, (classes,), from its frequency in `target` (N,), the true class indices.
 
-    A class that occurs n_c times gets N / (C n_c) if `kind` is "balanced", where C is the number of classes that occur, and
-    1000 / n_c if `kind` is "published". Classes that do not occur get 0.
+    A class that occurs n times gets N / (C n) if `kind` is "balanced", and 1000 / n if `kind` is "published". C is the
+    number of classes that occur. A class that does not occur gets 0.
     """
     counts = torch.bincount(target, minlength=classes).to(torch.get_default_dtype())
     occurs = counts > 0
@@ -127,13 +128,14 @@ def ensemble_settings(name: str, /, **overrides: object) -> EnsembleSettings:
 def train_flannel(
     probabilities: np.ndarray, truth: np.ndarray, settings: EnsembleSettings, held_out: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Train FLANNEL; return its weights and, for each epoch, the loss on held-out rows.
+    """Train FLANNEL; return its weights as a dict and, for each epoch, the loss on held-out rows as a list.
 
     The weights are float32 arrays, `weight` (K, (K C)^2) and `bias` (K,). `probabilities` (n, K, C) are those of K learners,
-    `truth` (n,) holds class indices, and `held_out` (n,) is a boolean mask of rows that are not trained on. Their loss is
-    computed after each epoch: training stops once it has not fallen for more than `patience` epochs, and the weights of the
-    best epoch are returned. If `patience` is 0 or no row is held out, training uses all rows and epochs, and the list of
-    losses is empty. Raises ValueError if all rows are held out. Training runs on the CPU and is deterministic.
+    `truth` (n,) holds the true class indices, and `held_out` (n,) is True for rows that are not trained on. After each
+    epoch, the loss on these rows is computed. If more than `patience` epochs in a row bring no lower loss, training stops.
+    The weights of the best epoch are returned. If `patience` is 0 or no row is held out, training uses all rows and epochs,
+    and the list of losses is empty. Raises ValueError if all rows are held out. Training runs on the CPU and is
+    deterministic.
     """
     held_out = np.zeros(len(truth), bool) if held_out is None or not settings.patience else np.asarray(held_out, bool)
     if held_out.all():
@@ -163,7 +165,7 @@ def train_flannel(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Run the block with a single torch thread, because more threads slow down such small matrices."""
+    """Context manager that limits torch to one thread, because more threads are slower with such small matrices."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

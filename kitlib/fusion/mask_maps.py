@@ -16,11 +16,12 @@ COLUMNS = ["image_id", "finding", "map"]
 
 
 def fuse_maps(maps: pd.DataFrame, weight: Callable[[str], float]) -> pd.DataFrame:
-    """Average the probability maps of a `mask_maps` table over each model's folds, then over the models.
+    """Return one probability map per image and finding: the average over each model's folds, then over the models.
 
-    `weight` maps a model's name to its weight in the average. The result has the columns image_id, finding and `map` (a grey
-    PNG, in which 255 is a probability of 1), and one row for each image and finding that a model with a weight above 0 has
-    predicted. Maps of an image that differ in size are enlarged to the largest. Raises MaskError if a map is damaged.
+    `maps` is a `mask_maps` table. `weight` is a function that returns a model's weight in the average. The result has the
+    columns image_id, finding and `map` (a grey PNG, in which 255 is a probability of 1). It has one row for each image and
+    finding that a model with a weight above 0 has predicted. If the maps of an image differ in size, all are resized to the
+    size of the largest. Raises MaskError if a map is damaged.
     """
     maps = check_table(maps, "mask_maps")
     weights = {model: weight(model) for model in maps["model"].unique()}
@@ -34,7 +35,7 @@ def fuse_maps(maps: pd.DataFrame, weight: Callable[[str], float]) -> pd.DataFram
 
 
 def _fuse_image(weights: Mapping[str, float], pngs: Mapping[str, list[bytes]]) -> bytes:
-    """Return the fused map of one image and finding, as a PNG; `pngs` has for each model the maps of its folds."""
+    """Return the average map of one image and finding as a PNG; `pngs` maps each model to the PNG maps of its folds."""
     if sum(map(len, pngs.values())) == 1:
         return next(iter(pngs.values()))[0]
     maps = {model: [decode_grey(png) for png in folds] for model, folds in pngs.items()}

@@ -1,4 +1,4 @@
-"""Merges the boxes that several readers drew around the same finding, so that each finding has one box."""
+"""Merges the boxes that several radiologists (readers) drew around the same finding, so that each finding has one box."""
 
 import numpy as np
 import pandas as pd
@@ -11,10 +11,10 @@ from kitlib.tables import BOX, check_table
 def merge_reader_boxes(boxes: pd.DataFrame, images: pd.DataFrame, iou: float = 0.4) -> pd.DataFrame:
     """Return a `boxes` table in which the readers' boxes of each image and finding are merged by weighted box fusion.
 
-    `boxes` has the additional column `reader`; its boxes lie within their images, whose sizes `images` contains. Boxes with
-    an IoU above `iou` are merged into their mean, because all readers have equal weight. Instead of `reader`, the result
-    has the column `readers`: the number of readers who drew the box. If only one reader saw the finding in an image, the
-    boxes are unchanged.
+    A reader is a radiologist. `boxes` has the additional column `reader`; its boxes must lie within their images. `images`
+    has the images' sizes. Boxes with an IoU above `iou` are merged into their mean; all readers have equal weight. Instead
+    of `reader`, the result has the column `readers`: the number of readers who drew the box. If only one reader saw the
+    finding in an image, the boxes are unchanged.
     """
     ordered = boxes.sort_values(["image_id", "finding", "reader"], kind="stable", ignore_index=True)
     group = ordered.groupby(["image_id", "finding"], sort=False).ngroup().to_numpy()  # ascending, because rows are sorted

@@ -35,8 +35,8 @@ KINDS = {"image_scores": "class_scores"}
 class ModelPredictions:
     """Predictions of one or more models, as tables of kitlib.tables; tables without predictions are empty.
 
-    `image_scores` is a `class_scores` table, whose classes may be any classes of images. `coverage` has one row for each
-    image and each fold of a detector that has predicted the image, with or without boxes. It is None if this is unknown.
+    `image_scores` is a `class_scores` table. `coverage` has one row for each detector, fold and image that this fold of the
+    detector has predicted, with or without boxes. It is None if it is unknown which images were predicted.
     """
 
     study_scores: pd.DataFrame
@@ -62,7 +62,7 @@ class ModelPredictions:
         )
 
     def only(self, image_ids: pd.Series) -> "ModelPredictions":
-        """Return the predictions with only the boxes, masks and coverage of images in `image_ids`, and with all scores."""
+        """Return the predictions with only the boxes, masks and coverage of images in `image_ids`; all scores are kept."""
         tables = {name: getattr(self, name) for name in ("detections", "mask_maps", "coverage")}
         known = {name: table for name, table in tables.items() if table is not None}
         return replace(self, **{name: table[table["image_id"].isin(image_ids)] for name, table in known.items()})
@@ -89,9 +89,9 @@ def merge(predictions: ModelPredictions, images: pd.DataFrame, settings: FusionS
 def fuse_scores(scores: pd.DataFrame, key: str, settings: FusionSettings) -> pd.DataFrame:
     """Average `scores` over each model's folds, then over the models with their weights; return one row per image or study.
 
-    `scores` has the column `key` (study_id or image_id), model, fold, and one column per class. Missing and NaN scores are
-    ignored. The result has the column `key` and the classes, and one row per id for which at least one model with a nonzero
-    weight has a score.
+    `scores` has the id column `key` (study_id or image_id), model, fold, and one column per class. NaN scores and missing
+    rows are ignored. The result has the id column and the classes. An id has a row if at least one model with a nonzero
+    weight has a score for it.
     """
     classes = [name for name in scores.columns if name not in (key, "model", "fold")]
     models = scores.dropna(subset=classes, how="all").groupby([key, "model"], sort=False)[classes].mean()
@@ -104,11 +104,11 @@ def fuse_scores(scores: pd.DataFrame, key: str, settings: FusionSettings) -> pd.
 def fuse_boxes(lists: "BoxLists", settings: FusionSettings) -> pd.DataFrame:
     """Fuse the boxes of all models and folds, finding by finding; return the table `boxes` of MergedPredictions.
 
-    For each image and finding, every pair of model and fold contributes one list of boxes. A box that is in only some of
-    these lists gets a lower score, so empty lists matter too (see `BoxLists.of`). A model's weight is divided among its
-    folds. If there is a single list, its boxes are returned unchanged, with calibrated scores if the model is calibrated.
-    Finally, non-maximum suppression drops boxes whose IoU with a more confident box of the same finding is above
-    `final_nms_iou`, if that is below 1.
+    For each image and finding, every fold of every model contributes one list of boxes. A box that is in only some of these
+    lists gets a lower score, so lists without boxes matter too (see `BoxLists.of`). A model's weight is divided among its
+    folds. If there is only one list, its boxes are not merged, but calibrated if the model has a calibration. Finally, if
+    `final_nms_iou` is below 1, non-maximum suppression drops each box whose IoU with a more confident box of the same
+    finding and image is above `final_nms_iou`.
     """
     corners, score, group = fuse_lists(lists, settings)
     table = pd.DataFrame(corners, columns=list(BOX))
@@ -121,14 +121,14 @@ def fuse_boxes(lists: "BoxLists", settings: FusionSettings) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class BoxLists:
-    """The boxes of n detections as lists: one list per image, finding, model and fold. A group is one finding of one image.
+    """The boxes of n detections as flat arrays, in lists: one list per image, finding, model and fold.
 
-    Boxes are sorted by group, model, fold and falling score. `group` (n,) is the row of each box's image in the table of
-    images, times the number of `findings`, plus the index of the box's finding. `model` (n,) is the index of the box's model
-    in `models`, and `rank` (n,) the box's position in its list, from 0. `sides` (groups, 4) has columns, rows, columns and
-    rows of each group's image in pixels. `corners` (n, 4) has xmin, ymin, xmax and ymax of each box, divided by these sides.
-    `covered` (groups, models) is the number of lists, including empty ones, that each model has for each group, or None if
-    this is unknown.
+    A group is one finding of one image. Its number is the row of the image in the table of images, times the number of
+    `findings`, plus the index of the finding in `findings`. Boxes are sorted by group, model, fold and falling score.
+    `group` (n,) has the number of each box's group, `model` (n,) the index of its model in `models`, and `rank` (n,) its
+    position in its list, from 0. `sides` (groups, 4) has width, height, width and height of each group's image in pixels.
+    `corners` (n, 4) has xmin, ymin, xmax and ymax of each box, divided by the sides of its image. `covered` (groups, models)
+    is the number of lists, with or without boxes, that each model has for each group, or None if this is unknown.
     """
 
     group: np.ndarray
@@ -143,13 +143,14 @@ class BoxLists:
 
     @classmethod
     def of(cls, detections: pd.DataFrame, images: pd.DataFrame, coverage: pd.DataFrame | None = None) -> "BoxLists":
-        """Return BoxLists of the `detections`; boxes are clipped to their image, and dropped if outside it or with score 0.
+        """Return BoxLists of the `detections`, clipped to their images, without boxes outside their image or with score 0.
 
-        `coverage` has one row per detector, fold and predicted image, so that a model that was stopped early does not lower
-        the scores on images it never predicted. If `coverage` has the column `findings`, a model does not lower the scores
-        of findings that it does not predict. Without `coverage`, every model is assumed to have predicted every image; its
-        number of lists is then the largest number of its folds that have boxes of one finding in one image. Raises
-        ValueError for an image whose size is unknown or that is not in `images`, and for a score that is NaN.
+        `coverage` has one row per detector, fold and predicted image. It decides which lists without boxes there are: a
+        model without boxes lowers the scores of other models' boxes only on images that it has predicted and, if `coverage`
+        has the column `findings`, only for findings that it predicts. Without `coverage`, every model is assumed to have
+        predicted every image; its number of lists is the same for all groups, the largest number of its folds that have
+        boxes of one finding in one image. Raises ValueError if an image is not in `images` or its size is unknown, and if a
+        score is NaN.
         """
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
@@ -179,12 +180,12 @@ class BoxLists:
 
 
 def calibration_key(model: str, finding: str, findings: tuple[str, ...]) -> str:
-    """Return the key in `FusionSettings.calibration`: the model's name, followed by the finding if there are several."""
+    """Return the key of FusionSettings.calibration: the model's name, and if there are several `findings`, the finding."""
     return f"{model}: {finding}" if len(findings) > 1 else model
 
 
 def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fuse boxes like `fuse_boxes`; return boxes (k, 4) in original pixels, scores (k,) and groups (k,) as in BoxLists."""
+    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and groups of BoxLists (k,)."""
     weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
     is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
     for number, name in enumerate(lists.models):
@@ -232,10 +233,9 @@ def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, n
 def seen_images(
     detections: pd.DataFrame, images: pd.DataFrame, settings: FusionSettings, coverage: pd.DataFrame | None = None
 ) -> np.ndarray:
-    """Return a boolean mask (n,) of the rows of `images` that at least one detector with a nonzero weight has predicted.
+    """Return a bool array (n,), True for rows of `images` that at least one detector with a nonzero weight has predicted.
 
-    Without `coverage`, all entries are True if a detector with a nonzero weight has at least one detection in any image;
-    otherwise all are False.
+    Without `coverage`, all entries are the same: True if a detector with a nonzero weight has a detection in any image.
     """
     predicted = pd.concat([table for table in (detections, coverage) if table is not None])[["image_id", "model"]]
     predicted = predicted[predicted["model"].isin([name for name in predicted["model"].unique() if settings.weight(name)])]
@@ -271,8 +271,8 @@ def read_settings(path: str | Path, competition: Competition = SIIM_COVID19) -> 
 def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     """Return the detections, clipped to their images, and an int array with the row in `images` of each detection's image.
 
-    Boxes outside their image and boxes with score 0 are dropped. Raises ValueError for an image whose size is unknown or
-    that is not in `images`, and for a score that is NaN.
+    Boxes outside their image and boxes with score 0 are dropped. Raises ValueError if an image is not in `images` or its
+    size is unknown, and if a score is NaN.
     """
     boxes = check_table(detections, "detections")
     if boxes["score"].isna().any():

@@ -1,9 +1,10 @@
 """Checks the score tables of several learners and turns them into arrays for training and evaluating ensembles.
 
-An ensemble that is evaluated on a fold may be trained only on predictions by learners that were trained on neither that fold
-nor the predicted image. Nested learners (`nested_scores` tables) fulfil this strictly. With plain out-of-fold scores
-(`class_scores`, `study_scores`) the ensemble is cross-fitted: it is trained on the predictions for the other folds, whose
-learners were trained on the images in the evaluated fold, but it never sees the predictions for that fold.
+A learner is a model that an ensemble combines. To be evaluated on a fold, an ensemble should be trained only on predictions
+by models that were trained neither on this fold nor on the predicted image. Nested scores (`nested_scores` tables) allow
+this. Plain out-of-fold scores (`class_scores`, `study_scores`) do not: the ensemble is trained on the predictions for the
+other folds, and the models that made them were trained on the evaluated fold too. The ensemble itself never sees the
+predictions for the evaluated fold. Such an ensemble is called cross-fitted.
 """
 
 import logging
@@ -42,10 +43,10 @@ class Stack:
 class LearnerScores:
     """Checked scores of all learners, as `gather` returns them.
 
-    `rows` has the columns id, model, outer and fold (the model's folds; outer is -1 if it is not nested), own (the fold that
-    the id belongs to) and the classes. `answers`, the ground truth, is indexed by id and has the columns truth (class
-    index), fold and patient. `key` says whether ids are image_id or study_id. `unanswered` is the number of ids in the
-    folds that no learner has predicted.
+    `rows` has the columns id, model (the learner), outer and fold (the outer and inner fold that the model was not trained
+    on; if it is not nested, outer is -1), own (the fold that the id belongs to) and one probability per class. `answers` is
+    the ground truth, indexed by id, with the columns truth (class index), fold and patient. `key` is "image_id" or
+    "study_id": what ids are. `unanswered` is the number of ids in the folds that no learner has predicted.
     """
 
     rows: pd.DataFrame
@@ -57,7 +58,7 @@ class LearnerScores:
 
     @property
     def protocol(self) -> str:
-        """How ensembles are evaluated on these scores: NESTED or CROSS_FITTED."""
+        """How ensembles are evaluated on these scores: "nested" or "cross-fitted", see the docstring of this file."""
         return NESTED if (self.rows["outer"] >= 0).any() else CROSS_FITTED
 
     @property
@@ -70,13 +71,13 @@ class LearnerScores:
 
     @property
     def crosses(self) -> bool:
-        """Whether trained ensembles can be evaluated on these scores: they are nested, or have more than one fold."""
+        """Whether trained ensembles can be evaluated on these scores: they must be nested or have more than one fold."""
         return self.protocol == NESTED or len(self.folds) > 1
 
     def test_stack(self, fold: int) -> Stack:
-        """Return the Stack for evaluation on `fold`: predictions for its images by models that were not trained on them.
+        """Return the Stack for evaluation on `fold`: predictions for its images by models that were not trained on the fold.
 
-        If the learners are nested, the inner models of each learner are averaged.
+        If the scores are nested, the predictions of each learner's inner models are averaged.
         """
         fold_column = "outer" if self.protocol == NESTED else "fold"
         return self._stack(
@@ -86,8 +87,9 @@ class LearnerScores:
     def training_stack(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
         """Return the Stack for training an ensemble that is evaluated on `fold`: predictions for images of the other folds.
 
-        With `stack_on` "out_of_fold", an image's predictions are by models that were not trained on it. With "in_sample", a
-        fault of the published method, they are by models that were trained on it. Raises FusionError if there are none.
+        If `stack_on` is "out_of_fold", the predictions for an image are by models that were not trained on the image. If it
+        is "in_sample", they are by models that were trained on the image; the published method has this fault. Raises
+        FusionError if there are no such predictions.
         """
         rows = self.rows[self.rows["own"] != fold]
         if stack_on == "in_sample":
@@ -108,18 +110,18 @@ class LearnerScores:
         return self._stack(rows, f"training scores for fold {fold}")
 
     def has_in_sample(self) -> bool:
-        """Return whether every learner has predictions for its own training images for every fold in `folds`."""
+        """Return whether every learner's models of every fold in `folds` have predicted their own training images."""
         fold_column = "outer" if self.protocol == NESTED else "fold"
         trained = self.rows[self._trained_on()]
         available = set(zip(trained["model"], trained[fold_column], strict=True))
         return available >= {(learner, fold) for learner in self.learners for fold in self.folds}
 
     def full_stack(self, stack_on: str = "out_of_fold") -> Stack:
-        """Return the Stack for training the final ensemble: predictions for each id by models that were not trained on it.
+        """Return the Stack for training the final ensemble: predictions for the ids of all folds.
 
-        For each id, models without an outer fold are preferred; then models whose outer fold contains the id (their test
-        predictions); then, if not every outer fold was trained, models whose inner fold contains the id. If `stack_on` is
-        "in_sample", the predictions are instead by models that were trained on the id.
+        If `stack_on` is "in_sample", the predictions for an id are by models that were trained on it. Otherwise, they are by
+        models that were not trained on it. For each id, the first available kind is used: models that are not nested; models
+        whose outer fold contains the id; models whose inner fold contains the id.
         """
         rows = self.rows
         if stack_on == "in_sample":
@@ -134,13 +136,13 @@ class LearnerScores:
         return self._stack(rows[(rank == best) & (rank < 3)], "out-of-fold scores of all folds")
 
     def _trained_on(self) -> pd.Series:
-        """Return a boolean mask of the `rows` whose model was trained on their id."""
+        """Return a bool Series: for each of `rows`, whether the row's model was trained on the row's id."""
         return (self.rows["own"] != self.rows["outer"]) & (self.rows["own"] != self.rows["fold"])
 
     def _stack(self, rows: pd.DataFrame, purpose: str) -> Stack:
-        """Return a Stack of the means over the `rows` of each id and learner.
+        """Return the Stack of `rows`, averaged over all rows of the same id and learner.
 
-        Raises FusionError if a learner lacks an id that others have; `purpose` describes the rows in its message.
+        Raises FusionError if a learner has no row for an id that another has. `purpose` describes the rows in the message.
         """
         classes = list(self.classes)
         mean = rows.groupby(["id", "model"])[classes].mean()
@@ -164,9 +166,9 @@ class LearnerScores:
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
     """Join and check the learners' scores in `tables`, all of one kind: `nested_scores`, `class_scores` or `study_scores`.
 
-    Learners keep the order of the tables. Raises FusionError if there are no scores; if the learners differ in classes or
-    folds; for ids without a fold, duplicate scores, NaN and rows that do not sum to 1; if an out-of-fold table has scores
-    for images that the model was trained on; and if an id does not have exactly one class in `labels`.
+    Learners keep the order of the tables. Raises FusionError if there are no scores; if learners have different classes or
+    folds; if an id has no fold, or not exactly one class in `labels`; if a score is NaN or given twice, or a row does not
+    sum to 1; and if a table that is not nested has scores for images that the model was trained on.
     """
     tables = [table for table in tables if len(table)]
     if not tables:
@@ -193,10 +195,10 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
 
 
 def _check_kind(table: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
-    """Check one table of scores; return it, with columns added, and the names of its classes.
+    """Check one table of scores; return it with changed columns, and the names of its classes.
 
-    In the returned table, the column `key` is renamed to `id`, a missing column outer is added as -1, and the column plain
-    says whether all scores should be out-of-fold. Raises FusionError if the table lacks the column `key`.
+    In the returned table, the id column `key` is called `id`. The new column plain is True unless the scores are nested. If
+    they are not nested, the new column outer is -1. Raises FusionError if the table lacks the column `key`.
     """
     if key not in table.columns:
         raise FusionError("scores of images and scores of studies cannot be stacked together; give runs of only one kind")
@@ -207,7 +209,7 @@ def _check_kind(table: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]
 
 
 def _check_classes(parts: list[tuple[pd.DataFrame, list[str]]]) -> list[str]:
-    """Return the classes of the first table. Raises FusionError if another table has different ones."""
+    """Return the classes of the first table. Raises FusionError if another table has different classes."""
     first = parts[0][1]
     for part, classes in parts:
         if set(classes) != set(first):
@@ -271,10 +273,10 @@ def _ground_truth(
 
 
 def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
-    """Raise FusionError if learners differ in their folds, or if a model has scores for images it was trained or chosen on.
+    """Raise FusionError if learners have different folds, or if a model has scores that would flatter it.
 
-    A model was chosen on the images that evaluate it if the outer and inner fold of its nested scores are equal. Scores that
-    are not nested must not be for the model's own training images.
+    These are scores, not nested, for the model's own training images, and nested scores whose outer and inner fold are
+    equal: the epoch of such a model was chosen on the images that evaluate it.
     """
     folds_of = {name: set(map(tuple, rows.loc[rows["model"] == name, ["outer", "fold"]].to_numpy())) for name in learners}
     for name, model_folds in folds_of.items():
@@ -288,8 +290,8 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
             )
     if ((rows["outer"] >= 0) & (rows["outer"] == rows["fold"])).any():
         raise FusionError(
-            "some nested scores have the same outer and inner fold, so that the model's epoch was chosen on the fold that "
-            "evaluates it; train the model again with different folds"
+            "some nested scores have the same outer and inner fold: the model's epoch was chosen on the fold that evaluates "
+            "it. Train the model again with different folds"
         )
     in_sample = rows[rows["plain"] & (rows["fold"] != rows["own"])]
     if len(in_sample):

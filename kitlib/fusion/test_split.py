@@ -1,4 +1,4 @@
-"""Checks the learners' scores for the "test" split, whose images were not used to choose an epoch, weight or temperature."""
+"""Checks the learners' scores for images of the "test" split, on which nothing was trained, chosen or calibrated."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class TestSplitScores:
     """Checked scores of test images, as `gather_test_split` returns them.
 
     `rows` is a `class_scores` table with one row per image, learner and fold. `means` holds one prediction per image and
-    learner, the mean over the learner's folds; its fold is ALL_FOLDS. `left_out` is the number of images with test scores
-    that are excluded because their patient also has images in a fold.
+    learner: the mean over the learner's folds. Its column fold is ALL_FOLDS (-1). `left_out` is the number of images with
+    test scores that are excluded because their patient also has images in a fold.
     """
 
     rows: pd.DataFrame
@@ -33,13 +33,12 @@ def gather_test_split(
     labels: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> TestSplitScores | None:
-    """Join the learners' test scores and check them against their out-of-fold scores; return None without test scores.
+    """Join the learners' test scores and check them against their out-of-fold scores; return None if there are none.
 
     `tables` are the test scores, as `class_scores` tables; `learner_scores` are the out-of-fold scores. Images of patients
     who also have images in a fold are excluded, because models were trained or chosen on these patients. Raises FusionError
-    if a learner or one of its folds has no test scores; if the models have predicted different images, images outside of
-    the "test" split, or other classes than in the out-of-fold scores; and for scores that kitlib.fusion.stacking.gather
-    refuses.
+    if learners, folds or classes are not those of the out-of-fold scores; if the models have predicted different images, or
+    images that are not in the "test" split; and if kitlib.fusion.stacking.gather raises FusionError for the test scores.
     """
     tables = [check_table(table, "class_scores") for table in tables if len(table)]
     if not tables:
@@ -49,7 +48,7 @@ def gather_test_split(
         table_classes = class_columns(table, "class_scores")
         if set(table_classes) != set(classes):
             difference = f"the classes {', '.join(table_classes)}, but its out-of-fold scores have {', '.join(classes)}"
-            raise FusionError(f"test images: {table['model'].iloc[0]} has {difference}; train it again")
+            raise FusionError(f"test images: {table['model'].iloc[0]} has {difference}; train this model again")
     rows = pd.concat(tables, ignore_index=True)[["image_id", "model", "fold", *classes]]
     _check_models(rows, learner_scores)
     left_out, rows, test = _exclude_fold_patients(rows, images, folds)
@@ -73,7 +72,7 @@ def gather_test_split(
 def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
     """Raise FusionError unless the test scores have the same learners and folds as the out-of-fold scores.
 
-    The weights of an ensemble are trained for exactly these models.
+    The out-of-fold scores decide an ensemble's weights, which fit only the models that made these scores.
     """
     test_models, fold_models = (
         set(zip(table["model"], table["fold"], strict=True)) for table in (rows, learner_scores.rows)
@@ -90,10 +89,10 @@ def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
 def _exclude_fold_patients(
     rows: pd.DataFrame, images: pd.DataFrame, folds: pd.DataFrame
 ) -> tuple[int, pd.DataFrame, set[str]]:
-    """Exclude test images of patients who have images in a fold.
+    """Exclude test images of patients who have images in a fold; `rows` are the test scores.
 
-    Returns the number of excluded images that have scores, the remaining rows, and the ids of all test images that are not
-    excluded. Raises FusionError for scores of images that are not in the "test" split.
+    Returns the number of excluded images that have scores, the rows of all other images, and the ids of all other test
+    images. Raises FusionError for scores of images that are not in the "test" split.
     """
     test = images[images["split"] == "test"] if "split" in images else images.iloc[:0]
     unknown = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]
@@ -109,11 +108,11 @@ def _exclude_fold_patients(
 
 
 def _check_images(rows: pd.DataFrame) -> None:
-    """Raise FusionError unless all models have predicted the same images, because means over fewer models are worse."""
+    """Raise FusionError if no image is left, or unless all models have predicted the same images."""
     if rows.empty:
         raise FusionError(
-            "test images: all of their patients also have images in the folds; set test_share of notebook 10 to reserve "
-            "test patients"
+            "test images: all patients with test scores also have images in the folds; set test_share of notebook 10 to "
+            "reserve test patients"
         )
     image_ids = rows.groupby(["model", "fold"], sort=False)["image_id"].agg(frozenset)
     (learner, fold), largest = max(image_ids.items(), key=lambda item: len(item[1]))
@@ -122,5 +121,5 @@ def _check_images(rows: pd.DataFrame) -> None:
             first = min(ids ^ largest)
             raise FusionError(
                 f"test images: {name}, fold {number}, has {len(ids)} scores, but {learner}, fold {fold}, has "
-                f"{len(largest)}: only one of them predicted {first}; train both with the same limit_validation"
+                f"{len(largest)}: only one of the two predicted {first}; train both with the same limit_validation"
             )

@@ -1,4 +1,4 @@
-"""Tunes a competition's fusion settings, one after another, to raise its score on out-of-fold predictions."""
+"""Tunes a competition's fusion settings, one after another, so that its score on out-of-fold predictions rises."""
 
 import logging
 import math
@@ -33,12 +33,12 @@ Grid = tuple[str, Change, tuple[Any, ...]]  # name of the step, function that se
 def tune(judge: "Judge", rounds: int = 2) -> tuple[Any, pd.DataFrame]:
     """Tune the fusion settings; return them and a table with the columns step, setting (chosen value), score and gain.
 
-    The table's first row is for the default settings. Each step tries a grid of values for one setting and keeps the best
-    value if it raises the score by at least LEAST_GAIN. The calibration of box scores, fitted to the same images, is kept on
-    the same condition. All settings are tuned for up to `rounds` rounds, until a round gains nothing; box fusion, which is
-    slow, is tuned only in the first round. `box_min_score` and `box_limit` are never tuned, because the boxes that they drop
-    hardly affect the score. The final score is optimistic, because the settings were chosen on the same predictions; see
-    `cross_fit`.
+    The table's first row is for the default settings; then there is one row per step. A step tries several values of one
+    setting, or of a few settings together, and keeps the best value if it raises the score by at least LEAST_GAIN (0.0001).
+    One step tries the calibration of box scores, which is fitted to the same images. A round consists of all steps. There
+    are at most `rounds` rounds, and none after a round without a gain. Box fusion is slow and tuned only in the first round.
+    `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the score. The final
+    score is optimistic, because it is computed on the predictions on which the settings were chosen; see `cross_fit`.
     """
     return _hill_climb(judge, judge.everything, rounds)
 
@@ -53,10 +53,10 @@ def judge_fixed(judge: "Judge", settings: Any) -> pd.DataFrame:
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """Estimate the score of tuned settings on new images; return a table, one row per fold.
 
-    The columns are fold, images (their number), default and cross_fitted. `cross_fitted` is the score (0..1) on the fold's
-    images with settings tuned on the other folds, `default` the score with untuned settings. The table is empty if there are
-    fewer than two folds. Each fold is scored alone, because settings of different folds put scores on different scales,
-    which cannot be ranked together. `cross_fit` takes about as long as calling `tune` once per fold.
+    The columns are fold, images, default and cross_fitted. images is the number of images in the fold. cross_fitted is the
+    competition score (0..1) on these images with settings tuned on the other folds, and default is the score with untuned
+    settings. If there are fewer than two folds, the table is empty. Each fold is scored alone: confidences under different
+    settings have different scales and cannot be ranked together. `cross_fit` takes about as long as one `tune` per fold.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
@@ -73,8 +73,8 @@ def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.Data
     best = judge.score(settings, part)
     if math.isnan(best):
         raise FusionError(
-            "the score is undefined, because the ground truth of these images has no positive, so nothing can be tuned; "
-            "give runs that have predicted more images"
+            "nothing can be tuned, because the score is undefined: no class of the competition can be scored on these "
+            "images; give runs that have predicted more images"
         )
     calibration = judge.calibration(part)
     rows = [("0 default", "", best, 0.0)]
@@ -104,19 +104,20 @@ def _hill_climb(judge: "Judge", part: "Part", rounds: int) -> tuple[Any, pd.Data
 
 @dataclass(frozen=True)
 class Part:
-    """Subset of a Judge's images: `chosen` is a boolean mask (n,), or None for all images; `truth` is their ground truth."""
+    """Subset of a Judge's n images: `chosen` is a boolean mask (n,), or None for all images; `truth` is the ground truth."""
 
     chosen: np.ndarray | None
     truth: Any
 
 
 class Judge:
-    """Computes the competition score for given fusion settings; caches the fused boxes of the latest KEPT_FUSIONS settings.
+    """Computes the competition score of given out-of-fold predictions for any fusion settings.
 
     `tables` are images, labels, boxes and folds of a run of notebook 10, and `masks` its masks or None. The score is
-    computed on the images in folds that every model has predicted, without images that no annotator looked at
-    (`false_none`). Raises FusionError for predictions that are not out-of-fold, for detections in images that the coverage
-    lacks, for a model that predicts nothing that the competition asks for, and if no image remains.
+    computed on the images in folds that every model has predicted. Images that no annotator looked at (`false_none`) are
+    left out. Raises FusionError if a prediction is not out-of-fold, if an image with detections is not in the coverage, if a
+    model predicts nothing that the competition asks for, if the competition asks for boxes or masks that no model predicts,
+    and if no image remains. The fused boxes of the latest settings (KEPT_FUSIONS) are kept in memory.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class Judge:
         return Part(chosen, self._truth_of(self.images[chosen]))
 
     def score(self, settings: Any, part: Part) -> float:
-        """Return the competition score with `settings` on a subset of the images."""
+        """Return the competition score with `settings` on the images of `part`."""
         merged = self.merge(settings)
         return self.competition.judged(part.truth, merged if part.chosen is None else merged.part(part.chosen), settings)
 
@@ -161,9 +162,9 @@ class Judge:
         return MergedPredictions(self.images, studies, scores, self._boxes(settings), self.seen, masks)
 
     def calibration(self, part: Part) -> dict[str, tuple[float, float]]:
-        """Fit the calibration of each detector and finding on a subset of the images; return the slopes and offsets.
+        """Fit the calibration of each detector and finding on the images of `part`; return slopes and offsets.
 
-        The keys are those of `calibration_key`. Detectors and findings that cannot be calibrated are omitted.
+        `calibration_key` gives the keys of the result. Detectors and findings that cannot be calibrated are omitted.
         """
         lists = self.lists
         row = lists.group // len(lists.findings)
@@ -184,9 +185,9 @@ class Judge:
         return self.competition.truth_of(images, self.labels, self.boxes, self.masks)
 
     def _match(self, row: np.ndarray, finding: Any, corners: np.ndarray) -> np.ndarray:
-        """Return for each box the row in `self.boxes` of the true box that it matches, (n,), or -1 without a match.
+        """Return an int array (n,): for each predicted box, the row of the true box in `self.boxes` that it matches, or -1.
 
-        A true box can match only boxes with its image and finding.
+        Boxes match only if they have the same image and finding. `row` (n,) is the row of each box's image in `self.images`.
         """
         findings = pd.Index(pd.unique(self.boxes["finding"]))
         true_row = pd.Index(self.images["image_id"]).get_indexer(self.boxes["image_id"])
@@ -229,10 +230,10 @@ class Judge:
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]], competition: Competition) -> list[Grid]:
-    """Return the grids (values to try) of the box fusion settings, which take ten times as long to try as other settings.
+    """Return the tuning steps of box fusion, with the values to try. Each value takes ten times as long as in other steps.
 
-    For a single detector only its calibration is tried. This helps even without box fusion: when boxes are rescored by the
-    class `none`, and when the probability of `none` is computed from box scores.
+    If there is one detector, only its calibration is tried. Calibration helps even without box fusion: when `none` changes
+    the box scores, and when the probability of `none` is computed from box scores.
     """
     first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
@@ -291,9 +292,8 @@ def _check_wanted(predictions: ModelPredictions, competition: Competition) -> No
             helps = kind == "images" and helping and helping <= predicted
             if len(rows) and not predicted & classes and not helps:
                 raise FusionError(
-                    f"{competition.name} wants no {kind} of the classes that {model} predicts; the classes of {kind} that "
-                    f"it wants are: {', '.join(sorted(classes)) or 'none'}. Leave out the run of {model}, or name another "
-                    "competition"
+                    f"{model} predicts no class of {kind} that {competition.name} wants; valid classes of {kind} are: "
+                    f"{', '.join(sorted(classes)) or 'none'}. Leave out the run of {model}, or choose another competition"
                 )
 
 
@@ -309,7 +309,7 @@ def _check_answers(predictions: ModelPredictions, competition: Competition) -> N
 
 
 def _scored_images(predictions: ModelPredictions, images: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` that every model has predicted, with the column fold added; raises the errors of Judge."""
+    """Return the rows of `images` that every model has predicted, with a column fold; raises FusionError, see Judge."""
     runs = ["image_id", "model", "fold"]
     detections = predictions.detections
     coverage = detections[runs].iloc[:0] if predictions.coverage is None else predictions.coverage

@@ -31,13 +31,13 @@ MOST_LISTS = 128  # per image; NumPy adds more numbers than this in another orde
 
 @dataclass(frozen=True)
 class ImageLists:
-    """Lists of boxes to be merged, for m images with n boxes in total, as flat arrays.
+    """Box lists to be merged, several per image, as flat arrays: n boxes in m images.
 
     Boxes are sorted by image and, within an image, by list. `corners` (n, 4) has xmin, ymin, xmax and ymax of each box as
-    shares of the image's sides, 0..1, and `score` (n,) its score, 0..1. `ends` (m,) has, for each image, the index after its
-    last box. `list_of` (n,) has the number of each box's list, counted from 0 in each image. `weights` has one entry for
-    each list of each image; an image's lists without boxes come last. `list_ends` (m,) has, for each image, the index in
-    `weights` after its last list.
+    shares of the image's width and height, 0..1. `score` (n,) has each box's score, 0..1. `ends` (m,) has for each image the
+    index after its last box. `list_of` (n,) has the number of each box's list, counted from 0 in each image. `weights` has
+    one entry for each list, image after image; in each image, lists without boxes come last. `list_ends` (m,) has for each
+    image the index after its last list in `weights`.
     """
 
     corners: np.ndarray
@@ -54,11 +54,11 @@ class ImageLists:
 
     @property
     def list_counts(self) -> np.ndarray:
-        """Number of lists of each image, an int array (m,)."""
+        """Number of box lists that each of the m images has, an int array (m,)."""
         return np.diff(self.list_ends, prepend=0)
 
     def split(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield four arrays per image: boxes (k, 4), scores (k,), number of each box's list (k,), weights of lists (l,)."""
+        """Yield four arrays per image: boxes (k, 4), scores (k,), each box's list number (k,), and each list's weight."""
         start, list_start = 0, 0
         for end, list_end in zip(self.ends.tolist(), self.list_ends.tolist(), strict=True):
             rows = slice(start, end)
@@ -66,14 +66,14 @@ class ImageLists:
             start, list_start = end, list_end
 
     def images(self, chosen: np.ndarray) -> "ImageLists":
-        """Return an ImageLists with only the images that the boolean mask `chosen` (m,) selects."""
+        """Return an ImageLists with only the images for which the boolean mask `chosen` (m,) is True."""
         rows, lists = np.repeat(chosen, np.diff(self.ends, prepend=0)), np.repeat(chosen, self.list_counts)
         ends, list_ends = (np.cumsum(np.diff(each, prepend=0)[chosen]) for each in (self.ends, self.list_ends))
         return ImageLists(self.corners[rows], self.score[rows], ends, self.list_of[rows], self.weights[lists], list_ends)
 
 
 def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Merge the boxes of each image by WBF; return merged boxes (k, 4), their scores (k,) and the index of their image (k,).
+    """Merge the boxes of each image by WBF; return merged boxes (k, 4), their scores (k,) and their images' indices (k,).
 
     A box joins a cluster if its IoU with the cluster's merged box is above `iou`. `confidence`, one of CONFIDENCES, decides
     how the scores of a cluster are combined. The merged boxes of each image are sorted by score, the highest first. Boxes
@@ -95,7 +95,7 @@ def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.n
 
 
 def descending(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return indices (n,) that sort each segment of `values` (n,), highest first; `ends` has the segments' end indices."""
+    """Return indices (n,) that sort `values` (n,) segment by segment, highest first; a segment stops before its `ends`."""
     # Sorted exactly as in ensemble-boxes, so that equal values get the same order, which depends on NumPy.
     order, start = np.empty(len(values), dtype=np.intp), 0
     for end in ends.tolist():
@@ -119,7 +119,7 @@ def _merge_one_by_one(lists: ImageLists, iou: float, confidence: str) -> tuple[n
 def _merge_compiled(
     lists: ImageLists, iou: float, confidence: str, most_lists: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Merge with compiled code and return what `_merge_one_by_one` returns; return None, with a warning, if that fails.
+    """Merge with compiled code; return what `_merge_one_by_one` returns. If this fails, log a warning and return None.
 
     `most_lists` is the largest number of lists that an image has.
     """
@@ -200,10 +200,11 @@ def _merge(
 ) -> None:
     """Merge the boxes of all images into clusters, and write the merged boxes into the arrays passed as arguments.
 
-    `ends`, `corners`, `list_ends` and `weights` are as in ImageLists. `order` (n,) has the indices of each image's boxes by
-    falling score. `score` (n,) has the scores, already multiplied by the weights of the lists. `list_of` (n,) has the index
-    in `weights` of each box's list. `confidence` is an index in CONFIDENCES. The results are written to `merged` (n, 4) and
-    `merged_score` (n,), image after image, and the number of merged boxes of each image to `counts` (m,).
+    `ends`, `corners`, `list_ends` and `weights` are as in ImageLists. `order` (n,) has the indices of the boxes, image by
+    image, by falling score. `score` (n,) has the scores, already multiplied by the weights of their lists. `list_of` (n,)
+    has the index in `weights` of each box's list. `confidence` is an index in CONFIDENCES. The results are written to
+    `merged` (n, 4) and `merged_score` (n,), image after image, and the number of merged boxes of each image to `counts`
+    (m,).
 
     The other arrays are working memory for one image, with one row per cluster: `sums` (sum of scores, sum of weights,
     highest score, number of boxes), `corner_sums` (float32) and `has_list` (which lists the cluster has boxes from).

@@ -1,4 +1,4 @@
-"""Metrics, the competition's score, and reading, writing and validation of submission files.
+"""Metrics, SIIM-COVID's score, and reading, writing and validation of submission files.
 
 Does not belong here: models, and fitting of ensembles.
 """

@@ -1,12 +1,13 @@
 """PASCAL VOC 2010 average precision: matches boxes, and integrates the monotone envelope of the precision-recall curve.
 
-Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m): a detection
-is matched to the ground-truth box in its image with the largest IoU. It is a hit if that IoU is above 0.5, or another value
-that a competition sets, and no more confident detection is matched to the same box. The development kit adds a pixel to
-widths and heights; this file does not, because coordinates are not integers.
+Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m). A detection is
+matched to the ground-truth box in its image with the largest IoU. This IoU must be above 0.5, or above another value that a
+competition sets. Of the detections that are matched to the same ground-truth box, only the most confident is a hit. The
+development kit adds a pixel to widths and heights; this file does not, because coordinates are not integers.
 
-Detections with equal scores enter the curve as one block. A detection's match does not depend on other detections, and ties
-between ground-truth boxes with equal IoU are broken by their coordinates. So the result never depends on the order of rows.
+Detections with equal scores enter the curve as one block. A detection's match does not depend on other detections. Of
+several ground-truth boxes with equal IoU, the first by coordinates is matched. So the result never depends on the order of
+rows.
 """
 
 import numpy as np
@@ -15,11 +16,11 @@ OVERLAP = 0.5  # the IoU of a hit with its ground-truth box is larger than this,
 
 
 def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weight: np.ndarray | None = None) -> float:
-    """Return the average precision, 0..1, of n detections.
+    """Return the average precision of n detections, 0..1, or NaN if there is no ground-truth box.
 
-    `score` (n,) holds their scores, `hit` (n,) is a boolean mask of the detections that are hits, and `positives` is the
-    number of ground-truth boxes. The result is NaN if `positives` is 0. `weight` (n,) is how often each detection counts in
-    a bootstrap sample; `positives` must then be weighted too.
+    `score` (n,) holds their scores, `hit` (n,) is True for detections that are hits, and `positives` is the number of
+    ground-truth boxes. For a bootstrap sample, `weight` (n,) is how often each detection occurs in the sample, and
+    `positives` is the number of ground-truth boxes in the sample.
     """
     ranking = Ranking(score, hit)
     return ranking.average_precision(positives, None if weight is None else np.asarray(weight, float)[ranking.order])
@@ -28,8 +29,8 @@ def average_precision(score: np.ndarray, hit: np.ndarray, positives: float, weig
 class Ranking:
     """Sorts n detections once, to compute several average precisions quickly, such as those of bootstrap samples.
 
-    `score` (n,) has the scores of the detections, and `hit` (n,) is a boolean mask of the detections that are hits. The
-    attribute `order` (n,) has the indices that sort the detections, the highest score first.
+    `score` (n,) has the scores of the detections, and `hit` (n,) is True for detections that are hits. The attribute `order`
+    (n,) has the indices that sort the detections, the highest score first.
     """
 
     def __init__(self, score: np.ndarray, hit: np.ndarray) -> None:
@@ -44,7 +45,8 @@ class Ranking:
     def average_precision(self, positives: float, weight: np.ndarray | None = None) -> float:
         """Return the average precision, 0..1, or NaN if `positives`, the number of ground-truth boxes, is 0.
 
-        `weight` (n,) is how often each detection counts, sorted like `order`; `positives` must then be weighted too.
+        For a bootstrap sample, `weight` (n,) is how often each detection occurs, in the order of `order`, and `positives` is
+        the number of ground-truth boxes in the sample.
         """
         if positives <= 0:
             return float("nan")
@@ -61,10 +63,11 @@ class Ranking:
 
 
 def precision_recall(score: np.ndarray, hit: np.ndarray, positives: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the precision-recall curve: two arrays (k,), precision and recall, both 0..1.
+    """Return the precision-recall curve of n detections: two arrays (k,), precision and recall, both 0..1.
 
-    Each entry belongs to one of the k different scores, highest first, and is the precision or recall of all detections with
-    at least this score. Precision is not replaced by its envelope. The arguments are those of `average_precision`.
+    There are k different scores. Each entry belongs to one of them, the highest first: the precision or recall of all
+    detections with at least this score. Precision is not replaced by its envelope. `average_precision` describes the
+    arguments.
     """
     score, hit = np.asarray(score, dtype=float), np.asarray(hit, dtype=bool)
     order = np.argsort(-score, kind="stable")
@@ -74,14 +77,14 @@ def precision_recall(score: np.ndarray, hit: np.ndarray, positives: float) -> tu
 
 
 def _block_ends(ranked: np.ndarray) -> np.ndarray:
-    """Return the index of the last element of each block of equal values in the sorted array `ranked` (n,)."""
+    """Return the index of the last element of each run of equal values in the sorted array `ranked` (n,)."""
     return np.flatnonzero(np.append(np.diff(ranked) != 0, np.ones(min(1, len(ranked)), bool)))
 
 
 def match_boxes(
     image: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray, overlap: float = OVERLAP
 ) -> np.ndarray:
-    """Return an int array (n,): the row of `true_boxes` that each detection matches, or -1 if no IoU is above `overlap`.
+    """Return an int array (n,): for each detection, the row of the true box with the largest IoU above `overlap`, or -1.
 
     `boxes` (n, 4) are the detections and `true_boxes` (m, 4) the ground truth, as xmin, ymin, xmax and ymax in the same
     coordinates. `image` (n,) and `true_image` (m,) are the ids of their images, of any type that can be compared. Several
@@ -107,7 +110,7 @@ def match_boxes(
 
 
 def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n,) of the hits: of the detections that match the same ground-truth box, the most confident.
+    """Return a bool array (n,), True for hits: for each ground-truth box, the most confident detection that matches it.
 
     `score` (n,) holds the detections' scores, and `match` (n,) the index of the ground-truth box that each matches, or -1.
     """
@@ -122,12 +125,12 @@ def first_hits(score: np.ndarray, match: np.ndarray) -> np.ndarray:
 def box_hits(
     image: np.ndarray, score: np.ndarray, boxes: np.ndarray, true_image: np.ndarray, true_boxes: np.ndarray
 ) -> np.ndarray:
-    """Return a boolean mask (n,) of the detections that are hits; for the arguments see `match_boxes` and `first_hits`."""
+    """Return a bool array (n,), True for detections that are hits; `match_boxes` and `first_hits` describe the arguments."""
     return first_hits(score, match_boxes(image, boxes, true_image, true_boxes))
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU, shape (...), of each box in `a` (..., 4) with its counterpart in `b`; 0 if a box has no area."""
+    """Return the IoU of each box in `a` (..., 4) with the box at the same place in `b`: (...), 0 if a box has no area."""
     sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(0)
     intersection = sides.prod(axis=-1)
     union = (a[..., 2:] - a[..., :2]).clip(0).prod(axis=-1) + (b[..., 2:] - b[..., :2]).clip(0).prod(axis=-1) - intersection

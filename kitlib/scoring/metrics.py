@@ -13,10 +13,10 @@ DEFAULT_THRESHOLD = 0.5  # probability at which a class counts as predicted, if 
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the ROC AUC: the probability that a positive has a higher score than a negative; equal scores count half.
+    """Return the ROC AUC of a class: the probability that a row with the class has a higher score than a row without it.
 
-    `scores` is (n,), `positive` (n,) is a boolean mask, and `weight` (n,) is how often each row counts. The result is NaN
-    if there are no positives or no negatives.
+    A pair of rows with equal scores counts half. `scores` is (n,), `positive` (n,) is True for rows that truly have the
+    class, and `weight` (n,) is how often each row counts. The result is NaN if no row has the class, or all rows have it.
     """
     return roc_auc_of_ranks(dense_ranks(scores), positive, weight)
 
@@ -30,7 +30,7 @@ def dense_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the ROC AUC (see `roc_auc`) of scores with the ranks `dense_ranks(scores)`; fast for many different weights."""
+    """Return the `roc_auc` of scores whose ranks, `dense_ranks(scores)`, are given; fast for many different weights."""
     positive = np.asarray(positive, dtype=float)
     weight = np.ones(len(positive)) if weight is None else weight
     positives = np.bincount(ranks, positive * weight)
@@ -44,9 +44,9 @@ def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray
 def mean_auc(truth: np.ndarray, probabilities: np.ndarray, classes: Iterable[str]) -> dict[str, float]:
     """Return the ROC AUC of each class, keyed by name, and their mean as `score`.
 
-    `truth` and `probabilities` are (n, classes). An image is positive for a class if its `truth` is at least 0.5; it is
-    ignored if its `truth` is NaN. A class without positives or without negatives gets NaN and is ignored in the mean, which
-    is NaN if all classes are NaN.
+    `truth` and `probabilities` are (n, classes). An image has a class if its `truth` is at least 0.5. If `truth` is NaN, the
+    image is ignored for this class. If no image has a class or all images have it, its ROC AUC is NaN and ignored in the
+    mean. If all are NaN, the mean is NaN.
     """
     scores = {}
     for name, actual, probability in zip(classes, truth.T, probabilities.T, strict=True):
@@ -57,10 +57,10 @@ def mean_auc(truth: np.ndarray, probabilities: np.ndarray, classes: Iterable[str
 
 
 def class_weights(label: np.ndarray) -> np.ndarray:
-    """Return the loss weight N / (C n) of each class, shape (classes,); `label` is (images, classes), and its rows sum to 1.
+    """Return the loss weight of each class, shape (classes,); `label` is (images, classes), and its rows sum to 1.
 
-    N is the number of images, n the number of images in the class, and C the number of classes that occur; so the mean
-    weight over all images is 1. Classes that do not occur get 0. Rows with a NaN are ignored.
+    The weight is N / (C n): N is the number of images, n the number of images in the class, and C the number of classes that
+    occur. So the mean weight over all images is 1. Classes that do not occur get 0. Rows with a NaN are ignored.
     """
     counts = label[~np.isnan(label).any(axis=1)].astype(float).sum(axis=0)
     occurs = counts > 0
@@ -70,11 +70,12 @@ def class_weights(label: np.ndarray) -> np.ndarray:
 def exclusive_scores(
     truth: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], judged_by: str
 ) -> dict[str, float]:
-    """Return metrics of the most probable class, for classes that exclude each other: `score`, and one value per class name.
+    """Score the most probable class of each row, if classes exclude each other; return `score` and one value per class.
 
-    `truth` and `probabilities` are (n, classes); rows with NaN in `truth` are ignored. If `judged_by` is "macro_f1", `score`
-    is the mean F1 over the classes that occur in `truth`, and each class gets its F1; otherwise `score` is the accuracy, and
-    each class gets its recall. Classes that do not occur get NaN; if no row is left, all values are NaN.
+    `truth` and `probabilities` are (n, classes). Rows with NaN in `truth` are ignored. If `judged_by` is "macro_f1", the
+    values are the F1 of each class, and `score` is their mean over the classes that occur in `truth`. Otherwise, the values
+    are the recall of each class, and `score` is the accuracy. Classes that do not occur in `truth` get NaN. If no row is
+    left, all values are NaN.
     """
     from sklearn.metrics import f1_score, recall_score  # slow to import, and no other metric needs it
 
@@ -90,9 +91,9 @@ def exclusive_scores(
 
 
 def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, float, float]:
-    """Return precision, recall and F1. `truth` and `called` (predicted positive) are bool arrays (n,).
+    """Return precision, recall and F1 of one class. `truth` and `called`, the predictions, are bool arrays (n,).
 
-    All three are NaN without positives. Precision is 0 if nothing is predicted positive.
+    If no row of `truth` is True, all three are NaN. If some rows of `truth` are True but none of `called`, all three are 0.
     """
     positives, calls, hits = truth.sum(), called.sum(), (truth & called).sum()
     if not positives:
@@ -101,17 +102,17 @@ def precision_recall_f1(truth: np.ndarray, called: np.ndarray) -> tuple[float, f
 
 
 def most_probable(probabilities: np.ndarray) -> np.ndarray:
-    """Return a boolean mask (n, classes) with one True per row, at the most probable class, or the first such class."""
+    """Return a bool array (n, classes), True at each row's most probable class. If several are equal, the first is True."""
     return np.arange(probabilities.shape[1]) == probabilities.argmax(axis=1)[:, None]
 
 
 def call_metrics(truth: np.ndarray, called: np.ndarray) -> dict[str, float]:
     """Return accuracy, precision, recall and F1 of yes-or-no predictions for several classes, keyed as in CALL_METRICS.
 
-    `truth` (n, classes) is 1, 0 or, if unknown, NaN; `called` (n, classes) is True where a class is predicted. Accuracy is
-    the share of rows in which all classes are right, among the rows whose truth is fully known. The other metrics are
-    unweighted means over the classes that occur; each class is evaluated on the rows in which its truth is known. A metric
-    is NaN if there are no such rows or classes.
+    `truth` (n, classes) is 1, 0 or, if unknown, NaN; `called` (n, classes) is True where a class is predicted. Accuracy uses
+    only rows in which the truth of all classes is known: the share of these rows in which all classes are predicted rightly.
+    The other metrics are unweighted means over the classes that occur in `truth`. Each class is evaluated on the rows in
+    which its truth is known. A metric is NaN if there are no such rows or classes.
     """
     is_known = ~np.isnan(truth)
     parts = [

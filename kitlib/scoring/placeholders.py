@@ -1,4 +1,4 @@
-"""Placeholder predictions of submission.csv: the class frequencies, for rows without a prediction."""
+"""Placeholder predictions of SIIM-COVID's submission.csv: the class frequencies, for rows without a prediction."""
 
 from collections.abc import Iterable
 
@@ -17,17 +17,17 @@ ONE_PIXEL_LABELS = {"study": STUDY_CLASSES, "image": ("none",)}
 
 
 def placeholder(submission_id: str) -> str:
-    """Return the placeholder prediction string (class frequencies) for an id that ends in _study or _image."""
+    """Return the placeholder prediction string for an id that ends in _study or _image: groups with class frequencies."""
     labels = ONE_PIXEL_LABELS[submission_id.rpartition("_")[2]]
     return " ".join(one_pixel_groups(labels, [PRIORS[label] for label in labels]))
 
 
 def one_pixel_groups(labels: Iterable[str], confidences: Iterable[float]) -> list[str]:
-    """Return the groups `label confidence 0 0 1 1` of a prediction string, for labels that have no box."""
+    """Return the parts `label confidence 0 0 1 1` of a prediction string, one per label, for labels that have no box."""
     return [f"{label} {format_confidence(p)} 0 0 1 1" for label, p in zip(labels, confidences, strict=True)]
 
 
 def format_confidence(p: float) -> str:
-    """Format a confidence with seven significant digits (float32's) and without an exponent, which some readers reject."""
+    """Return a confidence as text, with seven significant digits, as float32 has, and without an exponent: not 1e-05."""
     text = f"{p:.7g}"
     return text if "e" not in text else f"{p:.15f}".rstrip("0").rstrip(".")

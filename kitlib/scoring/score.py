@@ -1,7 +1,8 @@
-"""The competition score: the unweighted mean of six PASCAL VOC 2010 average precisions.
+"""The score of SIIM-COVID: the unweighted mean of six average precisions (AP) of PASCAL VOC 2010.
 
-The four study classes and `none` are scored like boxes, with the one-pixel box `0 0 1 1`. The AP of a class that is absent
-from the truth is NaN and ignored in the mean; in the competition's tables all six classes are present.
+The six classes are four of studies, and `none` and `opacity` of images. The study classes and `none` are scored like boxes,
+with the one-pixel box `0 0 1 1`. The AP of a class that is absent from the truth is NaN and ignored in the mean; in the
+competition's tables all six classes are present.
 """
 
 import ast
@@ -42,9 +43,9 @@ class Truth:
 
 
 def read_truth(folder: str | Path) -> Truth:
-    """Return the competition's ground truth, read from train_study_level.csv and train_image_level.csv in `folder`.
+    """Return SIIM-COVID's ground truth, read from train_study_level.csv and train_image_level.csv in `folder`.
 
-    As in Kaggle's scoring, all images count, including the 217 train images that no annotator looked at, and boxes are not
+    As in Kaggle's scoring, all images are included, also the 217 train images that no annotator looked at, and boxes are not
     changed. Raises ScoringError if a file cannot be read, lacks a column, or contains an invalid value.
     """
     studies = _read_table(Path(folder) / "train_study_level.csv", ["id", *STUDY_LABEL_COLUMNS])
@@ -74,25 +75,26 @@ def read_truth(folder: str | Path) -> Truth:
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> Truth:
-    """Return the ground truth for `images` and their studies; the arguments are tables of a run of notebook 10."""
+    """Return the ground truth of `images` and their studies. All arguments are tables of a run of notebook 10."""
     is_included = boxes["image_id"].isin(images["image_id"])
     return Truth(labels[labels["id"].isin(images["study_id"])], tuple(images["image_id"]), boxes[is_included])
 
 
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
-    """Score a submission.csv against the ground truth in `truth_folder`; return values 0..1, keyed by SCORE_KEYS.
+    """Score a submission.csv against the ground truth in `truth_folder`; return the dict that `score` returns.
 
-    For the values see the function `score`. Raises SubmissionError if the submission cannot be read, and ScoringError if the
-    ground truth cannot be read or the submission has other ids.
+    Raises SubmissionError if the submission cannot be read, and ScoringError if the ground truth cannot be read or the
+    submission has other ids.
     """
     return score(read_truth(truth_folder), read_submission(submission))
 
 
 def score(truth: Truth, submission: Submission) -> dict[str, float]:
-    """Score a submission; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
+    """Score a submission; return a dict of values 0..1: `score`, the AP of each of six classes, and `opacity_boxed`.
 
-    The value `score` is the mean of the six APs, `opacity_boxed` the AP of opacity on the images that have boxes. Raises
-    ScoringError if the submission's ids are not exactly those of the truth, because Kaggle would reject it.
+    `score` is the mean of the six APs. `opacity_boxed` is the AP of opacity on the images with a box in the ground truth.
+    Classes that are absent from the truth get NaN. Raises ScoringError unless the submission has exactly the ids of the
+    truth; Kaggle would reject it.
     """
     expected, submitted = set(submission_ids(truth.labels["id"], truth.image_ids)), set(submission.ids)
     if expected != submitted:
@@ -119,7 +121,7 @@ def score(truth: Truth, submission: Submission) -> dict[str, float]:
 def score_tables(
     truth: Truth, study_probabilities: pd.DataFrame, none_probabilities: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, float]:
-    """Score predictions in tables; return values 0..1, keyed by SCORE_KEYS, NaN for classes that are absent from the truth.
+    """Score predictions in tables; return the dict that `score` returns: values 0..1, NaN for classes not in the truth.
 
     `study_probabilities` has study_id and the four classes, `none_probabilities` image_id and none, `detections` image_id,
     score, xmin, ymin, xmax and ymax. Rows for ids that are not in the truth are ignored. Raises ScoringError unless every
@@ -132,10 +134,10 @@ def score_tables(
 
 
 def match_in_images(truth: Truth, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return an int array (n,): for each predicted box, the row of the ground-truth box that it matches, or -1.
+    """Return an int array (n,): for each predicted box, the row in `truth.boxes` of the box that it matches, or -1.
 
-    Rows are those of `truth.boxes`. `boxes` (n, 4) are the predicted boxes, and `image` (n,) has the index in
-    `truth.image_ids` of each box's image, or -1 if the image is not in the truth.
+    `boxes` (n, 4) are the predicted boxes, and `image` (n,) has the index in `truth.image_ids` of each box's image, or -1 if
+    the image is not in the truth.
     """
     return match_boxes(image, boxes, pd.Index(truth.image_ids).get_indexer(truth.boxes["image_id"]), truth.boxes[list(BOX)])
 
@@ -167,20 +169,20 @@ def score_matched(
 
 
 def class_precision(scores: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the AP of a class, 0..1, for n studies or images; NaN if the class occurs in none of them.
+    """Return the average precision of a class for n studies or images, 0..1; NaN if none of them has the class.
 
-    `scores` (n,) are their predicted probabilities of the class, `positive` (n,) is a boolean mask of those that have the
-    class, and `weight` (n,) is how often each of them counts.
+    `scores` (n,) are the predicted probabilities of the class, `positive` (n,) is True for studies or images that truly have
+    it, and `weight` (n,) is how often each study or image counts.
     """
     positive = np.asarray(positive, dtype=bool)
     return average_precision(scores, positive, positive.sum() if weight is None else weight[positive].sum(), weight)
 
 
 def opacity_precisions(detections: pd.DataFrame, hits: np.ndarray, boxes: pd.DataFrame) -> tuple[float, float]:
-    """Return two APs of `opacity`: on all images, and on only the images that have a box in the ground truth, `boxes`.
+    """Return two average precisions of `opacity`: on all images, and on only the images that have a true box.
 
-    The second AP ignores false positives on images without a box. `hits` is a boolean mask of the rows of `detections` that
-    are hits.
+    `boxes` are the true boxes. The second value ignores detections on images without a true box. `hits` is a bool array,
+    True for rows of `detections` that are hits.
     """
     on_boxed = detections["image_id"].isin(boxes["image_id"].unique()).to_numpy()
     return _opacity_precisions(detections["score"].to_numpy(), hits, on_boxed, len(boxes))
@@ -193,10 +195,9 @@ def _opacity_precisions(score: np.ndarray, hits: np.ndarray, on_boxed: np.ndarra
 
 
 def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame, overlap: float = OVERLAP) -> np.ndarray:
-    """Return a boolean mask of the predicted boxes in `rows` that are hits on the ground-truth boxes in `truth`.
+    """Return a bool array, True for predicted boxes in the table `rows` that are hits on true boxes in the table `truth`.
 
-    In both tables, the column `key` contains the id of the image or study that a box belongs to. The IoU of a hit is above
-    `overlap`.
+    In both tables, the column called `key` has the id of a box's image or study. The IoU of a hit is above `overlap`.
     """
     # Ids are replaced by numbers, because comparing strings would take most of the time.
     names = pd.Index(truth[key].unique())
@@ -207,7 +208,7 @@ def table_hits(rows: pd.DataFrame, key: str, truth: pd.DataFrame, overlap: float
 
 
 def competition_score(precision: dict[str, float]) -> float:
-    """Return the mean of the APs of SCORED_CLASSES, ignoring NaN (classes absent from the truth); NaN if all are NaN."""
+    """Return the mean of SIIM-COVID's six average precisions, keyed by class, ignoring NaN; NaN if all are NaN."""
     available = [precision[label] for label in SCORED_CLASSES if not np.isnan(precision[label])]
     return float(np.mean(available)) if available else float("nan")
 
@@ -228,9 +229,8 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     except TableError as error:
         raise ScoringError(str(error)) from error
     missing = [column for column in columns if column not in table.columns]
-    if missing or table["id"].duplicated().any():
-        raise ScoringError(
-            f"{path} must have the columns {', '.join(columns)} and no duplicate id; its columns are "
-            f"{', '.join(table.columns)}"
-        )
+    if missing:
+        raise ScoringError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table.columns)}")
+    if table["id"].duplicated().any():
+        raise ScoringError(f"{path} has several rows with the id {table['id'][table['id'].duplicated()].iloc[0]}")
     return table

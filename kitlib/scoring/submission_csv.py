@@ -1,7 +1,8 @@
-"""Reads and writes the competition's submission.csv, its ids and its prediction strings.
+"""Reads and writes SIIM-COVID's submission.csv, its ids and its prediction strings.
 
-A row has an id, `<id>_study` or `<id>_image`, and a prediction string: groups of label, confidence, xmin, ymin, xmax and
-ymax. Study classes and `none` have the one-pixel box `0 0 1 1`; `opacity` boxes are in pixels of the original DICOM image.
+A row has an id, `<id>_study` or `<id>_image`, and a prediction string. The string consists of groups of six words: label,
+confidence, xmin, ymin, xmax and ymax. Study classes and `none` have the one-pixel box `0 0 1 1`; `opacity` boxes are in
+pixels of the original DICOM image.
 """
 
 import csv
@@ -54,12 +55,12 @@ def split_id(submission_id: str) -> tuple[str, str]:
 
 
 def submission_ids(study_ids: Iterable[str], image_ids: Iterable[str]) -> list[str]:
-    """Return the ids of a submission's rows, `<id>_study` and `<id>_image`, studies first as in sample_submission.csv."""
+    """Return the ids of a submission's rows: `<id>_study` of all studies, then `<id>_image` of all images."""
     return [f"{study}_study" for study in study_ids] + [f"{image}_image" for image in image_ids]
 
 
 def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
-    """Read a CSV file; return the line number (from 1) and the cells of each line that is not blank, including the header.
+    """Return the number (from 1) and the cells of each line of a CSV file, including the header, without blank lines.
 
     Raises SubmissionError if the file cannot be read.
     """
@@ -91,7 +92,7 @@ def parse_prediction(text: str) -> tuple[list[str], np.ndarray]:
 
 
 def read_submission(path: str | Path) -> Submission:
-    """Read a submission file. Raises SubmissionError at the first row that cannot be scored."""
+    """Return the contents of a submission file. Raises SubmissionError for the first row that cannot be scored."""
     cells = read_cells(path)
     if not cells or cells[0][1] != HEADER:
         raise SubmissionError(f"{path} must begin with the header {','.join(HEADER)}")
@@ -105,7 +106,7 @@ def read_submission(path: str | Path) -> Submission:
             unknown = set(labels) - set(LABELS[level])
             if unknown:
                 raise ValueError(
-                    f"labels {', '.join(sorted(unknown))} are not valid for a row of kind {level}; valid labels are: "
+                    f"labels {', '.join(sorted(unknown))} are not valid for an id that ends in _{level}; valid labels are: "
                     f"{', '.join(LABELS[level])}"
                 )
             if not np.isfinite(numbers).all():
@@ -134,8 +135,8 @@ def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.Da
     """Convert a submission to three tables: probabilities of studies, probabilities of `none`, and detections.
 
     The first has the columns study_id and the four classes, the second image_id and none, the third image_id, score, xmin,
-    ymin, xmax and ymax. If a prediction string repeats a study class or `none`, the highest confidence counts; study
-    classes that are missing from a prediction string get 0.
+    ymin, xmax and ymax. If a prediction string has a study class or `none` several times, the highest confidence is used. A
+    study class that is missing from a study's prediction string gets 0.
     """
     studies = submission.studies.astype({"study_id": object, "label": object})
     studies = studies.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
@@ -151,7 +152,7 @@ def write_submission(
 ) -> tuple[str, ...]:
     """Write a submission with one row per id, atomically; return the ids whose rows are placeholder predictions.
 
-    `tables` and `named` are the tables that `fill_rows` takes. Raises the errors of `fill_rows`.
+    `tables` and `named` are the arguments of `fill_rows` after `ids`. Raises the errors of `fill_rows`.
     """
     rows, placeholder_ids = fill_rows(ids, *tables, **named)
     if placeholder_ids:
@@ -166,13 +167,13 @@ def fill_rows(
     none_probabilities: pd.DataFrame | None = None,
     detections: pd.DataFrame | None = None,
 ) -> tuple[list[list[str]], list[str]]:
-    """Return the rows (id and prediction string) of a submission in the order of `ids`, and the ids of placeholder rows.
+    """Return a submission's rows (id and prediction string) in the order of `ids`, and the ids with placeholder predictions.
 
     `ids` are those of sample_submission.csv. `study_probabilities` has the columns study_id and the four classes,
-    `none_probabilities` image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. A row
-    whose probabilities are missing or NaN gets the class frequencies PRIORS instead. Predictions for other ids are ignored,
-    because Kaggle rejects additional rows. Raises ValueError for duplicate ids, for probabilities or scores outside 0..1,
-    and for boxes that are not finite.
+    `none_probabilities` image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. If an
+    id's probabilities are missing or NaN, its row gets placeholders: the class frequencies (PRIORS). Predictions for other
+    ids are ignored, because Kaggle rejects additional rows. Raises ValueError for duplicate ids, for probabilities or scores
+    outside 0..1, and for boxes that are not finite.
     """
     ids = list(ids)
     studies = _probabilities(study_probabilities, "study_id", STUDY_CLASSES)
@@ -199,7 +200,7 @@ def fill_rows(
 
 
 def write_all_negative(path: str | Path, ids: Iterable[str]) -> None:
-    """Write the sample submission's predictions, `negative 1` and `none 1` in all rows, as a baseline for scores."""
+    """Write a submission with `negative 1` for every study id and `none 1` for every image id, as in Kaggle's sample."""
     prediction = {"study": "negative 1 0 0 1 1", "image": "none 1 0 0 1 1"}
     rows = [f"{submission_id},{prediction[split_id(submission_id)[1]]}" for submission_id in ids]
     write_text(path, "\n".join([",".join(HEADER), *rows]) + "\n")
@@ -219,11 +220,11 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
 
 
 def box_groups(detections: pd.DataFrame, boxless: Collection[str] = ()) -> dict[str, list[str]]:
-    """Return a dict that maps image_ids to groups of a prediction string, `label confidence xmin ymin xmax ymax`.
+    """Return a dict from each image_id to the parts of its prediction string, `label confidence xmin ymin xmax ymax`.
 
-    The groups of an image are sorted by score, the highest first. `detections` has image_id, label, score, xmin, ymin, xmax
-    and ymax. `boxless` are labels of whole images, whose box is written as `0 0 1 1`. Raises ValueError for scores outside
-    0..1 and for boxes that are not finite.
+    The parts of an image are sorted by score, the highest first. `detections` has image_id, label, score, xmin, ymin, xmax
+    and ymax. Boxes are rounded to a tenth of a pixel; boxes without an area are left out. `boxless` are labels of whole
+    images, whose box is written as `0 0 1 1`. Raises ValueError for scores outside 0..1 and for boxes that are not finite.
     """
     values = detections[["score", *BOX]].to_numpy(dtype=float)
     if not np.isfinite(values).all() or (values[:, 0] < 0).any() or (values[:, 0] > 1).any():

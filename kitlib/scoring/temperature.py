@@ -1,4 +1,4 @@
-"""Temperature scaling of probabilities, with each fold's temperature fitted on the other folds.
+"""Temperature scaling of probabilities; the temperature of each fold is fitted on the other folds.
 
 Guo et al. 2017, ICML, "On Calibration of Modern Neural Networks", section 4.2.
 """
@@ -32,7 +32,7 @@ def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
-    """Return the temperature within BOUNDS by which scaling `probabilities` (n, C) minimises their log loss.
+    """Return the temperature, from 0.02 to 50, with which scaled `probabilities` (n, C) have the smallest log loss.
 
     `truth` (n,) holds the true class indices. Raises ValueError if there are no rows.
     """
@@ -48,7 +48,7 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
 
 
 def cross_scaled(scores: pd.DataFrame, classes: Sequence[str], truth: np.ndarray) -> tuple[pd.DataFrame, pd.Series]:
-    """Scale each fold of a model's out-of-fold scores by the temperature that is fitted on the model's other folds.
+    """Scale each fold of a model's out-of-fold scores by a temperature that is fitted on the model's other folds.
 
     Returns a copy of `scores` with scaled probabilities, and a Series of the temperatures, indexed by fold. `scores` has the
     column fold and one column of probabilities for each of `classes`; `truth` (n,) holds the true class index of each row.

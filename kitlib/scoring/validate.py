@@ -1,4 +1,4 @@
-"""Checks whether Kaggle would accept a submission.csv and lists every fault with its row."""
+"""Checks whether Kaggle would accept a submission file, and lists every fault with its row."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -38,7 +38,7 @@ class Fault:
 
 
 def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
-    """Return all faults of a submission file, as `validate_rows` does, for the ids in `sample`, a sample_submission.csv.
+    """Return all faults of SIIM-COVID's submission file `submission`, which must have the ids in the file `sample`.
 
     Raises SubmissionError if the sample cannot be read.
     """
@@ -46,10 +46,11 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
 
 
 def validate_rows(ids: Sequence[str], submission: str | Path, source: str = "the sample submission") -> list[Fault]:
-    """Return all faults of a submission file, ordered by row, missing ids last; [] if Kaggle would accept the file.
+    """Return all faults of SIIM-COVID's submission file, ordered by row, missing ids last; [] if Kaggle would accept it.
 
-    `ids` are the ids that the file must have, those of the sample submission or of another `source`. Rows, and the groups in
-    a prediction string, may have any order, and classes may be missing. A submission that cannot be read is a fault.
+    `ids` are the ids that the file must have. `source` is a text for messages that says where these ids are from. Rows, and
+    the groups in a prediction string, may have any order, and classes may be missing. If the file cannot be read, this is
+    the only fault.
     """
     return check_rows(submission, HEADER, ids, _parse_siim_row, source)[1]
 
@@ -61,11 +62,12 @@ def check_rows(
     parse: Callable[[str, list[str]], tuple[V, list[str]]],
     source: str = "the sample submission",
 ) -> tuple[dict[str, V], list[Fault]]:
-    """Read a submission with any header whose first column is an id; return the rows' values by id, and all faults.
+    """Read a submission file of any competition; return a dict from id to the row's value, and all faults.
 
-    `parse` gets a row's id and its other cells, and returns the row's value and a description of each fault. `ids` are the
-    ids that the file must have, and `source` says in messages where they are from. Faults are ordered by row, missing ids
-    last. The values are those of a submission only if there is no fault.
+    The file must have the header `header`, whose first column is the id, and the ids `ids`. `source` is a text for messages
+    that says where these ids are from. `parse` gets a row's id and its other cells, and returns the row's value and a
+    description of each fault. Faults are ordered by row, missing ids last. Use the values only if there are no faults;
+    otherwise some may be missing or wrong.
     """
     try:
         cells = read_cells(path)
@@ -103,12 +105,12 @@ def _parse_siim_row(submission_id: str, cells: list[str]) -> tuple[None, list[st
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
-    """Return descriptions of all faults in a row's prediction string; `level` is the row's kind, "study" or "image"."""
+    """Return descriptions of all faults in a prediction string; `level`, "study" or "image", is what its row is about."""
     return check_groups(text, LABELS[level], [label for label in LABELS[level] if label != "opacity"])[2]
 
 
 def check_groups(text: str, labels: Collection[str], boxless: Collection[str]) -> tuple[list[str], np.ndarray, list[str]]:
-    """Parse a prediction string as `parse_prediction` does; return its labels, its numbers (n, 5) and its faults.
+    """Parse and check a prediction string; return the labels and numbers (n, 5) of `parse_prediction`, and all faults.
 
     A label must be one of `labels`, a confidence must be in 0..1, and a box must be finite and have an area. Labels in
     `boxless` must have the box 0 0 1 1. If there is a fault, the returned labels and numbers are empty.
