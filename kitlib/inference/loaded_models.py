@@ -129,7 +129,7 @@ class LoadedModels:
         scores = scores.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
         if system.ensemble is None or system.answers != {"classes"}:
             return fuse_scores(scores, "image_id", system.fusion)
-        ensemble = read_ensemble(system.ensemble)
+        ensemble = self._read_ensemble(system.ensemble)
         table = apply_ensemble(ensemble, scores)
         incomplete = int((table["answered"] < len(ensemble.learners)).sum())
         if incomplete:
@@ -202,13 +202,16 @@ class LoadedModels:
             asked.add_fault(f"The lung segmenter {self.segmenter(system).fault}.")
         return asked
 
+    def _read_ensemble(self, folder: Path) -> Ensemble:
+        if folder not in self._ensembles:
+            self._ensembles[folder] = read_ensemble(folder)
+        return self._ensembles[folder]
+
     def _ensemble(self, system: System, asked: _Asked) -> Ensemble | None:
         if system.ensemble is None:
             return None
         try:
-            if system.ensemble not in self._ensembles:
-                self._ensembles[system.ensemble] = read_ensemble(system.ensemble)
-            return self._ensembles[system.ensemble]
+            return self._read_ensemble(system.ensemble)
         except (OSError, ValueError) as error:
             asked.add_fault(f"The ensemble failed: {error}; the study models are combined without it.")
             return None

@@ -228,8 +228,8 @@ def _build_classifiers(
     """
     by_run = [[read_any_model(bundle) for bundle in _bundles(folder)] for folder in folders]
     models = tuple(model for of_run in by_run for model in of_run)
-    if not models or {model.answers for model in models} != {frozenset({"classes"})}:
-        trained = [bool(of_run) and all("classes" in model.answers for model in of_run) for of_run in by_run]
+    trained = [bool(of_run) and all(model.answers == {"classes"} for model in of_run) for of_run in by_run]
+    if not models or not all(trained):
         others = ", ".join(str(folder) for folder, is_trained in zip(folders, trained, strict=True) if not is_trained)
         raise RunError(f"{name}: no trained classifiers (fold*/bundle) in: {others}")
     if other := next((model for model in models if model.classes != models[0].classes), None):

@@ -2,6 +2,7 @@
 
 import hashlib
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -249,6 +250,16 @@ def _draw_rsna(path: Path, image: Planned, side: int) -> np.ndarray:
     return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
 
 
+def _nih_names(written: Written) -> list[tuple[str, str]]:
+    """Return pairs of an image's id and its file name in NIH, which numbers the images of a patient from 000."""
+    counts: Counter[str] = Counter()
+    names = []
+    for image, _ in written:
+        names.append((image.image_id, f"{image.patient}_{counts[image.patient]:03d}.png"))
+        counts[image.patient] += 1
+    return names
+
+
 def _rsna_tables(written: Written) -> dict[str, Any]:
     """Return the label table, with one row per box as in the real set, the class table and the mapping to NIH's images."""
     rows = [
@@ -257,12 +268,7 @@ def _rsna_tables(written: Written) -> dict[str, Any]:
         for box in (boxes if len(boxes) else [None])
     ]
     table = pd.DataFrame(rows, columns=["patientId", "x", "y", "width", "height", "Target", "class"])
-    follow_up = pd.Series([image.patient for image, _ in written], dtype=object)
-    follow_up = follow_up.groupby(follow_up).cumcount()
-    mapping = [
-        {"subset_img_id": image.image_id, "img_id": f"{image.patient}_{number:03d}.png"}
-        for (image, _), number in zip(written, follow_up, strict=True)
-    ]
+    mapping = pd.DataFrame(_nih_names(written), columns=["subset_img_id", "img_id"]).to_dict("records")
     return {rsna.LABELS: table.drop(columns="class"), rsna.CLASSES: table[["patientId", "class"]], rsna.MAPPING: mapping}
 
 
@@ -320,10 +326,9 @@ def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
 def _siim_acr_tables(written: Written) -> dict[str, Any]:
     """Return the table of run lengths, with one row per lesion, and the mapping to NIH's images, keyed by file name."""
     rows = [(image.image_id, runs) for image, lesions in written for runs in lesions or [EMPTY]]
-    mapping = [(image.image_id, f"{image.patient}_000.png") for image, _ in written]
     return {
         siim_acr.LABEL_TABLES[0]: pd.DataFrame(rows, columns=["ImageId", "EncodedPixels"]),
-        siim_acr.MAPPINGS[0]: pd.DataFrame(mapping, columns=["Kaggle_ID", "NIH_ID"]),
+        siim_acr.MAPPINGS[0]: pd.DataFrame(_nih_names(written), columns=["Kaggle_ID", "NIH_ID"]),
     }
 
 

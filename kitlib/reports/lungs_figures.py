@@ -68,7 +68,7 @@ def clean_up_figure(cache: XrayCache, lungs: StoredLungs, image_ids: Iterable[st
     axes = figure.subplots(4, max(len(xrays), 1), squeeze=False)
     for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
-    for row, name in enumerate(("image", "as drawn", "cleaned", "masked image")):
+    for row, name in enumerate(("image", "predicted mask", "cleaned", "masked image")):
         axes[row, 0].set_ylabel(name)
     for column, xray in enumerate(xrays):
         drawn, mask = np.isin(lungs.masks.read(xray.image_id), LUNG_CODES), np.asarray(lungs.find_one(xray).mask)
@@ -92,5 +92,5 @@ def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Fi
             # matplotlib's origin is the centre of the first pixel, not its corner.
             corner, size = (row.xmin * x - 0.5, row.ymin * y - 0.5), ((row.xmax - row.xmin) * x, (row.ymax - row.ymin) * y)
             axis.add_patch(Rectangle(corner, *size, fill=False, edgecolor=PREDICTION, linewidth=1.5))
-    show_legend(figure, **{PREDICTION: "frame that models crop to; above: the mask's share of the image"})
+    show_legend(figure, **{PREDICTION: "frame that models crop to; above: verdict, and the lungs' share of the image"})
     return figure

@@ -51,12 +51,14 @@ def read_truth(folder: str | Path) -> Truth:
     studies = _read_table(Path(folder) / "train_study_level.csv", ["id", *STUDY_LABEL_COLUMNS])
     labels = studies.rename(columns=STUDY_LABEL_COLUMNS)[["id", *STUDY_CLASSES]]
     labels["id"] = labels["id"].str.removesuffix("_study")
-    try:
-        labels[list(STUDY_CLASSES)] = labels[list(STUDY_CLASSES)].astype(float)
-    except ValueError as error:
+    values = labels[list(STUDY_CLASSES)].apply(pd.to_numeric, errors="coerce").astype(float)
+    if not (is_valid := values.isin([0, 1]).all(axis=1)).all():
+        first = labels[~is_valid].iloc[0]
         raise ScoringError(
-            f"train_study_level.csv in {folder}: a label is not a number ({error}); expected 0 or 1"
-        ) from error
+            f"train_study_level.csv in {folder}: the labels of study {first.id} are {', '.join(map(str, first.iloc[1:]))}; "
+            "expected 0 or 1 for each class"
+        )
+    labels[list(STUDY_CLASSES)] = values
     images = _read_table(Path(folder) / "train_image_level.csv", ["id", "boxes"])
     image_ids = images["id"].str.removesuffix("_image")
     rows = []

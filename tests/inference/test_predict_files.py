@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
+from kitlib.atomic import write_json
 from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.rsna_pneumonia import RSNA_PNEUMONIA
@@ -326,13 +327,17 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
     shutil.copytree(runs / "first", tmp_path / "unfinished")
     (tmp_path / "unfinished" / "metrics.json").unlink()
     shutil.copytree(runs / "both", tmp_path / "both")
+    shutil.copytree(runs / "both", tmp_path / "half")
+    combined = [str(runs / "first"), str(tmp_path / "untrained")]
+    write_json(tmp_path / "half" / "record.json", {"parameters": {"runs": combined}})
     (tmp_path / "nothing").mkdir()
     refused = {
         "gone": (RunNotFound, "no run 'gone'"),
         runs / "prepare": (RunError, "kind 'prepared', which predicts nothing"),
         tmp_path / "nothing": (RunError, "no finished run that can predict, only: no run"),
         tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
-        tmp_path / "untrained": (RunError, "no trained classifiers .* in: .*untrained"),
+        tmp_path / "untrained": (RunError, "no trained classifiers .* in: .*untrained$"),
+        tmp_path / "half": (RunError, "no trained classifiers .* in: [^,]*untrained$"),
         tmp_path / "unfinished": (RunError, "not finished"),
         tmp_path / "both": (RunError, "combines the run first, which was not found"),
     }

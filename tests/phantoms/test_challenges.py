@@ -1,6 +1,7 @@
 """Phantoms of competitions: they are read without faults, show what their labels say, and have a test set with its truth."""
 
 import hashlib
+import json
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,7 @@ import pytest
 from kitlib.classes import RSNA_CLASSES
 from kitlib.competitions.registry import find_competition
 from kitlib.datasets.registry import read_dataset
-from kitlib.datasets.rsna import CLASSES, LABELS, read_rsna
+from kitlib.datasets.rsna import CLASSES, LABELS, MAPPING, read_rsna
 from kitlib.phantoms.challenges import write_challenge
 from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.run_lengths import decode_mask
@@ -38,6 +39,8 @@ def test_the_readers_only_fault_is_that_the_images_are_smaller_than_the_publishe
     assert set(data.boxes.image_id) == boxed
     # Some patients, numbered as NIH's, have several images, which folds must keep together.
     assert data.images.patient_id.nunique() < 40 and data.images.patient_id.str.fullmatch(r"nih-\d{8}").all()
+    names = pd.Series([row["img_id"] for row in json.loads((written / MAPPING).read_text())])
+    assert names.is_unique and set(names.str[8:]) >= {"_000.png", "_001.png"}
     rows, classes = (pd.read_csv(written / name) for name in (LABELS, CLASSES))
     assert list(rows) == ["patientId", "x", "y", "width", "height", "Target"] and list(classes) == ["patientId", "class"]
     assert rows.patientId.tolist() == classes.patientId.tolist() and len(rows) == len(data.boxes) + 31

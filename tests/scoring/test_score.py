@@ -151,7 +151,7 @@ def test_a_class_absent_from_the_truth_is_ignored_in_the_mean(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("train_study_level.csv", ",1,0", ",x,0"),
+        *(("train_study_level.csv", ",1,0", f",{label},0") for label in ("x", "2", "0.5", "-1", "", "nan")),
         ("train_image_level.csv", "'width'", "'w'"),
         ("train_image_level.csv", "boxes", "b"),
     ],
