@@ -87,8 +87,7 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BundleError(
-                f"{weights_path}: the tensor {name} has NaN or infinite values; train the model {record['model']!r} "
-                "again"
+                f"{weights_path}: the tensor {name} has NaN or infinite values; train the model {record['model']!r} again"
             )
     return record, weights
 
