@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # decode workers start without pandas
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; the file written there replaces `path` if the block ends without an error.
 
-    A killed process or a full disk leaves the previous file unchanged. The temporary path has the suffix of
-    `path`, because several libraries choose the file format by the suffix.
+    A killed process or a full disk leaves the previous file unchanged. The temporary path has the suffix of `path`,
+    because several libraries choose the file format by the suffix.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ RANZCR_LABELS = (
 # SIIM-ACR Pneumothorax Segmentation: the only class.
 PNEUMOTHORAX = "Pneumothorax"
 
-# Diagnoses that a reader may assign to an image. "pneumonia" is a pneumonia of another or an unknown kind; "other" is any
+# Diagnoses that the code that reads a data set may assign. "pneumonia" is a pneumonia of another or an unknown kind; "other" is any
 # other diagnosis.
 DIAGNOSES = ("COVID-19", "viral", "bacterial", "pneumonia", "normal", "other")
 

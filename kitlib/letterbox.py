@@ -20,8 +20,8 @@ class Placement:
     """How an image of `rows` x `columns` pixels, or the part of it inside `frame`, is drawn on a canvas.
 
     What is drawn is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative.
-    These are whole pixels, so rows and columns have separate scales: the inner size divided by the original size. With
-    them, the inverse is exact; one common scale would be off by up to half a canvas pixel at the far edge.
+    The inner size is in whole pixels, so rows and columns have separate scales: inner size divided by original size. With
+    these scales, the inverse is exact; one common scale would be off by up to half a canvas pixel at the far edge.
     """
 
     rows: float
@@ -122,7 +122,7 @@ def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Place
 
 
 def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement that stretches the whole image to fill the canvas; `size` is as for `letterbox`."""
+    """Return a Placement that stretches the image over a canvas of `size` pixels: a side length or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     return Placement(rows, columns, canvas_rows, canvas_columns, canvas_rows, canvas_columns, 0, 0)
@@ -131,7 +131,7 @@ def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placeme
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
     """Return a Placement of an image's middle: its shorter side becomes 256/224 of the canvas's, then its edges are cropped.
 
-    From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is as for `letterbox`.
+    From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side length or (rows, columns).
     """
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
@@ -148,8 +148,8 @@ PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "cen
 def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
     """Return a Placement of only the part of an image inside `frame`; `place`, such as `letterbox`, fits it to the canvas.
 
-    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the decoded image is reduced, the frame's edges
-    are rounded to its pixels when it is drawn. Raises ValueError if the frame has no area or extends beyond the image.
+    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the decoded image is reduced, the frame is
+    rounded to whole pixels of the reduced image. Raises ValueError if the frame has no area or extends beyond the image.
     """
     xmin, ymin, xmax, ymax = map(float, frame)
     if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
@@ -158,7 +158,7 @@ def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int |
 
 
 def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return all boxes (n, 4), clipped to the image, and a bool array (n,): True if both sides are at least 1 pixel long."""
+    """Return all boxes (n, 4), clipped to the image, and a bool array (n,): True if width and height are at least 1 pixel."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, rows)

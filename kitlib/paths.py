@@ -124,9 +124,9 @@ def find_starting_weights(path: str | Path) -> Path:
     """Return the path of the weights file or bundle folder that `path` refers to.
 
     `path` is an existing file or folder; the name of a run or bundle (see `find_run`); an input or a file in an input, as
-    SLUG or SLUG/FILE (see `find_input`); or a Kaggle Model, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. If it is the folder
-    of a run, the bundle in this folder is returned. If a folder has no bundle, such as one from the Hugging Face hub, its
-    only .safetensors file is returned or, if it has none, its only other weights file. Raises BundleError if `path` does not
+    SLUG or SLUG/FILE (see `find_input`); or a Kaggle Model, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. For the folder of
+    a run, the bundle in this folder is returned. If a folder has no bundle, such as one from the Hugging Face hub, its only
+    .safetensors file is returned or, if it has none, its only other weights file. Raises BundleError if `path` does not
     exist, or if the folder has no weights file, or several to choose from.
     """
     source = Path(path)

@@ -52,7 +52,7 @@ def run_plan(
     the named steps and the steps that they need. `engine` has further arguments for Snakemake, such as --executor slurm
     --jobs 8. Without an executor, the runs share this machine's `cores` (default: all) and `gpus` (default: all visible
     ones). With an executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the
-    CPU. A run that fails is tried again `retries` times; if it still fails, the runs that need it are skipped.
+    CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are skipped.
     `afresh` first deletes everything in the folder of the plan's runs. SIGTERM and SIGHUP end the runs and raise SystemExit.
     Raises PlanError if the plan is already being run, if its folder contains files that no plan has made, if an input is
     missing, if there are fewer GPUs than `gpus`, or, after all other runs have ended, if a run has failed.

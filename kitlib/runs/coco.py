@@ -74,8 +74,8 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     """Return the tables in a COCO file, keyed by name: "images", "boxes" and, if the file contains folds, "folds".
 
     A box's finding is the name of its category. Boxes are cut at the edges of their images (see `cut_annotated_boxes`). If
-    `write_coco` wrote the file, all its columns of `images` are read, and the coordinates of boxes that were not cut are
-    exactly those passed to it. If another program wrote the file, image_id is the file name without folders and suffix, and
+    `write_coco` wrote the file, the table `images` has all its columns again, and the coordinates of boxes that were not cut
+    are exactly those passed to `write_coco`. If another program wrote the file, image_id is the file name without folders and suffix, and
     each image is its own study and patient. Raises DatasetError, which mentions the file and the entry, if the file is
     missing or invalid, or if a box cannot be used, for example because it is thinner than a pixel.
     """
@@ -122,7 +122,8 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
         unmatched = sizes.loc[sizes["_merge"] == side, "image_id"]
         if len(unmatched):
             raise DatasetError(
-                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]}. Both need the same images"
+                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]}. The file and the table must "
+                "have the same images"
             )
     resized = sizes[(sizes["rows"] != sizes["rows_file"]) | (sizes["columns"] != sizes["columns_file"])]
     if len(resized):

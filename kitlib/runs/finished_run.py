@@ -116,7 +116,7 @@ def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None
     """Raise RunError unless all predictions in `table` are out of fold, that is, `fold` is the fold of the image or study.
 
     `fold_of` is a series of folds, indexed by image or study id; `key` is the column of `table` with these ids. The model of
-    a fold was trained on all other folds, so only its predictions for its own fold are out of fold.
+    a fold was trained on all other folds, so only its predictions for that fold are out of fold.
     """
     wrong = table[table[key].map(fold_of) != table["fold"]]
     if len(wrong):
