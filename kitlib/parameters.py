@@ -65,8 +65,8 @@ def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
     """Check a running notebook's parameters, and make it show kitlib's log and full tables. Each notebook calls this first.
 
     `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. The types of all
-    parameters are checked. Unknown names are found in a cell of parameters that papermill or the build of a Kaggle kernel has
-    inserted, but not if a person has set them in a cell. Raises SettingsError as `check_parameters` does.
+    parameters are checked. Unknown names are found only in cells that papermill or the build of a Kaggle kernel has
+    inserted, not in cells that a person has written. Raises SettingsError as `check_parameters` does.
     """
     notebook = project_root() / "notebooks" / f"{name}.ipynb"
     # IPython keeps the source of all executed cells in `In`.

@@ -75,9 +75,9 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
 
     A box's finding is the name of its category. Boxes are cut at the edges of their images (see `cut_annotated_boxes`). If
     `write_coco` wrote the file, the table `images` has all its columns again, and the coordinates of boxes that were not cut
-    are exactly those passed to `write_coco`. If another program wrote the file, image_id is the file name without folders and suffix, and
-    each image is its own study and patient. Raises DatasetError, which mentions the file and the entry, if the file is
-    missing or invalid, or if a box cannot be used, for example because it is thinner than a pixel.
+    are exactly those passed to `write_coco`. If another program wrote the file, image_id is the file name without folders
+    and suffix, and each image is its own study and patient. Raises DatasetError, which mentions the file and the entry, if
+    the file is missing or invalid, or if a box cannot be used, for example because it is thinner than a pixel.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
