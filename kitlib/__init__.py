@@ -1,9 +1,9 @@
 """The library behind the notebooks: chest X-rays from DICOM files to a competition's submission.
 
-The modules directly in kitlib define what all parts share, such as tables, settings and errors. Everything else is in
-sub-packages called rooms, each named for its task. A room imports only from the rooms before it: recipes, xrays, datasets,
-scoring, competitions, phantoms, lungs, fusion, models, runs, inference, training, reports, kernels, plans, leaderboard, page
-(checked by `tests/test_rooms.py`).
+The modules directly in kitlib define what the whole library uses, such as tables, settings and errors. Everything else is
+in sub-packages called rooms, each named for its task. In the following list, a room imports only from the rooms before it
+(checked by `tests/test_rooms.py`): recipes, xrays, datasets, scoring, competitions, phantoms, lungs, fusion, models, runs,
+inference, training, reports, kernels, plans, leaderboard, page.
 
 Five functions can be imported from kitlib itself: read_xray, predict, train_classifier, draw_boxes and score. The module of
 a function is imported when the function is first used, so that `import kitlib` stays fast.

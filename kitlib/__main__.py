@@ -41,9 +41,9 @@ def score(
     """Score SUBMISSION against TRUTH with the competition's metric; print the score and its parts.
 
     TRUTH has the format of the training data. For siim-covid19, it is the folder with train_study_level.csv and
-    train_image_level.csv; the parts are the average precision of each class, and opacity_boxed: the average precision of
-    opacity on only the images that have boxes. A score that is undefined, such as that of a class without positives, is nan,
-    or null with --json.
+    train_image_level.csv. The parts of that competition's score are the average precision of each class, and opacity_boxed:
+    the average precision of opacity on only the images that have boxes. An undefined score, such as that of a class that
+    occurs nowhere in TRUTH, is nan, or null with --json.
     """
     from kitlib.competitions.registry import find_competition
 
@@ -127,7 +127,7 @@ def phantom(
         str, typer.Option(help="Instead of --layout: a competition, such as vinbigdata, with training and test images.")
     ] = "",
     truth: Annotated[
-        Path | None, typer.Option(help="siim and competitions only, required: the folder for the labels of the test set.")
+        Path | None, typer.Option(help="Folder for the labels of the test set; required for siim and competitions only.")
     ] = None,
     train_studies: Annotated[
         int | None, typer.Option(help="siim only: number of studies to train on (default: 240).")
@@ -138,14 +138,14 @@ def phantom(
     ] = None,
     test_images: Annotated[int | None, typer.Option(help="Competitions only: number of test images (default: 100).")] = None,
     side: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels (default: 320; jsrt: always 2048, siim-acr: 1024).")
+        int | None, typer.Option(help="Side length of images, pixels (default: 320; jsrt: always 2048, siim-acr: 1024).")
     ] = None,
     seed: int = 0,
 ) -> None:
     """Write a data set of phantoms, that is, simulated X-rays, and print its folder.
 
-    The folder has the name of the competition on Kaggle. For nih it is nih-chest-xrays; for data sets of lung masks or of
-    diagnoses it is the layout's name.
+    The folder's name is the competition's name on Kaggle. For nih, the name is nih-chest-xrays; for data sets of lung masks
+    or of diagnoses, it is the layout's name.
     """
     if competition and layout is not Layout.SIIM:
         raise typer.BadParameter("--competition and --layout cannot be used together; remove one")
@@ -255,10 +255,10 @@ def run(
     changes: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="NAME=VALUE: set a variable of the plan to a YAML value, or NAME= to empty text; repeatable."
+            "--set", help="NAME=VALUE sets a variable of the plan to a YAML value, NAME= to empty text; repeatable."
         ),
     ] = None,
-    runs: Annotated[Path | None, typer.Option(help="The folder for the run folders (default: the plan's).")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Parent folder of the run folders (default: the plan's).")] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="Do only this step and the steps that it needs; repeatable.")
     ] = None,
@@ -324,8 +324,8 @@ def convert_weights(
 ) -> None:
     """Convert SOURCE, a pickled PyTorch model such as an ultralytics .pt file, to the .safetensors file TARGET.
 
-    No code from SOURCE is run: its classes are replaced by dummies, and their names are printed. A file that contains only a
-    state dictionary needs no conversion.
+    No code from SOURCE is run: dummies replace its Python classes, and the names of these classes are printed. A file that
+    contains only a state dictionary needs no conversion.
     """
     from kitlib.errors import BundleError
     from kitlib.models.convert_weights import convert_weights as convert
@@ -373,10 +373,10 @@ def publish(
 def kaggle_image(
     frozen: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="List that pip printed in a Kaggle session.")],
 ) -> None:
-    """Rewrite kitlib/kernels/kaggle_image.txt, the list of packages in Kaggle's image, from FROZEN; print the differences.
+    """Rewrite kitlib/kernels/kaggle_image.txt from FROZEN; print the differences.
 
-    Also prints what has to be changed in requirements.txt. To make FROZEN, run `!pip list --format=freeze >
-    /kaggle/working/freeze.txt` in a notebook on Kaggle and download its output.
+    The file lists the packages in Kaggle's Docker image. Also prints what has to be changed in requirements.txt. To make
+    FROZEN, run `!pip list --format=freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle and download its output.
     """
     from kitlib.errors import KernelError
     from kitlib.kernels.kaggle_image import IMAGE_LIST, list_changes, refresh_image

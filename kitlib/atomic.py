@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # decode workers start without pandas
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; the file written there replaces `path` if the block ends without an error.
 
-    A killed process or a full disk leaves the previous file unchanged. The temporary name ends in the suffix of `path`, by
-    which several libraries choose the format.
+    A killed process or a full disk leaves the previous file unchanged. The temporary path has the suffix of `path`,
+    because several libraries choose the file format by the suffix.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write `text` to the file `path` as UTF-8, atomically."""
     with replacing(path) as temporary_path:
         temporary_path.write_text(text, encoding="utf-8")
 
 
 def write_csv(path: str | Path, table: "pd.DataFrame") -> None:
-    """Write a table as CSV without its index, atomically."""
+    """Write a table to the file `path` as CSV without the table's index, atomically."""
     with replacing(path) as temporary_path:
         table.to_csv(temporary_path, index=False)
 

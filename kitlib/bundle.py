@@ -47,8 +47,9 @@ def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record:
     """Write a trained model to `folder` as a bundle: first weights.safetensors, then the record, model.json.
 
     An interrupted write leaves no readable bundle. The SHA-256 of the weights is added to the record. `record` must have
-    exactly the keys of `STATED`, with values of JSON types (tuples are written as lists). Tensors may be on any device and
-    may be tied: a tensor that appears under several names is stored once, and the other names are listed in `tied`.
+    exactly the keys that the dictionary STATED lists, such as "model", "classes" and "recipe", with values of JSON types
+    (tuples are written as lists). The tensors may be on any device. If a tensor appears under several names, it is stored
+    once, and the record lists its other names under the key `tied`.
     """
     folder = Path(folder)
     record = {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
@@ -73,16 +74,21 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
     if digest != record["weights_sha256"]:
         raise BundleError(
             f"{weights_path} has SHA-256 {digest}, but {record_path} states {record['weights_sha256']}: "
-            "the files belong to different runs, or a copy is damaged; copy both again"
+            "the files belong to different runs, or one of them is damaged; copy both again"
         )
     weights = read_weights(weights_path)
     for alias, name in record["tied"].items():
         if name not in weights:
-            raise BundleError(f"{record_path} ties {alias!r} to {name!r}, which {weights_path} lacks; copy both again")
+            raise BundleError(
+                f"{record_path}: the tensor {alias!r} is the same as {name!r}, which {weights_path} lacks; copy both "
+                "files again"
+            )
         weights[alias] = weights[name]
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BundleError(f"{weights_path}: {name} of the model {record['model']!r} is not finite; train it again")
+            raise BundleError(
+                f"{weights_path}: the tensor {name} has NaN or infinite values; train the model {record['model']!r} again"
+            )
     return record, weights
 
 
@@ -179,7 +185,7 @@ def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ..
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the distinct tensors, keyed by their first names, and a dict from every other name to the first name."""
+    """Return every different tensor once, under the first of its names, and a dict from its other names to the first."""
     stored, tied = {}, {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():

@@ -101,8 +101,8 @@ RANZCR_LABELS = (
 # SIIM-ACR Pneumothorax Segmentation: the only class.
 PNEUMOTHORAX = "Pneumothorax"
 
-# Diagnoses that a reader may assign to an image. "pneumonia" is a pneumonia of another or an unknown kind; "other" is any
-# other diagnosis.
+# Diagnoses that an image may get when its data set is read. "pneumonia" is a pneumonia of another or an unknown kind;
+# "other" is any other diagnosis.
 DIAGNOSES = ("COVID-19", "viral", "bacterial", "pneumonia", "normal", "other")
 
 # Scheme -> diagnosis -> class. Images whose diagnosis a scheme lacks are left out. A scheme's classes are ordered by first

@@ -85,5 +85,5 @@ class SessionOver(RuntimeError):
 
 
 def epoch_fits(deadline: Deadline | None, seconds: list[float]) -> bool:
-    """Return whether enough time remains for an epoch: 1.5 times the longest of `seconds`, the durations of past epochs."""
+    """Return whether another epoch fits before the deadline if it takes 1.5 times the longest of past ones, `seconds`."""
     return deadline is None or deadline.left() > 1.5 * max(seconds, default=0.0)

@@ -31,9 +31,9 @@ BACKENDS = ("gloo", "nccl")
 def pick_device() -> torch.device:
     """Return a GPU if this build of torch can compute on it, otherwise the CPU.
 
-    If there is a GPU that cannot be used, a warning in the log says why. The GPU is the first one, or, if several processes
-    train one model together, the one that belongs to this process. `torch.cuda.is_available()` is not enough: for a P100 it
-    returns True even if the build lacks its architecture, and the first operation fails.
+    If there is a GPU that cannot be used, a warning in the log says why. If several processes train one model together, each
+    gets its own GPU; otherwise the GPU is the first one. `torch.cuda.is_available()` does not suffice: it returns True for a
+    P100 even if this build of torch has no code for a P100 and fails at the first operation.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -121,7 +121,7 @@ def precision(device: torch.device) -> Precision:
 
     GPUs that only emulate bf16, such as the T4, get "16-mixed". On a GPU, the environment variable KIT_PRECISION overrides
     this choice. Inside a `computing_in` block, the block's precision overrides everything. Raises ValueError, even for a
-    CPU, if KIT_PRECISION is not one of PRECISIONS.
+    CPU, if KIT_PRECISION is none of these three names.
     """
     chosen = os.environ.get(PRECISION, "")
     if chosen and chosen not in PRECISIONS:
@@ -148,8 +148,8 @@ def computing_in(precision: Precision) -> Iterator[None]:
 def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
     """Return the autocast context in which a model predicts; `trained` is the precision in which it was trained.
 
-    `trained` is a value of RECORDED, or "" if unknown. On a GPU, a model trained in float16 predicts in float16, in which
-    its scores were measured. All other models predict in the GPU's own precision: bfloat16 or, on a GPU without
+    `trained` is "float32", "bfloat16", "float16" or "" (unknown). On a GPU, a model trained in float16 predicts in float16,
+    in which its scores were measured. All other models predict in the GPU's own precision: bfloat16 or, on a GPU without
     bfloat16, float16, which has a smaller range. KIT_PRECISION overrides both rules. On a CPU all models predict in float32.
     """
     dtype = DTYPES.get(precision(device))
@@ -159,9 +159,10 @@ def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
 
 
 def finite_or_float32(compute: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, bool]:
-    """Return the result of `compute`, repeated in float32 if autocast made it infinite or NaN; and whether it was repeated.
+    """Call `compute`, in float32 if necessary; return its result, and whether it was called a second time.
 
-    Numbers above 65,504 are infinite in float16.
+    If autocast is on and the result has NaN or infinity, `compute` is called again in float32. In float16, numbers above
+    65,504 are infinite.
     """
     result = compute()
     if not torch.is_autocast_enabled(device.type) or result.isfinite().all():

@@ -19,9 +19,9 @@ CROPPED_FROM = 256 / 224
 class Placement:
     """How an image of `rows` x `columns` pixels, or the part of it inside `frame`, is drawn on a canvas.
 
-    The frame is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative. Each
-    axis has its own scale, inner size / frame size, with the inner size rounded to whole pixels. This makes the inverse
-    exact; one common scale would be off by up to half a canvas pixel at the far edge.
+    What is drawn is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative.
+    The inner size is in whole pixels, so rows and columns have separate scales: inner size divided by original size. With
+    these scales, the inverse is exact; one common scale would be off by up to half a canvas pixel at the far edge.
     """
 
     rows: float
@@ -54,9 +54,9 @@ class Placement:
     def image(self, pixels: np.ndarray, fill: int = 0, bicubic: bool = False) -> np.ndarray:
         """Draw `pixels` on a new canvas and return the canvas (uint8).
 
-        `pixels` is a uint8 copy of the original; it may be smaller than `rows` x `columns`, because the cache of decoded
-        X-rays stores reduced copies. `fill` is the grey level of the padding. Images are reduced by area averaging
-        and enlarged by linear interpolation; with `bicubic`, Pillow's bicubic filter does both.
+        `pixels` is the whole image in 8 bits (uint8). It may be smaller than `rows` x `columns`, because the cache of
+        decoded X-rays stores them reduced. `fill` is the grey level of the padding. Pixels are reduced by area averaging and
+        enlarged by linear interpolation; with `bicubic`, Pillow's bicubic filter does both.
         """
         if self.frame:
             xmin, ymin, xmax, ymax = self.frame
@@ -77,7 +77,7 @@ class Placement:
         return canvas
 
     def back(self, canvas: np.ndarray, rows: int, columns: int) -> np.ndarray:
-        """Map a canvas (uint8) back to the whole image and return it, resized to `rows` x `columns` pixels.
+        """Return the whole image, in `rows` x `columns` pixels, from a canvas (uint8), such as a predicted mask.
 
         This is the inverse of `image`, with linear interpolation. Pixels that the canvas does not show are 0.
         """
@@ -108,7 +108,10 @@ class Placement:
 
 
 def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement of the whole image: centred, padded, aspect ratio kept. `size`: canvas side or (rows, columns)."""
+    """Return a Placement of the whole image, undistorted, centred and padded.
+
+    `size` is the side length of a square canvas, or its (rows, columns), in pixels.
+    """
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     scale = min(canvas_rows / rows, canvas_columns / columns)
@@ -119,16 +122,16 @@ def letterbox(rows: float, columns: float, size: int | tuple[int, int]) -> Place
 
 
 def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement that stretches the image to fill the canvas. `size` is the canvas's side or (rows, columns)."""
+    """Return a Placement that stretches the image over a canvas of `size` pixels: a side length or (rows, columns)."""
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
     return Placement(rows, columns, canvas_rows, canvas_columns, canvas_rows, canvas_columns, 0, 0)
 
 
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement that resizes the shorter side to 256/224 of the canvas, keeps the aspect ratio and crops the edges.
+    """Return a Placement of an image's middle: its shorter side becomes 256/224 of the canvas's, then its edges are cropped.
 
-    From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side or (rows, columns).
+    From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side length or (rows, columns).
     """
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size
@@ -143,11 +146,10 @@ PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "cen
 
 
 def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement that draws only the part of an image inside `frame`; `place` is applied to that part.
+    """Return a Placement of only the part of an image inside `frame`; `place`, such as `letterbox`, fits it to the canvas.
 
-    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the frame is cut from a reduced copy, the cut is
-    exact only where the frame's edges are edges of the copy's pixels. Raises ValueError if the frame has no area or extends
-    beyond the image.
+    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the decoded image is reduced, the frame is
+    rounded to whole pixels of the reduced image. Raises ValueError if the frame has no area or extends beyond the image.
     """
     xmin, ymin, xmax, ymax = map(float, frame)
     if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
@@ -156,7 +158,7 @@ def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int |
 
 
 def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return all boxes (n, 4) clipped to the image, and a bool array (n,), True where width and height are at least 1."""
+    """Return the boxes (n, 4) clipped to the image, and a bool array (n,): True if width and height are at least 1 pixel."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, rows)

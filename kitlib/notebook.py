@@ -1,4 +1,4 @@
-"""Run one notebook through papermill, and report success only if every check agrees.
+"""Run one notebook through papermill, and check that all cells were executed and that its result was written.
 
 Papermill alone is not enough: it accepts an unknown parameter with only a line in the log, and `sys.exit(0)` in a cell or a
 killed kernel leaves a notebook that looks finished.
@@ -43,11 +43,11 @@ def run_notebook(
 ) -> None:
     """Execute `notebook` with `parameters`; write the executed copy to `output` and a log next to it.
 
-    `result` is the file that the notebook's last cell writes. It is removed before the run if it exists, and the run counts
-    as failed if it is not written. `on_cell(done, total)` is called when a cell starts, `on_epoch` with each line that a
-    training logs about its epochs. `threads` limits the CPU threads of the notebook's libraries. `variables` are added to
-    the notebook's environment. The notebook is killed after `time_limit_s` seconds. Raises SettingsError for an unknown
-    parameter or a value of a wrong type, and NotebookError for every other failure.
+    `result` is the file that the notebook's last cell writes: an existing one is removed before the run, and if it is not
+    written again, the run has failed. `on_cell(number, total)` is called when a cell starts, with the cell's number from 1.
+    `on_epoch` is called with each line that a training logs about its epochs. `threads` limits the CPU threads of the
+    notebook's libraries. `variables` are added to the environment variables. The notebook is killed after `time_limit_s`
+    seconds. Raises SettingsError for an unknown parameter or a value of a wrong type, NotebookError for every other failure.
     """
     notebook, output, result = Path(notebook), Path(output), Path(result)
     check_parameters(notebook, parameters)

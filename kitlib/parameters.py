@@ -43,8 +43,8 @@ def check_parameters(notebook: str | Path, parameters: Mapping[str, Any], as_opt
     """Raise SettingsError unless the notebook has all of `parameters`, and each has the type of its default.
 
     For an unknown name, the message lists the notebook's parameters, the most similar name first. For a wrong type, it gives
-    a valid value as YAML or, with `as_option`, as an option of the papermill command. An int is valid for a float. Any value
-    is valid if the default is None, and a list of any values if the default is an empty list.
+    a valid value as YAML or, with `as_option`, as an option of the papermill command. An int is valid for a float. If the
+    default is None, any value is valid. If the default is an empty list, any list is valid.
     """
     defaults, name_of_notebook = read_parameters(notebook), Path(notebook).name
     for name in parameters:
@@ -64,9 +64,9 @@ def check_parameters(notebook: str | Path, parameters: Mapping[str, Any], as_opt
 def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
     """Check a running notebook's parameters, and make it show kitlib's log and full tables. Each notebook calls this first.
 
-    `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. Types are
-    checked whether papermill, the build of a Kaggle kernel or a person has set the values. Unknown names are found only in
-    cells that papermill or the build has inserted. Raises SettingsError as `check_parameters` does.
+    `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. The types of all
+    parameters are checked. Unknown names are found only in cells that papermill or the build of a Kaggle kernel has
+    inserted, not in cells that a person has written. Raises SettingsError as `check_parameters` does.
     """
     notebook = project_root() / "notebooks" / f"{name}.ipynb"
     # IPython keeps the source of all executed cells in `In`.
@@ -109,7 +109,7 @@ def _is_valid(value: Any, kind: Any) -> bool:
 
 
 def _closest_valid(value: Any, kind: Any, default: Any) -> Any:
-    """Return a valid value like the invalid `value`: parsed as YAML, put in a list, or as text; else `default`."""
+    """Return the invalid `value` made valid: parsed as YAML, in a list, or as text; `default` if none of these is valid."""
     candidates: Iterable[Any] = [[value], str(value)]
     if isinstance(value, str):
         with suppress(SettingsError):

@@ -29,7 +29,7 @@ def on_kaggle() -> bool:
 def is_saved_version() -> bool:
     """Return True while Kaggle runs a kernel to save a version of it, False in the rerun of that version that is scored.
 
-    Also returns False in a rehearsal, which runs as a rerun, and outside Kaggle.
+    Also returns False outside Kaggle, and in a rehearsal, which imitates such a rerun.
     """
     return on_kaggle() and not os.environ.get("KAGGLE_IS_COMPETITION_RERUN")
 
@@ -90,8 +90,8 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """Return the folder of the input `slug` below `root` (default: `inputs_root()`), in any of Kaggle's mount layouts.
 
-    `slug` is the path of an existing folder, which must contain a `/`; or SLUG or OWNER/SLUG of an input; or a folder in an
-    input, such as SLUG/FOLDER. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG, ROOT/datasets/OWNER/SLUG,
+    `slug` is one of: the path of an existing folder, if it contains a `/`; SLUG or OWNER/SLUG of an input; SLUG/FOLDER, a
+    folder in an input. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG, ROOT/datasets/OWNER/SLUG,
     ROOT/datasets/organizations/OWNER/SLUG, ROOT/models/OWNER/SLUG or ROOT/notebooks/OWNER/SLUG. If no input has this name,
     folders directly inside inputs are searched too, such as a run in a kernel's output. Phantoms (synthetic X-rays) are
     returned only if `slug` contains a `/`, so that nobody trains on phantoms by mistake when the real data are missing.
@@ -124,10 +124,10 @@ def find_starting_weights(path: str | Path) -> Path:
     """Return the path of the weights file or bundle folder that `path` refers to.
 
     `path` is an existing file or folder; the name of a run or bundle (see `find_run`); an input or a file in an input, as
-    SLUG or SLUG/FILE (see `find_input`); or a Kaggle Model, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. For the folder of a
-    run, the bundle in this folder is returned. For a folder without a bundle, such as one from the Hugging Face hub, the
-    only .safetensors file or else the only weights file is returned. Raises BundleError if `path` does not exist, or if a
-    folder has no or several weights files.
+    SLUG or SLUG/FILE (see `find_input`); or a Kaggle Model, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. For the folder of
+    a run, the bundle in this folder is returned. If a folder has no bundle, such as one from the Hugging Face hub, its only
+    .safetensors file is returned or, if it has none, its only other weights file. Raises BundleError if `path` does not
+    exist, or if the folder has no weights file, or several to choose from.
     """
     source = Path(path)
     if not source.exists():
@@ -202,7 +202,7 @@ def _mounted(root: Path) -> list[tuple[str, Path]]:
 
 
 def _find_attached_run(name: str) -> list[Path]:
-    """Return the run folders in inputs that `name` may refer to: an input itself, or a folder with one of RUN_MARKS."""
+    """Return the run folders in inputs that `name` may refer to: an input, or a folder with a run's files."""
     mounted = {folder for _, folder in _mounted(inputs_root())}
     for folders in _find_folders(name, inputs_root()):
         if runs := [path for path in folders if "/" in name or path in mounted or _holds_run(path)]:

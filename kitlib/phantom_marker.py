@@ -11,7 +11,7 @@ SHARED_MARKER = ".phantom.json"  # name of the phantom competition's marker; tho
 
 
 def digest_tables(folder: Path, names: Sequence[str]) -> str:
-    """Return a digest (16 hex digits) of the contents of the files `names` in `folder`, without those that do not exist."""
+    """Return a digest (16 hex digits) of the contents of the files `names` in `folder`; missing files are skipped."""
     tables = [folder / name for name in names]
     return hashlib.sha256(b"".join(table.read_bytes() for table in tables if table.is_file())).hexdigest()[:16]
 
@@ -19,8 +19,8 @@ def digest_tables(folder: Path, names: Sequence[str]) -> str:
 def holds_phantoms(folder: Path) -> bool:
     """Return whether `folder` contains phantoms (synthetic X-rays), according to a marker file next to the folder.
 
-    The marker has the folder's name, the names of the folder's tables, and the tables' digest, which no longer matches if a
-    real data set has been unpacked over the phantoms.
+    The marker has the folder's name, the names of the folder's tables, and the tables' digest. If a real data set has been
+    unpacked over the phantoms, the digest no longer matches, and the result is False.
     """
     for marker in (folder.with_name(SHARED_MARKER), folder.with_name(f".{folder.name}.json")):
         if marker.is_file():

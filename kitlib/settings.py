@@ -48,7 +48,7 @@ AtLeastOne = Annotated[int, Range(at_least=1)]
 
 
 class ZeroOrOdd:
-    """Rule for the side of a filter in pixels: odd, or 0, which selects another filter."""
+    """Rule for the side length of a filter in pixels: odd, or 0, which selects another filter."""
 
     def allows(self, value: int) -> bool:
         return value == 0 or (value > 0 and value % 2 == 1)

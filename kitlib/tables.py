@@ -1,4 +1,4 @@
-"""The tables that stages exchange: columns, types, validation, reading and writing; also reads other programs' CSV files.
+"""The tables that notebooks exchange: columns, types, validation, reading and writing; also reads other programs' CSV files.
 
 Identifiers are bare (`5776db0cec75`, not `5776db0cec75_study`); only the submission file adds suffixes. Boxes are `xmin,
 ymin, xmax, ymax` in pixels of the original DICOM image, x along columns. Additional columns are allowed and kept.
@@ -135,18 +135,18 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """Return the names of a table's class columns, those not in its schema, in order. `name` is the schema, one of OPEN."""
+    """Return the names of a table's class columns, in order: all that the schema `name`, such as "labels", does not list."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 
 def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series, pd.Series]:
-    """Cut boxes at the edges of their images; return the cut boxes, their overhang, and the reasons why boxes are unusable.
+    """Cut boxes at the edges of their images; return the cut boxes and, for each box, its overhang and why it is unusable.
 
     All three results have the index of `boxes`. The overhang is the number of pixels by which a box reached beyond its
-    image, 0 for boxes inside. The reason is "" for usable boxes. A box is unusable if it is outside the image, reaches
-    beyond it by more than the share MOST_OVERHANG of a side, or is thinner than LEAST_SIDE pixels after the cut. `images`
-    has the images' sizes; raises TableError if it lacks the size of an image with a box. All boxes from annotation files,
-    whatever their source, are cut by this function.
+    image, 0 for boxes inside. The reason why a box is unusable is a text, "" for usable boxes. A box is unusable if it lies
+    outside the image, reaches beyond it by more than 0.1 of the image's width or height (MOST_OVERHANG), or is thinner than
+    1 pixel after the cut (LEAST_SIDE). `images` has the images' sizes; raises TableError if it lacks the size of an image
+    with a box. All boxes from annotation files, whatever their source, are cut by this function.
     """
     sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
     if np.isnan(sizes).any():
@@ -237,7 +237,7 @@ def listed_name(cell: str) -> str:
 def findings_of(*tables: pd.DataFrame | None) -> tuple[str, ...]:
     """Return the different findings (classes of boxes) in `boxes` and `detections` tables, in alphabetical order.
 
-    Boxes in a table without the column `finding` have ONE_FINDING; a table that is None has no boxes.
+    If a table lacks the column `finding`, all its boxes have ONE_FINDING, "opacity". A table that is None has no boxes.
     """
     named = [table["finding"] if "finding" in table else [ONE_FINDING] * len(table) for table in tables if table is not None]
     return tuple(sorted({str(name) for names in named for name in pd.unique(pd.Series(names, dtype=object))}))

@@ -43,7 +43,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """Return the value of a YAML text: text, finite numbers, booleans, null, lists, or mappings with unique text keys.
 
     Raises SettingsError, which starts with `where` and names the line, for invalid YAML, values of other types, an alias of
-    a value that contains the alias, and more than MOST_VALUES values or DEEPEST levels.
+    a value that contains the alias, more than 100,000 values, or more than 50 levels of lists and mappings.
     """
     try:
         loader = _Loader(text)

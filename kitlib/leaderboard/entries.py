@@ -155,12 +155,15 @@ def _read_entry(
             entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=data_fingerprint(**tables))
         else:
             if len(fingerprints) != 1:
-                raise LeaderboardError(f"its models were trained on {len(fingerprints)} sets of data instead of one")
+                raise LeaderboardError(
+                    f"its models have {len(fingerprints)} different data fingerprints instead of one: runs are missing, or "
+                    "were trained on different data"
+                )
             match = prepared.find(fingerprints[0], run)
             if match is None:
                 raise LeaderboardError(
                     f"the prepared run that it was trained on (data fingerprint {fingerprints[0][:SHORT]}) was not found: "
-                    "add its folder to the listed folders"
+                    "add that run's folder to the listed folders"
                 )
             folds_digest, tables = match
             entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=fingerprints[0])

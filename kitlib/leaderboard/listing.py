@@ -22,10 +22,10 @@ SHORT = 8  # number of digits shown for a fingerprint or commit
 class ListedRun:
     """One run folder: its name, kind, state and the contents of its JSON files.
 
-    `kind` is a key of kitlib.runs.run_kinds.KINDS, "command" or "other". `state` is "finished", "unfinished", "failed" or
-    "damaged"; `remark` explains it. `record`, `metrics`, `plan` and `kaggle` are the contents of the folder's JSON files;
-    each is empty if its file is missing or damaged. `folds` maps each trained fold to its metrics; the key is the fold's
-    number or, for nested folds, "outer/inner", such as "2/0".
+    `kind` is "command", "other" or a kind in kitlib.runs.run_kinds.KINDS, such as "study". `state` is "finished",
+    "unfinished", "failed" or "damaged"; `remark` explains it. `record`, `metrics`, `plan` and `kaggle` are the contents of
+    the folder's JSON files; each is empty if its file is missing or damaged. `folds` maps each trained fold to its metrics;
+    the key is the fold's number or, for nested folds, "outer/inner", such as "2/0".
     """
 
     name: str

@@ -12,7 +12,7 @@ from kitlib.runs.run_kinds import named_folder
 class PreparedRuns:
     """Finds the prepared run (notebook 10) that a model was trained on.
 
-    Searches the listed runs `runs`, and the run that the parameter `prepare_run` of the model's run names. `find` reads each
+    Searches the listed runs `runs`, and the run in the parameter `prepare_run` of the model's run. `find` reads each
     prepared run at most once.
     """
 
@@ -23,8 +23,8 @@ class PreparedRuns:
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
         """Find the prepared run whose data have this `fingerprint`; return the fingerprint of its folds, and its tables.
 
-        Searches the run that the parameter `prepare_run` of `run` names, even if it is not listed, and the listed runs.
-        Returns None if no run matches.
+        Searches the run in the parameter `prepare_run` of `run`, even if it is not listed, and then the listed runs. Returns
+        None if no run matches.
         """
         named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
@@ -42,10 +42,10 @@ class PreparedRuns:
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
         """Find the prepared run that `runs` were trained on; return the fingerprint of its folds, and its tables.
 
-        `runs` are an ensemble, or learners with nested folds. Their models were trained on only parts of the prepared run,
-        so fingerprints cannot find it; the parameter `prepare_run` of the first of `runs` is used. Raises RunError if the
-        prepared run does not exist, if the metrics of one of `runs` record another fingerprint of the folds, or if the
-        training data of a model are not the prepared run's data minus the model's outer fold.
+        `runs` are one run of an ensemble, or the runs with the nested folds of one model. Their networks were trained on
+        parts of the prepared run, so data fingerprints cannot find it. It is found by the parameter `prepare_run` of the
+        first of `runs`. Raises RunError if the prepared run does not exist, if the metrics of one of `runs` have another
+        fingerprint of the folds, or if a network's training data are not the prepared run's data minus its outer fold.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run.folder)

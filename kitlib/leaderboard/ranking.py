@@ -47,7 +47,7 @@ COLUMNS = [
 class Leaderboard:
     """The ranked entries, and how far each entry's score is from the best score of its ranking.
 
-    `table` has one row per entry, with the columns COLUMNS, ordered by ranking and score; entries without a score come last.
+    `table` has one row per entry, ordered by ranking and score; entries without a score come last. Its columns are COLUMNS.
     `differences` has one row per entry except the best of each ranking. Its columns are ranking, name, best (the name of the
     best entry), difference (the entry's score minus the best score, at most 0), and low and high (the paired 95 % interval
     of the difference).
@@ -125,17 +125,16 @@ def compare(
     its parts, with the columns figure (name of the score or part), first, second, difference (second minus first), low and
     high (the paired 95 % bootstrap interval of the difference, over patients), and images (the number of images). Raises
     LeaderboardError if a name is unknown, if a model has no score, or if the models share no images or no kind of
-    prediction. Also raises it if the models were trained with different folds, because training on other patients changes
-    the score too; `across_folds` allows this comparison.
+    prediction. Unless `across_folds` is true, also raises it if the models were trained with different folds: training on
+    other patients changes the score too.
     """
     entries = list(entries)
     (entry, predictions), (other_entry, other_predictions) = _find_entry(entries, first), _find_entry(entries, second)
     if entry.folds_fingerprint != other_entry.folds_fingerprint and not across_folds:
         raise LeaderboardError(
             f"{entry.name} has folds {entry.folds_fingerprint[:SHORT]}, {other_entry.name} has folds "
-            f"{other_entry.folds_fingerprint[:SHORT]}: their scores are not comparable, because each model was trained on "
-            "patients that the other is scored on; train both on the same prepared run, or set across_folds = True to "
-            "compare them anyway"
+            f"{other_entry.folds_fingerprint[:SHORT]}: their scores are not comparable, because training on other patients "
+            "changes the score too; train both on the same prepared run, or set across_folds = True to compare them anyway"
         )
     shared = set(predictions.images["image_id"]) & set(other_predictions.images["image_id"])
     parts = [part for part in predictions.parts if part in other_predictions.parts]

@@ -31,9 +31,9 @@ def demo_plan(whole: bool = False) -> Plan:
 def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict[str, float]:
     """Run the demo's plan from scratch, copy its submission.csv into the runs folder, and return the submission's scores.
 
-    Scores are keyed by the name of the class or figure. Raises PlanError if a run fails, or if the submission's score is not
-    more than `times_the_floor` times that of the all-negative sample submission; a model that ignores its images does not
-    reach this score.
+    The scores are keyed by name: "score", the names of the classes, and "opacity_boxed". Raises PlanError if a run fails, or
+    if the submission's score is not above `times_the_floor` times the score of the sample submission, which predicts every
+    study as negative. A model that ignores its images does not get above this limit.
     """
     started = time.monotonic()
     # The trainings run at the same time with one thread each, because small models gain little from a second thread. The

@@ -52,7 +52,7 @@ def run_plan(
     the named steps and the steps that they need. `engine` has further arguments for Snakemake, such as --executor slurm
     --jobs 8. Without an executor, the runs share this machine's `cores` (default: all) and `gpus` (default: all visible
     ones). With an executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the
-    CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are not executed.
+    CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are skipped.
     `afresh` first deletes everything in the folder of the plan's runs. SIGTERM and SIGHUP end the runs and raise SystemExit.
     Raises PlanError if the plan is already being run, if its folder contains files that no plan has made, if an input is
     missing, if there are fewer GPUs than `gpus`, or, after all other runs have ended, if a run has failed.
@@ -186,7 +186,7 @@ def _select_gpus(count: int | None) -> list[str]:
 def _find_gpus() -> list[str]:
     """Return the indices, as text, of the GPUs that a child process may use.
 
-    They come from CUDA_VISIBLE_DEVICES or else from nvidia-smi, because importing torch takes seconds and memory on the GPU.
+    They come from CUDA_VISIBLE_DEVICES or else from nvidia-smi, not from torch, whose import takes seconds and GPU memory.
     """
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [index for index in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if index and index != "-1"]
@@ -208,7 +208,7 @@ def _run_engine(
     """Run Snakemake's `command` to its end while showing the plan's progress; return Snakemake's exit code.
 
     `states` has the state of each run before the start. If this process is interrupted, Snakemake is interrupted too, and
-    killed if it has not ended after ENDING_S seconds.
+    killed if it has not ended after a minute (ENDING_S).
     """
     with (
         (runs_file.parent / ENGINE_LOG).open("w", encoding="utf-8") as log,

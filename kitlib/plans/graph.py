@@ -11,8 +11,8 @@ COLOURS = {"changed": "#ffb38a", "resumes": "#ffe08a", "new": "#e6e6e6", "done":
 def draw_plan(plan: Plan) -> Figure:
     """Return a figure of the plan's steps, with an arrow from each step to every step that needs it.
 
-    A step is drawn one column to the right of the rightmost step that it needs. Arrows that follow from other
-    arrows are left out.
+    A step is drawn one column to the right of the rightmost step that it needs. If C needs B and B needs A, no
+    arrow is drawn from A to C.
     """
     states, runs = (
         plan.states(),

@@ -26,10 +26,10 @@ def check_inputs(plan: Plan, names: Iterable[str]) -> None:
 
 
 def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
-    """Return one line of text for each input of the runs `names` that does not exist and that no earlier run will make.
+    """Return one line of text for each input of the runs `names` that does not exist and that no run before them will make.
 
-    An earlier run makes all inputs in its own folder and, if it is a command, in each folder that is an argument of the
-    command, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.
+    It is assumed that a run makes all inputs in its own folder and, if it is a command, in all folders among the command's
+    arguments, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.
     """
     readers: dict[str, list[str]] = {}
     for name in names:
@@ -43,7 +43,7 @@ def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
 
 
 def _inputs(run: PlannedRun) -> Iterator[tuple[str, str]]:
-    """Yield each input of a notebook's run: its kind, "competition", "starting_weights" or "run", and its name or path."""
+    """Yield a pair for each input of a notebook's run: a kind ("competition", "starting_weights" or "run"), and a name."""
     if not run.notebook:
         return
     values = read_parameters(run.notebook) | run.parameters
@@ -79,7 +79,7 @@ def _made_by(run: PlannedRun) -> list[Path]:
 
 
 def _problem(parameter: str, value: str) -> str:
-    """Return the reason why an input cannot be used, or "" if it exists. Paths are relative to the project's folder."""
+    """Return why an input of the kind `parameter` cannot be used, or "". Paths are relative to the project's folder."""
     path = project_root() / value
     try:
         if parameter == "competition":

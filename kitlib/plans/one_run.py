@@ -51,8 +51,8 @@ def run_planned(runs_file: str | Path, name: str) -> None:
 
     `runs_file` is the plan's runs.json. A run's key is a hash of its parameters and inputs. If the run's folder was started
     with the same key, the run is resumed; otherwise it starts over. A folder that was completed with another key is renamed
-    to NAME.old-KEY, with a warning, replacing an earlier folder of that name. Raises PlanError if the run fails, or if no
-    plan has made the folder.
+    to NAME.old-KEY, with a warning, replacing an earlier folder of that name. Raises PlanError if the run fails, or if the
+    folder has files that no plan has made.
     """
     run, record_path = read_planned_runs(runs_file)[name], state_file(runs_file, name)
     state: dict[str, Any] = {"state": "running", "host": platform.node(), "started": time.time()}
@@ -100,9 +100,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _prepare_folder(run: PlannedRun) -> None:
-    """Write the run's key (hash of parameters and inputs) into the run's folder, after removing what has another key.
+    """Make the run's folder, and write the run's key (hash of parameters and inputs) into it.
 
-    A folder that was completed with another key is renamed; one that was only started with another key is deleted.
+    If the folder exists and was completed with another key, it is renamed first. If it was only started with another key, it
+    is deleted first.
     """
     previous_key = run.read_key()
     if previous_key not in (None, run.key):

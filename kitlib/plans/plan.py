@@ -28,12 +28,13 @@ class Step(Settings):
     """One step of a plan: a notebook or a command, which is run once or for several values.
 
     Exactly one of `notebook` and `command` is set. A step with a matrix has one run for each combination of the matrix's
-    values. Instead of a list of values, a matrix may have the placeholder of a variable of the plan that holds the list. In
-    any text, `{name}` is replaced by the value of the plan's variable `name`, or of the step's own matrix. `{run}` is
-    replaced by the run's own folder. If `name` is another step, `{name}` is replaced by the folder of that step's run, which
-    is then executed first. If both steps' matrices have the same names, the run with the same values is meant. If the other
-    step's matrix has additional names, `{name}` is replaced by a list of the folders of all matching runs; inside a list,
-    the folders become items of that list.
+    values. A matrix maps each name to a list of values, or to the placeholder of a variable of the plan that holds the list.
+
+    Placeholders are replaced in any text. If `name` is a variable of the plan or a name in the step's own matrix, `{name}`
+    becomes its value. `{run}` becomes the run's own folder. If `name` is another step, that step is executed first, and
+    `{name}` becomes the folder of its run. If both steps have matrices, this is the run with the same values for the names
+    that both matrices have. If the other step's matrix has further names, several runs match, and `{name}` becomes a list of
+    their folders; inside a list, the folders become items of that list.
     """
 
     notebook: str = ""  # the notebook's name in notebooks/, such as 30_train_study
@@ -208,7 +209,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
 
 
 def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:
-    """Read a plan's file and merge it into the files that it extends; `extending` are the files that extend it, in order."""
+    """Return a plan file's content, added to that of the plan it extends; `extending` are the files that extend this one."""
     if not path.is_file():
         available = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
         raise PlanError(f"{path} does not exist; plans in its folder: {available}")
@@ -299,7 +300,7 @@ def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -
 def _expand_matrix(path: Path, name: str, matrix: dict[str, Any], variables: dict[str, Any]) -> list[dict[str, Any]]:
     """Return all combinations of a matrix's values, each as a dictionary from the matrix's names to one value per name.
 
-    Raises PlanError if a name's values are not a list of different numbers or words, or a variable with such a list.
+    Raises PlanError unless each name has a list of different numbers or words, or the placeholder of such a list.
     """
     placeholders = {key: PLACEHOLDER.fullmatch(values) for key, values in matrix.items() if isinstance(values, str)}
     matrix = matrix | {key: variables.get(match[1], matrix[key]) for key, match in placeholders.items() if match}
@@ -320,7 +321,7 @@ def _plan_run(
     folder: Path,
     planned: dict[str, PlannedRun],
 ) -> PlannedRun:
-    """Return the run of the step `name` for one combination of its matrix's values, which is `values`.
+    """Return the run of the step `name` for `values`, one combination of the values in the step's matrix.
 
     `folder` is the parent folder of the runs. `planned` has the runs planned so far, among them all runs of the steps that
     `name` needs.

@@ -28,7 +28,7 @@ def train_classifier(
     notebook 10, in a new run with the name `run` and the ending `_prepared`; `prepare` has the parameters of notebook 10,
     such as `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
     docs/own_images.md). Notebook 25 then trains one model for each of `folds` (default: all folds of the prepared run) with
-    the recipe called `recipe`, for `epochs` epochs (0: as in the recipe). `run` is the name of the new run, a folder below
+    the recipe called `recipe`, for `epochs` epochs (0: as in the recipe). `run` is the name of the new run's folder in
     runs/, or an absolute path. `parameters` are further parameters of notebook 25.
 
     If training was interrupted, a call with the same arguments continues it. Raises RunError if `data` is neither a prepared

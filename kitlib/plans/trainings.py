@@ -17,7 +17,7 @@ def count_trainings(run: PlannedRun) -> int:
 
 
 def starts_from_scratch(run: PlannedRun) -> bool:
-    """Return whether a run trains networks that start with random weights only."""
+    """Return whether a run trains networks of which all starting weights are random."""
     values = read_parameters(run.notebook) | run.parameters if run.notebook else {}
     if not count_trainings(run):
         return False
@@ -25,7 +25,7 @@ def starts_from_scratch(run: PlannedRun) -> bool:
 
 
 def describe_trainings(plan: Plan, names: Iterable[str]) -> str:
-    """Return what the runs `names` train, as text: how many networks, which from scratch, and the published duration."""
+    """Return a text on the trainings in the runs `names`: how many, which from scratch, and the published duration."""
     names, states = list(names), plan.states()
     counts = {name: count_trainings(plan.planned[name]) for name in names}
     total, runs = sum(counts.values()), sum(map(bool, counts.values()))

@@ -231,10 +231,11 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
                 "which does not include the border; set canvas=0"
             )
         if self.probe == "border" and self.masked:
-            raise SettingsError('probe is "border", but masked blackens everything outside the lungs; set masked=False')
+            raise SettingsError('probe is "border", but masked=True blackens everything outside the lungs; set masked=False')
         if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
             raise SettingsError(
-                'probe is "outside_lungs", which blackens what the lung masks cover; set lungs="masks" and masked=False'
+                f'probe is "outside_lungs", which requires lung masks and images that are not masked, but lungs is '
+                f'{self.lungs!r} and masked is {self.masked}; set lungs="masks" and masked=False'
             )
         if self.unfreeze_every and not self.frozen_backbone:
             raise SettingsError(
@@ -267,7 +268,7 @@ class StudyRecipe(ClassifierRecipe):
 
 @dataclass(frozen=True)
 class FindingsRecipe(ClassifierRecipe):
-    """Recipe of a classifier of single images. Its classes are the columns of the `labels` table.
+    """Recipe of a classifier that predicts each image by itself. Its classes are the class columns of the `labels` table.
 
     The defaults are those of the NIH backbone in the Heidelberg report, section 3.1.
     """
@@ -305,7 +306,7 @@ class FindingsRecipe(ClassifierRecipe):
 
 @dataclass(frozen=True)
 class PatchRecipe(FindingsRecipe):
-    """Recipe of a classifier of lung patches. An image's scores combine the outputs for the image's patches.
+    """Recipe of a classifier of lung patches. An image's scores combine the scores of the image's patches.
 
     The image and its lung mask are stretched to `canvas` pixels a side, pixels outside the lungs are blackened, and patches
     of `image_size` pixels a side are cut around lung pixels. The defaults are those of Patched FLANNEL, section 2.2.
@@ -396,8 +397,8 @@ class SegmenterRecipe(WithDistortions):
     """Recipe of a lung segmenter, with the settings for cleaning up its masks.
 
     The defaults are those of the UNet + HRNet paper, sections 3.3 and 4, except for `schedule` and `patience`, which the
-    paper does not state; their defaults are the kit's. The paper's clean-up of masks (`dilations`, `closings`, `least_area`)
-    is off by default, because no other publication has one.
+    paper does not state; their defaults are the kit's. The paper's clean-up of masks (the fields `dilations`, `closings`,
+    `least_area`) is off by default, because no other publication cleans its masks up.
     """
 
     network: Literal["unet", "resunet", "fc_densenet103", "albunet"] = "unet"
@@ -459,8 +460,9 @@ class SparseSegmenterRecipe(SegmenterRecipe):
     """Recipe of a segmenter of one structure that most images do not have, such as a pneumothorax.
 
     Images with an empty mask are valid examples. The defaults are those of the 1st place in SIIM-ACR Pneumothorax
-    Segmentation (github.com/sneddy/pneumothorax-segmentation), without its elastic distortions. There is no clean-up: `top`,
-    `least_area` and `bottom` decide which pixels a mask has, see kitlib.scoring.metrics.threshold_map.
+    Segmentation (github.com/sneddy/pneumothorax-segmentation), without its elastic distortions. Masks are not cleaned up. A
+    mask has the pixels with a probability above `bottom`. It is empty if the pixels with a probability above `top` cover a
+    smaller share of the image than `least_area` (see kitlib.scoring.metrics.threshold_map).
     """
 
     # albunet starts from weights of a resnet34, or of another run
@@ -503,7 +505,10 @@ class SparseSegmenterRecipe(SegmenterRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.positives) not in (0, 2):
-            raise SettingsError(f"positives are {list(self.positives)}; expected a first and a last share of images, or []")
+            raise SettingsError(
+                f"positives is {list(self.positives)}; expected the shares of images with the structure in the first and in "
+                "the last epoch, such as [0.8, 0.4], or []"
+            )
         if not sum(self.loss_weights):
             raise SettingsError("loss_weights are all 0; set the weight of binary cross entropy, Dice or focal loss above 0")
         if self.bottom > self.top:

@@ -498,8 +498,8 @@ def recipe(name: str, kind: type[R], /, **overrides: Any) -> R:
 def check_recipe(defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """Raise SettingsError unless a training notebook's parameters `recipe`, `overrides` and `epochs` make a valid recipe.
 
-    `defaults` has the notebook's parameters with their defaults, `parameters` replaces some of them. The recipe must be an
-    instance of the default recipe's class. A notebook without a default recipe is not checked.
+    `defaults` has the notebook's parameters with their defaults, `parameters` has the values that replace defaults. The
+    recipe must be of the same class as the notebook's default recipe. A notebook without a default recipe is not checked.
     """
     if defaults.get("recipe") not in RECIPES:
         return

@@ -30,10 +30,11 @@ _RESERVED = {"id", "file_name", "width", "height", "fold"}
 def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
     """Write the tables `images`, `boxes` and, if given, `folds` as one COCO JSON file, atomically.
 
-    Every row of `images`, with or without boxes, becomes an image entry with all columns of the row and, if `folds` is
-    given, the image's fold. `file_name` is `<image_id>.png`. Categories are the boxes' findings in alphabetical order, or
-    only ONE_FINDING if there is no box. Raises DatasetError if an image's size is unknown, if a box or a fold belongs to
-    none of the images, or if a column of `images` has a name that COCO reserves or a value that JSON cannot hold.
+    Each row of `images` becomes an image entry, even if the image has no box. The entry has all columns of the row and, if
+    `folds` is given, the image's fold; its `file_name` is `<image_id>.png`. The categories are the findings of the boxes in
+    alphabetical order, or only "opacity" (ONE_FINDING) if there is no box. Raises DatasetError if an image has no known
+    size, if `boxes` or `folds` has an image that `images` lacks, or if a column of `images` has a name that COCO reserves or
+    a value that JSON cannot hold.
     """
     images, boxes, categories = check_images_and_boxes(images, boxes)
     codes = pd.Index(categories).get_indexer(boxes["finding"]).tolist()
@@ -72,11 +73,11 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
 def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     """Return the tables in a COCO file, keyed by name: "images", "boxes" and, if the file contains folds, "folds".
 
-    Boxes that reach beyond their image are cut at its edge, and boxes thinner than a pixel are an error (see
-    `cut_annotated_boxes`). All other coordinates are bit for bit those passed to `write_coco`, and `images` has all columns
-    that `write_coco` wrote. If another program wrote the file, image_id is the file name without folders and suffix, and
-    each image is its own study and patient. A box's finding is the name of its category. Raises DatasetError, which mentions
-    the file and the entry, if the file is missing or invalid.
+    A box's finding is the name of its category. Boxes are cut at the edges of their images (see `cut_annotated_boxes`). If
+    `write_coco` wrote the file, the table `images` has all its columns again, and the coordinates of boxes that were not cut
+    are exactly those passed to `write_coco`. If another program wrote the file, image_id is the file name without folders
+    and suffix, and each image is its own study and patient. Raises DatasetError, which mentions the file and the entry, if
+    the file is missing or invalid, or if a box cannot be used, for example because it is thinner than a pixel.
     """
     content = _read_json(Path(path))
     where = {name: f"{path}, {name}" for name in ("images", "annotations", "categories")}
@@ -121,7 +122,8 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
         unmatched = sizes.loc[sizes["_merge"] == side, "image_id"]
         if len(unmatched):
             raise DatasetError(
-                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]}. Export the table's images"
+                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]}. The file and the table must "
+                "have the same images"
             )
     resized = sizes[(sizes["rows"] != sizes["rows_file"]) | (sizes["columns"] != sizes["columns_file"])]
     if len(resized):
@@ -136,8 +138,8 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
 def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[str], file: str) -> pd.DataFrame:
     """Return `boxes`, cut at the edges of their images (see kitlib.tables.cut_boxes); log a warning if any had to be cut.
 
-    `places` has text for each box that says where in `file` it was read. Raises DatasetError if boxes cannot be used; the
-    message counts them and says where the first one was read.
+    `places` says for each box where in `file` it was read, such as a line. Raises DatasetError if boxes cannot be used; the
+    message says how many, and where the first of them was read.
     """
     cut, overhang, problems = cut_boxes(boxes, images)
     wrong = np.flatnonzero(problems != "")
@@ -145,7 +147,7 @@ def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[
         corners = ", ".join(f"{name} {boxes[name].iloc[wrong[0]]:g}" for name in BOX)
         raise DatasetError(
             f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners} pixels); {len(wrong)} of {len(boxes)} boxes cannot "
-            "be used. Correct or remove them; if many boxes reach beyond their images, the images had another size"
+            "be used. Correct or remove them; if there are many, they may belong to images of another size"
         )
     if (overhang > 0).any():
         logger.warning(
@@ -169,8 +171,8 @@ def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
 def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, tuple[str, ...]]:
     """Return the tables `images` and `boxes`, checked, and the findings (classes) of the boxes in alphabetical order.
 
-    If there is no box, the only finding is ONE_FINDING. Raises DatasetError if an image's size is unknown, if a box belongs
-    to none of the images, or if a finding begins or ends with a space, which a text file would lose.
+    If there is no box, the only finding is "opacity" (ONE_FINDING). Raises DatasetError if an image's size is unknown, if a
+    box belongs to none of the images, or if a finding begins or ends with a space, which a text file would lose.
     """
     images, boxes = check_table(images, "images"), check_table(boxes, "boxes")
     unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]

@@ -30,7 +30,7 @@ class ExtraImages:
     """Additional training images, such as pseudo-labelled images or those of another data set; never used for validation.
 
     `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). The optional column `none` of `images` is
-    the probability of `none` (no opacity), a soft target (see XrayDataset). `cache` reads the decoded images.
+    a soft target for training: the probability that the image has no opacity. `cache` reads the decoded images.
     """
 
     images: pd.DataFrame
@@ -80,11 +80,11 @@ def read_masks(run: str | Path) -> MaskStore | None:
 
 
 def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
-    """Return the out-of-fold predictions in training runs: those of each model for the images in its held-out fold.
+    """Return the out-of-fold predictions in training runs: each model's predictions for the images in its held-out fold.
 
-    A model's folds may come from several runs. The scores of image classifiers are added to `image_scores`. Raises RunError
-    if a run has no predictions, or has detections but no table `coverage` of the predicted images, or if two runs have the
-    same fold of the same model.
+    The folds of a model may come from several runs. In the result, the rows of the runs' `class_scores` tables are also in
+    `image_scores`. Raises RunError if a run has no predictions, if a run has detections but no table `coverage`, which lists
+    the predicted images, or if two runs have the same fold of the same model.
     """
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
     run_of: dict[tuple[str | None, int], Path] = {}
@@ -113,10 +113,10 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
 
 
 def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
-    """Raise RunError if a prediction in `table` is not out of fold: its `fold` must be the fold of its image or study.
+    """Raise RunError unless all predictions in `table` are out of fold, that is, `fold` is the fold of the image or study.
 
     `fold_of` is a series of folds, indexed by image or study id; `key` is the column of `table` with these ids. The model of
-    a fold was trained on all other folds, so its predictions for images in those folds are not out of fold.
+    a fold was trained on all other folds, so only its predictions for that fold are out of fold.
     """
     wrong = table[table[key].map(fold_of) != table["fold"]]
     if len(wrong):
@@ -159,11 +159,11 @@ def read_test_split(
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
-    """Return an ensemble's cross-fitted `study_scores` table, to use instead of the table of the models that it combines.
+    """Return the cross-fitted `study_scores` table of an ensemble, which replaces the table of the models that it combines.
 
-    `run` is the ensemble's run (notebook 65). `study_scores` is the table of these models, which are called learners. Raises
-    RunError if the run is not an ensemble of study models, or if its learners are not exactly the models in `study_scores`,
-    because fusion must be tuned on the models that the submission will use.
+    `run` is the ensemble's run (notebook 65), `study_scores` the table of the combined models. Raises RunError if the run is
+    not an ensemble of study models, or if it does not combine exactly the models in `study_scores`: fusion must be tuned on
+    the models that the submission will use.
     """
     ensemble = read_ensemble(Path(run) / "ensemble")
     path = Path(run) / "tables" / "study_scores.parquet"
@@ -172,8 +172,8 @@ def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataF
     others = sorted(set(study_scores["model"]) ^ set(ensemble.learners))
     if others:
         raise RunError(
-            f"{', '.join(others)}: either not a learner of the ensemble {run}, or a learner that is not among the runs; "
-            f"give the runs of exactly the study models that it combines: {', '.join(ensemble.learners)}"
+            f"the runs' study models and those that the ensemble {run} combines differ in: {', '.join(others)}; "
+            f"give the runs of exactly the models that it combines: {', '.join(ensemble.learners)}"
         )
     return read_table("study_scores", path)
 

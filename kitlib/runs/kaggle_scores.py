@@ -11,7 +11,7 @@ KAGGLE = "kaggle.json"
 
 
 def add_score(run: str | Path, submission: dict[str, Any]) -> None:
-    """Add a submission to kaggle.json in the folder `run`; it replaces an entry with the same kernel and version.
+    """Add a submission to kaggle.json in the folder `run`, or replace the submission of the same kernel and version.
 
     `submission` has at least the keys kernel, version, pushed (the time of the push, UTC, in ISO format), public_score and
     private_score. Raises RunError if kaggle.json is damaged.

@@ -104,9 +104,9 @@ def process_record() -> dict[str, Any]:
     """Return a dictionary of this process's package versions, and its peak memory and GPU so far, in JSON types.
 
     Memory is in MB of 10^6 bytes. `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the peak of the
-    largest child process that has ended; it is None if no child had a higher peak than this process, because a child
-    inherits its parent's peak when it starts. `gpu` has the names of the GPUs that torch has used, `peak_gpu_memory_mb` the
-    peak memory of torch tensors on the GPU with the highest peak; both are None if torch has not used a GPU.
+    largest child process that has ended, or None if it is not above this process's peak: a child starts with its parent's
+    peak, so a lower peak of its own is not recorded. `gpu` is a text with the names of the GPUs that torch has used,
+    `peak_gpu_memory_mb` the peak memory of torch tensors on the GPU with the highest peak; both are None without such a GPU.
     """
     peak, child_peak = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {
@@ -128,7 +128,7 @@ def _peak_bytes() -> int:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the version of kitlib, and of each package in PACKAGES that is installed, keyed by package name."""
+    """Return the versions of kitlib and of the installed packages that can change results (PACKAGES), keyed by name."""
     versions = {"kitlib": kitlib.__version__}
     for name in PACKAGES:
         try:
@@ -147,8 +147,8 @@ def _version(name: str) -> str:
 def kitlib_digest() -> str:
     """Return the SHA-256 digest, in hexadecimal digits, of kitlib's Python and YAML files.
 
-    A kernel contains only the kitlib files that it imports. There, the digest is read from DIGEST_FILE, which holds the
-    digest of the whole library that the kernel was built from.
+    A kernel contains only the kitlib files that it imports. There, the digest is read from the file
+    whole_library.sha256, which holds the digest of the whole library that the kernel was built from.
     """
     digest, folder = hashlib.sha256(), Path(kitlib.__file__).parent
     if (folder / DIGEST_FILE).is_file():

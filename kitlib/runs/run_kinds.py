@@ -29,7 +29,7 @@ KINDS = {
 
 
 def find_kind(folder: Path) -> str:
-    """Return the kind of the run in `folder`, a key of KINDS; "" if the folder has no file that identifies a kind."""
+    """Return the kind of the run in `folder`, such as "study" (a key of KINDS); "" if none of its files shows a kind."""
     folders = (folder, *fold_folders(folder).values())
     return next(
         (kind for kind, names in KINDS.items() if any((path / name).is_file() for path in folders for name in names)), ""
@@ -68,10 +68,10 @@ def walk_runs(root: Path, is_run: Callable[[Path], bool] = is_run) -> Iterator[P
 
 
 def named_folder(name: Any, run: Path) -> Path | None:
-    """Return the folder of the run that another run's parameters call `name`, or None if it does not exist.
+    """Return the folder of a run to which another run's parameters refer as `name`, or None if the folder does not exist.
 
-    `run` is the folder of that other run. Folders next to `run` are tried first, because the two runs may have been moved
-    together.
+    `run` is the folder of the run with the parameters. The folders next to `run` are tried first, because both runs may have
+    been moved together.
     """
     if not name or not isinstance(name, str):
         return None

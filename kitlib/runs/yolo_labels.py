@@ -27,11 +27,11 @@ DECIMALS = 20
 def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
     """Write FOLDER/labels with one file per image, FOLDER/classes.txt, and FOLDER/data.yaml for training.
 
-    data.yaml expects the images in FOLDER/images. If `folds` is given, also writes fold0.yaml and so on, each of which
-    validates on its fold and trains on all others. Classes are the boxes' findings in alphabetical order, or only
-    ONE_FINDING if there is no box. FOLDER/labels appears only when it is complete. Raises FileExistsError if FOLDER/labels
-    exists; DatasetError if an image's size is unknown, if a box belongs to none of the images, if an image_id cannot be used
-    as a file name, or if a box exceeds its image, because ultralytics would drop the whole image.
+    data.yaml expects the images in FOLDER/images. If `folds` is given, also writes fold0.yaml and so on, each for validating
+    on its fold and training on all others. The classes are the findings of the boxes in alphabetical order; without a box,
+    the only class is "opacity" (ONE_FINDING). FOLDER/labels appears only when it is complete. Raises FileExistsError if
+    FOLDER/labels exists; DatasetError if an image's size is unknown, if a box belongs to none of the images, if an image_id
+    cannot be used as a file name, or if a box exceeds its image: ultralytics would drop such an image.
     """
     folder = Path(folder)
     labels, temporary_folder = folder / LABELS, folder / f".{LABELS}.partial"
@@ -61,9 +61,10 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """Return the boxes in FOLDER/labels as a `boxes` table, in pixels of the original images and in the order of `images`.
 
-    The columns `rows` and `columns` of `images` convert fractions to pixels. Coordinates that are 0 or at least a thousandth
-    of a pixel are bit for bit those passed to `write_yolo`. A box's finding is the name of its class. Raises DatasetError if
-    a label is invalid (the message has the file and line), if an image has no label file, or if a label file has no image.
+    The columns `rows` and `columns` of `images` convert fractions to pixels. If `write_yolo` wrote the labels, coordinates
+    of 0, or of at least a thousandth of a pixel, are exactly those passed to it. A box's finding is the name of its class.
+    Raises DatasetError if a label is invalid (the message has the file and line), if an image has no label file, or if a
+    label file has no image.
     """
     folder = Path(folder)
     images, _, _ = check_images_and_boxes(images, pd.DataFrame(columns=["image_id", *BOX]))

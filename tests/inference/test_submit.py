@@ -660,7 +660,7 @@ def hostile(competition, weights, tmp_path) -> tuple[Path, Path, dict[str, str]]
     changed.write_text(changed.read_text().replace('"negative"', '"x"'))
     model = StudyClassifier(RECIPE)
     torch.nn.init.constant_(next(model.parameters()), torch.nan)
-    not_number = bad("not a number", "is not finite; train it again")
+    not_number = bad("not a number", "has NaN or infinite values; train the model")
     save_bundle(not_number, model.state_dict(), {key: record[key] for key in STATED})
     other = bad("other", "is not the bundle that weights.json lists")
     entries = [{"folder": name} for name in ledger if name != other.name]

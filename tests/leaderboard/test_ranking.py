@@ -234,7 +234,7 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
     assert compared.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
     assert "opacity" not in set(compared.figure)
     write_json(fuse / "metrics.json", {"runs": ["gone"], "score": 0.9})
-    assert "trained on 0 sets of data" in board(tmp_path).table.set_index("name").remark["fuse"]
+    assert "its models have 0 different data fingerprints" in board(tmp_path).table.set_index("name").remark["fuse"]
 
 
 def test_findings_are_judged_by_their_mean_roc_auc(tmp_path):

@@ -124,7 +124,7 @@ def test_a_segmenter_refuses_invalid_and_unknown_fields(fields, message):
         ({"placement": "centre_crop"}, "placement is 'centre_crop'; expected one of 'letterbox', 'stretch'"),
         ({"views": ["lungs"]}, "views is .*; expected a list, each item one of 'full', 'flip'"),
         ({"dilations": 1}, "dilations is 1; expected 0"),
-        ({"positives": [0.5]}, r"positives are \[0.5\]; expected a first and a last share of images, or \[\]"),
+        ({"positives": [0.5]}, r"positives is \[0.5\]; expected the shares of images .*, such as \[0.8, 0.4\], or \[\]"),
         ({"positives": [0.5, 0.0]}, "positives is .*; expected a list, each item a finite number above 0 and at most 1"),
         ({"loss_weights": [0, 0, 0]}, "loss_weights are all 0"),
         ({"bottom": 0.8}, "bottom is 0.8, above top, which is 0.75"),

@@ -244,5 +244,5 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     ensemble = make_run(tmp_path / "ensemble", "mean", study_scores=scores.assign(model="mean"))
     write_ensemble(ensemble / "ensemble", Ensemble("mean", "mean", ("one", "two"), STUDY_CLASSES, "study_id"))
     assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
-    with pytest.raises(RunError, match="two: either not a learner of the ensemble"):
+    with pytest.raises(RunError, match=r"those that the ensemble .* combines differ in: two; give the runs of .*: one, two"):
         read_study_ensemble(ensemble, one)
