@@ -234,7 +234,9 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
     assert compared.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
     assert "opacity" not in set(compared.figure)
     write_json(fuse / "metrics.json", {"runs": ["gone"], "score": 0.9})
-    assert "its models have 0 different data fingerprints" in board(tmp_path).table.set_index("name").remark["fuse"]
+    assert "the runs that it fuses were not found: gone; add" in board(tmp_path).table.set_index("name").remark["fuse"]
+    write_json(fuse / "metrics.json", {"runs": ["gone", "study"], "score": 0.9})
+    assert board(tmp_path).table.set_index("name").score["fuse"] == pytest.approx(0.875)
 
 
 def test_findings_are_judged_by_their_mean_roc_auc(tmp_path):
