@@ -125,8 +125,8 @@ def _check_parameters(
         raise SettingsError("boxes_table is set, but `columns` has no box: add xmin, ymin and xmax, ymax or width, height")
     if spec.box_file and not boxes_table:
         raise SettingsError(
-            "`columns` has box_file, but boxes_table is not set: set boxes_table, or remove box_file (a box in `table` is of "
-            "the image in `file`)"
+            "`columns` has box_file, but boxes_table is not set: set boxes_table, or remove box_file (boxes in `table` are "
+            "those of the image in `file`)"
         )
     if class_folders and (spec.label or spec.labels):
         raise SettingsError("class_folders is set, and `columns` has label or labels: use only one of them")

@@ -77,9 +77,10 @@ class XrayCache:
     contains `longest_side` and the decoder's version, so entries of other sizes or versions are never used.
 
     `decode` reuses an entry if its checksum is right and the image file's size, modification time and sampled bytes (see
-    `source_of`) are unchanged; the file may have moved. `read` verifies a checksum only the first time. If
-    `only_projections`, files that are not projection X-rays, such as CT, fail; otherwise they are decoded, with a warning
-    (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an archive cannot be read.
+    `source_of`) are unchanged; the file may have moved. `read` verifies the checksum of an entry only the first time.
+    Files that are not projection X-rays, such as CT, cannot be decoded if `only_projections`; otherwise they are decoded,
+    with a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an archive
+    cannot be read.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):

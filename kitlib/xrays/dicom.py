@@ -55,9 +55,9 @@ def decode_xray(path: str | Path) -> Xray:
     Applies the modality LUT, then the first VOI LUT or, if there is none, the first window; inverts MONOCHROME1 images; then
     maps minimum..maximum to 0..255. PresentationLUTShape is ignored: its value INVERSE only repeats MONOCHROME1. Padding
     (PixelPaddingValue) and float values that are not finite become black, and do not affect the minimum and maximum. A
-    constant image becomes black. Colour images are converted to luma. PALETTE COLOR is read if the palette is grey. Two
-    things give a warning: invalid header elements, which are ignored, and a modality other than projection X-rays, such as
-    CT (see kitlib.xrays.modality). Raises UnreadableXray if the file cannot be read as an X-ray.
+    constant image becomes black. Colour images are converted to luma. PALETTE COLOR is read if the palette is grey. Invalid
+    header elements are ignored, with a warning. Images of other modalities, such as CT, are decoded, with a warning (see
+    kitlib.xrays.modality). Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     return _show(elements, read_stored(elements, syntax))

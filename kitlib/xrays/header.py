@@ -238,10 +238,10 @@ def parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
 
 
 def _inflate(raw: bytes) -> bytes:
-    """Return `raw`, the content of a file, unchanged unless the file is deflated; then its dataset, without the meta group.
+    """Return `raw`, the content of a DICOM file, inflated if the file is deflated, otherwise unchanged.
 
-    The inflated dataset is Explicit VR Little Endian, as the DICOM standard requires. pydicom is not used, because it
-    inflates without a limit, to up to a thousand times the file's size. Raises ValueError if the result exceeds
+    The inflated content is the dataset without the meta group, in Explicit VR Little Endian, as the standard requires.
+    pydicom would inflate without a limit, to up to a thousand times the file's size. Raises ValueError if the result exceeds
     MAX_FILE_BYTES or the meta group has no length.
     """
     if DeflatedExplicitVRLittleEndian.encode() not in raw[:2048]:

@@ -22,7 +22,10 @@ def encode_mask(mask: np.ndarray) -> str:
 
 
 def encode_runs(runs: np.ndarray) -> str:
-    """Return runs (n, 2), as from `runs_of`, sorted and without overlap, as text of run lengths; "-1" if there are none."""
+    """Return `runs` as text of run lengths; "-1" if there are no runs.
+
+    `runs` (n, 2) has the first pixel of each run and the pixel after its last, sorted and without overlap.
+    """
     return " ".join(map(str, np.diff(runs.ravel(), prepend=0))) if len(runs) else EMPTY
 
 
@@ -42,7 +45,10 @@ def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
 
 
 def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
-    """Return the boolean mask (rows, columns) of runs (n, 2), as from `runs_of`, in any order; the runs may overlap."""
+    """Return the boolean mask (rows, columns) that is True in `runs`.
+
+    `runs` (n, 2) has the first pixel of each run and the pixel after its last. Runs may overlap and have any order.
+    """
     pixels = np.zeros(rows * columns, dtype=bool)
     for start, end in runs:
         pixels[start:end] = True
