@@ -96,9 +96,9 @@ def _compare_with_published(
 ) -> None:
     """Raise DatasetError if the `published` counts show that the folder has another layout than expected.
 
-    This is the case if all images have the same patient although several patients were expected. It is also the case if at
-    least LEAST_EXPECTED images of a class were expected, none was found, and more than the share MOST_LOST of the image
-    files is unused. If fewer files are unused, the missing class is only a fault.
+    This is the case if all images have the same patient although at least LEAST_EXPECTED patients were expected. It is also
+    the case if at least LEAST_EXPECTED images of a class were expected, none was found, and more than the share MOST_LOST of
+    the image files is unused. If fewer files are unused, the missing class is only a fault.
     """
     share = len(images) / published["images"] if "images" in published else 0.0
     unused = 1 - len(images) / max(len(images), source.count_images())
@@ -211,7 +211,7 @@ def scale_boxes(
     """Return `boxes` converted from pixels of the original images to pixels of the image files, which may be resized.
 
     `originals` has the columns image_id, rows and columns: the original size of each image with a box. `images` has the
-    sizes of the image files. One fault, with `file` (the file of the boxes) as its file, counts the resized images.
+    sizes of the image files. One fault counts the resized images; `file` is the file of the boxes, for the fault.
     """
     sizes = images.merge(originals, on="image_id", suffixes=("", "_original")).set_index("image_id")
     scale = pd.DataFrame(

@@ -31,8 +31,8 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     """Read frontal X-rays of the positive set, the negative set or both: files sub-*_ses-*_cr.png or *_dx.png in `folder`.
 
     The diagnosis comes from the report of the image's session, a row of `derivatives/labels/*.tsv` with the columns ReportID
-    (the session) and Labels (a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label,
-    pneumonia if the list contains "pneumonia", otherwise other.
+    (the session) and Labels (a list). It is "COVID-19" if the list contains "COVID 19", "normal" if "normal" is the only
+    label, "pneumonia" if the list contains "pneumonia", otherwise "other".
 
     The nearest folder above an image whose name states a set decides to which set the image belongs: `posi` or `+` in the
     name means the positive set; `neg` in the name, or `-` at its end, the negative set. If there is no such folder, the
@@ -43,8 +43,8 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     Also left out and recorded in `Dataset.faults`: images without a report, images named neither `vp-ap` nor `vp-pa`, and
     unreadable images. Sex and age come from `participants.tsv`, if present. A 16-bit PNG contains the stored values of a
     DICOM file; they are decoded with the DICOM header in the JSON file of the same name. An invalid header is ignored and
-    recorded in `Dataset.faults`. Raises DatasetError if there is no image or no table of labels, or if neither folders nor
-    tables say which set an image belongs to.
+    recorded in `Dataset.faults`. Raises DatasetError if there is no image or no table of labels, or if neither the folders
+    nor the tables decide to which set an image belongs.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults

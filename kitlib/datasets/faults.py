@@ -18,9 +18,10 @@ class Faults:
         self.rows.append((storable(file), storable(row), storable(problem)))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add one fault for all of `rows`, which states the first row and counts the others. Adds none if `rows` is empty.
+        """Add one fault for all of `rows`, or none if `rows` is empty.
 
-        The text is, for example, "and 3 others have no file": `others` is "others", and `problem` is "have no file".
+        The fault states the first row and, for example, "and 3 others have no file", where `others` is "others" and
+        `problem` is "have no file".
         """
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")

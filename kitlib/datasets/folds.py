@@ -57,7 +57,7 @@ def hold_out_test(
     """Return `images` with a column `split`: "test" for about `share` of the images, "train" for the others.
 
     Replaces an existing split. Images that share a patient, a study or a group of near-duplicates get the same split. Apart
-    from this, the proportions of classes in both are as similar as possible. Images that no annotator looked at
+    from this, the proportions of classes in both splits are as similar as possible. Images that no annotator looked at
     (`false_none`) are "train". With a share of 0.1 and nine folds of the rest, a model is trained on 80 % of the images,
     validated on 10 % and tested on 10 %. The result depends on `seed` and on the rows, but not on their order. Raises
     ValueError if the share is not between 0 and 1, or if all images must stay together; DatasetError if most studies have

@@ -60,16 +60,16 @@ def read_mask(path: str | Path) -> np.ndarray:
 def fill_masks(
     store: MaskStore, masks: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, progress: bool = True
 ) -> pd.DataFrame:
-    """Add a mask to `store` for every image that has rows in `masks` (see Dataset); returns a table like Dataset.faults.
+    """Add a mask to `store` for every image that has rows in `masks` (see Dataset); return a table of faults (see Dataset).
 
     `cache` must contain all `images`. Masks are resized to the decoded copies in `cache` (the X-rays decoded to 8 bits and
     reduced) by area averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in
     DRAWN_IN_ORDER wins. Masks that are already in the store are not changed.
 
-    An image gets no mask if one of its mask files is missing, damaged, or has another aspect ratio than the image (by more
-    than 1 %), because an incomplete mask would teach that the missing part is background. An image also gets no mask if no
-    pixel is lung, unless its only structures are SPARSE_STRUCTURES (pneumothorax), which may be empty. A mask with only one
-    lung or with an empty structure is stored, with a fault. Raises ValueError if a structure is unknown.
+    If one of an image's mask files is missing, is damaged, or has another aspect ratio than the image (by more than 1 %),
+    the image gets no mask, with a fault: an incomplete mask would teach that the missing part is background. The image also
+    gets no mask if no pixel is lung. Exception: masks that have only SPARSE_STRUCTURES (pneumothorax) may be empty. A mask
+    with only one lung or with an empty structure is stored, with a fault. Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:

@@ -24,7 +24,7 @@ DIAGNOSED = {
 
 
 def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progress: bool = True, **own: Any) -> Dataset:
-    """Read the data sets in `parts` (name of a data set, a key of READERS -> its folder) as one Dataset.
+    """Read several data sets as one Dataset; `parts` maps the names of the data sets (keys of READERS) to their folders.
 
     Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES; exactly one class of each image is 1. Images
     whose diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that
@@ -64,7 +64,7 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
 
 
 def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool = True, **own: Any) -> Dataset:
-    """Read the data sets with lung masks in `parts` (name of a data set, a key of READERS -> its folder) as one Dataset.
+    """Read several data sets with lung masks as one Dataset; `parts` maps their names (keys of READERS) to their folders.
 
     The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
     Shenzhen can be joined, as in UNet + HRNet, but neither of them with Darwin. An image_id that occurs in two data sets is
@@ -119,9 +119,9 @@ def _prefix_clashing(image_ids: pd.Series, clashing: set[str], name: str) -> pd.
 
 
 def _with_diagnosis(data: Dataset, name: str) -> Dataset:
-    """Return a data set whose `images` have a column `diagnosis`: `data`, with the column added from the labels if missing.
+    """Return `data` with a column `diagnosis` in `images`; if the column is missing, it is derived from the labels.
 
-    Raises ValueError if the data set `name` has no diagnoses and DIAGNOSED does not say how to derive them from labels.
+    Raises ValueError if the column is missing and DIAGNOSED does not say how to derive it for the data set `name`.
     """
     if "diagnosis" in data.images:
         return data

@@ -38,8 +38,8 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
     """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with their classes and opacity boxes.
 
     The images may be in any folder that has no "test" in its name. Boxes of resized images are scaled. Labels have the
-    columns RSNA_CLASSES, exactly one of which is 1. If there is no table of classes, it is unknown whether an image without
-    an opacity is normal: its classes Normal and No Lung Opacity / Not Normal are NaN.
+    columns RSNA_CLASSES. If there is a table of classes, exactly one class of each image is 1. Otherwise it is unknown
+    whether an image without an opacity is normal: its classes Normal and No Lung Opacity / Not Normal are NaN.
 
     image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
     patient has several. If RSNA's list of NIH images (MAPPING) is in the folder, `patient_id` is NIH's patient, so that
