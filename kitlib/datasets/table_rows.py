@@ -26,7 +26,7 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
     table = read_table_file(path, wanted.values(), source.faults)
     if "file" not in wanted:
         raise DatasetError(
-            f"{path.name}: the parameter `columns` has no key `file`; {_suggest_file(table, path, names, file_key)}"
+            f"{path.name}: the parameter `columns` has no key `{file_key}`; {_suggest_file(table, path, names, file_key)}"
         )
     check_columns(table, path, list(wanted.items()))
     rows = pd.DataFrame({key: table[name] for key, name in wanted.items()})
