@@ -38,10 +38,11 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
 
     image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
     `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas, and the most
-    specific one decides: `COVID-19, ARDS` is COVID-19. The images have the column `offset` of the table, in days, NaN if
-    unknown. A row without a patient is treated as a patient of its own. Left out and recorded in `Dataset.faults`: other
-    modalities and views; findings that are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file;
-    missing and damaged files. Raises DatasetError if the table is missing or lacks a column, or if no image remains.
+    specific one decides: `COVID-19, ARDS` is COVID-19. `images` has the table's column `offset`, in days, NaN if unknown. A
+    row without a patient is treated as a patient of its own. Left out and recorded in `Dataset.faults`: other modalities and
+    views; rows whose finding is not stated or not in FINDINGS; rows whose findings exclude one another; repeated rows for
+    one file; missing and damaged files. Raises DatasetError if the table is missing or lacks a column, or if no image
+    remains.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -96,7 +97,7 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
 
 
 def diagnosis_of(finding: str) -> str:
-    """Return the diagnosis (of DIAGNOSES) that a finding implies, or "" if the finding is unknown.
+    """Return the diagnosis (of DIAGNOSES) that a finding implies, or "" if it states none (blank, "todo" or "unknown").
 
     A finding is a path such as Pneumonia/Viral, or several paths separated by commas. In a path, the last part that is in
     FINDINGS decides, because it is the most specific. Raises ValueError if no part of a path is in FINDINGS, or if several
@@ -109,7 +110,7 @@ def diagnosis_of(finding: str) -> str:
             continue
         matches = [BY_NAME[part] for part in parts if part in BY_NAME]
         if not matches:
-            raise ValueError(f"the finding {path.strip()!r} is unknown")
+            raise ValueError(f"the kit does not know the finding {path.strip()!r}")
         diagnoses.add(matches[-1])
     # "other" does not contradict a pneumonia, and "pneumonia" does not contradict a pneumonia with a known germ.
     for vague in ("other", "pneumonia"):

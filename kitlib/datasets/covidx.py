@@ -1,4 +1,4 @@
-"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of each image's class and source."""
+"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets; text files list each image's class and source."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -29,19 +29,19 @@ HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/READM
 
 
 def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
+    """Read the images in the folders train, test and (if present) val; a text file (list) for each folder describes them.
 
-    A list is called `train.txt`, `train_COVIDx5.txt` or similar, and is next to the folder train or competition_train. If
+    The list is called `train.txt`, `train_COVIDx5.txt` or similar, and is next to the folder train or competition_train. If
     there are lists of several releases, `train.txt` is used, or else the latest release that has lists for both train and
     test; the other lists are not read, and a fault says so. Each line describes one image: patient, file, class and, except
     in older lists, source, separated by blanks. Patients and file names may also contain blanks: if a line can be divided in
     several ways, the first way in which the file exists is used. image_id is the file name without suffix, or with the
     suffix if two files have the same name. `split` is "test" for the official test set, otherwise "train".
 
-    Patient ids equal those from the kit's readers of the original data sets. RSNA's patientIds identify images, most of
-    which come from an NIH patient with several images. If RSNA's MAPPING is in the folder, NIH's patient ids are used;
-    otherwise a fault warns of leaks. Left out and recorded in `Dataset.faults`: invalid lines, repeated files, and missing
-    or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
+    A patient has the same id as when the kit reads the original data set. RSNA's patientIds identify images, most of which
+    come from an NIH patient with several images. If RSNA's list of NIH images (MAPPING) is in the folder, NIH's patient ids
+    are used; otherwise a fault warns of leaks. Left out and recorded in `Dataset.faults`: invalid lines, repeated files, and
+    missing or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -99,9 +99,9 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
 
 
 def _find_lists(source: DataFolder) -> dict[str, Path]:
-    """Return a dict that maps the parts train, test and, if available, val to the list files of one release.
+    """Return a dict from train, test and, if available, val to the text file that lists its images, all of one release.
 
-    Raises DatasetError if no release has both train and test, or if several folders have lists.
+    Raises DatasetError if no release has lists for both train and test, or if files of the same name differ.
     """
     releases: dict[str, dict[str, Path]] = {}
     for part in PARTS:
@@ -112,8 +112,8 @@ def _find_lists(source: DataFolder) -> dict[str, Path]:
     if not whole:
         found = sorted(path.name for lists in releases.values() for path in lists.values())
         raise DatasetError(
-            f"{source.folder} has no list train.txt with a list test.txt, or train_COVIDx5.txt with test_COVIDx5.txt, or "
-            f"similar; it has {', '.join(found) or 'no such list'}: {HOW_TO_GET}"
+            f"{source.folder} has no pair of lists such as train.txt and test.txt, or train_COVIDx5.txt and "
+            f"test_COVIDx5.txt; it has {', '.join(found) or 'no such list'}: {HOW_TO_GET}"
         )
     # train.txt first, otherwise the highest number: COVIDx10 is later than COVIDx9A.
     chosen = max(whole, key=lambda name: (name == ".txt", [int(digits) for digits in re.findall(r"\d+", name)], name))

@@ -45,15 +45,15 @@ PUBLISHED = {
 
 
 def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the images anywhere below `folder`, with their labels. Copies with resized images or renamed tables are read too.
+    """Read the images anywhere below `folder`, with labels and boxes. Resized images and renamed tables are read too.
 
     image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
     NIH_FINDINGS, 0 or 1. `images` has sex and age, as far as the table states them (`058Y` or 58; above 130 is unknown).
-    `boxes` has an additional column `finding`; boxes of resized images are scaled. If the official lists are present,
-    `split` is "train" or "test". Left out and recorded in `Dataset.faults`: rows without a file, files without a row,
-    invalid boxes, images with an unreadable header or an unknown finding, images in neither official list. Raises
-    DatasetError if the table of entries is missing or lacks a column, if one official list is present without the other, or
-    if no file is an image of the table.
+    `boxes` has an additional column `finding`; boxes of resized images are scaled. If the official lists of training and
+    test images are present, `split` is "train" or "test". Left out and recorded in `Dataset.faults`: rows without a file,
+    files without a row, invalid boxes, images with an unreadable header or an unknown finding, images in neither official
+    list. Raises DatasetError if the table of entries is missing or lacks a column, if one official list is present without
+    the other, or if no file is an image that the table lists.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -153,7 +153,7 @@ def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
     if len(missing) == 1:
         raise DatasetError(
             f"{source.folder} has one of the official lists {' and '.join(LISTS.values())}, but not {missing[0]}, so the "
-            "test images are unknown. Name an input with the other list in the parameter `beside`, or use a copy without"
+            "test images are unknown. Give an input with the other list in the parameter `beside`, or use neither list"
         )
     if missing:
         source.faults.add(", ".join(missing), "", "the official lists are missing; all images may be used for training")

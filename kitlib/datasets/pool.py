@@ -24,7 +24,7 @@ DIAGNOSED = {
 
 
 def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progress: bool = True, **own: Any) -> Dataset:
-    """Read the data sets in `parts` (key of READERS -> folder of the data set) as one Dataset.
+    """Read several data sets as one Dataset; `parts` maps the names of the data sets (keys of READERS) to their folders.
 
     Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES; exactly one class of each image is 1. Images
     whose diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that
@@ -64,22 +64,23 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
 
 
 def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool = True, **own: Any) -> Dataset:
-    """Read the data sets with lung masks in `parts` (key of READERS -> folder) as one Dataset, with their own labels.
+    """Read several data sets with lung masks as one Dataset; `parts` maps their names (keys of READERS) to their folders.
 
     The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
-    Shenzhen can be joined, as in UNet + HRNet, but neither of them with Darwin. An image_id that occurs in two sets is
-    prefixed with the set's name in both; a label that a set lacks is unknown (NaN). `own` are the parameters of `read_own`
-    for the part "table", the user's own images. Raises ValueError if a set has no masks, or if the conventions differ.
+    Shenzhen can be joined, as in UNet + HRNet, but neither of them with Darwin. An image_id that occurs in two data sets is
+    prefixed with the data set's name in both. Labels have the columns of all data sets; a label that a data set lacks is
+    unknown (NaN). `own` are the parameters of `read_own` for the part "table", the user's own images. Raises ValueError if
+    a data set has no masks, or if the conventions differ.
     """
     sets = read_parts(parts, progress, **own)
     without = [name for name, data in sets.items() if data.masks is None]
     if without:
-        raise ValueError(f"the data set {without[0]} has no masks; without classes, pool joins only sets with lung masks")
+        raise ValueError(f"the data set {without[0]} has no masks; a pool without classes requires masks in every data set")
     conventions = {name: ", ".join(sorted(set(data.images.convention))) for name, data in sets.items()}
     if len(set(conventions.values())) > 1:
         listing = ", ".join(f"{name} {convention}" for name, convention in conventions.items())
         raise ValueError(
-            f"the masks follow several conventions, which define lungs differently: {listing}; pool sets of one convention"
+            f"the masks follow several conventions, which define lungs differently: {listing}; pool data sets of only one"
         )
     ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
     clashing, images, labels, masks, faults, published = set(ids[ids.duplicated()]), [], [], [], [], Counter[str]()
@@ -118,9 +119,9 @@ def _prefix_clashing(image_ids: pd.Series, clashing: set[str], name: str) -> pd.
 
 
 def _with_diagnosis(data: Dataset, name: str) -> Dataset:
-    """Return a data set whose `images` have a column `diagnosis`; if it is missing, it is derived from labels by DIAGNOSED.
+    """Return `data` with a column `diagnosis` in `images`; if the column is missing, it is derived from the labels.
 
-    Raises ValueError if the data set `name` has no diagnoses and is not in DIAGNOSED.
+    Raises ValueError if the column is missing and DIAGNOSED does not say how to derive it for the data set `name`.
     """
     if "diagnosis" in data.images:
         return data
@@ -152,7 +153,7 @@ def _excluded_faults(images: pd.DataFrame, name: str, scheme: str) -> pd.DataFra
 
 
 def _fill_missing(images: pd.DataFrame) -> pd.DataFrame:
-    """Return `images` with "" in place of missing texts, and "train" in place of a missing `split`, if the column exists."""
+    """Return `images` with "" in place of missing texts. If there is a column `split`, its missing values become "train"."""
     if "split" in images:
         images["split"] = images.split.astype(object).where(images.split.notna(), "train")
     texts = [column for column in images if images[column].map(lambda cell: isinstance(cell, str)).any()]
@@ -165,7 +166,10 @@ def _join_faults(faults: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _published_counts(sets: dict[str, Dataset], scheme: str) -> dict[str, int]:
-    """Return class -> published number of images, without classes for which a data set has not published its number."""
+    """Return a dict from class to the published number of images, over all data sets.
+
+    A class is left out if a data set that has it published no number.
+    """
     counts: dict[str, int] = {}
     unknown = set()
     for data in sets.values():

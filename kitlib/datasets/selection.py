@@ -9,10 +9,10 @@ import pandas as pd
 def leave_out_young(images: pd.DataFrame, least_age: float) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return `images` without the images of patients younger than `least_age` years, and a table of counts.
 
-    Images of patients of unknown age are kept, because data sets of adults often omit the age, and one class more often than
-    another. The table has one row per source and diagnosis (if `images` has this column), and the numbers of images in the
-    columns images, younger (left out) and unknown_age (kept). Raises ValueError if `images` has no column `age`, or if no
-    image remains.
+    Images of unknown age are kept: data sets of adults often omit the age, and for one class more often than for another.
+    The table has one row per source and, if `images` has the column, per diagnosis. Its numbers of images are in the columns
+    images, younger (left out) and unknown_age (kept). Raises ValueError if `images` has no column `age`, or if no image
+    remains.
     """
     if "age" not in images:
         raise ValueError("least_age is set, but the data set states no ages; set least_age to 0")
@@ -51,7 +51,7 @@ def limit_diagnoses(images: pd.DataFrame, at_most: Mapping[str, int], seed: int 
     available = ", ".join(sorted(set(images.diagnosis)))
     for name, count in at_most.items():
         if name not in set(images.diagnosis) or type(count) is not int or count < 0:
-            raise ValueError(f"at_most has {name!r}: {count!r}; expected a whole number of images of one of: {available}")
+            raise ValueError(f"at_most has {name!r}: {count!r}; expected a whole number, 0 or more, for one of {available}")
     shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
     limit = shuffled.diagnosis.map(lambda name: at_most.get(name) or len(images))
     kept = shuffled.groupby("diagnosis").cumcount() < limit

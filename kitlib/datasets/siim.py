@@ -37,12 +37,12 @@ MAX_DEPTH = 4  # folders below `train` or `test` in which files are searched; th
 
 @dataclass(frozen=True)
 class SiimTest:
-    """The test set: its images, its faults, and the ids of studies and images that need a row in a submission."""
+    """The test set: its images, its faults, and the ids of its studies, of its images and of a submission's rows."""
 
     images: pd.DataFrame  # an `images` table, one row per file; rows and columns are 0 if the header cannot be read
     faults: pd.DataFrame  # see Dataset.faults
-    study_ids: tuple[str, ...]  # studies that need a row: those of the sample in its order, then others that have files
-    image_ids: tuple[str, ...]  # images that need a row: those of the sample in its order, then others that have files
+    study_ids: tuple[str, ...]  # the studies in the sample submission, in its order; then other studies that have files
+    image_ids: tuple[str, ...]  # the images in the sample submission, in its order; then other images that have files
     sample_ids: tuple[str, ...]  # the sample submission's ids (..._study, ..._image), each once; empty if it has none
 
     @property
@@ -57,9 +57,10 @@ class SiimTest:
 def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the competition's training images, study labels and boxes (in the files' pixels, cut at the image's edges).
 
-    The images are the DICOM files train/<study>/<series>/<image>.dcm, or, in resized copies, PNG or JPEG files below a
-    folder train that are named after the image ids; copies need the table SIZES. Copies have no headers, so each study
-    counts as a patient. The label tables may be in an additional folder (see DataFolder).
+    The images are the DICOM files train/<study>/<series>/<image>.dcm, or PNG or JPEG files below a folder train that are
+    named after the image ids. PNG and JPEG files may be resized, so the table `meta.csv` must state the original sizes; they
+    have no DICOM headers, so each study counts as a patient. The label tables may be in an additional folder (see
+    DataFolder).
 
     `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
     study, so the missing box means nothing. Such images are in the tables, but in no fold.
@@ -67,7 +68,7 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     Left out and recorded in `Dataset.faults`: rows without a file, files without a row, images without a study label, images
     with an unreadable header (because their patient is unknown) or an invalid box (because the image would be taken for
     healthy). Raises DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an
-    image of the table.
+    image that the table lists.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -129,17 +130,17 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
-    """Return the test images below `folder`/test, and the ids of all studies and images that need a row in a submission.
+    """Return the SIIM test set: the images below `folder`/test, and the ids that need a row in a submission.
 
     Test files have paths <study>/<series>/<image>.dcm. Files with other paths or suffixes are read too if the sample
-    submission has their image id; such a file belongs to the study of the sample submission that is named in its path,
-    otherwise to the study in its header. With `headers=False` no file is opened, which is fast: each study then counts as a
-    patient, sizes are 0, and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
+    submission has their image id. Such a file belongs to the study in its path, if the sample submission has this study,
+    otherwise to the study in its header. If `headers` is False, no file is opened, which is fast: each study then counts as
+    a patient, sizes are 0, and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
 
-    The files and the sample submission need not have the same ids, because the public and the hidden test set differ, and
-    either may have no study or no image. An id that is only in the files or only in the sample submission is a fault, but it
-    still gets a row. An image with an unreadable header gets a row too; the study in its path is then used as study and as
-    patient. Raises DatasetError if there are no ids, because neither a sample submission nor a test file can be used.
+    The files and the sample submission need not have the same ids, because the public and the hidden test set differ. An id
+    that is in only one of them is a fault. The ids that need a row are those in the sample submission, with or without a
+    file; without a sample submission, they are those of the files. If an image's header cannot be read, the study in its
+    path is used as study and as patient. Raises DatasetError if neither a sample submission nor a test file can be used.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -185,9 +186,9 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd.DataFrame:
-    """Return `images` in which images without a known study get the study id from their DICOM header.
+    """Return `images` with the study id from the DICOM header for each image whose study was unknown.
 
-    An image without a known study has its own image_id as study_id. It keeps this id if its file cannot be read, or if the
+    The study of an image is unknown if its study_id is its image_id. It stays unknown if the file cannot be read, or if the
     study in the header is not in `study_ids`.
     """
     unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
@@ -222,7 +223,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
         try:
             image_boxes = _parse_boxes(row.boxes)
             if bool(image_boxes) != row.label.startswith("opacity"):
-                raise ValueError(f"boxes and label disagree: {row.label[:60]!r}")
+                raise ValueError(f"the column label, {row.label[:60]!r}, contradicts the column boxes")
         except ValueError as error:
             faults.add(IMAGE_TABLE, row.id, f"{error}; left out")
             continue
@@ -300,12 +301,13 @@ def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
 def _find_files(
     root: Path, faults: Faults, study_ids: Collection[str] = (), image_ids: Collection[str] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of all folders in `root`.
+    """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of the studies in `root`.
 
-    The table is sorted by image_id and has the columns image_id, study_id and path. Files whose name is one of `image_ids`
-    may also be in other places and have another suffix or none; if no study is in its path, the study_id of such a file is
-    its image_id. If several files have the same image_id, files below a study of `study_ids` are preferred, then files with
-    the usual path, then the first path in alphabetical order. Files that are not used are faults.
+    The table is sorted by image_id and has the columns image_id, study_id and path. The studies are the names of the folders
+    directly in `root`. Files whose name is one of `image_ids` may also be in other places and have another suffix or none;
+    if the path of such a file contains none of `study_ids`, the study_id is the image_id. If several files have the same
+    image_id, files below one of `study_ids` are preferred, then files with the usual path, then usual suffixes, then the
+    first path in alphabetical order. Files that are not used are faults.
     """
     candidates, studies = [], []
 

@@ -28,9 +28,9 @@ def read_train_images(
 
     The files are DICOM, PNG or JPEG. `table` is the file that lists the ids, for messages; `name` becomes the images'
     `source`. `patients` maps an image_id to its patient; an image without a patient is its own patient. Files in folders of
-    test images are used only if `in_test_folders` is True, and files in folders of masks never. Added to the faults of
-    `source`: images without a file, files without a row, and images with an unreadable header. Raises DatasetError, whose
-    message ends with `how_to_get`, if no file is one of the images.
+    test images are used only if `in_test_folders` is True; files in folders of masks are never used. Added to the faults of
+    `source`: ids without a file, files without an id, and images with an unreadable header. Raises DatasetError, whose
+    message ends with `how_to_get`, if no file is named after one of `ids`.
     """
 
     def is_test(path: Path) -> bool:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
-    """Return a wrapper of `read`, a function that reads a file; it raises UnreadableXray in place of any other error."""
+    """Return `read`, a function that reads a file, wrapped so that UnreadableXray replaces every other error."""
 
     @wraps(read)
     def wrapper(path: str | Path) -> T:
@@ -50,15 +50,14 @@ class Xray:
 
 @_raises_unreadable_xray
 def decode_xray(path: str | Path) -> Xray:
-    """Decode a DICOM file; returns an Xray with pixels for display, and warnings about the file.
+    """Decode the first frame of a DICOM file; return an Xray with pixels for display, and warnings about the file.
 
-    Applies the modality LUT and the VOI LUT, inverts MONOCHROME1 images, then maps minimum..maximum to 0..255. Only the
-    first frame, the first VOI LUT and the first window are used; a VOI LUT is preferred to a window. PresentationLUTShape
-    INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are black and do not affect the minimum or
-    maximum. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored, with a
-    warning. Float values that are not finite become black. A PALETTE COLOR image is read if its palette is grey. Images of
-    other modalities, such as CT, are read, with a warning (see kitlib.xrays.modality). Raises UnreadableXray if the file
-    cannot be read as an X-ray.
+    Applies the modality LUT, then the first VOI LUT or, if there is none, the first window; inverts MONOCHROME1 images; then
+    maps minimum..maximum to 0..255. PresentationLUTShape is ignored: its value INVERSE only repeats MONOCHROME1. Padding
+    (PixelPaddingValue) and float values that are not finite become black, and do not affect the minimum and maximum. A
+    constant image becomes black. Colour images are converted to luma. PALETTE COLOR is read if the palette is grey. Invalid
+    header elements are ignored, with a warning. Images of other modalities, such as CT, are decoded, with a warning (see
+    kitlib.xrays.modality). Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     return _show(elements, read_stored(elements, syntax))

@@ -238,10 +238,10 @@ def _read_float_padding(elements: Elements, prefix: str) -> tuple[float, float] 
 
 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
-    """Return the transfer syntax of pixel data that are not encapsulated: `syntax`, the stated one, unless it is wrong.
+    """Return the transfer syntax of pixel data that are not encapsulated: usually `syntax`, the one that the file states.
 
-    It is wrong if it is a syntax for compressed data, but the data are as long as `values` uncompressed values. The result
-    is then Explicit VR Little Endian.
+    If `syntax` is for compressed data, but the data are as long as `values` uncompressed values, the result is Explicit VR
+    Little Endian.
     """
     allocated, length = elements.whole("BitsAllocated", 16), len(elements.raw("PixelData"))
     is_plain = syntax in COMPRESSED and 0 <= length - values * allocated // 8 <= 1
@@ -251,8 +251,8 @@ def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
 def _check_length(length: int, expected: int) -> list[str]:
     """Return a list with a warning if uncompressed pixel data are a little too long, otherwise an empty list.
 
-    `length` and `expected` are in bytes. Raises ValueError if the data are too long by more than the share MAX_EXTRA,
-    because the rows, columns, samples or bits in the header are then wrong.
+    `length` and `expected` are in bytes. Raises ValueError if the data are too long by more than the share MAX_EXTRA of
+    `expected`: the rows, columns, samples or bits in the header are then wrong.
     """
     extra = length - expected
     if extra <= 1:  # data of odd length are padded

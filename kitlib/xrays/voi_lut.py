@@ -102,7 +102,7 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
     `values` are the distinct values that occur in the image; `counts` (n,) is the number of pixels with each value. After
     the transforms, the minimum becomes 0, the maximum 255, and fractions are truncated (as in `(255 * x).astype(uint8)`). If
     there is only one value, its grey is 0. A transform that maps all values to one grey is ignored. A VOI LUT or window is
-    also ignored if it makes more than the share ONE_END of the pixels black, or white, although their stored values differ.
+    also ignored if it makes nearly all pixels (a share above ONE_END) black, or white, although their stored values differ.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
@@ -129,7 +129,7 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
 
 
 def _shows_one_end(shown: np.ndarray, counts: np.ndarray | None) -> bool:
-    """Return whether more than the share ONE_END of the pixels became black, or white, although their stored values differ.
+    """Return whether nearly all pixels (a share above ONE_END) became black, or white, although their stored values differ.
 
     `shown` (n,) is the grey of each stored value, `counts` (n,) the number of pixels with this value.
     """

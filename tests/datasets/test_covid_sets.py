@@ -71,7 +71,7 @@ def test_covidx_older_lists_and_several(tmp_path):
     images = read_covidx(tmp_path, progress=False).images
     assert images.patient_id.tolist() == ["covidx-covidx-9"] * 2 and sorted(images.image_id) == ["a", "b"]
     (tmp_path / "test_COVIDx2.txt").unlink()
-    with pytest.raises(DatasetError, match=r"no list train\.txt with a list test\.txt.*it has train\.txt, train_COVIDx10"):
+    with pytest.raises(DatasetError, match=r"no pair of lists such as train\.txt.*it has train\.txt, train_COVIDx10"):
         read_covidx(tmp_path, progress=False)
 
 

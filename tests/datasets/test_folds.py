@@ -202,7 +202,7 @@ def test_an_impossible_share_is_refused(share):
     images, labels, _ = tables([0, 1, 2], [0, 1, 2], [False] * 3)
     with pytest.raises(ValueError, match=f"share of test images is {share}"):
         hold_out_test(images, labels, share)
-    with pytest.raises(ValueError, match="1 groups of patients cannot be split"):
+    with pytest.raises(ValueError, match="requires two or more groups of patients; the images have 1"):
         hold_out_test(images.assign(patient_id="p"), labels, 0.5)
 
 

@@ -216,7 +216,7 @@ def test_rows_files_and_studies_that_do_not_match_are_reported(layout):
         "orphan_image": "study 's8' has no usable row",
         "wrong": "does not end in _image",
         "c_image": "occurs again",
-        "liar_image": "disagree",
+        "liar_image": "contradicts the column boxes",
         "s7_study": "1 for exactly one class",
         "s6_study": "no usable image",
     }.items():
