@@ -1,5 +1,7 @@
 """Finds the prepared run (notebook 10) that the models of a run were trained on, and checks it by fingerprints."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
@@ -17,7 +19,9 @@ class PreparedRuns:
     """
 
     def __init__(self, runs: list[ListedRun]) -> None:
-        self._unread = [run.folder for run in runs if run.kind == "prepared" and run.state == "finished"]
+        prepared = [run for run in runs if run.kind == "prepared" and run.state == "finished"]
+        self._unread = [run.folder.resolve() for run in prepared]
+        self._read: set[Path] = set()
         self._by_fingerprint: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
 
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
@@ -28,12 +32,15 @@ class PreparedRuns:
         """
         named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
-        self._unread.sort(key=lambda folder: named is None or folder.resolve() != named.resolve())
-        if named is not None and named not in self._unread:
-            self._unread.insert(0, named)
+        if named is not None and named.resolve() not in self._read:
+            self._unread.insert(0, named.resolve())
         while fingerprint not in self._by_fingerprint and self._unread:
+            folder = self._unread.pop(0)
+            if folder in self._read:
+                continue
+            self._read.add(folder)
             try:
-                tables = read_prepared(self._unread.pop(0))
+                tables = read_prepared(folder)
             except (OSError, ValueError):
                 continue  # the leaderboard has a row for that run, whose remark states the error
             self._by_fingerprint[data_fingerprint(**tables)] = data_fingerprint(folds=tables["folds"]), tables
