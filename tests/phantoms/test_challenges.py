@@ -151,5 +151,5 @@ def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(written, tmp_
     with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_challenge(tmp_path, "rsna-pneumonia", **SMALL)
     for wrong in ({"images": 2}, {"side": 31}):
-        with pytest.raises(ValueError, match="at least 3 images of 32 pixels"):
+        with pytest.raises(ValueError, match="images >= 3 and side >= 32"):
             write_challenge(tmp_path / "other", "rsna-pneumonia", **(SMALL | wrong))
