@@ -27,8 +27,8 @@ class PreparedRuns:
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
         """Find the prepared run whose data have this `fingerprint`; return the fingerprint of its folds, and its tables.
 
-        Searches the run in the parameter `prepare_run` of `run`, even if it is not listed, and then the listed runs. Returns
-        None if no run matches.
+        Searches first the prepared run that the parameter `prepare_run` of `run` names (it need not be listed), then the
+        listed runs. Returns None if no prepared run matches.
         """
         named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
@@ -49,10 +49,10 @@ class PreparedRuns:
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
         """Find the prepared run that `runs` were trained on; return the fingerprint of its folds, and its tables.
 
-        `runs` are one run of an ensemble, or the runs with the nested folds of one model. Their networks were trained on
-        parts of the prepared run, so data fingerprints cannot find it. It is found by the parameter `prepare_run` of the
-        first of `runs`. Raises RunError if the prepared run does not exist, if the metrics of one of `runs` have another
-        fingerprint of the folds, or if a network's training data are not the prepared run's data minus its outer fold.
+        `runs` are one run of an ensemble, or all runs that trained nested folds of one model. Each network was trained on
+        only a part of the prepared run, so `find` cannot find it; the parameter `prepare_run` of the first of `runs` names
+        it. Raises RunError if the prepared run does not exist, if its folds have another fingerprint than those of one of
+        `runs`, or if a network's training data are not the prepared run's data minus the outer fold.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run.folder)
@@ -72,5 +72,5 @@ class PreparedRuns:
                     part = {**tables, "folds": folds[folds["fold"] != int(outer)]}
                     fingerprint_without[outer] = data_fingerprint(**part)
                 if metrics.get("data_fingerprint") != fingerprint_without[outer]:
-                    raise RunError(f"fold {name} of {trained.name} was not trained on {folder} without fold {outer}")
+                    raise RunError(f"fold {name} of {trained.name} has training data other than {folder} minus fold {outer}")
         return fingerprint, tables

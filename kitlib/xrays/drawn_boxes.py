@@ -78,7 +78,7 @@ def draw_boxes(
     all_boxes = list(_as_dictionaries(boxes))
     for box in all_boxes:
         if missing := [side for side in BOX if side not in box]:
-            raise ValueError(f"a box lacks {', '.join(missing)}; it has the keys {', '.join(map(str, box))}")
+            raise ValueError(f"a box lacks the keys {missing}; it has the keys {list(box)}")
     colours = finding_colours(findings or {str(box["finding"]) for box in all_boxes if "finding" in box})
     shown = [box for box in all_boxes if float(box.get("score", 1.0)) >= min_score]
     shown.sort(key=lambda box: float(box.get("score", 1.0)), reverse=True)

@@ -66,7 +66,7 @@ def test_mask_sets_of_one_convention_are_pooled_and_others_refused(parts, tmp_pa
     assert set(data.masks.image_id) == {image_id for each in single for image_id in each.masks.image_id}
     assert data.labels.id.tolist() == data.images.study_id.tolist() and data.labels.notna().all(axis=None)
     assert (data.published["images"], data.published["masks"]) == (138 + 662, 138 + 566)
-    with pytest.raises(ValueError, match=r"several conventions, .*: montgomery lung_fields, darwin with_heart; pool"):
+    with pytest.raises(ValueError, match=r"several conventions, .*: montgomery lung_fields, darwin with_heart\. Pool"):
         read_mask_pool({name: sets[name] for name in ("montgomery", "darwin")}, progress=False)
     with pytest.raises(ValueError, match="kermany has no masks; a pool without classes requires masks in every data set"):
         read_mask_pool({"kermany": parts["kermany"]}, progress=False)

@@ -330,7 +330,7 @@ def test_own_images_are_pooled_with_published_ones(tmp_path):
         "COVID-19": 2, "normal": 2, "viral": 2
     }  # fmt: skip
     assert pool.images.patient_id.str.startswith(("radiography-", "kermany-")).all()
-    with pytest.raises(ValueError, match="rename them by class_names"):
+    with pytest.raises(ValueError, match="rename your classes to diagnoses by `class_names`"):
         read_pool(parts, "three", False, **WITH_MASKS)
     with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images: set dataset"):
         read_pool({"kermany": parts["kermany"]}, "three", False, **own)

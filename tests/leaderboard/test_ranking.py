@@ -385,4 +385,4 @@ def test_nested_models_of_other_data_have_no_score(tmp_path):
     prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
     nested_run(tmp_path / "learner", "learner", 0)
     remark = board(tmp_path).table.set_index("name").remark["learner"]
-    assert "fold 0/1 of learner was not trained on" in remark
+    assert "fold 0/1 of learner has training data other than" in remark
