@@ -1,7 +1,7 @@
 """Masks as text: relative run lengths, as in SIIM-ACR Pneumothorax Segmentation.
 
-A mask is written as pairs of numbers, `gap run gap run ...`: the pixels from the end of the previous run to the next run,
-and the pixels of that run. Pixels are numbered from 0 down the columns of the image. `-1` is an empty mask.
+A mask is written as pairs of numbers, `gap run gap run ...`: a gap is the number of pixels since the previous run, a run
+the number of mask pixels that follow. Pixels are numbered from 0 down the columns of the image. `-1` is an empty mask.
 """
 
 import re
@@ -56,10 +56,10 @@ def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.nda
 
 
 def parse_runs(text: str, pixels: int = SIDE * SIDE) -> tuple[np.ndarray, list[str]]:
-    """Return the runs (n, 2) in `text`, the run lengths of a mask, and a list of problems.
+    """Return the runs (n, 2) of the mask that the run lengths in `text` describe, and a list of the problems of `text`.
 
-    A run is its first pixel and the pixel after its last. `pixels` is the number of pixels of the image. If there is any
-    problem, no runs are returned.
+    A run is a row: its first pixel, and the pixel after its last. `pixels` is the number of pixels of the image. If there is
+    any problem, no runs are returned.
     """
     words = text.split()
     if words == [EMPTY]:

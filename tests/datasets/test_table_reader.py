@@ -159,7 +159,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Image\nx0,A\n", {"columns": {"file": "Image"}}, "has 2 columns 'Image'"),
         ("Image,Class\nx0,A,B\n", {}, "a line has more cells than the first"),
         ("Image,Class\n", {}, "has no row below its first line"),
-        ("", {"table": "labels.csv", "columns": NAMED}, "has no file 'labels.csv' .*; its tables are: book.xlsx"),
+        ("", {"table": "labels.csv", "columns": NAMED}, "has no file 'labels.csv' .*; available tables: book.xlsx"),
         ("", {"table": "book.xlsx", "columns": NAMED}, "save its sheet as `CSV UTF-8`"),
         ("", {"columns": NAMED}, "the parameter `columns` has file, label, but `table` is not set"),
         (

@@ -176,9 +176,7 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 
 
 def test_a_border_probe_is_refused_if_the_canvas_or_mask_hides_the_border():
-    with pytest.raises(
-        SettingsError, match="the middle 224 pixels of a canvas of 336, which does not include the border; set canvas=0"
-    ):
+    with pytest.raises(SettingsError, match="crops away the border: canvas is 336 and image_size is 224; set canvas=0"):
         override(FindingsRecipe(), probe="border", canvas=336)
     with pytest.raises(SettingsError, match="masked blackens everything outside the lungs; set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)

@@ -187,7 +187,7 @@ def test_a_class_without_images_is_reported_and_left_out_of_the_score(tmp_path):
 
 
 def test_settings_that_do_not_fit_the_classes_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"judged_by='macro_f1': valid only if .* set multi_label=False"):
+    with pytest.raises(ValueError, match=r"judged_by='macro_f1' can be used only if .* set multi_label=False"):
         train(tmp_path, recipe=override(RECIPE, judged_by="macro_f1"))
     small = SmallFindings(32)
     small.labels["Edema"] = 0.0
