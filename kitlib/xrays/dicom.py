@@ -88,10 +88,10 @@ def read_header(path: str | Path) -> XrayHeader:
 
 
 def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
-    """Return an Xray, with pixels for display, for stored grey values that were extracted from a DICOM file.
+    """Convert stored grey values that were extracted from a DICOM file to an Xray, which has pixels for display.
 
-    `patterns` has the stored values, uint16 (rows, columns), for example from a 16-bit PNG; `elements` has the DICOM header.
-    Raises ValueError, or any exception of pydicom, if `elements` are invalid or have a palette of colours.
+    `patterns` are the stored values, uint16 (rows, columns), for example from a 16-bit PNG; `elements` is the DICOM header.
+    Raises ValueError, or any exception of pydicom, if the header is invalid or has a colour palette.
     """
     return _show(elements, read_stored_array(elements, patterns))
 
@@ -120,7 +120,7 @@ def _luma(patterns: np.ndarray) -> np.ndarray:
 
 
 def _through_palette(elements: Elements, stored: StoredFrame) -> StoredFrame:
-    """Return a PALETTE COLOR frame with its indices replaced by the palette's greys. Raises ValueError if it has colours."""
+    """Return a PALETTE COLOR frame with its indices replaced by greys. Raises ValueError if the palette has colours."""
     colours = apply_color_lut(values_of(stored.patterns, stored.bits, stored.signed), elements.dataset)
     if (colours != colours[..., :1]).any():
         raise ValueError("PALETTE COLOR with a palette of colours; expected grey values, or a palette of greys")

@@ -121,7 +121,7 @@ def test_a_pneumothorax_is_darker_than_the_mirrored_lung(tmp_path):
 def test_unknown_names_other_sides_and_a_missing_truth_are_refused(tmp_path):
     for name, sizes, message in (
         ("siim", {}, "unknown competition 'siim'; valid: vinbigdata"),
-        ("siim-acr", {"side": 512}, "side is 512, but the images of siim-acr always have 1024"),
+        ("siim-acr", {"side": 512}, "`side` is 512, but images of 'siim-acr' always have 1024"),
         ("ranzcr-clip", {"test_images": 5}, "test images require `truth`"),
     ):
         with pytest.raises(ValueError, match=message):

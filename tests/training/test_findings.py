@@ -358,9 +358,9 @@ def test_training_images_with_the_same_labels_are_refused(tmp_path, multi_label)
     small, recipe = SmallFindings(), override(RECIPE, multi_label=multi_label)
     small.labels = small.labels.assign(**{"Mass": 1.0, "No Finding": 0.0})
     # The fold that is validated on has the other half of the images; the limit leaves a patient of one class.
-    with pytest.raises(DatasetError, match=r"all 16 training images have the same labels \(Mass\).* in notebook 10"):
+    with pytest.raises(DatasetError, match=r"all 16 training images have the same labels \(Mass\).* `pool` in notebook 10"):
         train(tmp_path, small, recipe)
-    with pytest.raises(DatasetError, match=r"all 4 training images .* raise limit_train, which is 4"):
+    with pytest.raises(DatasetError, match=r"all 4 training images .* raise `limit_train`, which is 4"):
         train(tmp_path, SmallFindings(), recipe, limit_train=4)
     small.labels = small.labels[["id"]]
     with pytest.raises(DatasetError, match="the prepared run has no labels; in notebook 10, give `label`"):

@@ -215,7 +215,7 @@ def test_trainings_that_processes_cannot_share_are_refused(tmp_path):
         train_folds(task(), [0, 1], tmp_path, at_once=2, processes=2)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)
-    with pytest.raises(ValueError, match="stages that unfreeze later cannot be trained by several processes"):
+    with pytest.raises(ValueError, match="several processes cannot train stages of the backbone that are unfrozen later"):
         train_folds(task(override(ALONE, frozen_backbone=True, unfreeze_every=2)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="a yolo cannot be trained by several processes"):
         train_folds(task(DetectorRecipe(family="yolo", batch_size=4)), [1], tmp_path, processes=2)
