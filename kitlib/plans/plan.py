@@ -356,8 +356,8 @@ def _plan_run(
     if step.notebook:
         notebook = project_root() / "notebooks" / f"{step.notebook}.ipynb"
         if not notebook.is_file():
-            available = ", ".join(sorted(other.stem for other in notebook.parent.glob("*.ipynb")))
-            raise PlanError(f"the notebook {step.notebook!r} does not exist; available: {available}")
+            existing = ", ".join(sorted(other.stem for other in notebook.parent.glob("*.ipynb")))
+            raise PlanError(f"the notebook {step.notebook!r} does not exist; available: {existing}")
         parameters = {**parameters, "run_folder": folders[run_name]}
         check_parameters(notebook, parameters)
         check_recipe(read_parameters(notebook), parameters)

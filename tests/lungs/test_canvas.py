@@ -178,6 +178,6 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 def test_a_border_probe_is_refused_if_the_canvas_or_mask_hides_the_border():
     with pytest.raises(SettingsError, match="crops away the border: canvas is 336 and image_size is 224; set canvas=0"):
         override(FindingsRecipe(), probe="border", canvas=336)
-    with pytest.raises(SettingsError, match="masked blackens everything outside the lungs; set masked=False"):
+    with pytest.raises(SettingsError, match="masked=True blackens everything outside the lungs; set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)
     assert read_canvas({"image_size": 32}, 64) == read_canvas(override(StudyRecipe(), image_size=64))
