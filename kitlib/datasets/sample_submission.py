@@ -30,9 +30,9 @@ class Sample:
 def read_sample(path: str | Path) -> Sample:
     """Return the ids in a sample submission and the repairs that were needed; log a warning for each repair.
 
-    The ids are in the column that has most cells ending in _study or _image, so the columns may have any names and any
-    order, and the header may be missing. Blanks around ids are removed. Cells may be separated by commas, semicolons or
-    tabs; the file may be UTF-8, Latin-1, or UTF-16 with a byte order mark. Raises SubmissionError if the file cannot be
+    The ids are read from the column with the largest number of cells ending in _study or _image. Columns may have any names
+    and any order, and the header may be missing. Blanks around ids are removed. Cells may be separated by commas, semicolons
+    or tabs. The file may be UTF-8, Latin-1, or UTF-16 with a byte order mark. Raises SubmissionError if the file cannot be
     opened or has no id.
     """
     try:

@@ -17,9 +17,9 @@ USUAL_QUANTILE, USUAL_FILES = 0.1, 10
 class FileLimits:
     """Decides how many seconds each file may take to decode: at most `longest_s`, less after many slow files.
 
-    A single file that takes nearly `longest_s` does no harm, but a thousand such files would use up all the time. `seconds`
-    is the time available for all work; decoding `files` files in `workers` processes is a part of this work. Call
-    `next_limit` before each file and `count` with each Outcome.
+    A single file that takes nearly `longest_s` does no harm, but a thousand such files would use up all the time. `files` is
+    the number of files, `workers` the number of decoding processes. `seconds` is the time for all work, not only for
+    decoding. Call `next_limit` before each file and `count` with each Outcome.
     """
 
     def __init__(self, longest_s: float, seconds: float, workers: int, files: int) -> None:

@@ -177,7 +177,7 @@ def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
     leaderboard = board(tmp_path)
     remarks = leaderboard.table.set_index("name").remark
     assert leaderboard.rankings() == {} and (leaderboard.table.state == "finished").all()
-    assert "16 predictions are not out of fold; the first is for study000 by model" in remarks["in_sample"]
+    assert "16 predictions are not out of fold; the first is for 'study000' by model" in remarks["in_sample"]
     assert "the prepared run that it was trained on" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
     assert remarks["damaged"].startswith("no score: ") and "metrics.json says 0.1250" in remarks["damaged"]
     assert "its folds cannot be read" in remarks["broken_prepare"]
