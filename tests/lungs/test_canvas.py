@@ -121,6 +121,11 @@ def test_a_border_is_a_tenth_of_the_side(side, edge):
     assert (shown[edge:-edge, edge:-edge] == 0).all() and (shown[:edge] == 200).all()
 
 
+def test_the_border_of_a_wide_image_is_a_tenth_of_either_side():
+    shown = keep_border(np.full((40, 100), 200, np.uint8))
+    assert (shown[4:-4, 10:-10] == 0).all() and (shown == 0).sum() == 32 * 80
+
+
 def test_no_pixel_of_the_lungs_reaches_a_probe_that_does_not_look_at_them():
     small, other = SmallXrays(8), SmallXrays(8)
     finder, recipe = Finder(["image003"]), override(STILL, lungs="masks", probe="outside_lungs", placement="stretch")
