@@ -57,7 +57,7 @@ class SiimTest:
 def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the competition's training images, study labels and boxes (in the files' pixels, cut at the image's edges).
 
-    The images are the DICOM files train/<study>/<series>/<image>.dcm, or PNG or JPEG files below a folder train that are
+    The images are the DICOM files train/<study>/<series>/<image>.dcm, or PNG or JPEG files below the folder `train` that are
     named after the image ids. PNG and JPEG files may be resized, so the table `meta.csv` must state the original sizes; they
     have no DICOM headers, so each study counts as a patient. The label tables may be in an additional folder (see
     DataFolder).
@@ -67,8 +67,8 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 
     Left out and recorded in `Dataset.faults`: rows without a file, files without a row, images without a study label, images
     with an unreadable header (because their patient is unknown) or an invalid box (because the image would be taken for
-    healthy). Raises DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an
-    image that the table lists.
+    healthy). Raises DatasetError if the folder `train`, a CSV file or a column is missing, or if the table lists none of the
+    files below `train`.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -102,7 +102,7 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
     """Return a table of the training files with the columns image_id, path and study_id (as in `_find_files`).
 
-    Raises DatasetError if there is no folder train, or none of its files is an image of `rows`.
+    Raises DatasetError if there is no folder `train`, or if `rows` lists none of the files below this folder.
     """
     trains = dict.fromkeys(
         path.parents[len(names) - 1 - names.index("train")]
@@ -122,9 +122,9 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
         first = f", the first is {source.name(found[0])}" if found else ""
         wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
         raise DatasetError(
-            f"{source.folder / 'train'} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm, or "
-            f"a PNG or JPEG copy, of the {len(rows)} images in {IMAGE_TABLE}{wanted}: unpack the competition's training "
-            "files there, see inputs/README.md"
+            f"{source.folder / 'train'} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm of "
+            f"the {len(rows)} images in {IMAGE_TABLE}{wanted}, or a PNG or JPEG copy. Unpack the competition's training "
+            "files in this folder, see inputs/README.md"
         )
     return files
 
@@ -133,14 +133,14 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     """Return the SIIM test set: the images below `folder`/test, and the ids that need a row in a submission.
 
     Test files have paths <study>/<series>/<image>.dcm. Files with other paths or suffixes are read too if the sample
-    submission has their image id. Such a file belongs to the study in its path, if the sample submission has this study,
-    otherwise to the study in its header. If `headers` is False, no file is opened, which is fast: each study then counts as
-    a patient, sizes are 0, and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
+    submission has their image id. If the path of such a file contains a study in the sample submission, this is the file's
+    study; otherwise, the study in the header is. If `headers` is False, no file is opened, which is fast: each study counts
+    as a patient, sizes are 0, and an image without a study in its path has its own id as study_id (see
+    `studies_from_headers`). If an image's header cannot be read, its study counts as its patient.
 
-    The files and the sample submission need not have the same ids, because the public and the hidden test set differ. An id
-    that is in only one of them is a fault. The ids that need a row are those in the sample submission, with or without a
-    file; without a sample submission, they are those of the files. If an image's header cannot be read, the study in its
-    path is used as study and as patient. Raises DatasetError if neither a sample submission nor a test file can be used.
+    The public and the hidden test set differ, so files and sample submission need not have the same ids. Ids without a file
+    and files' ids that the sample submission lacks are faults. The sample submission's ids need a row or, if it
+    has none, the files' ids. Raises DatasetError if there are neither ids in the sample submission nor usable test files.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -148,7 +148,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not sample_ids and not test.is_dir():
         problems = "".join(f"; {file}: {problem}" for file, _, problem in faults.rows)
         raise DatasetError(
-            f"{folder} has neither {SAMPLE} with ids nor a folder test; see inputs/README.md for its layout{problems}"
+            f"{folder} has neither ids in {SAMPLE} nor a folder 'test'; inputs/README.md shows the layout{problems}"
         )
     listed: dict[str, list[str]] = {"study": [], "image": []}
     for name in sample_ids:
@@ -160,8 +160,8 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not sample_ids and files.empty:
         problems = "; ".join(f"{file} {row}: {problem}" for file, row, problem in faults.rows[:3])
         raise DatasetError(
-            f"{test} has no file of the form <study>/<series>/<image>.dcm, and {SAMPLE} no ids, so a submission would have "
-            f"no row; there are {len(faults.rows)} faults, the first: {problems or 'none, because the folder is empty'}"
+            f"a submission would have no rows: {test} has no file of the form <study>/<series>/<image>.dcm, and {SAMPLE} "
+            f"has no ids. The first of {len(faults.rows)} faults: {problems or 'none, because the folder is empty'}"
         )
     ids: dict[str, tuple[str, ...]] = {}
     for kind, names in (("study", studies), ("image", files.image_id.tolist())):
@@ -202,9 +202,9 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
 
     The files may be anywhere below `folder`, or in additional folders if `folder` is a DataFolder.
 
-    Boxes are in original pixels and may reach beyond their images, whose sizes are in the DICOM files. The table of images
-    has the columns image_id, study_id and false_none. Invalid rows are left out, with a fault. Raises DatasetError if a file
-    or a column is missing.
+    Boxes are in original pixels. They may reach beyond the edges of the images, because the CSV files have no image sizes.
+    The table of images has the columns image_id, study_id and false_none. Invalid rows are left out and recorded as faults.
+    Raises DatasetError if a file or a column is missing.
     """
     source = DataFolder.of(folder)
     faults, how_to_get = source.faults, "copy the competition's file there, see inputs/README.md"
@@ -223,7 +223,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
         try:
             image_boxes = _parse_boxes(row.boxes)
             if bool(image_boxes) != row.label.startswith("opacity"):
-                raise ValueError(f"the column label, {row.label[:60]!r}, contradicts the column boxes")
+                raise ValueError(f"{row.label[:60]!r} in the column 'label' contradicts the column 'boxes'")
         except ValueError as error:
             faults.add(IMAGE_TABLE, row.id, f"{error}; left out")
             continue
@@ -248,7 +248,7 @@ def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
 
 
 def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
-    """Return the ids without `suffix`. An id without the suffix or one that repeats becomes "", with a fault for `file`."""
+    """Return the ids without `suffix`, but "" for an id that lacks the suffix or repeats; each "" is a fault of `file`."""
     bare = ids.str.removesuffix(suffix)
     is_wrong = ~ids.str.endswith(suffix) | (bare == "")
     is_repeated = ~is_wrong & ids.duplicated()
@@ -269,9 +269,9 @@ def _parse_boxes(cell: str) -> list[tuple[float, float, float, float]]:
     try:
         entries = ast.literal_eval(cell)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"the boxes are not a Python literal: {cell[:60]!r}") from error
+        raise ValueError(f"the cell in the column 'boxes' is not a Python literal: {cell[:60]!r}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"the boxes are not a list of boxes: {cell[:60]!r}")
+        raise ValueError(f"the cell in the column 'boxes' is not a list of boxes: {cell[:60]!r}")
     return [_box_corners(entry) for entry in entries]
 
 
@@ -304,10 +304,10 @@ def _find_files(
     """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of the studies in `root`.
 
     The table is sorted by image_id and has the columns image_id, study_id and path. The studies are the names of the folders
-    directly in `root`. Files whose name is one of `image_ids` may also be in other places and have another suffix or none;
-    if the path of such a file contains none of `study_ids`, the study_id is the image_id. If several files have the same
-    image_id, files below one of `study_ids` are preferred, then files with the usual path, then usual suffixes, then the
-    first path in alphabetical order. Files that are not used are faults.
+    directly in `root`. A file named after one of `image_ids` may have any other path, and another suffix or none; without
+    one of `study_ids` in its path, its study_id is its image_id. If several files have the same image_id, files below one of
+    `study_ids` are preferred, then files at the path above, then suffixes as in PREFERRED, then the first path in
+    alphabetical order. Files that are not used are faults.
     """
     candidates, studies = [], []
 

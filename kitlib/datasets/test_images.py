@@ -18,10 +18,10 @@ def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -
 
     File names and ids are compared without the suffixes of images. If several files have the same name, a file in a folder
     with "test" in its name is preferred, then a DICOM file, then the first path in alphabetical order. No file is opened:
-    sizes are 0, and each image is its own study and patient. `name` becomes the images' `source`. The table of faults (see
-    Dataset) counts ids without a file, which still need a row in the submission; files that are left out for another file of
-    the same name; and files in folders of test images that are not named after an id. Raises DatasetError if `folder` does
-    not exist.
+    sizes are 0, and each image is its own study and patient. `name` becomes the images' `source`. Faults (see Dataset) are
+    ids without a file, files that are not used because another file has the same name, and files in folders of test images
+    that are not named after an id. Ids without a file still need a row in the submission. Raises DatasetError if `folder`
+    does not exist.
     """
     folder, wanted, faults = Path(folder), {without_suffix(name): name for name in ids}, Faults()
     if not folder.is_dir():

@@ -137,9 +137,9 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
         ({"steps": {"x": {"notebook": "11_prepare"}}}, "notebook '11_prepare' does not exist; available: 10_prepare, 1"),
         (
             {"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}},
-            "no parameter fold; it has: n_folds, dataset",
+            "no parameter 'fold'; it has: n_folds, dataset",
         ),
-        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "seed must be a whole number, got 'x'"),
+        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "'seed' must be a whole number, got"),
         (
             {"steps": {"x": {"notebook": "30_train_study", "parameters": {"overrides": {"image_sise": 64}}}}},
             "StudyRecipe has no field 'image_sise'",

@@ -143,7 +143,7 @@ def test_exclusive_classes_have_probabilities_that_sum_to_one(tmp_path):
     several = SmallFindings(32)
     several.labels.loc[0, FINDINGS] = 1.0
     with pytest.raises(
-        ValueError, match=r'1 rows of labels do not sum to 1; the first is for study000\. .*"multi_label": true'
+        ValueError, match=r'1 rows of the table `labels` do not sum to 1; the first is for study000\. .*"multi_label": true'
     ):
         train(tmp_path / "several", several, recipe=override(RECIPE, multi_label=False))
 
