@@ -22,14 +22,14 @@ def make_folds(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Assign images to `n_folds` stratified folds; return a `folds` table (id is the image_id, fold counts from 0).
+    """Assign images to `n_folds` stratified folds; return a `folds` table: `id` is the image id, `fold` counts from 0.
 
-    Images that no annotator looked at (`false_none`) and images in the split "test" get no fold. Images that share a
-    patient, a study or a group of `near_duplicates` (columns image_id, group), directly or through other images, stay
-    together in one fold. Apart from this, the proportions of classes (an image counts for its rarest class) and of images
-    with boxes are as similar across folds as possible. The result depends on `seed` and on the rows, but not on their order.
-    Raises ValueError if there are fewer such groups of images than folds, if an image's study has no label, or if `n_folds`
-    is below 2; DatasetError if most studies have the same patient id.
+    Images that no annotator looked at (`false_none`) and images in the split "test" get no fold. Each leak group of other
+    images stays in one fold (see `find_leak_groups`; `near_duplicates` has the columns image_id, group). Apart from this,
+    the proportions of classes and of images with boxes are as similar across folds as possible. An image counts for its
+    rarest class. The result depends on `seed` and on the rows, but not on their order. Raises ValueError if `n_folds` is
+    below 2 or above the number of leak groups, or if an image's study has no label; DatasetError if most studies have the
+    same patient id.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -97,7 +97,7 @@ def hold_out_sources(
     split = images["split"] if "split" in images else pd.Series("train", images.index)
     split = split.fillna("train").mask(held_out, "test")
     if (split == "test").all():
-        raise ValueError(f"test_sources: without {', '.join(sources)} no image remains to train on; leave a source out")
+        raise ValueError(f"test_sources: without {', '.join(sources)} no image remains to train on; name fewer sources")
     return images.assign(split=split)
 
 
@@ -117,7 +117,10 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
     in_one_source = included.source.groupby(_find_patient_groups(included, near_duplicates)).transform("nunique") == 1
     emptied = sorted(set(sources) - set(included.source[in_one_source]))
     if emptied:
-        raise ValueError(f"every image of {', '.join(emptied)} shares a patient or a near-duplicate with another source")
+        raise ValueError(
+            f"no image of {', '.join(emptied)} can be in a fold, because each shares a patient, a study or a near-duplicate "
+            "with another source; use folds by patient"
+        )
     included = included[in_one_source]
     folds = pd.DataFrame({"id": included.image_id, "fold": included.source.map(sources.index)})
     folds = check_table(folds, "folds")
@@ -133,9 +136,9 @@ def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | N
     studies = images.drop_duplicates("study_id").patient_id.value_counts()
     if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
         raise DatasetError(
-            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so all would be in one "
-            'fold. If it is a placeholder of anonymisation, set folds_by to "study" in notebook 10, which takes every '
-            "study for a patient of its own, or correct the column patient_id of the `images` table"
+            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so these studies would "
+            'be in one fold. If it is a placeholder from anonymisation, set folds_by to "study" in notebook 10, so that '
+            "each study counts as a patient of its own, or correct the column `patient_id` of the `images` table"
         )
     return find_leak_groups(images, near_duplicates)
 
@@ -193,7 +196,7 @@ def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None
             f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
             for value, rows in assigned[assigned[column].isin(leaking[:5])].groupby(column)
         )
-        raise DatasetError(f"{name} in several folds: {len(leaking)}, such as {examples}. Make new folds with make_folds")
+        raise DatasetError(f"{len(leaking)} {name} are in several folds, such as {examples}. Make new folds with make_folds")
 
 
 def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -203,9 +206,9 @@ def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generat
     number per fold: 1 divided by the share of the images that the fold should get. For n folds of equal size, it is n.
 
     Groups are assigned from the largest to the smallest. The error of a fold is the sum over strata of (number of images -
-    target)**2 / target; a group goes to the fold whose error it increases least. The many groups of one image even out the
-    remainder. scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up to 5 percentage
-    points off on SIIM's training set.
+    target)**2 / target; a group goes to the fold whose error it increases least. The many groups with a single image come
+    last and even out the folds. scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up
+    to 5 percentage points off on SIIM's training set.
     """
     # The total number of images breaks ties. Without it, a single fold would be filled if all strata are rare.
     counts = np.column_stack([counts, counts.sum(axis=1)])
@@ -229,7 +232,7 @@ def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> 
     classes = check_table(labels, "labels").set_index("id")
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:
-        raise ValueError(f"{len(missing)} studies have images but no label; the first is {missing[0]}: remove or label them")
+        raise ValueError(f"{len(missing)} studies have no label, such as {missing[0]!r}; add labels or remove their images")
     true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
     # An additional class that every image has, because an image or a whole data set may have no class.
     rarest_first = np.column_stack([true[:, np.argsort(true.sum(axis=0), kind="stable")], np.ones(len(true), bool)])
