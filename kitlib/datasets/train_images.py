@@ -47,10 +47,10 @@ def read_train_images(
     files = source.find_images(suffixes, lambda path: not is_test(path) and not is_mask(path))
     if listed.isdisjoint(files):
         first, wanted = next(iter(files.values()), "none"), next(iter(ids), "none")
-        places = "" if in_test_folders else " in folders without test in their names"
+        places = "" if in_test_folders else ", outside folders with 'test' in their names"
         raise DatasetError(
-            f"{source.folder} holds {len(files)} images{places}, the first is {first}; none of them is one of the "
-            f"{len(listed)} images in {table}, such as {wanted}: {how_to_get}"
+            f"{table} lists {len(listed)} images (the first is {wanted}), but none of them is among the {len(files)} images "
+            f"(the first is {first}) in {source.folder}{places}: {how_to_get}"
         )
     faults.add_summary(table, listed - set(files), "have no file; left out", "other images")
     problem = f"have no usable row in {table}; left out"

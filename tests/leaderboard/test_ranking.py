@@ -110,7 +110,7 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
     groups = ", ".join(leaderboard.table.dropna(subset="ranking").folds_fingerprint.unique())
     assert f"The models use 2 different sets of folds ({groups}): scores of models with" in leaderboard.summary()
     with pytest.raises(
-        LeaderboardError, match=r"one has folds \w{8}, other has folds \w{8}: .*not comparable.*across_folds = True"
+        LeaderboardError, match=r"'one' has folds \w{8}, but 'other' has folds \w{8}\. .*not comparable.*across_folds = True"
     ):
         compare(entries, "one", "other")
     across = compare(entries, "one", "other", across_folds=True, samples=20).set_index("figure")
@@ -188,7 +188,7 @@ def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
         compare(entries, "in_sample", "elsewhere")
     with pytest.raises(LeaderboardError, match="unknown run 'study'; runs with a score: none"):
         compare(entries, "study", "elsewhere")
-    with pytest.raises(LeaderboardError, match="samples is 0"):
+    with pytest.raises(LeaderboardError, match="`samples` is 0"):
         rank(entries, 0)
 
 
