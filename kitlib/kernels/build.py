@@ -85,7 +85,8 @@ def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     that builds are reproducible.
     """
     parameters = spec.injected_parameters()
-    spec.run_folder(rehearsed=True)  # raises KernelError for a folder outside of /kaggle/working
+    for rehearsed in (False, True):
+        spec.run_folder(rehearsed)  # raises KernelError for a folder outside of /kaggle/working
     notebook = nbformat.read(spec.notebook_path, as_version=4)
     cells = [_make_start_cell(spec, notebook.cells)]
     for cell in notebook.cells:

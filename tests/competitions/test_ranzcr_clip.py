@@ -1,6 +1,7 @@
 """The cases A1 to A7 were computed by hand and by an independent program in exact fractions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from kitlib.competitions.ranzcr_clip import LABELS, RANZCR_CLIP, metric, read_truth
+from kitlib.competitions.fusion_settings import FusionSettings
+from kitlib.competitions.merged import MergedPredictions
+from kitlib.competitions.ranzcr_clip import LABELS, RANZCR_CLIP, decide, metric, read_truth
 from kitlib.errors import ScoringError, SubmissionError
 
 ID = "StudyInstanceUID"
@@ -27,6 +30,16 @@ def files_of(folder, truth, values):
     as_table(truth, ID).assign(PatientID="p").to_csv(folder / "train.csv", index=False)
     as_table(values, ID).to_csv(folder / "submission.csv", index=False)
     return folder, folder / "submission.csv"
+
+
+def test_an_image_without_any_prediction_is_not_decided_and_a_missing_label_gets_its_share():
+    """11 labels; PUBLISHED counts 79 abnormal ETTs in 30,083 images."""
+    scores = as_table([(0.2, 0.4, float("nan"))]).assign(**{LABELS[0]: [float("nan"), 0.3, float("nan")]})
+    merged = MergedPredictions(*[None] * 6)
+    decided = decide(replace(merged, scores=scores), FusionSettings()).set_index("image_id")
+    assert decided.index.tolist() == ["i0", "i1"]
+    assert decided.loc["i0", LABELS[0]] == pytest.approx(79 / 30_083) and decided.loc["i1", LABELS[0]] == 0.3
+    assert decided.loc["i0", LABELS[1]] == 0.2
 
 
 BY_HAND = {

@@ -573,8 +573,10 @@ def test_rehearsal_parameters_are_not_built_into_the_kernel(tmp_path, wheel):
 
 @pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
 def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
-    with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only files below /kaggle/working"):
-        training(tmp_path, wheel, parameters={"run_folder": folder})
+    keys = {"parameters": {"run_folder": folder}}
+    for changed in (keys, {"rehearsal": keys["parameters"]}, {**keys, "rehearsal": {"run_folder": "study"}}):
+        with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only files below /kaggle/working"):
+            training(tmp_path, wheel, **changed)
 
 
 def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):

@@ -136,8 +136,10 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
     same(read_coco_boxes(path, IMAGES), BOXES, "boxes")
     with pytest.raises(DatasetError, match="1 images in the file are not in the `images` table; the first is c"):
         read_coco_boxes(path, IMAGES.head(2))
-    with pytest.raises(DatasetError, match="the first is a with 2000 x 2600 instead of 1000 x 1300 pixels"):
-        read_coco_boxes(path, IMAGES.assign(rows=[3000, 1300, 100], columns=[2500, 1000, 90]))
+    for rows, columns, size in ((3000, 2500, "2500 x 3000"), (3000, 2000, "2000 x 3000"), (2600, 2500, "2500 x 2600")):
+        resized = IMAGES.assign(rows=[3000, rows, 100], columns=[2500, columns, 90])
+        with pytest.raises(DatasetError, match=f"the first is a with 2000 x 2600 instead of {size} pixels"):
+            read_coco_boxes(path, resized)
     write_coco(path, IMAGES.head(2), BOXES)
     with pytest.raises(DatasetError, match="1 images are not in the file; the first is c"):
         read_coco_boxes(path, IMAGES)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -210,6 +211,20 @@ def test_models_that_have_seen_unknown_images_are_refused(tmp_path, prepared):
     with pytest.raises(RunError, match="trained on extra images too; give the run"):
         read_models([more], tables)
     assert len(read_models([more], tables, extra=[extra])) == 2
+
+
+def test_extra_images_are_identified_by_their_images_targets_and_boxes(prepared):
+    extra = read_extra(prepared)
+    identity = extra.identity()
+    assert identity == read_extra(prepared).identity() and identity["images"] == len(extra.images)
+    changed = (
+        replace(extra, images=extra.images.assign(image_id=extra.images.image_id + "x")),
+        replace(extra, images=extra.images.assign(none=0.25)),
+        replace(extra, labels=extra.labels.assign(negative=0.25)),
+        replace(extra, boxes=extra.boxes.assign(xmin=extra.boxes.xmin + 1)),
+    )
+    digests = [(one.identity()["data_fingerprint"], one.identity()["none_fingerprint"]) for one in (extra, *changed)]
+    assert len(set(digests)) == 5
 
 
 def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):
