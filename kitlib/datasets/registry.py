@@ -53,21 +53,20 @@ READERS: dict[str, Callable[..., Dataset]] = {
 
 
 def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, source: str = "", **own: Any) -> Dataset:
-    """Read the data set `name` (a key of READERS) from `folder` and return its Dataset; of SIIM, only the training set.
+    """Read the data set `name`, a key of READERS, from `folder`. The key "siim" reads only SIIM's training set.
 
-    If the folder contains another data set in the same layout, such as a hospital's own, pass a name for it as `source`. It
-    becomes the images' source and the prefix of the patient ids, which then differ from those of the published data set;
-    published counts are dropped. `own` are the parameters for the data set "table", a user's own images (see `read_own`);
-    empty parameters are ignored. Raises ValueError if the name is unknown, SettingsError if `own` is given for another data
-    set, DatasetError if a file is missing.
+    If the folder contains another data set in the same layout, such as a hospital's own, pass a name for it as `source`. The
+    images then have this source, the patient ids begin with it, and the Dataset has no published counts. `own` has the
+    parameters of `read_own` for the data set "table", a user's own images; parameters with empty values are ignored. Raises
+    ValueError if `name` is unknown, SettingsError if `own` is given for another data set, DatasetError if a file is missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")
     own = {parameter: value for parameter, value in own.items() if value}
     if own and name != OWN:
         raise SettingsError(
-            f"{', '.join(own)} can only be set for your own images: set dataset to {OWN!r} to read them, or leave these "
-            f"parameters out to read {name}"
+            f"{', '.join(own)} can only be set for your own images. To read your own images, set `dataset` to {OWN!r}. "
+            f"To read {name!r}, remove these parameters"
         )
     data = READERS[name](folder, progress=progress, **own)
     if source:
@@ -88,7 +87,7 @@ def read_parts(
     sources = sources or {}
     if unknown := set(sources) - set(parts):
         raise SettingsError(
-            f"sources has the keys {', '.join(sorted(unknown))}, but the data sets to read are {', '.join(parts)}"
+            f"remove {', '.join(map(repr, sorted(unknown)))} from `sources`: the data sets to read are {', '.join(parts)}"
         )
     return {
         name: read_dataset(name, folder, progress, sources.get(name, ""), **(own if name == OWN or OWN not in parts else {}))
@@ -99,8 +98,8 @@ def read_parts(
 def compare_with_published(dataset: Dataset) -> pd.DataFrame:
     """Return a table that compares the counts of `dataset` with the published ones, one row per count.
 
-    The columns are what (the name of the count), here (the value in `dataset`), published (the published value, NA if
-    unknown) and share (here / published). The row "masks" has the number of images with a mask.
+    The columns are `what` (the count's name), `here` (the count in `dataset`), `published` (the published count, NA if
+    unknown) and `share` (`here` / `published`). The row "masks" has the number of images with a mask.
     """
     images, labels = dataset.images, dataset.labels
     counts = {

@@ -22,11 +22,11 @@ LONGEST_ID = 150  # characters; ids are used as file names in the cache, which a
 class ImageNames:
     """Finds the image files of a data set from the file names or paths in a table's cells.
 
-    Three kinds of files are never found: `masks`, the paths of mask files; and, with a fault, files in folders of masks (see
-    OF_MASKS) and files whose name is not UTF-8.
+    Three kinds of files are never found: the mask files in `masks`, files in folders of masks (see OF_MASKS), and files
+    whose name is not UTF-8. The last two kinds are recorded in `source.faults`.
 
-    A cell matches a file if the file name is the same, and so are the folders before the name, from the last one backwards,
-    as far as both have folders. The cell may thus have fewer folders than the file's path, or more, such as those of another
+    A cell matches a file if the file names and the folders are equal. Folders are compared from the last one backwards,
+    until the shorter path ends. So the cell may have fewer folders than the file's path, or more, such as those of another
     computer. Case, Unicode form and suffix may differ, but a file with the same suffix is preferred. DICOM files may have no
     suffix.
     """
@@ -59,7 +59,7 @@ class ImageNames:
     def find(self, cell: str, folder: Path) -> list[Path]:
         """Return the files that match a table's `cell`, a file name or path.
 
-        If several files match, but one of them is at exactly the cell's path below `folder` or below the data set's folder,
+        If several files match, and one of them has the path `cell` relative to `folder`, or else to the data set's folder,
         only this file is returned.
         """
         parts = [part for part in folded(cell.replace("\\", "/")).split("/") if part not in ("", ".", "..")]
@@ -85,11 +85,11 @@ class ImageNames:
 
 
 def make_image_ids(names: pd.Series) -> pd.Series:
-    """Return a unique image id for each of `names`, the paths of different files, with slashes between folders.
+    """Return a unique image id for each path in `names`. The paths differ, and have slashes between folders.
 
-    The id is the file name without suffix. If several files would have the same id, their ids are their paths without
-    suffix, with "-" in place of slashes; if these are not unique, their paths with suffix; if these are not unique either, a
-    number is added. An id longer than LONGEST_ID is replaced by its end and a hash of the path.
+    The id is the file name without suffix. Files that would share an id get their path without suffix as id, with "-" in
+    place of slashes. Files that still share an id get their path with suffix, and finally an added number. An id longer than
+    LONGEST_ID is replaced by its end and a hash of the path.
     """
     ids = names.map(lambda name: without_suffix(name.rpartition("/")[2]))
     wider: Sequence[Callable[[str], str]] = (
@@ -106,11 +106,11 @@ def make_image_ids(names: pd.Series) -> pd.Series:
 
 
 def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
-    """Return the class of each row, which is the name of a folder in its `path`; "" if the path is not that deep.
+    """Return the class of each row: the name of a folder in the row's `path`, or "" if the path is not that deep.
 
-    The folder is the nearest one to the file that is not the same for all rows: if all files are in folders such as
-    `CLASS/images`, the class is CLASS. Raises DatasetError if all rows have the same folders, or if there are so many
-    different names that they cannot be classes.
+    Going up from the files, the classes are the first folders whose names differ between rows: if all files are in folders
+    such as `CLASS/images`, the class is CLASS. Raises DatasetError if all rows have the same folders, or if the folders have
+    too many different names to be classes.
     """
     folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
     for level in range(max(map(len, folders), default=0)):
@@ -118,8 +118,8 @@ def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
         names = sorted(set(classes) - {""})
         if len(names) > max(2, len(rows) // 2):
             raise DatasetError(
-                f"class_folders finds {len(names)} classes for {len(rows)} images, such as {', '.join(names[:3])}: these "
-                "folders seem to be patients or studies. Give a table with a column of classes"
+                f"`class_folders` finds {len(names)} folders for {len(rows)} images; {', '.join(map(repr, names[:3]))} seem "
+                "to be patients or studies, not classes. Give a table with a column of classes"
             )
         if len(names) > 1:
             return pd.Series(classes, index=rows.index, dtype=object)

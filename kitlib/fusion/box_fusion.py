@@ -32,11 +32,11 @@ def merge_boxes(
     """Merge one image's box lists, one per model and fold; return the merged boxes (n, 4) and their scores (n,).
 
     `boxes` contains one array (k, 4) per list: xmin, ymin, xmax and ymax as shares of the image's width and height, 0..1.
-    `scores` contains one array (k,) per list, 0..1. `weights` has one entry above 0 per list; additional entries stand for
-    additional lists without boxes. If there is only one weight, the boxes are returned unchanged. Boxes are merged if their
-    IoU is above `iou`. `method` and `confidence` are values of `box_method` and `box_confidence` in FusionSettings.
-    `confidence` applies only to wbf. `min_score` applies only to soft_nms, which lowers scores and drops boxes with a score
-    below `min_score`. Raises ValueError unless the shapes match, weights are above 0, boxes lie in 0..1 with xmin < xmax and
+    `scores` contains one array (k,) per list, 0..1. `weights` has one weight above 0 per list; any further weights are those
+    of lists without boxes. If there is only one weight, the boxes are returned unchanged. Boxes are merged if their IoU is
+    above `iou`. For `method` see FusionSettings.box_method, for `confidence` FusionSettings.box_confidence. `confidence`
+    applies only to wbf. `min_score` applies only to soft_nms, which lowers scores and drops boxes with a score below
+    `min_score`. Raises ValueError unless the shapes match, weights are above 0, boxes lie in 0..1 with xmin < xmax and
     ymin < ymax, and scores are above 0 and at most 1.
     """
     weights = np.asarray(weights, dtype=float)
@@ -144,9 +144,9 @@ def calibrate_scores(score: np.ndarray, slope: float, offset: float) -> np.ndarr
 
 
 def fit_calibration(score: np.ndarray, hit: np.ndarray) -> tuple[float, float] | None:
-    """Fit Platt's sigmoid to out-of-fold scores of n boxes, 0..1; return its slope and offset.
+    """Fit Platt's sigmoid to the out-of-fold scores `score` (n,) of boxes, 0..1; return the sigmoid's slope and offset.
 
-    `hit` (n,) is True for boxes that match a ground-truth box. Returns None if all boxes match one or none does, or if a
+    `hit` (n,) is True for boxes that match a ground-truth box. Returns None if all entries of `hit` are equal, or if a
     higher score does not make a match more likely.
     """
     # Imported here because the import takes a second and a submission never fits a calibration.

@@ -1,7 +1,7 @@
-"""Merges the predictions of several models and folds into one prediction per image and study, with pure functions of tables.
+"""Merges the predictions of several models and folds, given as tables, into one prediction per image and study.
 
-The competition's file in kitlib.competitions turns the result into answers. `kitlib.fusion.tuning` finds the best settings
-on out-of-fold predictions.
+The competition's module in kitlib.competitions turns the merged predictions into answers. `kitlib.fusion.tuning` finds the
+best settings on out-of-fold predictions. The merging functions are pure.
 """
 
 import json
@@ -35,8 +35,8 @@ KINDS = {"image_scores": "class_scores"}
 class ModelPredictions:
     """Predictions of one or more models, as tables of kitlib.tables; tables without predictions are empty.
 
-    `image_scores` is a `class_scores` table. `coverage` has one row for each detector, fold and image that this fold of the
-    detector has predicted, with or without boxes. It is None if it is unknown which images were predicted.
+    `image_scores` is a `class_scores` table. `coverage` lists the images that detectors have predicted, with or without
+    boxes: one row per detector, fold and image. `coverage` is None if these images are unknown.
     """
 
     study_scores: pd.DataFrame
@@ -87,11 +87,11 @@ def merge(predictions: ModelPredictions, images: pd.DataFrame, settings: FusionS
 
 
 def fuse_scores(scores: pd.DataFrame, key: str, settings: FusionSettings) -> pd.DataFrame:
-    """Average `scores` over each model's folds, then over the models with their weights; return one row per image or study.
+    """Average `scores` over each model's folds, then take the models' weighted mean; return one row per image or study.
 
-    `scores` has the id column `key` (study_id or image_id), model, fold, and one column per class. NaN scores and missing
-    rows are ignored. The result has the id column and the classes. An id has a row if at least one model with a nonzero
-    weight has a score for it.
+    `key` is the name of the id column, "study_id" or "image_id". The other columns of `scores` are `model`, `fold` and the
+    classes. NaN scores and missing rows are ignored. The result has the id column and the classes. An id has a row if at
+    least one model with a nonzero weight has a score for it.
     """
     classes = [name for name in scores.columns if name not in (key, "model", "fold")]
     models = scores.dropna(subset=classes, how="all").groupby([key, "model"], sort=False)[classes].mean()
@@ -106,7 +106,7 @@ def fuse_boxes(lists: "BoxLists", settings: FusionSettings) -> pd.DataFrame:
 
     For each image and finding, every fold of every model contributes one list of boxes. A box that is in only some of these
     lists gets a lower score, so lists without boxes matter too (see `BoxLists.of`). A model's weight is divided among its
-    folds. If there is only one list, its boxes are not merged, but calibrated if the model has a calibration. Finally, if
+    folds. The boxes of a single list are not merged. Scores are calibrated if the model has a calibration. Finally, if
     `final_nms_iou` is below 1, non-maximum suppression drops each box whose IoU with a more confident box of the same
     finding and image is above `final_nms_iou`.
     """
@@ -121,14 +121,14 @@ def fuse_boxes(lists: "BoxLists", settings: FusionSettings) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class BoxLists:
-    """The boxes of n detections as flat arrays, in lists: one list per image, finding, model and fold.
+    """The boxes of n detections, as flat arrays. The boxes of one image, finding, model and fold form a list.
 
-    A group is one finding of one image. Its number is the row of the image in the table of images, times the number of
-    `findings`, plus the index of the finding in `findings`. Boxes are sorted by group, model, fold and falling score.
-    `group` (n,) has the number of each box's group, `model` (n,) the index of its model in `models`, and `rank` (n,) its
-    position in its list, from 0. `sides` (groups, 4) has width, height, width and height of each group's image in pixels.
-    `corners` (n, 4) has xmin, ymin, xmax and ymax of each box, divided by the sides of its image. `covered` (groups, models)
-    is the number of lists, with or without boxes, that each model has for each group, or None if this is unknown.
+    A group is one finding of one image. Its number is (row of the image in the table of images) * len(findings) + (index of
+    the finding in `findings`). Boxes are sorted by group, model, fold and falling score. For each box, `group` (n,) has the
+    group's number, `model` (n,) the index in `models`, `rank` (n,) the position in the list, from 0, and `corners` (n, 4)
+    xmin, ymin, xmax and ymax, divided by the sides of the image. `sides` (groups, 4) has width, height, width and height of
+    each group's image in pixels. `covered` (groups, models) is the number of lists, with or without boxes, that each model
+    has for each group, or None if this number is unknown.
     """
 
     group: np.ndarray
@@ -143,14 +143,13 @@ class BoxLists:
 
     @classmethod
     def of(cls, detections: pd.DataFrame, images: pd.DataFrame, coverage: pd.DataFrame | None = None) -> "BoxLists":
-        """Return BoxLists of the `detections`, clipped to their images, without boxes outside their image or with score 0.
+        """Return BoxLists of the `detections`, clipped to their images. Drops boxes outside their image or with score 0.
 
-        `coverage` has one row per detector, fold and predicted image. It decides which lists without boxes there are: a
-        model without boxes lowers the scores of other models' boxes only on images that it has predicted and, if `coverage`
-        has the column `findings`, only for findings that it predicts. Without `coverage`, every model is assumed to have
-        predicted every image; its number of lists is the same for all groups, the largest number of its folds that have
-        boxes of one finding in one image. Raises ValueError if an image is not in `images` or its size is unknown, and if a
-        score is NaN.
+        A list without boxes lowers the scores of other models' boxes. `coverage` decides which lists there are: it has one
+        row per detector, fold and predicted image, and its column `findings`, if any, has the findings that the detector
+        predicts. Without `coverage`, every model is assumed to have predicted every image. Each model then has the same
+        number of lists for all images and findings: the largest number of its folds with boxes of one finding in one image.
+        Raises ValueError if an image is not in `images` or its size is unknown, and if a score is NaN.
         """
         boxes, image = _clip_detections(detections, images)
         # A model that predicted no box at all occurs only in the coverage; its empty lists count too.
@@ -180,12 +179,12 @@ class BoxLists:
 
 
 def calibration_key(model: str, finding: str, findings: tuple[str, ...]) -> str:
-    """Return the key of FusionSettings.calibration: the model's name, and if there are several `findings`, the finding."""
+    """Return the key of FusionSettings.calibration: "MODEL: FINDING" if there are several `findings`, otherwise "MODEL"."""
     return f"{model}: {finding}" if len(findings) > 1 else model
 
 
 def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and groups of BoxLists (k,)."""
+    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and groups' numbers (k,)."""
     weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
     is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
     for number, name in enumerate(lists.models):
@@ -262,8 +261,8 @@ def read_settings(path: str | Path, competition: Competition = SIIM_COVID19) -> 
     name = values.pop("competition", SIIM_COVID19.name) if isinstance(values, dict) else competition.name
     if name != competition.name:
         raise SettingsError(
-            f"{path} has settings of {name}, but the submission is to {competition.name}; run notebook 60 with the "
-            f"parameter competition set to {competition.name}"
+            f"{path} has settings for {name!r}, but the submission is to {competition.name!r}; run notebook 60 with "
+            f"`competition` set to {competition.name!r}"
         )
     return from_dict(competition.settings, values)
 
@@ -283,7 +282,7 @@ def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd
     if bad.any():
         first = boxes.loc[bad, "image_id"].iloc[0]
         raise ValueError(
-            f"image {first} has detections but no size in the table `images`; give its rows and columns in pixels"
+            f"image {first!r} has detections but no size in the table `images`; set `rows` and `columns` there, in pixels"
         )
     clipped, is_inside = clip_boxes(boxes[list(BOX)].to_numpy(), sizes[:, [0]], sizes[:, [1]])
     boxes[list(BOX)] = clipped
@@ -294,7 +293,7 @@ def _clip_detections(detections: pd.DataFrame, images: pd.DataFrame) -> tuple[pd
 def _predicted_findings(coverage: pd.DataFrame, findings: tuple[str, ...], models: pd.Index) -> np.ndarray:
     """Return a boolean array (findings, models): whether each model predicts each finding.
 
-    Models whose classes are not in `coverage` are assumed to predict all findings.
+    A model without values in the column `findings` of `coverage` is assumed to predict all findings.
     """
     predicts = np.ones((len(findings), len(models)), dtype=bool)
     for model, texts in coverage.dropna(subset="findings").groupby("model")["findings"]:

@@ -49,8 +49,8 @@ def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> d
 
     `wheels` are the wheel files to copy. The folders of an earlier build are replaced; an earlier `out`/weights is removed
     if the kernel makes no submission. If the build fails, all folders stay as they were. Raises KernelError for a parameter
-    that the notebook does not have, a run without a bundle (its trained model), a model trained with a different segmenter
-    from the kernel's `lungs`, a wheel that Kaggle's Docker image cannot install, and a notebook or dataset above Kaggle's
+    that the notebook does not have, a run without a bundle (its trained model), a model trained with lung masks of another
+    segmenter than the kernel's, a wheel that Kaggle's Docker image cannot install, and a notebook or dataset above Kaggle's
     size limit. Raises BundleError for a damaged bundle.
     """
     out, wheels = Path(out), sorted(wheels)
@@ -185,8 +185,8 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
         if needs_masks(record["recipe"]) and record["architecture"].get("segmenter") != segmenter:
             raise KernelError(
                 f"runs: {bundle} was trained with a segmenter's lung masks, but the key `lungs` "
-                f"{'has a different segmenter or mask clean-up' if segmenter else 'is empty'}; set `lungs` to the run of "
-                "notebook 14 that the model's training used (its parameter lungs_run)"
+                f"{'names a run with another segmenter or mask clean-up' if segmenter else 'is empty'}; set `lungs` to the "
+                "run of notebook 14 that was the parameter `lungs_run` in training"
             )
         kind = KINDS[family.answers]
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
@@ -196,7 +196,7 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
     if spec.fusion:
         fusion = project_root() / spec.fusion
         if not fusion.is_file():
-            raise KernelError(f"fusion: {fusion} does not exist; run notebook 60 first, or remove the key")
+            raise KernelError(f"fusion: {fusion} does not exist; run notebook 60 first, or remove the key `fusion`")
         try:
             read_settings(fusion, spec.rules)
         except SettingsError as error:
@@ -218,8 +218,8 @@ def _write_ensemble(spec: KernelSpec, folder: Path, study_models: set[str]) -> s
     ensemble = read_ensemble(bundle)
     if ensemble.key != "study_id" or set(ensemble.classes) != set(STUDY_CLASSES):
         raise KernelError(
-            f"ensemble: {bundle} predicts {', '.join(ensemble.classes)} for each {ensemble.key}; give an ensemble of study "
-            "models"
+            f"ensemble: {bundle} predicts {', '.join(ensemble.classes)} for each {ensemble.key.removesuffix('_id')}; give "
+            "an ensemble of study models"
         )
     if set(ensemble.learners) != study_models:
         raise KernelError(
@@ -263,7 +263,7 @@ def _write_dataset_metadata(folder: Path, title: str, name: str) -> None:
     size = sum_file_sizes(folder)
     if size > DATASET_BYTES:
         raise KernelError(
-            f"the dataset {name} has {size:,} bytes, but Kaggle accepts at most {DATASET_BYTES:,}; leave out the last runs"
+            f"the dataset {name} has {size:,} bytes, but Kaggle accepts at most {DATASET_BYTES:,}; remove the last `runs`"
         )
     # "other", because wheels have several licences, and weights inherit those of their training data and starting weights.
     write_json(folder / "dataset-metadata.json", {"title": title, "id": name, "licenses": [{"name": "other"}]})

@@ -72,8 +72,8 @@ def docker_command(notebook: BuiltNotebook, image: str, name: str, gpu: bool) ->
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or [f"exit code {found.returncode}"])[-1]
         raise KernelError(
-            f"Docker cannot use the image {image}: {reason}. Start Docker, and pull the image first (tens of GB): "
-            f"docker pull {image}"
+            f"Docker cannot use the Docker image {image} ({reason}). If Docker does not run, start it. If the image is not "
+            f"on this machine, pull it (tens of GB) with `docker pull {image}`"
         )
     mounted, executed = REHEARSAL / notebook.path.name, REHEARSAL / "executed.ipynb"
     read_only = {Path("/kaggle/input", slug): folder for slug, folder in notebook.inputs.items()} | {mounted: notebook.path}
@@ -120,7 +120,7 @@ def papermill_options(spec: KernelSpec) -> list[str]:
 
 
 def _mount(source: Path, target: Path, *options: str) -> list[str]:
-    """Return Docker's option that mounts `source` at `target`: a CSV row, so that paths may have colons and commas."""
+    """Return `--mount` and its value, which mounts `source` at `target`. It is CSV, so paths may have colons and commas."""
     row = io.StringIO()
     csv.writer(row, lineterminator="").writerow(["type=bind", f"source={source.resolve()}", f"target={target}", *options])
     return ["--mount", row.getvalue()]

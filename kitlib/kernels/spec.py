@@ -76,8 +76,8 @@ class KernelSpec(Settings):
     def rules(self) -> Competition:
         """The competition whose submission format the kernel writes.
 
-        It is that of the notebook's parameter `rules` or, if this is empty, that of the key `competition`, whose data are
-        attached. Raises SettingsError if the kit does not know the competition, or if `rules` contradicts the data.
+        The notebook's parameter `rules` names the competition. If `rules` is empty, the key `competition` does. Raises
+        SettingsError if the kit does not know the competition, or if `rules` and `competition` contradict each other.
         """
         rules = self.parameters.get("rules", "")
         return choose_competition(self.competition, rules)[0] if rules else find_competition(self.competition)
@@ -139,10 +139,10 @@ class KernelSpec(Settings):
         return kernel_values | self.parameters | (self.rehearsal if rehearsed else {})
 
     def run_folder(self, rehearsed: bool = False) -> str | None:
-        """Return the path, relative to /kaggle/working, of the run that the notebook makes; None if it makes no run.
+        """Return the run folder that the notebook writes, relative to /kaggle/working; None if it writes none.
 
-        If `rehearsed`, the parameters for rehearsals apply. Raises KernelError for a path outside of the working folder,
-        because Kaggle keeps only the files in that folder.
+        If `rehearsed`, the parameters for rehearsals apply. Raises KernelError for a run folder outside of /kaggle/working,
+        because Kaggle keeps only the files in /kaggle/working.
         """
         valid = self.notebook_parameters()
         if "run_folder" not in valid or self.is_submission:
@@ -159,7 +159,7 @@ class KernelSpec(Settings):
         return [entry if "/" in entry else f"{self.owner}/{entry}" for entry in entries]
 
     def fused_run(self) -> Path | None:
-        """Return the folder of the run that tuned the kernel's `fusion` settings; None if they are not in a run's folder."""
+        """Return the run folder that contains the kernel's `fusion` settings; None if no run folder contains them."""
         run = (project_root() / self.fusion).parent if self.fusion else None
         return run if run and (run / RUN_RECORD).is_file() else None
 
@@ -186,7 +186,7 @@ class KernelSpec(Settings):
             root = Path(entry).anchor or project_root()
             matches = sorted(Path(root).glob(str(Path(entry).relative_to(Path(entry).anchor)).rstrip("/") + "/bundle"))
             if not matches:
-                raise KernelError(f"runs: {entry!r} matches no folder with a `bundle` below {root}; train the model first")
+                raise KernelError(f"runs: no folder {entry!r} below {root} contains `bundle`; train the model first")
             folders |= dict.fromkeys(match.resolve() for match in matches)
         return list(folders)
 
@@ -201,7 +201,7 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
     path = Path(path)
     if not path.is_file():
         available = ", ".join(map(str, sorted(path.parent.glob("*.yaml")))) or "none"
-        raise KernelError(f"{path} does not exist; available: {available}")
+        raise KernelError(f"{path} does not exist; available kernels: {available}")
     try:
         values = read_yaml(path)
     except SettingsError as error:
@@ -213,7 +213,7 @@ def read_spec(path: str | Path, owner: str | None = None) -> KernelSpec:
         # parsed before they are copied, so other files cannot be passed off as these.
         notebook = os.path.abspath(spec.notebook_path)
         if not any(Path(notebook).is_relative_to(os.path.abspath(root)) for root in (project_root(), path.parent)):
-            raise KernelError(f"notebook: {notebook} is outside the project and the folder of this YAML file")
+            raise KernelError(f"notebook: {notebook} is outside the project and this YAML file's folder; choose one inside")
         faults = _find_faults(spec)
     except (SettingsError, KernelError) as error:
         raise KernelError(f"{path}: {error}") from error

@@ -33,7 +33,7 @@ def check_backbone(name: str) -> None:
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return `options` as a dict of arguments for a timm network. Raises ValueError if an option is not in OPTIONS."""
     if unknown := sorted(set(options) - set(OPTIONS)):
-        raise ValueError(f"backbone_options may not set {', '.join(unknown)}; valid options are: {', '.join(OPTIONS)}")
+        raise ValueError(f"remove {', '.join(unknown)} from `backbone_options`; valid options: {', '.join(OPTIONS)}")
     return dict(options)
 
 

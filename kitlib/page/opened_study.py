@@ -23,8 +23,8 @@ MAX_COPIES = 500  # of each size; older copies are deleted, and decoded again wh
 class DecodedCopies:
     """Decodes image files in worker processes and keeps the decoded copies in `folder`; may be shared between threads.
 
-    A decoded copy is the X-ray, decoded to 8 bits and reduced. If a malicious file hangs, crashes its process or fills the
-    memory, only that file fails; while it hangs, the other processes continue. `close` terminates the processes.
+    A decoded copy is the X-ray, decoded to 8 bits and reduced in size. If a malicious file hangs, crashes a worker process
+    or fills the memory, only that file fails and the other processes continue. `close` terminates the processes.
     """
 
     def __init__(self, folder: str | Path, workers: int = 2) -> None:
@@ -126,6 +126,6 @@ class OpenedStudy:
         return self.copies.read(image.key, image.path, longest_side)
 
     def table(self) -> pd.DataFrame:
-        """Return a table of the study's images (image_id, study_id, rows, columns), with their keys in image_id."""
+        """Return a table of the study's images: `image_id` (the image's `key`), `study_id`, `rows` and `columns`."""
         rows = [(image.key, self.study_id, image.rows, image.columns) for image in self.images]
         return pd.DataFrame(rows, columns=["image_id", "study_id", "rows", "columns"])

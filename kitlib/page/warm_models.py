@@ -48,9 +48,9 @@ class WarmModels:
     def answer(self, system: System, study: OpenedStudy) -> Answer:
         """Return the predictions of `system` for a study, as an Answer. A submission would have the same predictions.
 
-        Models that were trained on the study are left out if possible (see `choose_models`). A model that fails is left out,
-        with a remark. If all models fail, the error of the last one is raised. Raises UnreadableXray if an image cannot be
-        decoded.
+        Models that were trained on the study are not used if that can be avoided (see `choose_models`). If a model fails,
+        the Answer is made without the model and has a remark. If all models fail, raises the last model's error. Raises
+        UnreadableXray if an image cannot be decoded.
         """
         key = (system.name, study.study_id, study.trained_on, tuple(image.key for image in study.images))
         with self._one_at_a_time:
@@ -90,7 +90,7 @@ class WarmModels:
                         heat = compute_heat(self._models.predictor(system, model), [xray], [class_name])[0].heat
                         _remember(self._heats, key, heat, CACHED_HEATS)
                 return f"{model.model}, fold {model.fold}", heat
-        raise ValueError(f"none of the models of {system.name} predicts {class_name}")
+        raise ValueError(f"none of the models of {system.name!r} predicts {class_name!r}; choose another class")
 
     def _predict(self, system: System, study: OpenedStudy) -> Answer:
         models, remarks = choose_models(system, study)
@@ -102,7 +102,7 @@ class WarmModels:
 def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringModel], list[str]]:
     """Return the models of `system` that predict `study`, and remarks on which models were trained on the study.
 
-    A model that was trained on the study is used only if all models from the study's prepared run were trained on the study.
+    Models of the study's prepared run that were trained on the study are used only if that run has no other models.
     """
     models, remarks = list(system.models), []
     models_of_run = [model for model in models if study.trained_on and model.data_fingerprint == study.trained_on]
@@ -123,14 +123,14 @@ def choose_models(system: System, study: OpenedStudy) -> tuple[list[AnsweringMod
 
 
 def _classes(model: AnsweringModel) -> tuple[str, ...]:
-    """Return the classes that the model predicts, including `none` (no finding) if it is a study model that predicts it."""
+    """Return the classes that the model predicts. Those of a study model may include `none` (no finding)."""
     if "classes" in model.answers:
         return model.classes
     return (*(STUDY_CLASSES if "study" in model.answers else ()), *(["none"] if "none" in model.answers else []))
 
 
 def _remember(cache: OrderedDict, key: tuple, value: Any, limit: int) -> None:
-    """Store a value in the cache as the newest one, and drop the oldest one if there are then more than `limit`."""
+    """Store `value` as the newest entry of `cache`. If the cache then has more than `limit` entries, drop the oldest."""
     cache[key] = value
     cache.move_to_end(key)
     if len(cache) > limit:

@@ -22,18 +22,18 @@ TRAININGS = 3  # training steps of the plan that can run at the same time
 def demo_plan(whole: bool = False) -> Plan:
     """Return the plan of `make demo`, read from submissions/plans.
 
-    If `whole`, the plan also segments lungs, pre-trains on phantoms in the layouts of NIH and RSNA, and trains on
+    If `whole`, the plan also segments lungs, pre-trains on phantoms stored like the NIH and RSNA data sets, and trains on
     pseudo-labels for the test set.
     """
     return read_plan(project_root() / "submissions" / "plans" / ("demo_whole.yaml" if whole else "demo.yaml"))
 
 
 def run_demo(plan: Plan, console: Console, times_the_floor: float = 3.0) -> dict[str, float]:
-    """Run the demo's plan from scratch, copy its submission.csv into the runs folder, and return the submission's scores.
+    """Run the demo's plan from scratch, copy submission.csv into the runs folder, and return the submission's scores.
 
-    The scores are keyed by name: "score", the names of the classes, and "opacity_boxed". Raises PlanError if a run fails, or
-    if the submission's score is not above `times_the_floor` times the score of the sample submission, which predicts every
-    study as negative. A model that ignores its images does not get above this limit.
+    The keys of the returned dict are "score", "opacity_boxed" and the names of the classes. Raises PlanError if a run fails,
+    or if the submission's score is not above `times_the_floor` times that of the sample submission. The sample predicts
+    every study as negative. A model that ignores its images does not exceed this limit.
     """
     started = time.monotonic()
     # The trainings run at the same time with one thread each, because small models gain little from a second thread. The
@@ -65,7 +65,7 @@ def _compare_with_floor(
     console.print(f"{submission}\nNotebooks, tables and pictures: {submission.parent}/STAGE/", soft_wrap=True)
     if not scores["score"] > times_the_floor * floor["score"]:
         raise PlanError(
-            f"{submission}: the score {scores['score']:.4f} is not above {times_the_floor:g} times the score of the "
-            f"all-negative sample, {floor['score']:.4f}; the models have not learned"
+            f"{submission}: the score {scores['score']:.4f} is not above {times_the_floor:g} times {floor['score']:.4f}, "
+            "the score of the all-negative sample; the models have not learned"
         )
     return scores

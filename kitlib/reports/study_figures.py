@@ -20,9 +20,9 @@ def study_examples(
 ) -> Figure:
     """Draw one image per study: in row 1 the studies whose true class got the highest probability, in row 2 the lowest.
 
-    Each row has up to `count` images. An image shows its annotated boxes and, above it, the true class, the two most
-    probable classes and `none`. If `study_scores` or `image_scores` is empty, its values are omitted. Studies without a
-    known class are left out. The tables are as in `kitlib.tables`.
+    Each row has up to `count` images. An image shows its annotated boxes. Its title has the true class, the two most
+    probable classes in `study_scores`, and `none` in `image_scores`; an empty table adds nothing to the titles. Studies
+    without a known class are not drawn. The tables are as in `kitlib.tables`.
     """
     shown = images.merge(_answers(images, labels, boxes, study_scores, image_scores), on="image_id")
     shown = shown.drop_duplicates("study_id").sort_values("truth_found", ascending=False, kind="stable")
@@ -40,7 +40,7 @@ def _answers(
     study_scores: pd.DataFrame,
     image_scores: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Return a table with image_id, title and truth_found, the probability that the model assigned to the true class."""
+    """Return a table with the columns `image_id`, `title` and `truth_found` (predicted probability of the true class)."""
     classes = list(STUDY_CLASSES)
     studies = study_scores.groupby("study_id")[classes].mean()
     nones = image_scores.groupby("image_id").none.mean()

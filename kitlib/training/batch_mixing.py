@@ -7,19 +7,19 @@ import torch
 
 
 def mix_batch(batch: dict[str, Any], mixup: float, cutmix: float) -> dict[str, Any]:
-    """Return a copy of a training batch in which each image and its targets are mixed with those of another image.
+    """Return a copy of a training batch in which each image and its targets are mixed with a partner and its targets.
 
     `batch` is a result of `kitlib.training.xray_dataset.collate`. `mixup` and `cutmix` are the alphas of the two methods; an
-    alpha of 0 switches the method off. If both are 0, the batch is returned unchanged. If neither is 0, one method is drawn
-    for each batch, each with probability 1/2. The other image of each mixture (the partner) comes from a random permutation
-    of the batch. One share per batch is drawn from Beta(alpha, alpha).
+    alpha of 0 switches the method off. If both are 0, the batch is returned unchanged. If both are above 0, one method is
+    chosen at random for the batch, each with probability 1/2. The images' partners are a random permutation of the batch.
+    One share per batch is drawn from Beta(alpha, alpha).
 
     MixUp returns share * image + (1 - share) * partner, with pixels in float32, 0..255 (Zhang et al. 2018, section 2).
     CutMix pastes a rectangle of the partner into the image; the share is then set to the part of the image's area that the
     rectangle leaves visible (Yun et al. 2019, section 3.1).
 
-    Each of the targets `label` and `none` becomes share * target + (1 - share) * partner's target, or NaN if one of these is
-    NaN. A `mask` (n, cells, cells), if the batch has one, is mixed like the pixels, and CutMix places the rectangle's edges
+    Each of the targets `label` and `none` becomes share * target + (1 - share) * partner's target, or NaN if either of these
+    is NaN. If the batch has a `mask` (n, cells, cells), it is mixed like the pixels; CutMix's rectangle then has its edges
     between cells. Boxes and their findings are removed, because neither image's boxes fit the mixture. Random numbers come
     from torch's CPU generator.
     """

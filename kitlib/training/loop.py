@@ -95,8 +95,8 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
             decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
             groups.setdefault((recipe.learning_rate * rate, decay), []).append(parameter)
     if unmatched_prefixes or not groups:
-        unmatched = " or ".join(sorted(unmatched_prefixes))
-        missing = f"whose name starts with {unmatched}" if unmatched else "that is not frozen"
+        unmatched = " or ".join(map(repr, sorted(unmatched_prefixes)))
+        missing = f"whose name starts with {unmatched}; correct its `rates`" if unmatched else "that is not frozen"
         raise ValueError(f"{type(model).__name__} has no parameter {missing}")
     parameter_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":
@@ -283,8 +283,9 @@ class _EpochKeeper(pl.Callback):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(logged.get("score", math.nan)):
             raise ValueError(
-                f"epoch {trainer.current_epoch + 1}: the validation score is missing or not finite: the training diverged, "
-                f"or the validation fold is too small. Lower learning_rate or raise limit_validation. Logged: {logged}"
+                f"the validation score of epoch {trainer.current_epoch + 1} is missing or not finite. If training diverged, "
+                "lower `learning_rate`. If the validation fold is too small, raise `limit_validation`. "
+                f"Logged metrics: {logged}"
             )
         assert trainer.train_dataloader is not None  # `fit` always passes one
         images = trainer.num_training_batches * trainer.train_dataloader.batch_sampler.batch_size

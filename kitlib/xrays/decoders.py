@@ -36,7 +36,7 @@ DECODER_DEPENDENCIES = {syntax: ("imagecodecs",) for syntax in SYNTAXES}
 
 
 def is_available(uid: str) -> bool:
-    """Return whether imagecodecs is installed and decodes the transfer syntax `uid` (required by pydicom)."""
+    """Return whether imagecodecs is installed and decodes the transfer syntax `uid`. pydicom requires this function."""
     return HAS_IMAGECODECS and uid in SYNTAXES
 
 

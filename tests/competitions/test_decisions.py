@@ -196,7 +196,7 @@ def test_settings_belong_to_one_competition(name, tmp_path):
     assert read_settings(tmp_path / "fusion.json", competition) == competition.settings()
     for other in COMPETITIONS.values():
         if other is not competition:
-            with pytest.raises(SettingsError, match=f"has settings of {name}, but the submission is to {other.name}"):
+            with pytest.raises(SettingsError, match=f"settings for '{name}', but the submission is to '{other.name}'"):
                 read_settings(tmp_path / "fusion.json", other)
 
 

@@ -332,7 +332,7 @@ def test_own_images_are_pooled_with_published_ones(tmp_path):
     assert pool.images.patient_id.str.startswith(("radiography-", "kermany-")).all()
     with pytest.raises(ValueError, match="rename your classes to diagnoses by `class_names`"):
         read_pool(parts, "three", False, **WITH_MASKS)
-    with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images: set dataset"):
+    with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images\. To read"):
         read_pool({"kermany": parts["kermany"]}, "three", False, **own)
     assert len(read_mask_pool({"table": folder}, False, **own).masks) == 8
 

@@ -118,7 +118,7 @@ def test_boxes_are_clipped_to_the_image_and_tiny_scores_dropped():
 
 @pytest.mark.parametrize("images", [IMAGES.assign(rows=0), IMAGES.iloc[1:]])
 def test_an_image_without_a_size_is_named(images):
-    with pytest.raises(ValueError, match="image a has detections but no size"):
+    with pytest.raises(ValueError, match="image 'a' has detections but no size"):
         fuse_boxes(detections(("a", "m", 0, 0.5, *ONE)), images, PLAIN)
 
 

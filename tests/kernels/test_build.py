@@ -233,7 +233,7 @@ def test_a_notebook_is_a_notebook_of_the_project_or_beside_the_yaml_file(tmp_pat
     (tmp_path / "private.ipynb").write_text("{}")
     with_notebook = {**yaml.safe_load(spec.read_text()), "notebook": str(tmp_path / "private.ipynb")}
     spec.write_text(yaml.safe_dump(with_notebook))
-    with pytest.raises(KernelError, match=r"private\.ipynb is outside the project and the folder of this YAML file"):
+    with pytest.raises(KernelError, match=r"private\.ipynb is outside the project and this YAML file's folder"):
         read_spec(spec)
     (tmp_path / "spec" / "notes.txt").write_text("my notes")
     spec.write_text(yaml.safe_dump(with_notebook | {"notebook": str(tmp_path / "spec" / "notes.txt")}))
@@ -312,7 +312,7 @@ def test_a_model_trained_on_masks_requires_its_segmenter(tmp_path, wheel):
         ),
         (
             {"runs": [crops], "lungs": other},
-            r"but the key `lungs` has a different segmenter or mask clean-up; set `lungs` to the run of notebook 14",
+            r"but the key `lungs` names a run with another segmenter or mask clean-up; set `lungs` to the run of",
         ),
         (
             {"runs": [segmenter]},
@@ -410,13 +410,13 @@ def test_a_submission_is_read_strictly(tmp_path, keys, message):
 
 def test_a_missing_file_is_an_error_that_lists_the_available_ones(tmp_path):
     make_submission(tmp_path)
-    with pytest.raises(KernelError, match=r"other\.yaml does not exist; available: .*small\.yaml"):
+    with pytest.raises(KernelError, match=r"other\.yaml does not exist; available kernels: .*small\.yaml"):
         read_spec(tmp_path / "other.yaml")
 
 
 def test_runs_that_match_nothing_are_refused(tmp_path):
     spec = read_spec(make_submission(tmp_path, runs=[str(tmp_path / "nothing*")]))
-    with pytest.raises(KernelError, match=r"nothing\*' matches no folder with a `bundle`"):
+    with pytest.raises(KernelError, match=r"no folder '.*nothing\*' below .* contains `bundle`"):
         spec.bundles()
 
 

@@ -80,7 +80,7 @@ def test_a_kernel_is_rehearsed_in_the_image(kernel, calls):
 
 def test_a_missing_image_or_docker_is_an_error(kernel, tmp_path, calls, monkeypatch):
     built = kernel(accelerator="NvidiaTeslaT4")
-    with pytest.raises(KernelError, match=r"cannot use the image gcr\.io/kaggle-gpu-images/python: .*docker pull gcr"):
+    with pytest.raises(KernelError, match=r"the Docker image gcr\.io/kaggle-gpu-images/python \(.*docker pull gcr"):
         rehearse(*built, 60, docker=True)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(KernelError, match=r"Docker is not installed: .* rehearse without --docker"):

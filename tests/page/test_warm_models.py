@@ -284,7 +284,7 @@ def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
     none = models.lungs(replace(fused, lungs=None), study, study.images[0])
     assert none == (None, "These models have no lung segmenter.")
     detectors = replace(fused, models=tuple(model for model in fused.models if "boxes" in model.answers))
-    with pytest.raises(ValueError, match=r"none of the models of .* predicts typical"):
+    with pytest.raises(ValueError, match=r"none of the models of .* predicts 'typical'"):
         models.heat(detectors, study, study.images[0], "typical")
 
 

@@ -195,7 +195,7 @@ def test_a_network_may_set_rates_and_include_frozen_parameters():
     assert rates == pytest.approx({start + end: rate for start, rate in expected.items() for end in ("weight", "bias")})
     assert groups[id(model.backbone["last"].bias)]["weight_decay"] == 0
     model.shares = {"neck.": 0.1}
-    with pytest.raises(ValueError, match=r"Staged has no parameter whose name starts with neck\."):
+    with pytest.raises(ValueError, match=r"Staged has no parameter whose name starts with 'neck\.'"):
         make_optimizer(model, RECIPE)
     with pytest.raises(ValueError, match="Linear has no parameter that is not frozen"):
         make_optimizer(torch.nn.Linear(2, 1).requires_grad_(False), RECIPE)
