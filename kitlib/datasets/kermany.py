@@ -35,11 +35,11 @@ def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Data
 
     The file name states the diagnosis and the patient. It is not documented whether `person1` in the test folder is
     `person1` in the training folder. A patient number is taken for the same patient in all parts and for both germs: joining
-    two patients is harmless, while separating one leaks. There is no `split`, because the official test folder shares
-    patient numbers with the others. All patients are children of one to five years: `age_group` is "child", `age` unknown.
+    two patients is harmless, but separating one leaks. There is no column `split`, because the official test folder shares
+    patient numbers with the other folders. All patients are 1 to 5 years old: `age_group` is "child", `age` is unknown.
 
-    Left out and recorded in `Dataset.faults`: files whose name occurs again in their part, files whose name states no
-    diagnosis or contradicts their folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
+    Left out and recorded in `Dataset.faults`: unreadable files, files with the name of another file of their part,
+    and files whose name states no diagnosis or another one than their folder. Raises DatasetError if there is no image.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -60,9 +60,8 @@ def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Data
     faults.add_summary("the folder", copies, "have the name of another file of their part; left out", "other files")
     if not files:
         raise DatasetError(
-            f"{folder} contains no image with a name such as person1_virus_6.jpeg or IM-0115-0001.jpeg in folders "
-            f"{', '.join(KINDS)} of train, test or val, among {len(source.paths)} files; unpack the data set in "
-            f"{folder}: {HOW_TO_GET}"
+            f"none of the {len(source.paths)} files in {folder} is an image such as 'train/PNEUMONIA/person1_virus_6.jpeg' "
+            f"or 'test/NORMAL/IM-0115-0001.jpeg'; unpack the data set in this folder: {HOW_TO_GET}"
         )
     stems = pd.Series([stem for _, stem in files])
     shared = set(stems[stems.duplicated()])

@@ -28,10 +28,10 @@ def rename_classes(rows: pd.DataFrame, class_names: Mapping[str, str]) -> pd.Dat
 
 
 def stated_classes(rows: pd.DataFrame, names: Sequence[str], file: str) -> set[str]:
-    """Return the classes that occur in `rows`: the values in the column `label` or, without it, the `names` that have a 1.
+    """Return the classes that occur in `rows`; `file` is the table's file, for messages.
 
-    `names` are the classes that have a label column of 0 and 1 (see `label_column`). `file` is the table's file, for
-    messages. Raises DatasetError if a class has the name of a column in the kit's own tables.
+    If `rows` has the column `label`, these are its values. Otherwise these are the classes of `names` whose label column
+    (see `label_column`) has a 1. Raises DatasetError if a class has the name of a column in the kit's own tables.
     """
     if "label" in rows:
         classes = set(rows.label) - {""}
@@ -64,8 +64,8 @@ def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFo
         values = ", ".join(map(repr, sorted(set(cells[other]))[:5]))
         if not is_known.any():
             raise DatasetError(
-                f"{file}: the column {name!r} has neither 0 nor 1, but {values or 'blank cells alone'}: remove it from "
-                "`labels` in the parameter `columns` or, if it contains names of classes, give it as `label`"
+                f"{file}: the column {name!r} has neither 0 nor 1, but {values or 'only blank cells'}. If it contains class "
+                "names, give it as `label` in the parameter `columns`; otherwise remove it from `labels`"
             )
         problem = f"have in {name} another value than 0, 1 and blank ({values}); their label is unknown"
         source.faults.add_summary(file, rows.file[other], problem, "other images")
@@ -81,10 +81,10 @@ def label_column(name: str) -> str:
 def class_labels(
     images: pd.DataFrame, classes: Collection[str], source: DataFolder, file: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the tables `images` and `labels`, made from `images`, whose column `label` has the class of each image.
+    """Return `images` without the studies that have several classes, and the `labels` table of the remaining studies.
 
-    In `labels`, a study has 1.0 for its class and 0.0 for all other `classes`. If the images of a study have different
-    classes, all images of the study are left out, with a fault.
+    The column `label` of `images` has the class of each image. In the `labels` table, a study has 1.0 for its class and 0.0
+    for all other `classes`. Studies with several classes are recorded in the faults of `source`.
     """
     for study_id, several in images.groupby("study_id").label.unique().items():
         if len(several) > 1:
@@ -99,10 +99,10 @@ def class_labels(
 
 
 def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder, file: str) -> pd.DataFrame:
-    """Return the `labels` table for the studies of `images`, with one column for each class in `names` (none if empty).
+    """Return a `labels` table with one row for each study of `images` and one column for each class in `names`.
 
-    If the images of a study have different labels for a class, the study's label is NaN (unknown), with a fault. If the
-    label is known for only some images of a study, it is used for the study.
+    If the images of a study disagree on a class, the study's label is NaN (unknown), and a fault counts the study. Images
+    whose label is unknown do not matter, unless the study has no other images. `names` may be empty.
     """
     by_study = images.groupby("study_id", sort=False)[[label_column(name) for name in names]]
     least, most = by_study.min(), by_study.max()
@@ -116,15 +116,14 @@ def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder
 
 
 def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: DataFolder) -> None:
-    """Raise DatasetError if a class in `listed`, the classes of the user's table, has no image left in `labels`.
+    """Raise DatasetError if a class that the user has given (`listed`) has no study left in `labels`.
 
     Adds a fault to `source` if there is only one class.
     """
     for name in sorted(listed):
         if not (labels[name] > 0).any():
             raise DatasetError(
-                f"{source.folder}: no image of the class {name!r} can be used, although some are listed; "
-                f"{first_faults(source)}"
+                f"{source.folder}: there is the class {name!r}, but none of its images can be used; {first_faults(source)}"
             )
     classes = labels.columns.drop("id")
     if len(listed) == 1 and len(classes) == 1 and np.all(labels[classes] > 0):

@@ -59,13 +59,13 @@ def read_own(
 
     image_id is the file name without suffix, or the path if file names repeat. The folder's name is the source of images
     whose source is not stated, and the prefix of all patient ids, so that they differ from those of other data sets. If the
-    table states no patient, the patient in the DICOM header is used; if there is none, each study is a patient of its own.
-    If no study is stated, each image is a study of its own. If all classes are in DIAGNOSES, images have the column
-    `diagnosis`, so that they can be pooled.
+    table gives no patient, the patient in the DICOM header is used; if there is none, each study is a patient of its own. If
+    the table gives no study, each image is a study of its own. If all classes are in DIAGNOSES, the `images` table has the
+    column `diagnosis`, so that the data set can be pooled with others.
 
     Left out and recorded in `Dataset.faults`: rows without a file or a class, or with an unknown split; images with
     contradicting rows, an unreadable header or an unusable box. Raises SettingsError if the parameters contradict each
-    other; DatasetError if a file or column is missing, if no image remains, or if a class loses all of its images.
+    other; DatasetError if a file or column is missing, if no image remains, or if all images of a class are left out.
     """
     source, spec = DataFolder.of(folder), from_dict(Columns, dict(columns or {}))
     _check_parameters(spec, table, boxes_table, class_folders, class_names or {}, mask_folder, mask_convention)
@@ -119,27 +119,30 @@ def _check_parameters(
     of_boxes = ("file", "finding", *BOX_KEYS) if boxes_table else ()
     if not table and (unused := [key for key in (*spec.single(), *(["labels"] * bool(spec.labels))) if key not in of_boxes]):
         raise SettingsError(
-            f"the parameter `columns` has {', '.join(unused)}, but `table` is not set: give the file with these columns"
+            f"the parameter `columns` has the keys {unused}, but `table` is not set; set it to the file with these columns"
         )
     if boxes_table and not spec.box:
-        raise SettingsError("boxes_table is set, but `columns` has no box: add xmin, ymin and xmax, ymax or width, height")
+        raise SettingsError(
+            "`boxes_table` is set, but `columns` lacks the boxes: add xmin, ymin, xmax, ymax or xmin, ymin, width, height"
+        )
     if spec.box_file and not boxes_table:
         raise SettingsError(
-            "`columns` has box_file, but boxes_table is not set: set boxes_table, or remove box_file (boxes in `table` are "
-            "those of the image in `file`)"
+            "`columns` has the key `box_file`, but `boxes_table` is not set. Set `boxes_table`; or, if the boxes are in "
+            "`table`, remove `box_file`: each box then belongs to the image in its row"
         )
     if class_folders and (spec.label or spec.labels):
         raise SettingsError("class_folders is set, and `columns` has label or labels: use only one of them")
     if class_names and not (class_folders or spec.label):
         raise SettingsError(
-            "class_names is set, but there are no classes to rename: set class_folders, or `label` in `columns`"
+            "`class_names` is set, but there are no classes to rename: remove it, set `class_folders`, or add `label` to "
+            "`columns`"
         )
     if bad := [name for name in class_names.values() if not (isinstance(name, str) and name.strip())]:
-        raise SettingsError(f"class_names renames a class to {bad[0]!r}; expected a name in quotes")
+        raise SettingsError(f"`class_names` renames a class to {bad[0]!r}; the new name must be text and not blank")
     if bool(mask_folder) != bool(mask_convention) or (mask_folder and mask_convention not in MASK_CONVENTIONS):
         raise SettingsError(
-            f"mask_folder is {mask_folder!r} and mask_convention {mask_convention!r}: give a folder and one of "
-            f"{', '.join(MASK_CONVENTIONS)} (with_heart: the lungs' masks include the part behind the heart), or neither"
+            f"`mask_folder` is {mask_folder!r}, `mask_convention` is {mask_convention!r}. Set neither, or a folder and "
+            f"one of {', '.join(MASK_CONVENTIONS)} (with_heart: the lung masks include the part behind the heart)"
         )
 
 
@@ -170,7 +173,7 @@ def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: Imag
 
 
 def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
-    """Return one row per image file, for use without a table. A fault counts the table files, which are not read.
+    """Return one row per image file, for a data set without a table; one fault counts the folder's tables as not read.
 
     Raises DatasetError if there is no image file.
     """
@@ -183,9 +186,9 @@ def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
 
 
 def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
-    """Return `rows` with "train" or "test" in the column `split`, if the column exists.
+    """Return `rows` with the values of the column `split`, if there is one, replaced by "train" or "test".
 
-    Rows with an unknown value are left out, with a fault. Raises DatasetError if no row is "train".
+    Rows with an unknown value are left out and recorded in the faults of `source`. Raises DatasetError if no row is "train".
     """
     if "split" not in rows:
         return rows
@@ -201,14 +204,12 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
     )
     rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown].reset_index(drop=True)
     if (rows["split"] == "test").all():
-        raise DatasetError(
-            f"{file}: no image is for training, according to the column for `split`; leave `split` out of `columns`"
-        )
+        raise DatasetError(f"{file}: the split column assigns no image to training; leave `split` out of `columns`")
     return rows
 
 
 def _make_images(rows: pd.DataFrame, source: DataFolder, file: str, progress: bool) -> pd.DataFrame:
-    """Return the `images` table for `rows`, with the labels as additional columns; faults count unknown values."""
+    """Return the `images` table for `rows`, with additional columns for labels; faults count unknown ages and the like."""
     name = source.folder.resolve().name
     text = {key: rows.get(key, pd.Series("", rows.index, dtype=object)) for key in ("patient", "study", "source", "view")}
     images = rows.drop(columns=["patient", "study", "file", *BOX_KEYS, "finding"], errors="ignore").assign(

@@ -128,14 +128,13 @@ def ensemble_settings(name: str, /, **overrides: object) -> EnsembleSettings:
 def train_flannel(
     probabilities: np.ndarray, truth: np.ndarray, settings: EnsembleSettings, held_out: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], list[float]]:
-    """Train FLANNEL; return its weights as a dict and, for each epoch, the loss on held-out rows as a list.
+    """Train FLANNEL; return a dict with its weights, and a list with the loss on held-out rows after each epoch.
 
     The weights are float32 arrays, `weight` (K, (K C)^2) and `bias` (K,). `probabilities` (n, K, C) are those of K learners,
-    `truth` (n,) holds the true class indices, and `held_out` (n,) is True for rows that are not trained on. After each
-    epoch, the loss on these rows is computed. If more than `patience` epochs in a row bring no lower loss, training stops.
-    The weights of the best epoch are returned. If `patience` is 0 or no row is held out, training uses all rows and epochs,
-    and the list of losses is empty. Raises ValueError if all rows are held out. Training runs on the CPU and is
-    deterministic.
+    `truth` (n,) holds the true class indices, and `held_out` (n,) is True for rows that are only used for validation.
+    Training stops if the loss on held-out rows has not decreased for more than `patience` epochs; the returned weights are
+    those of the epoch with the lowest loss. If `patience` is 0 or no row is held out, training uses all rows and epochs, and
+    the list is empty. Raises ValueError if all rows are held out. Training runs on the CPU and is deterministic.
     """
     held_out = np.zeros(len(truth), bool) if held_out is None or not settings.patience else np.asarray(held_out, bool)
     if held_out.all():

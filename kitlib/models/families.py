@@ -31,8 +31,8 @@ STUDIES, CLASSES, BOXES, LUNGS, MASKS = "studies", "classes", "boxes", "lungs", 
 class Family:
     """A model family: its recipe, its network and what it predicts.
 
-    `answers` is what the family predicts: STUDIES (the four study classes and `none`), CLASSES (the classes of its training
-    labels), BOXES, LUNGS (masks of lungs), or MASKS (of a structure that most images do not have). `network` is a function
+    `answers` is STUDIES (the family predicts the four study classes and `none`), CLASSES (the classes of the training data),
+    BOXES, LUNGS (lung masks), or MASKS (masks of a structure that most images do not have). `network` is a function
     that builds the network, with random or starting weights, from a recipe and the class names. `sees_patches` is True if
     the network's input is patches of an image. `one_process` is True if several processes cannot train one model together.
     """

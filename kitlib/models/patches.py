@@ -20,8 +20,8 @@ class PatchCanvas:
     """An image that is resized to a square canvas, from which its patches are cut.
 
     `pixels` is uint8 (canvas, canvas). `mask`, bool of the same shape, is True inside the lungs. Patch centres are chosen at
-    random inside the lungs, and pixels outside the lungs are black. If `mask` is None, there is one patch: the whole image,
-    resized to `side` pixels and not masked, in the top left corner of an otherwise black canvas.
+    random inside the lungs, and pixels outside the lungs are black. If `mask` is None, the only patch is the whole image,
+    resized to `side` x `side` pixels and not masked, in the top left corner of the canvas; the rest is black.
     """
 
     pixels: np.ndarray
@@ -95,9 +95,9 @@ def cut_patches(canvases: torch.Tensor, where: torch.Tensor, side: int) -> torch
 def votes(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -> torch.Tensor:
     """Return the share of each image's patches that vote for each class, float64 (images, classes).
 
-    `probabilities` (m, classes) are those of the m patches, `image_index` (m,) is the index of each patch's image. A patch
-    votes for its most probable class, or for the first of equally probable classes. Rows sum to 1. If an image has no patch,
-    or if a patch has a NaN, the image's row is NaN. Source: Patched FLANNEL, section 2.2.
+    `images` is the number of images. `probabilities` (m, classes) has one row per patch, and `image_index` (m,) the index of
+    each patch's image. A patch votes for its most probable class, or for the first of equally probable ones. Rows sum to 1.
+    If an image has no patch, or a patch with a NaN, the image's row is NaN. Source: Patched FLANNEL, section 2.2.
     """
     one_hot = functional.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).double()
     one_hot[probabilities.isnan().any(dim=1)] = torch.nan
@@ -107,7 +107,7 @@ def votes(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -
 def mean_softmax(probabilities: torch.Tensor, image_index: torch.Tensor, images: int) -> torch.Tensor:
     """Return the mean probabilities of each image's patches, float64 (images, classes).
 
-    `probabilities` (m, classes) are those of the m patches, `image_index` (m,) is the index of each patch's image.
+    The arguments are those of `votes`.
     """
     return _mean(probabilities.double(), image_index, images)
 

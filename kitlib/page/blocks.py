@@ -51,7 +51,7 @@ def build_page(viewer: Viewer) -> gr.Blocks:
 
 
 def open_page(runs: Path | None, folder: Path, port: int, host: str, ready: Callable[[str], None]) -> None:
-    """Serve a page with the models below `runs` (runs/demo by default) until it is stopped; call `ready` with its address.
+    """Serve a page with the models below `runs` (default: runs/demo) until stopped; call `ready` with the page's address.
 
     Downloadable files are written to `folder`; `port` and `host` are passed to kitlib.page.server.serve. Raises RunError if
     there are no trained models, PageError if the port is not available, and FileNotFoundError if a folder does not exist.
@@ -95,7 +95,7 @@ class LenientSlider(gr.Slider, metaclass=_NoInterfaceFile):
 
 
 class _Visit:
-    """Marks a visitor's latest request: results of earlier requests are dropped. Gradio makes one object per visitor."""
+    """Identifies a visitor's latest request; results of earlier ones are not shown. Gradio makes one object per visitor."""
 
     turn: object = None
 
@@ -249,7 +249,7 @@ class _Page:
         return self._handler(self.viewer.pick, self._open)(visit, image_id, system)
 
     def _switch_models(self, visit: _Visit, view: View | str, system: str) -> dict:
-        """Return updates that show the predictions of `system` for the open study; no updates if they are shown already."""
+        """Show the predictions of the models `system` for the open study, unless they are shown or no study is open."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
 
@@ -300,9 +300,9 @@ class _Page:
         return {self.view: status, self.windowed: None, **self._hide(status)}
 
     def _hide(self, status: str) -> dict:
-        """Return the updates that show the text `status` and hide the earlier result, which belongs to another study.
+        """Return the updates that show the text `status` and hide everything that belongs to a study.
 
-        The updates do not change which study is open, because a later request may have opened another one in the meantime.
+        The state `view` is not updated, because a later request may have opened a study in the meantime.
         """
         hidden = (self.images, self.threshold, self.layers, self.heat_class, self.own_window, self.center, self.width)
         return {

@@ -26,9 +26,9 @@ def check_inputs(plan: Plan, names: Iterable[str]) -> None:
 
 
 def missing_inputs(plan: Plan, names: Iterable[str]) -> list[str]:
-    """Return one line of text for each input of the runs `names` that does not exist and that no run before them will make.
+    """Return one line for each missing input of the runs `names`. Inputs that a run needed by `names` makes are not missing.
 
-    It is assumed that a run makes all inputs in its own folder and, if it is a command, in all folders among the command's
+    A run is assumed to make all inputs in its own folder and, if it is a command, in all folders among the command's
     arguments, such as the folder of phantoms. Pickled weights count as missing, because they are never loaded.
     """
     readers: dict[str, list[str]] = {}
@@ -79,7 +79,7 @@ def _made_by(run: PlannedRun) -> list[Path]:
 
 
 def _problem(parameter: str, value: str) -> str:
-    """Return why an input of the kind `parameter` cannot be used, or "". Paths are relative to the project's folder."""
+    """Return why `value`, an input of kind `parameter`, cannot be used, or "". Paths are relative to the project."""
     path = project_root() / value
     try:
         if parameter == "competition":

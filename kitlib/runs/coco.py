@@ -41,7 +41,7 @@ def write_coco(path: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fold
     reserved = _RESERVED & set(images.columns)
     if reserved:
         raise DatasetError(
-            f"images: the column name(s) {', '.join(sorted(reserved))} are reserved by COCO; rename these columns"
+            f"the COCO file needs these column names of `images` for itself: {sorted(reserved)}; rename these columns"
         )
     columns = images.drop(columns=["rows", "columns"])
     # JSON has no NaN.
@@ -89,10 +89,9 @@ def read_coco(path: str | Path) -> dict[str, pd.DataFrame]:
     boxes, places = [], []
     for entry in _entries(content, "annotations", ("id", "image_id", "category_id", "bbox"), where):
         place = f"{where['annotations']}, id {entry['id']!r}"
-        if not _is_listed(entry["image_id"], image_of) or not _is_listed(entry["category_id"], names):
-            raise DatasetError(
-                f"{place}: the file does not list image {entry['image_id']!r} or category {entry['category_id']!r}"
-            )
+        for key, listed in (("image", image_of), ("category", names)):
+            if not _is_listed(value := entry[f"{key}_id"], listed):
+                raise DatasetError(f"{place}: {key}_id is {value!r}, but the file lists no {key} with this id")
         boxes.append((image_of[entry["image_id"]], *_corners(entry["bbox"], place), names[entry["category_id"]]))
         places.append(place)
     table = pd.DataFrame(boxes, columns=["image_id", *BOX, "finding"])
@@ -108,7 +107,7 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """Return the `boxes` table of a COCO file that an annotation tool wrote for `images`.
 
     Raises DatasetError if the file is invalid (see `read_coco`), if it does not list exactly the images in `images`, or if
-    it states another size for an image than `images` does, because the boxes are then in pixels of a resized image.
+    it gives another size for an image: the boxes are then in pixels of a resized image.
     """
     tables = read_coco(path)
     sizes = images[["image_id", "rows", "columns"]].merge(
@@ -122,15 +121,15 @@ def read_coco_boxes(path: str | Path, images: pd.DataFrame) -> pd.DataFrame:
         unmatched = sizes.loc[sizes["_merge"] == side, "image_id"]
         if len(unmatched):
             raise DatasetError(
-                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]}. The file and the table must "
-                "have the same images"
+                f"{path}: {len(unmatched)} images {problem}; the first is {unmatched.iloc[0]!r}. The file must list "
+                "exactly the images of the `images` table"
             )
     resized = sizes[(sizes["rows"] != sizes["rows_file"]) | (sizes["columns"] != sizes["columns_file"])]
     if len(resized):
         raise DatasetError(
-            f"{path}: {len(resized)} images have another size than in the table; the first is {resized.image_id.iloc[0]} "
-            f"with {resized.columns_file.iloc[0]:.0f} x {resized.rows_file.iloc[0]:.0f} instead of "
-            f"{resized['columns'].iloc[0]} x {resized['rows'].iloc[0]} pixels. Annotate images at full resolution"
+            f"{path}: {len(resized)} images have another size than in the `images` table. The first is "
+            f"{resized.image_id.iloc[0]!r}: {resized.columns_file.iloc[0]:.0f} x {resized.rows_file.iloc[0]:.0f} pixels in "
+            f"the file, {resized['columns'].iloc[0]} x {resized['rows'].iloc[0]} in the table. Annotate at full resolution"
         )
     return tables["boxes"]
 
@@ -146,19 +145,19 @@ def cut_annotated_boxes(boxes: pd.DataFrame, images: pd.DataFrame, places: list[
     if len(wrong):
         corners = ", ".join(f"{name} {boxes[name].iloc[wrong[0]]:g}" for name in BOX)
         raise DatasetError(
-            f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners} pixels); {len(wrong)} of {len(boxes)} boxes cannot "
-            "be used. Correct or remove them; if there are many, they may belong to images of another size"
+            f"{places[wrong[0]]}: {problems.iloc[wrong[0]]} ({corners}, in pixels). {len(wrong)} of {len(boxes)} boxes "
+            "cannot be used. Correct or remove them; if there are many, they may have been drawn on resized images"
         )
     if (overhang > 0).any():
         logger.warning(
-            "%s: %d of %d boxes reach beyond their image, the first at %s, by %.2f pixels at most; cut at the edge",
+            "%s: %d of %d boxes were cut at their image's edge; the first is at %s; at most %.2f pixels were cut off",
             *(file, (overhang > 0).sum(), len(boxes), places[int((overhang > 0).argmax())], overhang.max()),
         )
     return cut
 
 
 def annotated_images(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `images` whose images are fully annotated, so that an image without a box shows no finding.
+    """Return the rows of fully annotated images. If such an image has no box, it shows no finding.
 
     Excludes SIIM's images that no annotator looked at (`false_none`), and NIH's images without a box, because in NIH only a
     few of the images with a finding have boxes.
@@ -178,18 +177,18 @@ def check_images_and_boxes(images: pd.DataFrame, boxes: pd.DataFrame) -> tuple[p
     unsized = images.loc[(images["rows"] < 1) | (images["columns"] < 1), "image_id"]
     if len(unsized):
         raise DatasetError(
-            f"{len(unsized)} of {len(images)} images have no recorded size (rows and columns); the first is "
-            f"{unsized.iloc[0]}. Prepare the data set with notebook 10, which reads the sizes from the files"
+            f"{len(unsized)} of {len(images)} images have no size in the columns `rows` and `columns`; the first is "
+            f"{unsized.iloc[0]!r}. Prepare the data set with notebook 10, which reads the sizes from the files"
         )
     unmatched = boxes.loc[~boxes["image_id"].isin(images["image_id"]), "image_id"]
     if len(unmatched):
         raise DatasetError(
-            f"{len(unmatched)} boxes belong to none of the images; the first is for image {unmatched.iloc[0]}. Remove them"
+            f"{len(unmatched)} boxes have an image_id that is not in `images`, first {unmatched.iloc[0]!r}; remove the boxes"
         )
     findings = findings_of(boxes) or (ONE_FINDING,)
     padded = [name for name in findings if name.strip() != name]
     if padded:
-        raise DatasetError(f"the finding {padded[0]!r} in boxes begins or ends with a space; remove the space")
+        raise DatasetError(f"the finding {padded[0]!r} in `boxes` begins or ends with a space; remove the space")
     return images, boxes, findings
 
 
@@ -197,17 +196,16 @@ def _add_folds(entries: list[dict[str, Any]], folds: pd.DataFrame) -> None:
     fold_of = dict(zip(folds["id"], folds["fold"].tolist(), strict=True))
     unmatched = set(fold_of) - {entry["image_id"] for entry in entries}
     if unmatched:
-        raise DatasetError(f"{len(unmatched)} images in folds are not in the `images` table; the first is {min(unmatched)}")
+        raise DatasetError(
+            f"{len(unmatched)} ids in `folds` are not in `images`, first {min(unmatched)!r}; remove their rows"
+        )
     for entry in entries:
         if entry["image_id"] in fold_of:
             entry["fold"] = fold_of[entry["image_id"]]
 
 
 def _annotation(number: int, image: int, category: int, box: list[float]) -> str:
-    """Return one COCO annotation as JSON text.
-
-    The text is formatted here, because a float cannot hold all digits of the box's width and height.
-    """
+    """Return one COCO annotation as JSON text, with the box's exact width and height, which floats would round."""
     x, y, xmax, ymax = (Decimal(repr(edge)) for edge in box)
     width, height = EXACT.subtract(xmax, x), EXACT.subtract(ymax, y)
     return (
@@ -221,7 +219,7 @@ def _json_lines(entries: list[dict[str, Any]]) -> list[str]:
         return [json.dumps(entry, allow_nan=False) for entry in entries]
     except (TypeError, ValueError) as error:
         raise DatasetError(
-            f"a column of `images` has a value that JSON cannot represent ({error}); drop the column"
+            f"a value in the `images` table cannot be written as JSON ({error}); drop the column that contains it"
         ) from error
 
 
@@ -240,19 +238,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _entries(content: dict[str, Any], name: str, keys: tuple[str, ...], where: dict[str, str]) -> list[dict[str, Any]]:
     """Return the list of entries under the key `name` of a COCO file, whose JSON is `content`.
 
-    `where` maps `name` to the text with which an error message starts. Raises DatasetError if there is no such list, or if
+    Error messages start with `where[name]`. Raises DatasetError if there is no such list, or if
     an entry lacks one of `keys` or has no unique id.
     """
     entries = content.get(name)
     if not isinstance(entries, list):
-        raise DatasetError(f"{where[name]}: the list is missing; the file has: {', '.join(content)}")
+        raise DatasetError(f"{where[name]}: the list is missing; the keys of the file are {list(content)}")
     ids = set()
     for index, entry in enumerate(entries):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
-            raise DatasetError(f"{where[name]}, entry {index}: lacks {', '.join(missing)}")
+            raise DatasetError(f"{where[name]}, entry {index}: lacks the keys {missing}")
         if not isinstance(entry["id"], int | str) or entry["id"] in ids:
-            raise DatasetError(f"{where[name]}, entry {index}: id {entry['id']!r} is repeated or is not a number or text")
+            raise DatasetError(f"{where[name]}, entry {index}: id {entry['id']!r} is repeated, or not an integer or text")
         ids.add(entry["id"])
     return entries
 

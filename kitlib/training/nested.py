@@ -28,7 +28,7 @@ class NestedScores:
     evaluation with one row per image: the mean prediction of the models that were trained without the image's outer fold,
     which is in the column `fold`. If no outer fold was held out, `judged` has the usual out-of-fold predictions instead.
     `test` is a `class_scores` table for the images in the split "test". It has one row per image and inner fold: the mean
-    prediction of the models with this inner fold, one for each outer fold.
+    over all outer folds of the predictions by the models with this inner fold.
     """
 
     nested: pd.DataFrame
@@ -45,7 +45,10 @@ def hold_out(tables: Mapping[str, pd.DataFrame], outer: int) -> dict[str, pd.Dat
     images, folds = tables["images"], tables["folds"]
     held_out_ids = folds.id[folds.fold == outer]
     if held_out_ids.empty or len(held_out_ids) == len(folds):
-        raise ValueError(f"outer fold {outer} is not one of the folds {sorted(set(folds.fold))}, or it is the only one")
+        raise ValueError(
+            f"fold {outer} cannot be held out of the folds {sorted(set(folds.fold))}; choose one of them, and keep at least "
+            "one other fold"
+        )
     split = images["split"] if "split" in images else pd.Series("train", images.index)
     images = images.assign(split=split.where(~images.image_id.isin(held_out_ids), "test"))
     return {**tables, "images": images, "folds": folds[folds.fold != outer].reset_index(drop=True)}
@@ -64,14 +67,14 @@ def train_nested(
 
     For each outer fold k and each other fold n in `folds`, one model is trained on the images outside of both folds, in the
     folder `run`/outer<k>/fold<n>. If `outer_folds` is empty, no fold is held out: the folders are `run`/fold<n>, and the
-    dict's only key is -1 (NOT_NESTED). `at_once`, `processes` and the results are those of `train_folds`. If the end of the
-    session stops a fold, no further outer fold is started. Raises ValueError, before any training, if a fold is not in the
-    tables, or if `folds` contains no fold except the outer fold.
+    dict's only key is -1 (NOT_NESTED). See `train_folds` for `at_once`, `processes`, `train` and the results. If the end of
+    the session stops a fold, no further outer fold is started. Raises ValueError, before any training, if a fold is not in
+    the prepared run, or if no other fold in `folds` is left besides an outer fold.
     """
     folds, outer_folds = list(folds), list(outer_folds)
     available = set(task.tables["folds"].fold)
     if unknown := sorted({*folds, *outer_folds} - available):
-        raise ValueError(f"folds {unknown} are not in the prepared run, which has {sorted(available)}; remove them")
+        raise ValueError(f"`folds` or `outer_folds` has {unknown}; the prepared run has only the folds {sorted(available)}")
     if without_inner := [outer for outer in outer_folds if not set(folds) - {outer}]:
         raise ValueError(
             f"if outer fold {without_inner[0]} is held out, none of the folds {folds} is left to validate on; add other "
@@ -99,8 +102,8 @@ def is_complete(trained: dict[int, list[Any]], folds: Iterable[int], outer_folds
 def gather_scores(trained: dict[int, list[TrainedFold]], folds: pd.DataFrame) -> NestedScores:
     """Collect the predictions of the models that `train_nested` has trained, and return them as NestedScores.
 
-    `folds` is the `folds` table of the prepared run. If the runs have `training_scores`, `nested` also includes the models'
-    predictions for their own training images.
+    `folds` is the `folds` table of the prepared run. If a model has the table `training_scores`, `nested` also includes the
+    model's predictions for its own training images.
     """
     nested, judged, test = [], [], []
     for outer, models in trained.items():

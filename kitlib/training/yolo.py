@@ -37,10 +37,10 @@ MOSAIC_OFF = 10  # number of last epochs without mosaic, as in ultralytics; at m
 
 
 class Canvases(YOLODataset):
-    """Data set for ultralytics' trainer that takes its images and boxes from an `XrayDataset`.
+    """Adapts an `XrayDataset` to ultralytics' trainer.
 
-    An image is the canvas, repeated in three equal channels. With `augment`, examples depend on the attribute `epoch`, which
-    the trainer sets before each epoch, because a recipe may crop images differently in each epoch.
+    An image is the canvas, repeated in three equal channels. The trainer sets the attribute `epoch` before each epoch. With
+    `augment`, an example depends on the epoch, because a recipe may crop an image differently in each epoch.
     """
 
     buffer: list[int]
@@ -174,7 +174,7 @@ class Trainer(DetectionTrainer):
     def validate(self) -> tuple[dict[str, float], float]:
         """Validate the moving average of the network; return a dict with the AP of each class, and the score.
 
-        The dict is empty if there is one class. ultralytics calls the score fitness; it decides the best epoch.
+        If there is one class, the dict is empty. The score, which ultralytics calls fitness, decides the best epoch.
         """
         average = YoloDetector(self.detector.recipe, self.detector.classes, self.ema.ema)
         predictions, ground_truth = [], []
@@ -262,8 +262,8 @@ class Trainer(DetectionTrainer):
     def _handle_nan_recovery(self, epoch: int) -> bool:
         if not torch.isfinite(self.loss) or not np.isfinite(self.fitness):
             raise ValueError(
-                f"epoch {epoch + 1}: loss {self.loss.item()} or validation score {self.fitness} is not finite; lower "
-                f"learning_rate ({self.args.lr0}), or check that the validation fold has boxes"
+                f"epoch {epoch + 1}: the loss is {self.loss.item()} and the validation score {self.fitness}; both must be "
+                f"finite. Lower `learning_rate` ({self.args.lr0}), and check that the validation fold has boxes"
             )
         return False
 

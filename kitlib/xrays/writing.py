@@ -71,7 +71,7 @@ def write_xray(
     if transfer_syntax not in WRITABLE:
         raise ValueError(f"cannot write transfer syntax {transfer_syntax!r}; valid: {', '.join(WRITABLE)}")
     if stored.ndim != 2 or stored.dtype.kind not in "ui" or stored.itemsize > 2:
-        raise ValueError(f"expected stored values (rows, columns) of 8 or 16 bits, got {stored.shape} of {stored.dtype}")
+        raise ValueError(f"expected 8- or 16-bit integers (rows, columns), got {stored.dtype} {stored.shape}")
     bits = bits_stored or stored.itemsize * 8
     if transfer_syntax == JPEGBaseline8Bit and stored.dtype != np.uint8:
         raise ValueError(f"{path}: baseline JPEG requires uint8, got {stored.dtype}")

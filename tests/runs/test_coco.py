@@ -134,14 +134,14 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
     path = tmp_path / "a.json"
     write_coco(path, IMAGES.iloc[::-1], BOXES)
     same(read_coco_boxes(path, IMAGES), BOXES, "boxes")
-    with pytest.raises(DatasetError, match="1 images in the file are not in the `images` table; the first is c"):
+    with pytest.raises(DatasetError, match="1 images in the file are not in the `images` table; the first is 'c'"):
         read_coco_boxes(path, IMAGES.head(2))
     for rows, columns, size in ((3000, 2500, "2500 x 3000"), (3000, 2000, "2000 x 3000"), (2600, 2500, "2500 x 2600")):
         resized = IMAGES.assign(rows=[3000, rows, 100], columns=[2500, columns, 90])
-        with pytest.raises(DatasetError, match=f"the first is a with 2000 x 2600 instead of {size} pixels"):
+        with pytest.raises(DatasetError, match=f"The first is 'a': 2000 x 2600 pixels in the file, {size} in the table"):
             read_coco_boxes(path, resized)
     write_coco(path, IMAGES.head(2), BOXES)
-    with pytest.raises(DatasetError, match="1 images are not in the file; the first is c"):
+    with pytest.raises(DatasetError, match="1 images are not in the file; the first is 'c'"):
         read_coco_boxes(path, IMAGES)
 
 
@@ -168,8 +168,8 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}
         ({}, {"bbox": [-5, 1, 300, 2]}, r"annotations, id 1: a box reaches beyond .* \(xmin -5, ymin 1, .* 1 of 1 boxes"),
         ({}, {"bbox": [11, 1, 2, 2]}, "annotations, id 1: a box lies outside the image"),
         ({}, {"bbox": [9.5, 1, 1, 2]}, "annotations, id 1: a box is thinner than 1 pixel"),
-        ({}, {"image_id": 2}, "does not list image 2"),
-        ({}, {"category_id": [1]}, r"or category \[1\]"),
+        ({}, {"image_id": 2}, "image_id is 2, but the file lists no image"),
+        ({}, {"category_id": [1]}, r"category_id is \[1\], but the file lists no category"),
     ],
 )
 def test_an_error_names_the_invalid_entry(tmp_path, image, box, message):
@@ -185,7 +185,7 @@ def test_an_error_names_the_invalid_entry(tmp_path, image, box, message):
         ("{", "not valid JSON.*line 1"),
         ("[]", "expected an object"),
         ("{}", "categories: the list is missing"),
-        ('{"categories": [], "images": [{"id": 1}], "annotations": []}', "images, entry 0: lacks file_name, width, height"),
+        ('{"categories": [], "images": [{"id": 1}], "annotations": []}', "images, entry 0: .* 'width', 'height'"),
         ('{"categories": [], "images": [], "annotations": []}', "images: the list is empty"),
         ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "categories, entry 1: id 1 is repeated"),
     ],
@@ -201,17 +201,17 @@ def test_an_invalid_coco_file_is_refused(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("images", "boxes", "folds", "message"),
     [
-        (IMAGES.assign(rows=[3000, 0, 100]), BOXES, None, "1 of 3 images have no recorded size .* is a.*notebook 10"),
-        (IMAGES.head(1), BOXES, None, "2 boxes belong to none of the images; the first is for image a"),
+        (IMAGES.assign(rows=[3000, 0, 100]), BOXES, None, "1 of 3 images have no size .* is 'a'.*notebook 10"),
+        (IMAGES.head(1), BOXES, None, "2 boxes have an image_id that is not in `images`, first 'a'"),
         (
             IMAGES,
             BOXES.assign(finding=["Mass", " Mass", "Mass"]),
             None,
-            "finding ' Mass' in boxes begins or ends with a space",
+            "finding ' Mass' in `boxes` begins or ends with a space",
         ),
-        (IMAGES.assign(width=1), BOXES, None, "column.*width.*reserved.*rename"),
+        (IMAGES.assign(width=1), BOXES, None, "column names.*'width'.*rename"),
         (IMAGES.assign(mask=[np.zeros(1), None, None]), BOXES, None, "drop the column"),
-        (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 images in folds are not in the `images` table; the first is z"),
+        (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 ids in `folds` are not in `images`, first 'z'"),
     ],
 )
 def test_tables_that_no_file_can_hold_are_refused(tmp_path, images, boxes, folds, message):
@@ -238,4 +238,4 @@ def test_boxes_beyond_the_edge_are_cut_and_counted(tmp_path, caplog):
     (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8-sig", newline="\r\n")
     read = read_coco(tmp_path / "a.json")["boxes"]
     assert read.to_numpy().tolist() == [["c", "opacity", 2, 2, 7, 7], ["c", "opacity", 0, 90, 4, 100]]
-    assert "1 of 2 boxes reach beyond their image, the first at" in caplog.text and "by 5.00 pixels at most" in caplog.text
+    assert "1 of 2 boxes were cut at their image's edge" in caplog.text and "at most 5.00 pixels were cut off" in caplog.text

@@ -109,7 +109,7 @@ def test_an_error_names_a_missing_or_unmatched_file(tmp_path):
 def test_labels_are_not_mixed_and_boxes_stay_inside(tmp_path):
     with pytest.raises(DatasetError, match="image b has a box that reaches beyond"):
         write_yolo(tmp_path, IMAGES, BOXES.assign(xmin=[1, -0.1, 1]))
-    with pytest.raises(DatasetError, match="no recorded size"):
+    with pytest.raises(DatasetError, match="have no size in the columns"):
         write_yolo(tmp_path, IMAGES.assign(rows=0), BOXES)
     with pytest.raises(DatasetError, match="is not a valid file name"):
         write_yolo(tmp_path, IMAGES.replace("c", "x/c"), BOXES)

@@ -235,7 +235,7 @@ def test_a_loss_that_is_no_number_ends_a_yolo_with_advice(tmp_path, monkeypatch)
         self.loss = self.loss * float("nan")
 
     monkeypatch.setattr(Trainer, "optimizer_step", spoil)
-    with pytest.raises(ValueError, match=r"epoch 1: loss nan.*lower learning_rate"):
+    with pytest.raises(ValueError, match=r"epoch 1: the loss is nan.*Lower `learning_rate`"):
         train(tmp_path, YOLO)
 
 

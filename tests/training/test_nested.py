@@ -66,15 +66,15 @@ def test_an_outer_fold_becomes_test_images_and_leaves_the_folds():
 
 @pytest.mark.parametrize("outer", [3, -1])
 def test_an_unknown_outer_fold_is_an_error_that_lists_the_folds(outer):
-    with pytest.raises(ValueError, match=rf"outer fold {outer} is not one of the folds \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=rf"fold {outer} cannot be held out of the folds \[0, 1, 2\]"):
         hold_out(tables(), outer)
 
 
 @pytest.mark.parametrize(
     ("folds", "outer_folds", "message"),
     [
-        ([0, 1, 2, 3], [], r"folds \[3\] are not in the prepared run, which has \[0, 1, 2\]"),
-        ([0, 1, 2], [0, 5], r"folds \[5\] are not in the prepared run"),
+        ([0, 1, 2, 3], [], r"`outer_folds` has \[3\]; the prepared run has only the folds \[0, 1, 2\]"),
+        ([0, 1, 2], [0, 5], r"`outer_folds` has \[5\]; the prepared run"),
         ([1], [0, 1], r"if outer fold 1 is held out, none of the folds \[1\] is left to validate on"),
     ],
 )
