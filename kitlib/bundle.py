@@ -46,10 +46,10 @@ ADDED: dict[str, type | tuple[type, ...]] = {"tied": dict, "weights_sha256": str
 def save_bundle(folder: str | Path, state_dict: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
     """Write a trained model to `folder` as a bundle: first weights.safetensors, then the record, model.json.
 
-    An interrupted write leaves no readable bundle. The SHA-256 of the weights is added to the record. `record` must have
-    exactly the keys that the dictionary STATED lists, such as "model", "classes" and "recipe", with values of JSON types
-    (tuples are written as lists). The tensors may be on any device. If a tensor appears under several names, it is stored
-    once, and the record lists its other names under the key `tied`.
+    `record` must have exactly the keys of STATED, such as "model", "classes" and "recipe", with values of JSON types. Tuples
+    are written as lists. The SHA-256 of the weights is added to the record. The tensors may be on any device. A tensor with
+    several names is stored once, under the first name; the record lists the other names under the key `tied`. After an
+    interrupted write, the folder has no readable bundle.
     """
     folder = Path(folder)
     record = {key: list(value) if isinstance(value, tuple) else value for key, value in record.items()}
@@ -73,21 +73,21 @@ def read_bundle(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Ten
     digest = file_digest(weights_path)
     if digest != record["weights_sha256"]:
         raise BundleError(
-            f"{weights_path} has SHA-256 {digest}, but {record_path} states {record['weights_sha256']}: "
-            "the files belong to different runs, or one of them is damaged; copy both again"
+            f"{weights_path} has SHA-256 {digest}, but {record_path} requires {record['weights_sha256']}. One of the two "
+            "files is damaged or from another run; copy both again"
         )
     weights = read_weights(weights_path)
     for alias, name in record["tied"].items():
         if name not in weights:
             raise BundleError(
-                f"{record_path}: the tensor {alias!r} is the same as {name!r}, which {weights_path} lacks; copy both "
-                "files again"
+                f"{record_path} says that the tensor {alias!r} is the same as {name!r}, but {weights_path} has no tensor "
+                f"{name!r}; copy both files again"
             )
         weights[alias] = weights[name]
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise BundleError(
-                f"{weights_path}: the tensor {name} has NaN or infinite values; train the model {record['model']!r} again"
+                f"{weights_path}: the tensor {name!r} has NaN or infinite values; train the model {record['model']!r} again"
             )
     return record, weights
 
@@ -112,10 +112,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BundleError(f"{path} holds a {type(record).__name__} instead of an object; copy the bundle again")
     if "record_sha256" not in record and "weights_sha256" in record:
-        raise BundleError(
-            f"{path} has no record_sha256: an older version of kitlib wrote it, which did not hash records; train the "
-            "model again"
-        )
+        raise BundleError(f"{path} has no key 'record_sha256', because an older kitlib wrote it; train the model again")
     _check_record(record, STATED | ADDED, str(path))
     if record["record_sha256"] != record_digest(record):
         raise BundleError(
@@ -140,8 +137,8 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise BundleError(
-            f"{path} is not a safetensors file ({error}). Pickles are never loaded: convert it where it was made, with "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
+            f"{path} is not a safetensors file ({error}). Pickles are never loaded; on the computer that wrote the pickle, "
+            "call safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         ) from error
 
 
@@ -171,21 +168,23 @@ def versions() -> dict[str, str]:
 def _check_record(record: dict[str, Any], kinds: dict[str, type | tuple[type, ...]], where: str) -> None:
     missing, unknown = [key for key in kinds if key not in record], [key for key in record if key not in kinds]
     if missing == ["precision"] and not unknown:
-        raise BundleError(f"{where}: the key precision is missing: an older kitlib wrote it; train the model again")
+        raise BundleError(f"{where} has no key 'precision', because an older kitlib wrote it; train the model again")
     if missing or unknown:
         raise BundleError(
-            f"{where}: missing keys {missing}, unknown keys {unknown}; read it with the kitlib version that wrote it "
-            f"({record.get('versions', 'version not stated')}; this is {kitlib.__version__})"
+            f"{where}: missing keys {missing}, unknown keys {unknown}; use the kitlib version that wrote this record "
+            f"(versions: {record.get('versions', 'not stated')}) instead of {kitlib.__version__}"
         )
     for key, kind in kinds.items():
         if type(record[key]) is not kind:
-            raise BundleError(f"{where}: {key} is {record[key]!r}, expected type {getattr(kind, '__name__', kind)}")
+            expected = getattr(kind, "__name__", kind)
+            raise BundleError(f"{where}: the value of {key!r} is {record[key]!r}; its type must be {expected}")
     if record["precision"] not in RECORDED.values():
-        raise BundleError(f"{where}: precision is {record['precision']!r}; valid: {', '.join(RECORDED.values())}")
+        valid = ", ".join(RECORDED.values())
+        raise BundleError(f"{where}: the value of 'precision' is {record['precision']!r}; valid: {valid}")
 
 
 def _untied(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return every different tensor once, under the first of its names, and a dict from its other names to the first."""
+    """Return each tensor once, under its first name, and a dict from every other name to the tensor's first name."""
     stored, tied = {}, {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state_dict.items():

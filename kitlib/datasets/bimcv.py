@@ -30,21 +30,21 @@ HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/REA
 def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read frontal X-rays of the positive set, the negative set or both: files sub-*_ses-*_cr.png or *_dx.png in `folder`.
 
-    The diagnosis comes from the report of the image's session, a row of `derivatives/labels/*.tsv` with the columns ReportID
-    (the session) and Labels (a list). It is "COVID-19" if the list contains "COVID 19", "normal" if "normal" is the only
-    label, "pneumonia" if the list contains "pneumonia", otherwise "other".
+    The diagnosis comes from the report of the image's session, a row of `derivatives/labels/*.tsv`. The column ReportID has
+    the session, the column Labels a list. The diagnosis is "COVID-19" if the list contains "COVID 19", "normal" if "normal"
+    is the only label, "pneumonia" if the list contains "pneumonia", otherwise "other".
 
-    The nearest folder above an image whose name states a set decides to which set the image belongs: `posi` or `+` in the
-    name means the positive set; `neg` in the name, or `-` at its end, the negative set. If there is no such folder, the
-    names of the tables decide. From the positive set, only images with a report of COVID 19 are used, because its patients
-    were also X-rayed before and after the disease. From the negative set, images with such a report are left out, because
-    it contradicts the negative test.
+    The set of an image is stated by the name of a folder that contains the image: `posi` or `+` means the positive set;
+    `neg`, or `-` at the end, the negative set. If several folders state a set, the innermost one decides; if none does, the
+    names of the tables decide. From the positive set, only images with a report of COVID 19 are used, because the patients
+    were also X-rayed before and after the disease. From the negative set, images with a report of COVID 19 are left out,
+    because the report contradicts the negative test.
 
     Also left out and recorded in `Dataset.faults`: images without a report, images named neither `vp-ap` nor `vp-pa`, and
     unreadable images. Sex and age come from `participants.tsv`, if present. A 16-bit PNG contains the stored values of a
-    DICOM file; they are decoded with the DICOM header in the JSON file of the same name. An invalid header is ignored and
+    DICOM file, which are decoded with the DICOM header in the JSON file of the same name. An invalid header is ignored and
     recorded in `Dataset.faults`. Raises DatasetError if there is no image or no table of labels, or if neither the folders
-    nor the tables decide to which set an image belongs.
+    nor the tables state the set of an image.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -59,8 +59,8 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
     faults.add_summary("the folder", unnamed, "have no name such as sub-S1_ses-E1_..._cr or _dx; left out", "other images")
     if not rows:
         raise DatasetError(
-            f"{folder} contains no image such as sub-S1/ses-E1/mod-rx/sub-S1_ses-E1_..._cr.png, among {len(source.paths)} "
-            f"files: unpack the archives there, {HOW_TO_GET}"
+            f"{folder} has {len(source.paths)} files, but no image such as sub-S1/ses-E1/mod-rx/sub-S1_ses-E1_..._cr.png; "
+            f"unpack the archives of the images there: {HOW_TO_GET}"
         )
     table = pd.DataFrame(rows, columns=["image_id", "subject", "session", "view", "path", "positive"])
     reports = _read_reports(source)
@@ -95,10 +95,9 @@ def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 
 
 def _is_positive(path: Path, source: DataFolder) -> bool:
-    """Return whether an image is from the positive set (else the negative set), judged by the names of folders and tables.
+    """Return True for an image of the positive set, False for an image of the negative set (the rule is in `read_bimcv`).
 
-    Of the folders above the image, the nearest one whose name states a set decides. If no folder name states a set, the
-    names of the label tables decide. Raises DatasetError if no table name states a set, or if the tables state both.
+    Raises DatasetError if no folder states a set, and the names of the tables state no set or both sets.
     """
     for name in (*reversed(source.folders(path)), source.folder.name):
         if (is_positive := _stated_set(name)) is not None:
@@ -107,9 +106,9 @@ def _is_positive(path: Path, source: DataFolder) -> bool:
     if len(stated_by_tables) == 1:
         return bool(stated_by_tables.pop())
     raise DatasetError(
-        f"{path}: neither its folders nor the names of the tables say whether it is from the positive or the negative set; "
-        "a folder of the positive set is named like covid19_posi or BIMCV-COVID19+, one of the negative set like "
-        "covid19_neg or BIMCV-COVID19-"
+        f"{path}: neither its folders nor the names of the tables say whether this image is from the positive or the "
+        "negative set. Give the folder of the positive set a name like covid19_posi or BIMCV-COVID19+, and the folder of "
+        "the negative set a name like covid19_neg or BIMCV-COVID19-"
     )
 
 
@@ -149,8 +148,8 @@ def _read_reports(source: DataFolder) -> dict[str, str]:
             diagnoses[report.removeprefix("ses-").upper()] = _diagnosis(labels)
     if not diagnoses:
         raise DatasetError(
-            f"{source.folder}/{LABELS} is missing, lacks one of the columns {', '.join(COLUMNS)}, or has no valid labels; "
-            f"fetch the metadata, {HOW_TO_GET}"
+            f"no table {source.folder}/{LABELS} has the columns {', '.join(COLUMNS)} and valid labels; fetch the metadata "
+            f"there: {HOW_TO_GET}"
         )
     return diagnoses
 

@@ -23,11 +23,11 @@ IMAGES = (*PICTURES, *DICOM, ".img", ".gif", ".bmp", ".tif", ".tiff")
 class DataFolder:
     """All files of a data set, in its main folder and in additional folders, and the faults found while reading the files.
 
-    `folder` is the main folder, `beside` are the additional folders: on Kaggle, the masks or tables are often in another
-    input than the images, and inputs are read-only. `paths` lists all files: the files in `folder` come first; within a
-    folder, files in fewer subfolders come first, then the order is alphabetical. Each folder is listed once (see
-    kitlib.datasets.walk). Files that are used must be marked as read; `count_unread` then adds a fault for image files that
-    were never read. Raises DatasetError if one of the folders does not exist.
+    `folder` is the main folder. `beside` has the additional folders: on Kaggle, masks or tables are often in a dataset of
+    their own, and attached datasets are read-only. `paths` lists all files, those in `folder` first; within a folder, the
+    least deeply nested files come first, then the order is alphabetical. Each folder is listed once (see
+    kitlib.datasets.walk). Files that are used must be marked as read; `count_unread` adds a fault for the image files that
+    were not. Raises DatasetError if one of the folders does not exist.
     """
 
     def __init__(self, folder: str | Path, beside: Sequence[str | Path] = ()) -> None:
@@ -52,7 +52,7 @@ class DataFolder:
         return folder if isinstance(folder, DataFolder) else cls(folder)
 
     def name(self, path: str | Path) -> str:
-        """Return the path of a file relative to the data set's main or additional folder that contains it, with slashes."""
+        """Return the path of a file, with forward slashes, relative to the main or additional folder that contains it."""
         return Path(path).relative_to(self._roots.get(Path(path), self.folder)).as_posix()
 
     def folders(self, path: Path) -> tuple[str, ...]:
@@ -70,9 +70,9 @@ class DataFolder:
     ) -> dict[str, Path]:
         """Return a dict that maps image ids to paths, sorted by id, for the files that `find` returns.
 
-        The image id is the file name without suffix. If several files have the same id, the first file is used. One fault
-        counts the other files of the same suffix and size in bytes, which are taken for copies; another fault counts the
-        other files that differ.
+        The image id is the file name without suffix. If several files have the same id, the first file is used. Later files
+        with the suffix and size in bytes of the first file are taken for copies of it. One fault counts the copies, another
+        fault counts the later files that differ.
         """
         paths: dict[str, Path] = {}
         copies: list[str] = []
@@ -108,18 +108,19 @@ class DataFolder:
         if path := self.find_table(*patterns):
             return path
         tables = [self.name(path) for path in self.paths if path.suffix.lower() in (".csv", ".txt", ".tsv", ".json")]
-        available = f"its tables are {', '.join(tables[:5])}" if tables else f"it holds {len(self.paths)} files and no table"
+        available = f"the tables {', '.join(tables[:5])}" if tables else f"{len(self.paths)} files, but no table"
         raise DatasetError(
-            f"{self.folder / patterns[0]} is missing, also in subfolders and additional folders; {available}: {how_to_get}"
+            f"{self.folder / patterns[0]} is missing, also in subfolders and additional folders; the data set has "
+            f"{available}. To get the file: {how_to_get}"
         )
 
     def find_listed(self, cell: str, base: Path, below: str = "", exactly: bool = False) -> Path | None:
-        """Return the path of the image file whose name or path is in a table's `cell`, or None if no file matches.
+        """Return the path of the image file that a table's `cell` names, or None if no file matches; mark the file as read.
 
-        The file is searched in the folder `base`/`below`, then in the subfolder `below` of the main folder, because the
-        table may be in an additional folder. Leading folders in the cell that do not exist are ignored. Case is ignored. A
-        file with the same suffix is preferred. A file with another suffix matches too, because images are often converted,
-        unless `exactly` is True. Marks the file as read.
+        `cell` is a file name or path. The file is searched in the folder `base`/`below`, then in the subfolder `below` of
+        the main folder, because the table may be in an additional folder. Case is ignored, and so are leading folders in
+        `cell` that do not exist. A file with the suffix in `cell` is preferred. Unless `exactly` is True, a file with
+        another suffix also matches, because images are often converted.
         """
         parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
         starts = [folded(f"{folder.as_posix()}/{below}").rstrip("/") for folder in dict.fromkeys((base, self.folder))]
@@ -136,9 +137,9 @@ class DataFolder:
     def find_all_listed(self, cells: Sequence[str], bases: Sequence[Path]) -> list[Path | None]:
         """Return one path per cell, as `find_listed` does, or None for a cell without a matching file.
 
-        `bases` has one base folder per cell. All cells are first matched with the same suffix. Only then may a cell match a
-        file with another suffix, and only a file that no other cell has matched: a row whose file is missing must not get
-        the file of another row.
+        `bases` has the argument `base` of `find_listed` for each cell. First, each cell is matched with a file that has the
+        suffix in the cell. Each remaining cell may then match a file with another suffix that no other cell has matched: a
+        row whose file is missing must not get the file of another row.
         """
         exact = [self.find_listed(cell, base, exactly=True) for cell, base in zip(cells, bases, strict=True)]
         taken = set(exact)
@@ -248,7 +249,7 @@ def or_renamed(name: str) -> tuple[str, str]:
 
 
 def listed_id(name: str) -> str:
-    """Return the image id for a file name or path from a table or from the disk: the name without folders and suffix."""
+    """Return the image id of an image file, whose name or path is `name`: the file name without suffix."""
     return Path(listed_name(name)).stem
 
 

@@ -43,12 +43,12 @@ def make_data_sheet(
 ) -> DataSheet:
     """Return a DataSheet: image counts of each class by source, view, sex and age, and warnings of what can bias results.
 
-    Ages are grouped as in AGE_GROUPS; an image without an age is in the group 0-17 if its `age_group` is "child", otherwise
-    in the group "unknown". `near_duplicates` has the columns image_id and group; `decoding` is the table that XrayCache.fill
-    returns. There is a warning for a class that has no images; that has nearly all images from one of several sources; that
-    shows children if another class shows adults; that is missing from a fold; or that has images which are not projection
-    X-rays, according to `decoding`. There is also a warning for patients and groups of near-duplicates that are in several
-    folds, or in a fold and in the official test set. Raises ValueError if the classes are not mutually exclusive.
+    Ages are grouped as in AGE_GROUPS. An image without an age is in the group 0-17 if its `age_group` is "child", otherwise
+    in the group "unknown". `near_duplicates` has the columns image_id and group. `decoding` is the table that XrayCache.fill
+    returns. Warnings concern classes without images, classes with nearly all images from one of several sources, classes
+    of children if another class is of adults, classes missing from a fold, and classes with images that are no projection
+    X-rays according to `decoding`. Warnings also concern patients and groups of near-duplicates that are in several folds,
+    or in a fold and in the official test set. Raises ValueError if the classes are not mutually exclusive.
     """
     images, labels = check_table(images, "images"), check_table(labels, "labels")
     if not are_exclusive(labels):

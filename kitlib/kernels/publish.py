@@ -46,9 +46,9 @@ def write_publication(
         metrics = read_metrics(run)
         bundles = {path.parent.name: path for path in sorted(run.glob("fold*/bundle"))} or {"": run / "bundle"}
         if not all((bundle / RECORD).is_file() for bundle in bundles.values()):
-            raise KernelError(f"{run} has no bundle (trained model); give runs of notebooks that train models")
+            raise KernelError(f"{run} has no bundle (trained model); give the run of a notebook that trains models")
         if run.name in parts:
-            raise KernelError(f"two runs are called {run.name}; rename one of their folders")
+            raise KernelError(f"two runs are called {run.name}; rename the folder of one of these runs")
         parts[run.name] = (run, metrics, bundles)
     if not parts:
         raise KernelError("no run was given; give the folder of at least one finished run")
@@ -109,9 +109,9 @@ def _describe(name: str, run: Path, metrics: dict[str, Any], record: dict[str, A
 
 
 def _figures(metrics: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return the float values in `metrics` as texts with four decimals, keyed by name.
+    """Return the float values in `metrics`, and in the dicts nested in it, as texts with four decimals.
 
-    A name is `prefix` and the value's key; in nested dicts, it is all keys that lead to the value, joined by spaces.
+    The key of a text is `prefix`, followed by the keys that lead to the value, joined by spaces.
     """
     figures: dict[str, str] = {}
     for key, value in metrics.items():

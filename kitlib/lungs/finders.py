@@ -48,7 +48,7 @@ class DarkLungs:
 
 
 def segmenter_digest(record: dict[str, Any]) -> str:
-    """Return a SHA-256 (hex) of everything that determines a segmenter's lungs: weights, recipe and clean-up version.
+    """Return a SHA-256 (hex) of what decides which lungs a segmenter finds: its weights, its recipe, the clean-up version.
 
     `record` is the record of the segmenter's bundle.
     """
@@ -92,9 +92,9 @@ class StoredLungs:
         """
         if xray.image_id not in self.image_ids:
             raise ValueError(
-                f"{self.run} has segmented {len(self.image_ids)} images, but not image {xray.image_id!r}; apply the "
-                "segmenter to the prepared run that is used for training. If the image is from an extra run, leave out that "
-                "run, or train on whole images (trained_on full, masked false)"
+                f"{self.run} has segmented {len(self.image_ids)} images, but not the image {xray.image_id!r}. If the image "
+                "is from an extra run, leave out the extra run, or train on whole images: trained_on='full', masked=False. "
+                "Otherwise, apply the segmenter to the prepared run that is used for training"
             )
         frame = self.frames.get(xray.image_id)
         if frame is None:
@@ -102,7 +102,7 @@ class StoredLungs:
         codes = self.masks.read(xray.image_id)
         if codes.shape != xray.pixels.shape:
             raise ValueError(
-                f"{self.masks.folder}: the mask of {xray.image_id} has {codes.shape} pixels, but the decoded image has "
-                f"{xray.pixels.shape}; apply the segmenter to the prepared run that contains this decoded image"
+                f"{self.masks.folder}: the mask of {xray.image_id!r} has {codes.shape} pixels, but the image in the "
+                f"prepared run has {xray.pixels.shape} pixels; apply the segmenter to this prepared run"
             )
         return Lungs(frame, clean_up_mask(xray, codes, self.recipe).mask)

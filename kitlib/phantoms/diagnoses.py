@@ -84,16 +84,16 @@ def write_diagnoses(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` synthetic X-rays, one of them damaged, in the layout of a data set; return their folder, FOLDER/LAYOUT.
+    """Write synthetic X-rays, one of them damaged, in the layout of a data set; return the new folder, FOLDER/LAYOUT.
 
-    `layout` is one of the following. "kermany" has `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray"
-    has `images/*.png` and `metadata.csv`, which also has rows for a lateral image, a CT slice and an unlabelled image, whose
-    files do not exist. "covidx" has `{train,test}/*.png` with lists of each image's class and source. "covidgr" has
-    `{P,N}/*.jpg`. "ricord" has DICOM files, all of them COVID-19. "bimcv" has a positive and a negative set of PNG files,
-    with tables of report labels. "chexpert" has JPEG files in `train` and `valid`, with tables of observations, some of them
-    uncertain or blank, and rows for lateral images, whose files do not exist. The longer side of each image has `side`
-    pixels, at least 32; `images` is at least 24. The same `seed` gives the same images. For `workers`, `progress` and other
-    errors see `write_phantoms`. Raises ValueError for an unknown layout.
+    `images`, at least 24, is the number of images. `side`, at least 32, is the length in pixels of an image's longer side.
+    The same `seed` gives the same images. `layout` is one of the following. "kermany" has
+    `chest_xray/{train,test}/{NORMAL,PNEUMONIA}/*.jpeg`. "covid_chestxray" has `images/*.png` and `metadata.csv`, which also
+    has rows for a lateral image, a CT slice and an unlabelled image, all without files. "covidx" has `{train,test}/*.png`
+    with lists of each image's class and source. "covidgr" has `{P,N}/*.jpg`. "ricord" has DICOM files, all of them COVID-19.
+    "bimcv" has a positive and a negative set of PNG files, with tables of report labels. "chexpert" has JPEG files in
+    `train` and `valid`; its tables of observations, some of them uncertain or blank, also have rows for lateral images
+    without files. For `workers`, `progress` and other errors see `write_phantoms`. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(LAYOUTS)}")

@@ -29,7 +29,7 @@ class Opacity:
 
 @dataclass(frozen=True)
 class Pneumothorax:
-    """Air between the chest wall and a lung, which has shrunk by the share `collapse`, 0..1, towards its lower inner end."""
+    """Air around a collapsed lung, whose outline has moved the share `collapse` (0..1) of the way to its lower inner end."""
 
     side: int  # -1 for the patient's right lung, 1 for the left one
     collapse: float

@@ -24,16 +24,16 @@ def train_classifier(
 ) -> Path:
     """Train a classifier for the classes of a data set; return the folder of the training run, which `predict` accepts.
 
-    `data` is the name or folder of a prepared run, or a folder of your own images. Your own images are first prepared by
-    notebook 10, in a new run with the name `run` and the ending `_prepared`; `prepare` has the parameters of notebook 10,
-    such as `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
-    docs/own_images.md). Notebook 25 then trains one model for each of `folds` (default: all folds of the prepared run) with
-    the recipe called `recipe`, for `epochs` epochs (0: as in the recipe). `run` is the name of the new run's folder in
-    runs/, or an absolute path. `parameters` are further parameters of notebook 25.
+    `data` is the name or folder of a prepared run, or a folder of your own images. `run` is the name of the new run's folder
+    in runs/, or an absolute path. For your own images, `prepare` has the parameters of notebook 10, such as
+    `{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}` or `{"class_folders": True}` (see
+    docs/own_images.md); notebook 10 then prepares the images in another new run, named like `run` with `_prepared` appended.
+    Notebook 25 trains one model for each of `folds` (default: all folds of the prepared run) with the recipe called
+    `recipe`, for `epochs` epochs (0: as in the recipe). `parameters` are further parameters of notebook 25.
 
-    If training was interrupted, a call with the same arguments continues it. Raises RunError if `data` is neither a prepared
-    run nor, with `prepare`, a folder of images; SettingsError for an unknown parameter or recipe; and NotebookError, with
-    the path of the log, if a notebook fails.
+    A call with the same arguments continues interrupted training. Raises RunNotFound if `data` does not exist; RunError if
+    `prepare` is missing for your own images, or is given for a prepared run; SettingsError for an unknown parameter or
+    recipe; and NotebookError, with the path of the log, if a notebook fails.
     """
     folder = run_path(run)
     source = Path(data) if Path(data).is_dir() else find_run(data, "notebook 10_prepare")
@@ -46,8 +46,8 @@ def train_classifier(
         _run("10_prepare", prepared, {"dataset": "table", "competition": str(source.resolve()), **prepare})
     else:
         raise RunError(
-            f'{source} is not a prepared run; for your own images, give `prepare`, such as {{"class_folders": True}} or '
-            '{"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}'
+            f'{source} is not a prepared run. If it has your own images, also give `prepare`: {{"class_folders": True}} or, '
+            'for example, {"table": "labels.csv", "columns": {"file": "Image", "label": "Class"}}'
         )
     chosen = sorted(set(read_prepared(prepared)["folds"]["fold"].tolist())) if folds is None else list(folds)
     settings = {"recipe": recipe, "folds": chosen, "epochs": epochs, "model_name": folder.name}

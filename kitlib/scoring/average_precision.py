@@ -1,9 +1,9 @@
 """PASCAL VOC 2010 average precision: matches boxes, and integrates the monotone envelope of the precision-recall curve.
 
 Everingham et al., The PASCAL VOC Challenge, IJCV 2010, section 4.2; development kit of 2010 (VOCevaldet.m). A detection is
-matched to the ground-truth box in its image with the largest IoU. This IoU must be above 0.5, or above another value that a
-competition sets. Of the detections that are matched to the same ground-truth box, only the most confident is a hit. The
-development kit adds a pixel to widths and heights; this file does not, because coordinates are not integers.
+matched to the box with the largest IoU among the ground-truth boxes of its image. This IoU must be above 0.5, or above a
+competition's own limit. Of the detections that are matched to the same ground-truth box, only the most confident is a hit.
+The development kit adds a pixel to widths and heights; this module does not, because coordinates are not integers.
 
 Detections with equal scores enter the curve as one block. A detection's match does not depend on other detections. Of
 several ground-truth boxes with equal IoU, the first by coordinates is matched. So the result never depends on the order of

@@ -52,19 +52,19 @@ def apply_lungs(
 ) -> pd.DataFrame:
     """Segment the lungs of every image and return the `lungs` table, one row per image in the order of `images`.
 
-    `bundle` is the folder of the segmenter's bundle. `clean_up` replaces settings of the segmenter's recipe for the clean-up
-    of masks, such as `dilations` (the fields in CLEAN_UP_FIELDS). With `resume`, an interrupted run continues. Writes to
+    `bundle` is the folder of the segmenter's bundle. `clean_up` replaces the recipe's settings for the clean-up of masks,
+    such as `dilations`; CLEAN_UP_FIELDS lists the fields. With `resume`, an interrupted run continues. Writes to
     `run_folder`:
 
     - `tables/lungs.parquet`, the `lungs` table
     - `masks/`, the masks that the network predicted, before the clean-up
     - `bundle/`, the segmenter with the settings in `clean_up`, so that a submission finds the same lungs
-    - if `masked_images`, `masked/`, a cache of the images, black outside the cleaned lungs; an image without usable lungs is
-      unchanged
+    - if `masked_images`, `masked/`, a cache of the images, which are black outside the lungs found after the clean-up; an
+      image without usable lungs is unchanged
 
     Raises TrainingError if the folder contains a run with other images, other settings or another segmenter. Raises
-    SettingsError if `clean_up` has another field, or if `least_area` has its published value but `dilations` or `closings`
-    do not: the published value is for masks after these steps.
+    SettingsError if `clean_up` has a field that CLEAN_UP_FIELDS lacks. Also raises SettingsError if `least_area` has its
+    published value, which is for masks after the published dilations and closings, but `dilations` or `closings` differ.
     """
     run_folder, changes = Path(run_folder), clean_up or {}
     unknown = [name for name in changes if name not in CLEAN_UP_FIELDS]
@@ -107,30 +107,30 @@ def apply_lungs(
 
 
 def _check_clean_up(recipe: SegmenterRecipe, bundle: str | Path) -> None:
-    """Raise SettingsError if `least_area` has its published value but `dilations` or `closings` do not.
+    """Raise SettingsError if `least_area` has its published value, but `dilations` or `closings` do not.
 
-    Logs a warning if all three have their published values, but the network is not the UNet that they were published for.
-    Old bundles of other networks have these values.
+    If all three have their published values, logs a warning for any network but a UNet, because the values were published
+    for a UNet. Old bundles of other networks have the published values.
     """
     published = {name: getattr(recipe, name) == value for name, value in PUBLISHED_CLEAN_UP.items()}
     if published["least_area"] and not all(published.values()):
         raise SettingsError(
-            f"least_area is {recipe.least_area:.4f}, the minimum published for masks after "
-            f"{PUBLISHED_CLEAN_UP['dilations']} dilations and {PUBLISHED_CLEAN_UP['closings']} closings, but the recipe has "
-            f"{recipe.dilations} dilations and {recipe.closings} closings; set least_area in clean_up too (0: no minimum)"
+            f"least_area is {recipe.least_area:.4f}, which was published for masks after {PUBLISHED_CLEAN_UP['dilations']} "
+            f"dilations and {PUBLISHED_CLEAN_UP['closings']} closings, but the recipe has {recipe.dilations} dilations and "
+            f"{recipe.closings} closings. Also set least_area in `clean_up`; 0 means no minimum"
         )
     if recipe.network != "unet" and all(published.values()):
         logger.warning(
-            "%s has the clean-up settings published for UNet + HRNet (8 dilations, 2 closings, a minimal area), but its "
-            "network is %s; these settings enlarge masks by a fifth. To use the masks as predicted, set clean_up to "
-            "{dilations: 0, closings: 0, least_area: 0}",
+            "%s has the clean-up settings of UNet + HRNet (8 dilations, 2 closings, a minimal area), published for a UNet, "
+            "but its network is %s. These settings enlarge masks by a fifth. To use the masks as predicted, set `clean_up` "
+            "to {dilations: 0, closings: 0, least_area: 0}",
             bundle,
             recipe.network,
         )
 
 
 def _read_finished_parts(run_folder: Path, resume: bool) -> tuple[MaskStore, list[pd.DataFrame]]:
-    """Return the masks that an interrupted run has stored, and `lungs` tables that together have one row per stored mask."""
+    """Return the stored masks of an interrupted run, and its `lungs` tables, without images that have no stored mask."""
     store = MaskStore(run_folder / "masks") if resume else MaskStore.create_empty(run_folder / "masks")
     parts = [read_table("lungs", part) for part in sorted((run_folder / "checkpoints").glob("lungs-*.parquet"))]
     return store, [part[part.image_id.isin(store.ids)] for part in parts]

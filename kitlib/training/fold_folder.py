@@ -65,12 +65,12 @@ class FitResult:
 
 
 def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> bool:
-    """Prepare a folder for a run, and return whether the folder already contains this run, finished.
+    """Prepare a folder for a run; return True if the folder already contains this run and the run is finished.
 
-    `identity` is a dict in JSON types that describes the run's settings and data; it is recorded in the folder. With
-    `resume`, the checkpoints of an interrupted run are left in place; raises TrainingError if the folder contains
-    checkpoints or results of a run with another identity. Without `resume`, the checkpoints and metrics.json (which marks a
-    finished run) are deleted. A folder without checkpoints and results can be used for any run.
+    `identity`, a dict in JSON types, describes the run's settings and data, and is recorded in the folder. With `resume`,
+    the checkpoints of an interrupted run are kept. Without `resume`, the checkpoints and metrics.json (which marks a
+    finished run) are deleted. A folder without checkpoints and results can be used for any run. Raises TrainingError if the
+    folder, with `resume`, contains checkpoints or results of a run whose `identity` differs.
     """
     run_folder = Path(run_folder)
     record_path = run_folder / "checkpoints" / "run.json"
@@ -101,8 +101,8 @@ def open_run(run_folder: str | Path, identity: dict[str, Any], resume: bool) -> 
             f"{name}: {recorded.get(name, '-')!r} recorded, {requested.get(name, '-')!r} requested" for name in differing
         )
         raise TrainingError(
-            f"{run_folder} contains a run with other settings or data ({listing}). To continue that run, use the recorded "
-            f"values; to keep it, set run_folder to another name; to replace it, delete {run_folder}"
+            f"{run_folder} contains an earlier run with other settings or data ({listing}). To continue the earlier run, "
+            f"use the recorded values; to keep it, set run_folder to another name; to replace it, delete {run_folder}"
         )
     if is_finished:
         logger.info("%s is finished; reading its results", run_folder)
@@ -117,15 +117,15 @@ def start_over(run_folder: Path) -> None:
 
 
 def continue_from(earlier: Path, run: Path) -> list[str]:
-    """Copy the folds of an earlier session's run to the folder `run`, to resume them; return one message per fold.
+    """Copy folds from the run folder `earlier` to the run folder `run`, so that `run` continues them; return one line each.
 
-    `earlier` is the run folder of the earlier session and may be read-only. Copies are atomic. A fold is not copied if `run`
-    already contains it with at least as many epochs. Raises TrainingError if `earlier` has no fold to resume.
+    `earlier` is from an earlier session and may be read-only. Each copy is atomic. A fold is not copied if `run` already
+    contains the fold with at least as many epochs. Raises TrainingError if `earlier` has no fold to resume.
     """
     folds = sorted(path.parent.parent for path in earlier.glob("fold*/checkpoints/run.json"))
     if not folds:
         available = ", ".join(sorted(entry.name for entry in earlier.iterdir())) or "nothing"
-        raise TrainingError(f"{earlier} has no fold*/checkpoints/run.json to resume; it contains: {available}")
+        raise TrainingError(f"{earlier} has no fold to resume (fold*/checkpoints/run.json), but contains: {available}")
     lines = []
     for fold in folds:
         destination = run / fold.name
@@ -221,7 +221,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
 
 
 def mean_curves(histories: Iterable[pd.DataFrame]) -> Figure:
-    """Draw losses (left) and validation scores (right) against epochs: the mean over folds, and a band of one SD around it.
+    """Plot losses (left) and validation scores (right) against epochs: the mean of the folds as a line, +- one SD as a band.
 
     `histories` has the history of each fold (see `FitResult`). The mean of an epoch is over the folds that reached it. The
     figure corresponds to figure 10 of the UNet + HRNet paper.

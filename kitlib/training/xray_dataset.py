@@ -50,17 +50,17 @@ class XrayDataset(Examples):
     (classes,), has the labels of the image's study in the order of the `labels` table, NaN if unknown. `boxes` is float32
     (k, 4), one row per box: xmin, ymin, xmax, ymax in canvas pixels. `findings`, int64 (k,), has the boxes' findings as
     indices of `classes`; without `classes`, all are 0. `index` is the row in `images`. `none`, float32, is the probability
-    that the image has no opacity. It comes from the column `none` of `images` if the column exists and is not NaN. Otherwise
-    it is NaN if the column `boxes_known` is False (opacities are not annotated), else 1 for an image without boxes and 0 for
-    an image with boxes.
+    that the image has no opacity: the value in the column `none` of `images`, unless the column is missing or the value is
+    NaN. In this case, the probability is NaN if the column `boxes_known` is False (opacities are not annotated); otherwise,
+    it is 0 for an image with boxes, and 1 for an image without boxes.
 
     The key of an example is its index, or (epoch, index) from `EpochSampler`. Its augmentation depends on `seed` and the key
     alone, in any process, so that resumed training uses the same examples as uninterrupted training.
 
     If the recipe's `trained_on` is "lungs", images are cropped to the frame of the lungs. If it is "either", `seed` and the
     key (epoch, index) decide whether an image is cropped; with a plain index, as in validation, it is never cropped. If the
-    recipe's `masked` is true, pixels outside the lung mask are black. If its `probe` is "outside_lungs", the lungs are black
-    instead. `lungs` is an object that finds the lungs; it is used only if the recipe's `lungs` is "masks" (see
+    recipe's `masked` is true, pixels outside the lung mask are black. If the recipe's `probe` is "outside_lungs", the lungs
+    are black instead. The argument `lungs` finds the lungs; it is used only if the recipe's `lungs` is "masks" (see
     kitlib.lungs.crop). An image without usable lungs is used whole and unmasked; `lungs_missed` counts such images.
 
     If the recipe's `canvas` is larger than its `image_size`, a square of `image_size` pixels a side is cropped from the
@@ -94,7 +94,8 @@ class XrayDataset(Examples):
             soft_none = images.none.to_numpy(np.float32)
             if ((soft_none < 0) | (soft_none > 1)).any():
                 raise ValueError(
-                    f"images, column none: expected 0..1 or NaN, got {np.nanmin(soft_none)} to {np.nanmax(soft_none)}"
+                    f"the column 'none' of `images` has values from {np.nanmin(soft_none)} to {np.nanmax(soft_none)}; "
+                    "valid: 0..1 and NaN"
                 )
             self.none = np.where(np.isnan(soft_none), self.none, soft_none)
         self.augmentation = Augmentation(recipe) if augment else None
@@ -180,7 +181,7 @@ class XrayDataset(Examples):
 class FrameCache:
     """In-memory cache of lung frames in original pixels, shared by forked workers.
 
-    `status` (n,) has one value per image: FOUND, MISSED if no usable lungs were found, or 0 if nothing is stored yet.
+    `status` (n,) has one value per image: FOUND if a frame is stored, MISSED if the image has no usable lungs, 0 if unknown.
     """
 
     FOUND, MISSED = 1, 2
@@ -259,8 +260,8 @@ def batches(
     """Return a data loader for a data set. Batches are made by `collate_fn` (default: `collate`).
 
     With `shuffle`, each epoch has a new random order, and an incomplete last batch is dropped. If n processes train
-    together, the process with rank r gets the examples r, r + n, r + 2n, ...: with `shuffle`, of each batch; without, of the
-    data set. If the `workers` do not deliver a batch within 10 minutes (BATCH_TIMEOUT_S), the loader raises RuntimeError.
+    together, the process with rank r gets the examples r, r + n, r + 2n, ... of each batch (with `shuffle`) or of the data
+    set (without). If the `workers` deliver no batch for 10 minutes (BATCH_TIMEOUT_S), the loader raises RuntimeError.
     """
     (rank, processes), batch_size = data_parallel.rank_and_world_size(), min(batch_size, len(dataset))
     if shuffle:

@@ -389,5 +389,5 @@ def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, m
 
 
 def test_a_folder_that_is_not_prepared_requires_the_parameter_prepare(tmp_path):
-    with pytest.raises(RunError, match=r'is not a prepared run; for your own images, give `prepare`, .* \{"class_folders"'):
+    with pytest.raises(RunError, match=r'is not a prepared run\. .* own images, also give `prepare`: \{"class_folders"'):
         train_classifier(tmp_path, tmp_path / "run")

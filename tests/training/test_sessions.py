@@ -250,7 +250,7 @@ def test_an_earlier_session_does_not_overwrite_a_later_one(tmp_path):
     assert contents(run) == further
     assert continue_from(run, first) == [f"fold1: resumes from {run / 'fold1'}"]
     assert not list(first.glob(".*"))
-    with pytest.raises(TrainingError, match=r"has no fold\*/checkpoints/run\.json to resume; it contains: first, run"):
+    with pytest.raises(TrainingError, match=r"no fold to resume \(fold\*/checkpoints/run\.json\), but contains: first, run"):
         continue_from(tmp_path, run)
 
 
