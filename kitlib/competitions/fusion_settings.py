@@ -22,7 +22,7 @@ class FusionSettings(Settings):
     """Settings of the fusion of predictions. The defaults are the simplest: equal weights, no calibration.
 
     GRIDS maps the name of each tuning step to a pair: the fields that the step sets together, and the values that it tries.
-    FIRST has the names of the steps that are also taken before box merging is tuned; that tuning depends on their results.
+    FIRST names the steps that are also taken before the tuning of box merging, which depends on the results of these steps.
     """
 
     GRIDS: ClassVar[Mapping[str, tuple[tuple[str, ...], tuple[Any, ...]]]] = {}

@@ -1,9 +1,9 @@
 """RSNA Pneumonia Detection Challenge (2018), stage 2: boxes of lung opacities.
 
 The metric is TP / (TP + FP + FN), averaged over images and eight IoU thresholds. Every false box lowers the score, whatever
-its confidence; confidences only decide the order in which predicted boxes are matched. The rules do not say which of several
-true boxes a predicted box matches; here it is the still unmatched one with the largest IoU. Boxes with equal confidence, or
-with equal IoU, are ordered by their coordinates.
+its confidence; confidences only decide the order in which predicted boxes are matched. The rules do not say which true box
+is hit if a predicted box overlaps several; here, of those not hit before, the true box with the largest IoU is hit. Boxes
+with equal confidence, or with equal IoU, are ordered by their coordinates.
 """
 
 from dataclasses import dataclass
@@ -96,17 +96,17 @@ def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
 
 
 def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
-    """Return a dict: `score`, the mean of TP / (TP + FP + FN) over images and IoU thresholds, 0..1, and its parts.
+    """Return a dict: `score`, the mean of TP / (TP + FP + FN) over images and IoU thresholds, and a mean per threshold.
 
-    The parts are the mean over images at each threshold, named as `iou_0.40`. `detections` has the columns image_id, score,
-    xmin, ymin, xmax and ymax. Images with neither a true nor a predicted box are left out; if no image remains, all values
-    are NaN. Raises ScoringError for a detection on an image that is not in the truth.
+    All values are 0..1. The keys for the thresholds are like `iou_0.40`. `detections` has the columns image_id, score, xmin,
+    ymin, xmax and ymax. An image with neither a true nor a predicted box does not count; all values are NaN if no image
+    counts. Raises ScoringError for a detection on an image that is not in the truth.
     """
     images = pd.Index(truth.image_ids)
     true_image, image = (images.get_indexer(table["image_id"]) for table in (truth.boxes, detections))
     if (image < 0).any():
         first = detections["image_id"].iloc[image.argmin()]
-        raise ScoringError(f"{(image < 0).sum()} boxes are on images that are not in the truth, such as {first!r}")
+        raise ScoringError(f"{(image < 0).sum()} boxes are on images without ground truth, such as {first!r}; remove them")
     drawn, found = np.bincount(true_image, minlength=len(images)), np.bincount(image, minlength=len(images))
     true_boxes, boxes = (table[list(BOX)].to_numpy(float) for table in (truth.boxes, detections))
     hits = _count_hits(true_image, true_boxes, image, boxes, detections["score"].to_numpy(float), len(images))
@@ -122,8 +122,8 @@ def _count_hits(
 ) -> np.ndarray:
     """Return the number of true boxes that are hit in each image at each IoU threshold; an int array (images, 8).
 
-    `boxes` (n, 4) are the predicted and `true_boxes` (m, 4) the true boxes: xmin, ymin, xmax and ymax. `image` (n,) and
-    `true_image` (m,) have the index of each box's image, and `score` (n,) the confidences.
+    The predicted `boxes` (n, 4) and the `true_boxes` (m, 4) have the columns xmin, ymin, xmax and ymax. The index of each
+    box's image is in `image` (n,) or `true_image` (m,). `score` (n,) has the confidences of `boxes`.
     """
     # Ties are broken by coordinates, so that the result does not depend on the order of rows.
     order = np.lexsort((*true_boxes.T[::-1], true_image))
@@ -155,13 +155,13 @@ def _count_hits(
 
 
 def baseline_rows(ids: list[str]) -> list[list[str]]:
-    """Return a row without a box for every id: 77 % of the images have no box, and a false box would make them score 0."""
+    """Return a row without a box for every id: 77 % of the images have no box, and score 0 if a box is predicted."""
     return [[name, ""] for name in ids]
 
 
 @dataclass(frozen=True)
 class RsnaPneumoniaFusion(FusionSettings):
-    """Fusion settings of RSNA Pneumonia: which boxes are submitted, and by which factor their sides are scaled."""
+    """Fusion settings of RSNA Pneumonia: which boxes are submitted, and a factor for the width and height of each box."""
 
     GRIDS: ClassVar = {
         "gate_power": (("gate_power",), (0.0, 0.25, 0.5, 1.0)),
@@ -218,7 +218,7 @@ def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataF
 
 
 def fill(ids: list[str], boxes: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """Return the submission's rows for `ids`, and the ids that no detector has predicted, which get the baseline's row."""
+    """Return two lists: the rows of the submission, and the ids of images that no detector processed (baseline rows)."""
     groups: dict[str, list[str]] = {name: [] for name in boxes["image_id"].cat.categories}
     ranked = boxes.sort_values("score", ascending=False, kind="stable")
     values = ranked[["score", *BOX]].to_numpy(float).tolist()

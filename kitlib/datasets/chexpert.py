@@ -25,12 +25,12 @@ PUBLISHED = {"patients": 65240}
 
 
 def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the frontal X-rays listed in `train.csv` and `valid.csv` (one may be missing), at any depth below `folder`.
+    """Read the frontal X-rays listed in `train.csv` and `valid.csv`. The tables may be in subfolders; one may be missing.
 
     The column Path (`CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg`) gives patient, study and image:
     `patient00001-study1-view1_frontal` is both image_id and study_id. The labels are CHEXPERT_OBSERVATIONS: 1 positive; 0
-    negative or not mentioned; NaN uncertain. `diagnosis` is "normal" if No Finding is 1 and Support Devices is 0 (UNet +
-    HRNet too leaves out images with equipment); else "pneumonia" if Pneumonia is 1; else "other". An age of 0 means unknown.
+    negative or not mentioned; NaN uncertain. `diagnosis` is "normal" if No Finding is 1 and Support Devices is 0 (the UNet +
+    HRNet paper, too, excludes support devices); else "pneumonia" if Pneumonia is 1; else "other". An age of 0 means unknown.
     Left out and recorded in `Dataset.faults`: lateral images; rows with an invalid path, projection or observation; repeated
     rows; rows without a file; images with an unreadable header. Raises DatasetError if both tables are missing, a table
     lacks a column, or no image remains.
@@ -79,7 +79,7 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
     """Return the index of the rows that cannot be used; `name` is the file name of the rows' table.
 
-    Adds one fault for each kind of problem, which counts the rows; a row is counted only for its first problem.
+    For each kind of problem, the number of rows is added to `faults`. A row is counted only for its first problem.
     """
     cells, is_left = rows["Path"], pd.Series(True, index=rows.index)
     values = rows[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).isin(list(VALUES)))

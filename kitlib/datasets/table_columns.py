@@ -49,17 +49,17 @@ class Columns(Settings):
             raise SettingsError(f"the parameter `columns` names {repeated[0]!r} twice; each key needs a column of its own")
         if self.label and self.labels:
             raise SettingsError(
-                f"`columns` has label: {self.label!r} and labels: {list(self.labels)}; keep `label` if one column contains "
-                "the class of each image, `labels` if each class has a column of 0 and 1"
+                f"`columns` has both `label` ({self.label!r}) and `labels` ({list(self.labels)}); keep `label` if one "
+                "column contains the class of each image, or `labels` if each class has a column of 0 and 1"
             )
         box_keys = {key for key in BOX_KEYS if getattr(self, key)}
         if box_keys not in (set(), {"xmin", "ymin", "xmax", "ymax"}, {"xmin", "ymin", "width", "height"}):
             raise SettingsError(
-                f"`columns` has {', '.join(sorted(box_keys))}; boxes need xmin, ymin, xmax, ymax or xmin, ymin, width, "
-                "height"
+                f"`columns` has the box keys {', '.join(map(repr, sorted(box_keys)))}; set exactly 'xmin', 'ymin', 'xmax' "
+                "and 'ymax', or 'xmin', 'ymin', 'width' and 'height'"
             )
         if self.finding and not box_keys:
-            raise SettingsError("`columns` has `finding`, but no box: `finding` is what a box shows; a class is `label`")
+            raise SettingsError("`columns` has `finding`, but no box; set the box keys, or only `label` for classes")
 
     @property
     def box(self) -> tuple[str, ...]:
@@ -84,10 +84,10 @@ def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, s
             close = difflib.get_close_matches(name.casefold(), folded, 1)
             hint = f"; the closest is {folded[close[0]]!r}" if close else ""
             raise DatasetError(
-                f"{path.name} has no column {name!r}, which the parameter `columns` gives for {key}{hint}. It has: "
-                f"{', '.join(map(repr, names))}"
+                f"{path.name} has no column {name!r}, which the parameter `columns` gives for the key {key!r}{hint}. Choose "
+                f"one of its columns: {', '.join(map(repr, names))}"
             )
         if names.count(name) > 1:
             raise DatasetError(
-                f"{path.name} has {names.count(name)} columns {name!r}, so it is unclear which of them is {key}: rename one"
+                f"{path.name} has {names.count(name)} columns {name!r}; rename all but the column for the key {key!r}"
             )

@@ -16,11 +16,11 @@ AFFIX = re.compile(r"(?:[ _-]?lungs?)?[ _-]?(?:mask|seg|segmentation|label)s?$|^
 
 
 def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
-    """Return a dict from the path of each mask file to two tuples: the folders above and the folders below `mask_folder`.
+    """Return a dict from each mask file's path to two tuples: names of the folders above, and of those below, `mask_folder`.
 
-    `mask_folder` is the name of a folder, or a path such as `annotations/masks`; case is ignored. There may be several
-    folders of this name, as in CLASS/masks, also among the data set's additional folders. Raises DatasetError if there is
-    no such folder with PNG, JPEG or GIF files.
+    `mask_folder` is the name of a folder, or a path such as `annotations/masks`; case is ignored. Several folders may have
+    this name, as in CLASS/masks. The data set's additional folders are searched, too. Raises DatasetError if no folder of
+    this name contains PNG, JPEG or GIF files.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}
@@ -35,8 +35,8 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
             {source.name(path).rpartition("/")[0] for path in source.paths if path.suffix.lower() in MASK_SUFFIXES}
         )
         raise DatasetError(
-            f"{source.folder} has no folder {mask_folder!r} (the parameter mask_folder) with files of the types "
-            f"{', '.join(MASK_SUFFIXES)}; such files lie in: {', '.join(available[:10]) or 'no folder'}"
+            f"{source.folder} has no folder {mask_folder!r} with files of the types {', '.join(MASK_SUFFIXES)}; set "
+            f"mask_folder to the folder of the masks. Folders with such files: {', '.join(available[:10]) or 'none'}"
         )
     return found
 
@@ -45,9 +45,9 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
     """Return a table of lung masks, with the columns of Dataset.masks; `files` is the result of `find_mask_files`.
 
     A mask file has the name of its image, optionally with "mask" before or after it (see AFFIX). If several images have this
-    name, the folders decide: the folders above the mask folder must also be above the image, or the folders below the mask
-    folder must be the last folders of the image's path. Masks that match no image or several images are left out, with a
-    fault; another fault counts the images without a mask. Raises DatasetError if no mask matches an image.
+    name, the image's folders must also match: its first folders must be those above the mask folder, or its last folders
+    those below the mask folder. A mask that matches no image or several images is not used. The numbers of such masks and of
+    images without a mask are recorded in `source.faults`. Raises DatasetError if no mask matches an image.
     """
     images_of: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)  # name and folders -> image ids
     for image_id, path in zip(images.image_id, images.path, strict=True):
@@ -79,8 +79,8 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
     source.faults.add_summary("the folder", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
     if masks.empty:
         raise DatasetError(
-            f"{source.folder}: none of the {len(files)} masks, such as {source.name(next(iter(files)))}, has the name of "
-            f"one of the {len(images)} images, such as {source.name(images.path.iloc[0])}: rename the "
-            "masks, or leave mask_folder empty"
+            f"{source.folder}: no mask has the name of an image; rename the masks, or leave mask_folder empty. One of the "
+            f"{len(files)} masks is {source.name(next(iter(files)))!r}, one of the {len(images)} images is "
+            f"{source.name(images.path.iloc[0])!r}"
         )
     return masks.sort_values(["image_id", "path"], ignore_index=True)

@@ -12,9 +12,9 @@ def walk(
 ) -> Iterator[tuple[Path, list[str]]]:
     """Yield pairs (folder, sorted names of the folder's files) for `root` and all folders below `root`.
 
-    Hidden files and folders, and those in ADDED, are ignored. Links to folders are followed after all other folders, unless
+    Hidden files and folders, and names in ADDED, are ignored. Links to folders are followed after all other folders, unless
     they lead to a folder that contains `root`. Every folder is read only once, so circular links do no harm. For each folder
-    that is left out, `leave_out` is called with the folder's path and the reason: the folder cannot be read, is a link to a
+    that is not read, `leave_out` is called with the folder's path and the reason: the folder cannot be read, is a link to a
     folder that has already been read, or is more than `max_depth` folders below `root`.
     """
     starts, read = [str(root)] if root.is_dir() else [], set()

@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class DecodedOnce:
-    """Iterates over a test set's readable images, in any number of passes; the first pass decodes them.
+    """Iterates over a test set's readable images any number of times; the first iteration decodes them.
 
     `outcomes` contains one result per file decoded so far, including files that failed. If decoding as a whole fails, all
-    passes end, and `error` is the reason. Passes may overlap, because the thread of a stopped model may still be reading
-    ahead when the next model begins. `limits` are the time limits of single files.
+    iterations end, and `error` is the reason. Iterations may overlap: the thread of a model that was stopped may still read
+    images when the next model begins. `limits` sets the time limit of each file.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class DecodedOnce:
     ) -> None:
         """Prepare `workers` decoding processes (0: one per core), without decoding a file yet.
 
-        A file may take at most `longest_s` seconds to decode. This limit is lowered once slow files have used up their share
-        of `seconds`, the time for decoding and prediction together.
+        A file may take at most `longest_s` seconds to decode, and less after many slow files. `seconds` is the time for
+        decoding and prediction together.
         """
         self.cache, self.images = cache, images
         self.error: Exception | None = None
@@ -41,18 +41,18 @@ class DecodedOnce:
         self._one_at_a_time, self._closed = threading.Lock(), False
 
     def without(self, image_ids: set[str]) -> Iterator[CachedXray]:
-        """Yield all readable images except those in `image_ids`; images that no pass has decoded yet are decoded."""
+        """Yield all readable images except those in `image_ids`; images that have not been decoded yet are decoded."""
         for index in self._readable_without(image_ids):
             if xray := self._read(index):
                 yield xray
 
     def ids_without(self, image_ids: set[str]) -> Iterator[str]:
-        """Yield the ids of all readable images except `image_ids`; another process reads their decoded copies in `cache`."""
+        """Yield the ids of all readable images except `image_ids`, for a process that reads the images from `cache`."""
         for index in self._readable_without(image_ids):
             yield self.outcomes[index].image_id
 
     def restore(self, image_id: str) -> bool:
-        """Decode an image again if its decoded copy is damaged or gone; return whether it has a readable copy now."""
+        """Decode an image again if its decoded copy is damaged or gone; return whether the copy can be read now."""
         index = next(index for index, outcome in enumerate(self.outcomes) if outcome.image_id == image_id)
         return self._read(index) is not None
 
@@ -64,7 +64,7 @@ class DecodedOnce:
         return images
 
     def close(self) -> None:
-        """Stop decoding at once, even if the thread of a stopped model still waits for a file; all passes end."""
+        """Stop decoding at once; all iterations end, even if a stopped model's thread is still waiting for a file."""
         self._closed = True
         self._pool.stop()
         self._pool.join()

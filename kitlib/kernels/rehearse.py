@@ -78,7 +78,7 @@ class Rehearsal:
 
     @property
     def passed(self) -> bool:
-        """Whether the kernel finished in time, without problems, and with a result without faults."""
+        """Whether the kernel ran to its end in time, does not have to be resumed, and wrote a result without faults."""
         return self.in_time and not self.problem and not self.faults and not self.unfinished
 
 
@@ -96,15 +96,15 @@ def rehearse(
     """Run `out`/kernel, built from `spec`, with the parameters for rehearsals; return how the run ended, as a Rehearsal.
 
     `inputs` is a folder with one subfolder per input, named by the input's slug. Only the inputs in the kernel's metadata
-    are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, "plain" or "nested", decides at which
-    paths they are mounted (see LAYOUTS). The kernel is killed after `time_limit_s` seconds. `on_line` is called with each
-    line that the kernel prints. If `truth`, the path of the ground truth, is given, the submission is scored with it. The
-    rehearsal of a submission fails if a bundle (trained model) in `out`/weights has skipped a readable file; otherwise a
-    submission of placeholder predictions would pass. `allow_placeholders` turns this check off. The check reads usage.json,
-    which the submission notebook writes.
+    are attached: `out`/wheels, `out`/weights, and the others from `inputs`. `layout`, "plain" or "nested", sets the paths at
+    which inputs are mounted (see LAYOUTS). The kernel is killed after `time_limit_s` seconds. `on_line` is called with each
+    line that the kernel prints. `truth` is the path of the ground truth, with which the submission is scored. Placeholder
+    predictions must not pass, so the rehearsal of a submission fails if a bundle (trained model) in `out`/weights has not
+    predicted every readable file. The numbers of files are read from usage.json, which the submission notebook writes.
+    `allow_placeholders` turns this check off.
 
-    The kernel runs in a sandbox with the installed packages that Kaggle's Docker image has too. If `docker` is True, it runs
-    in a container of its `docker_image` or, by default, of Kaggle's public Docker image, which must have been pulled.
+    If `docker` is False, the kernel runs in a sandbox, with only those installed packages that Kaggle's image also has.
+    Otherwise it runs in a container of `spec.docker_image` (default: Kaggle's public image), which must have been pulled.
     Replaces `out`/working, `out`/rehearsal.log and `out`/rehearsal.ipynb. The project's folder and /tmp are hidden from the
     kernel, so links from inputs to these folders are broken. Raises KernelError if the rehearsal cannot start, for example
     if an input is missing, or if `truth` is given for a kernel that makes no submission.
@@ -164,7 +164,7 @@ def _read_metadata(spec: KernelSpec, out: Path) -> dict[str, Any]:
         raise KernelError(f"{metadata_path} does not exist; build the kernel first")
     metadata = json.loads(metadata_path.read_text(encoding="utf-8"))
     if metadata["id"] != f"{spec.owner}/{spec.slug}":
-        raise KernelError(f"{out} contains {metadata['id']}, not {spec.owner}/{spec.slug}; build the kernel first")
+        raise KernelError(f"{out} contains the kernel {metadata['id']}; build {spec.owner}/{spec.slug} there first")
     if metadata["enable_internet"]:
         logger.warning("On Kaggle this kernel has internet access, but its rehearsal has none.")
     return metadata
@@ -211,10 +211,9 @@ def _find_inputs(
 
 
 def _installable_wheels(wheels: Path, replacement_folder: Path) -> Path:
-    """Return a folder of wheels that this Python can install: `wheels` or else `replacement_folder`.
+    """Return the folder `wheels` if this Python can install the wheels in it, otherwise `replacement_folder`.
 
-    If the wheels in `wheels` are for another Python, `replacement_folder` is filled with wheels of the same versions for
-    this one.
+    In the second case, `replacement_folder` is created and filled with wheels of the same versions for this Python.
     """
     wheel_files = sorted(wheels.glob("*.whl"))
     if are_installable(wheel_files):
@@ -233,7 +232,7 @@ def _find_submission_ids(competition: Competition, folder: Path) -> tuple[str, .
     try:
         return tuple(competition.read_test(folder).submission_ids)
     except (DatasetError, SubmissionError) as error:
-        raise KernelError(f"the ids that a submission must have cannot be read: {error}") from error
+        raise KernelError(f"the data in {folder} do not show the ids that a submission needs: {error}") from error
 
 
 def run_with_limit(

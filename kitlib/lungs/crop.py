@@ -23,9 +23,9 @@ class NoLungs:
 
 
 def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
-    """Return the object that finds the lungs for a recipe whose field `lungs` is `recipe_lungs`.
+    """Return the object that finds the lungs for a recipe; `recipe_lungs` is the recipe's field `lungs`.
 
-    If the field is "darkness", it is DarkLungs. Otherwise it is `finder`, or NoLungs if `finder` is None.
+    Returns DarkLungs if the field is "darkness". Otherwise returns `finder`, or NoLungs if `finder` is None.
     """
     if recipe_lungs == "darkness":
         return DarkLungs()
@@ -35,8 +35,8 @@ def choose_finder(recipe_lungs: str, finder: LungFinder | None) -> LungFinder:
 def needs_lungs(recipe: dict[str, Any], views: Sequence[str] = ()) -> bool:
     """Return whether a model needs to know where the lungs are, to blacken the image or to crop it to the lungs.
 
-    `recipe` is the recipe in the model's bundle, as a dict. `views` are the forms of an image whose predictions are
-    averaged, such as "lungs" for the lung crop (keys of VIEWS). If `views` is empty, the recipe's views are used.
+    `recipe` is the recipe in the model's bundle, as a dict. `views` are keys of VIEWS, such as "lungs" for the lung crop;
+    the predictions for these views of an image are averaged. If `views` is empty, the recipe's views are used.
     """
     shown = views or recipe.get("views") or ("full",)
     by_mask = recipe.get("masked", False) or recipe.get("probe") == "outside_lungs"

@@ -27,12 +27,12 @@ TRAINED_OUTPUTS = {"study": slice(0, 4), "none": slice(4, 5), "both": slice(0, 5
 class Classifier(nn.Module):
     """A timm backbone with pooled features and a head (see `make_head`), with random weights.
 
-    `outputs` is the number of logits, `answers` the number of predicted probabilities, which a subclass may change. `stages`
+    `outputs` is the number of logits. `answers` is the number of predicted probabilities; a subclass may change it. `stages`
     lists the names of the backbone's parameters, one list per stage (as timm groups them), starting at the input.
 
-    If the recipe freezes the backbone, it gets no gradients, until `unfreeze` makes its last stages trainable. If the recipe
-    also freezes the statistics of batch norm, frozen stages stay in evaluation mode. The batch norm of unfrozen stages then
-    stays in evaluation mode, too, unless the recipe sets `thawed_statistics`.
+    A frozen backbone (`recipe.frozen_backbone`) is not trained, until `unfreeze` makes its last stages trainable. If
+    `recipe.frozen_statistics` is also set, frozen stages stay in evaluation mode. So does the batch norm of unfrozen stages,
+    unless `recipe.thawed_statistics` is set.
     """
 
     backbone: Any  # timm's networks have no common type that declares their common attributes
@@ -73,7 +73,7 @@ class Classifier(nn.Module):
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
-        """Make the last stages of a frozen backbone trainable: one per `recipe.unfreeze_every` epochs before `epoch`."""
+        """Make the last `epoch // recipe.unfreeze_every` stages of a frozen backbone trainable; none if the divisor is 0."""
         if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
             return
         count = min(epoch // self.recipe.unfreeze_every, len(self.stages))
@@ -112,8 +112,8 @@ class Classifier(nn.Module):
 class StudyClassifier(Classifier):
     """Classifier of the four study classes and the image-level `none`: five outputs in the order of OUTPUTS.
 
-    If `recipe.segmentation` is above 0, a decoder also predicts a mask of the boxes; only `with_mask` runs it. In this case,
-    ValueError is raised if `recipe.image_size` is not a multiple of the decoder's stride.
+    If `recipe.segmentation` is above 0, `with_mask` also predicts a mask of the boxes, by a decoder. Raises ValueError if
+    `recipe.image_size` is then not a multiple of the decoder's stride.
     """
 
     recipe: StudyRecipe
@@ -153,8 +153,8 @@ class StudyClassifier(Classifier):
 class FindingsClassifier(Classifier):
     """Classifier with one output for each of `classes`, in this order, or with a single output for two classes.
 
-    If the recipe sets `one_logit`, the single output is the logit of the first class. If it sets `auxiliary`, the backbone
-    keeps the auxiliary head of inception_v3, which only `with_auxiliary` runs. Raises ValueError if the recipe sets
+    If the recipe sets `one_logit`, the single output is the logit of the first class. If the recipe sets `auxiliary`, the
+    backbone keeps the auxiliary head of inception_v3, for `with_auxiliary` only. Raises ValueError if the recipe sets
     `one_logit` and there are not exactly two classes.
     """
 
@@ -204,8 +204,8 @@ def check_classes(recipe: FindingsRecipe, classes: Sequence[str]) -> None:
 def make_head(features: int, hidden: int | Sequence[int], dropout: float, outputs: int = len(OUTPUTS)) -> nn.Sequential:
     """Return the head of a classifier: linear-ReLU-dropout for each hidden layer, then linear, with Xavier weights.
 
-    `hidden` is the number of units of the only hidden layer, or a list with the number of each hidden layer. If it is 0, the
-    head is dropout and one linear layer, as in ImageNet networks. The head of the Heidelberg report (section 3.4) has 2048
+    `hidden` lists the number of units of each hidden layer; an int means a single hidden layer. If `hidden` is 0, the head
+    is dropout and one linear layer, as in ImageNet networks. The head of the Heidelberg report (section 3.4) has 2048
     `features` and 1024 `hidden` units.
     """
     units = [hidden] * bool(hidden) if isinstance(hidden, int) else list(hidden)
@@ -234,12 +234,12 @@ def study_loss(
     outputs: str = "both",
     smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Return the cross entropy of the study classes + `none_weight` x the binary cross entropy of `none`, for logits (n, 5).
+    """Return study loss + `none_weight` x none loss for logits (n, 5).
 
-    Each of the two terms is the mean over the rows whose label is known. `study` (n, 4) holds the true class probabilities;
-    a row with a NaN is unknown. `none` (n,) holds the true probability of `none`, NaN if unknown. If `outputs` is "study" or
-    "none", the loss is only the term of this name, unweighted. `smoothing` is the share of the true probability that is
-    spread evenly over the four classes, or over `none` and its opposite.
+    The study loss is the cross entropy of the four study classes, the none loss the binary cross entropy of `none`. Each
+    loss is a mean over the rows with a known label. `study` (n, 4) holds true class probabilities; NaN makes a row unknown.
+    `none` (n,) holds the true probability of `none`, or NaN. If `outputs` is "study" or "none", only this loss is returned,
+    unweighted. `smoothing` is the share of the true probability that is spread evenly over the classes (two for `none`).
     """
     logits, loss = logits.float(), logits.new_zeros((), dtype=torch.float32)
     if outputs != "none":
@@ -283,14 +283,14 @@ def _backbone(recipe: ClassifierRecipe, outputs: int) -> Any:
     except (TypeError, AssertionError, ValueError) as error:  # raised for arguments that this network does not have
         if not recipe.backbone_options:
             raise
-        raise ValueError(f"backbone_options {recipe.backbone_options} do not fit {recipe.backbone}: {error!r}") from error
+        raise ValueError(f"change backbone_options {recipe.backbone_options}: {recipe.backbone} raises {error!r}") from error
     if auxiliary:
         backbone.reset_classifier(0)  # removes the main head, because the kit adds its own
     return with_gem(backbone) if uses_gem else backbone
 
 
 def _stages(backbone: Any) -> list[list[str]]:
-    """Return lists of parameter names, one per stage (timm's coarse groups), input first.
+    """Return lists of parameter names, one list per stage (timm's coarse groups), starting at the network's input.
 
     A group without weight matrices, such as a final norm, joins the stage before it.
     """

@@ -16,7 +16,7 @@ DAMAGES = ("truncated", "garbage", "empty")
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """One image of a PlannedStudy. `oddity` says what is unusual (see ODDITIES), `damage` why it is unreadable, or ""."""
+    """One image of a PlannedStudy. `oddity` is one of ODDITIES or "". `damage` is one of DAMAGES if unreadable, else ""."""
 
     image_id: str
     series_id: str
@@ -39,7 +39,7 @@ class PlannedStudy:
 
 
 def plan_split(split: str, studies: int, seed: int, damaged: int) -> list[PlannedStudy]:
-    """Return the studies to draw for a split of SIIM's competition, "train" or "test". No patient is in both splits.
+    """Plan the studies of the split "train" or "test" of a phantom of SIIM's competition. No patient is in both splits.
 
     `damaged` is the number of images that cannot be read. Raises ValueError if it is more than half of the images.
     """

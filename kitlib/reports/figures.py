@@ -109,10 +109,10 @@ def example_images(
     """Draw the X-rays in the table `images` with annotated boxes (green) and predicted boxes (orange, with their scores).
 
     The tables are as in `kitlib.tables`, with boxes in original pixels. Detections with a score below `shown_score` are not
-    drawn; if all are below it, the legend says so. If the tables have several findings, boxes have the colour and name of
-    their finding, and annotated boxes are dashed. The colours depend on all findings in the tables, so pass whole tables. If
-    `masks` contains an image's mask, the outline of each structure in it is drawn in green, and the legend has their names.
-    Titles show an image's labels after the words `labels_are`.
+    drawn; if none is drawn, the legend says so. If the tables have several findings, boxes have the colour and name of their
+    finding, and annotated boxes are dashed. The colours depend on all findings in the tables, so pass whole tables. If
+    `masks` contains an image's mask, its structures are outlined in green and named in the legend. Each title has the text
+    `labels_are` and then the image's labels, if they are known.
     """
     figure, axes = image_grid(len(images), per_row, 3.2, 3.5)
     classes = {} if labels is None else _true_classes(labels[labels["id"].isin(images.study_id)])
@@ -147,8 +147,8 @@ def compare_detections(
 ) -> Figure:
     """Draw one row per image and one column per model: the X-ray with its annotated boxes and the model's predicted boxes.
 
-    `answers` maps names of models to tables of detections. Colours are those of `example_images`, for the findings in
-    `boxes`. All detections are drawn, so pass only those with a sufficient score.
+    `answers` maps names of models to tables of detections. The findings in `boxes` have the same colours as in
+    `example_images`. All detections are drawn, so pass only those with a sufficient score.
     """
     figure, axes = image_grid(len(images) * len(answers), len(answers), 2.8, 3.1)
     pairs = itertools.product(images.itertuples(), answers.items())
@@ -286,7 +286,7 @@ def fusion_steps(steps: pd.DataFrame) -> Figure:
 
 
 def rankings_figure(table: pd.DataFrame) -> Figure:
-    """Draw one panel per ranking, with one line per model, the best on top: its score with interval, recipe and changes.
+    """Draw one panel per ranking and one row per model, the best on top: the model's score, interval, recipe and changes.
 
     `table` has one row per model with the columns ranking, name, figure, score, low, high, images, recipe, changes and
     folds_fingerprint.

@@ -68,10 +68,10 @@ def walk_runs(root: Path, is_run: Callable[[Path], bool] = is_run) -> Iterator[P
 
 
 def named_folder(name: Any, run: Path) -> Path | None:
-    """Return the folder of a run to which another run's parameters refer as `name`, or None if the folder does not exist.
+    """Return the folder of the run `name`, or None if the folder does not exist.
 
-    `run` is the folder of the run with the parameters. The folders next to `run` are tried first, because both runs may have
-    been moved together.
+    `run` is the folder of the run that has `name` in its parameters. The folders next to `run` are tried first, because both
+    runs may have been moved together.
     """
     if not name or not isinstance(name, str):
         return None

@@ -17,7 +17,7 @@ ONE_PIXEL_LABELS = {"study": STUDY_CLASSES, "image": ("none",)}
 
 
 def placeholder(submission_id: str) -> str:
-    """Return the placeholder prediction string for an id that ends in _study or _image: groups with class frequencies."""
+    """Return a prediction string with the class frequencies as confidences, for an id that ends in _study or _image."""
     labels = ONE_PIXEL_LABELS[submission_id.rpartition("_")[2]]
     return " ".join(one_pixel_groups(labels, [PRIORS[label] for label in labels]))
 

@@ -109,9 +109,9 @@ def canvas_precision(
     """Return the average precision (AP, VOC 2010) of predicted boxes over all images: a dict with the key `score`.
 
     With several `classes`, `score` is the mean AP of the classes that occur in the ground truth. The dict then also has the
-    AP of each class, keyed by the class; it is NaN for a class without ground-truth boxes. Both arguments are lists with one
-    array per image and one row per box. The columns are xmin, ymin, xmax, ymax in canvas pixels, then (only in
-    `predictions`) the score, and last the index of the box's class.
+    AP of each class, keyed by the class; the AP of a class without ground-truth boxes is NaN. `predictions` and
+    `ground_truth` have one array per image, with one row per box. The columns of `ground_truth` are xmin, ymin, xmax, ymax
+    in canvas pixels and the index of the class. In `predictions`, the score comes before this index.
     """
     image, true_image = (
         np.repeat(np.arange(len(arrays)), [len(boxes) for boxes in arrays]) for arrays in (predictions, ground_truth)

@@ -418,7 +418,7 @@ def test_a_truth_without_a_submission_is_refused(tmp_path, competition, wheel):
 def test_another_kernels_build_is_refused(tmp_path, prepared, wheel):
     _, out = built(tmp_path / "kernel", wheel, make=make_training)
     other = read_spec(make_training(tmp_path / "other", title="Other kernel", slug="other-kernel"))
-    with pytest.raises(KernelError, match="contains somebody/small-test-kernel, not somebody/other-kernel"):
+    with pytest.raises(KernelError, match="the kernel somebody/small-test-kernel; build somebody/other-kernel"):
         rehearse(other, out, prepared, 60)
 
 

@@ -50,8 +50,8 @@ def test_options_reach_timms_network_and_others_are_refused():
     assert max(rates) == pytest.approx(0.3)
     for options, message in (
         ({"checkpoint_path": "x.pth"}, "remove checkpoint_path from `backbone_options`; valid options: drop_rate, drop_"),
-        ({"window_size": 7}, r"backbone_options .* do not fit test_resnet"),
-        ({"output_stride": 5}, r"backbone_options .* do not fit test_resnet"),
+        ({"window_size": 7}, r"change backbone_options .*: test_resnet.* raises "),
+        ({"output_stride": 5}, r"change backbone_options .*: test_resnet.* raises "),
         ({"global_pool": "catavgmax"}, "remove global_pool from `backbone_options`"),
     ):
         with pytest.raises(ValueError, match=message):
