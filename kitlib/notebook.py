@@ -43,8 +43,8 @@ def run_notebook(
 ) -> None:
     """Execute `notebook` with `parameters`; write the executed copy to `output` and a log next to it.
 
-    `result` is the file that the notebook's last cell writes: an existing one is removed before the run, and if it is not
-    written again, the run has failed. `on_cell(number, total)` is called when a cell starts, with the cell's number from 1.
+    `result` is the file that the notebook's last cell writes. The file is deleted before the run; if it does not exist
+    afterwards, the run has failed. `on_cell(number, total)` is called when a cell starts, with the cell's number from 1.
     `on_epoch` is called with each line that a training logs about its epochs. `threads` limits the CPU threads of the
     notebook's libraries. `variables` are added to the environment variables. The notebook is killed after `time_limit_s`
     seconds. Raises SettingsError for an unknown parameter or a value of a wrong type, NotebookError for every other failure.

@@ -23,10 +23,10 @@ MANY_FOLDERS = 100  # a folder with more subfolders holds studies or images, so 
 
 @dataclass(frozen=True)
 class Rows(Generic[V]):
-    """Format of a submission's rows: the header, whose first column is the id, and a function that parses the other cells.
+    """Format of a submission's rows: the header, whose first column is the id, and a function that parses one row.
 
-    `parse` gets a row's id and its other cells. It returns what the cells say (the row's value), and a list of texts, one
-    per fault. `sample` is the file name of the sample submission on Kaggle.
+    `parse` gets the id and the other cells of a row; it returns the row's value and a list of faults, as texts. `sample` is
+    the file name of the sample submission on Kaggle.
     """
 
     header: tuple[str, ...]
@@ -51,9 +51,9 @@ class Rows(Generic[V]):
         return check_rows(path, self.header, ids, self.parse, source)[1]
 
     def read(self, path: Path, ids: Sequence[str]) -> dict[str, V]:
-        """Read a submission file, and return a dict from each id to the value of its row, as returned by `parse`.
+        """Read a submission file; return a dict that maps each id to the value that `parse` returns for the row.
 
-        Raises SubmissionError if the file has a fault, or if its ids are not exactly `ids`, those of the ground truth.
+        `ids` are the ground truth's ids. Raises SubmissionError if the file has a fault, such as a missing or unknown id.
         """
         values, faults = check_rows(path, self.header, ids, self.parse, "the ground truth")
         if faults:
@@ -78,10 +78,9 @@ class TestSet:
 def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
     """Return the path of the sample submission in a folder or its subfolders.
 
-    The search goes level by level and ends at the first level with a file called `name`. If no level has this file, the
-    result is a CSV file with `sample_submission` in its name. If any of these files has `stage_2` in its name, only files
-    with `stage_2` are considered. Of several files, the one nearest to `folder` is returned. Raises SubmissionError if there
-    is no such file, or if several files on the same level differ.
+    This is the file called `name`; without one, a CSV file with `sample_submission` in its name, preferably one that also
+    has `stage_2` in its name. Of several such files, the one nearest to `folder` is returned. Raises SubmissionError if
+    there is no such file, or if several equally near files differ.
     """
     candidates: list[Path] = []
     for files in _levels(folder):
@@ -192,7 +191,7 @@ def refuse_rows(table: pd.DataFrame, is_wrong: np.ndarray, problem: str) -> None
 
 
 def join_rows(rows: dict[str, np.ndarray], columns: Sequence[str]) -> pd.DataFrame:
-    """Return a table with image_id and `columns`. `rows` maps each image_id to an array of its k rows, (k, columns)."""
+    """Return a table with image_id and `columns`. `rows` maps each image_id to its k rows, an array (k, len(columns))."""
     numbers = np.concatenate([np.empty((0, len(columns))), *rows.values()])
     table = pd.DataFrame(numbers, columns=list(columns))
     table.insert(0, "image_id", np.repeat(np.array(list(rows), dtype=object), [len(array) for array in rows.values()]))

@@ -33,24 +33,24 @@ def find_competition(name: str) -> Competition:
 
 
 def choose_competition(data: str, rules: str = "") -> tuple[Competition, str]:
-    """Return the competition that a notebook's parameters choose, and the input or path of its data.
+    """Return the competition that the parameters `data` and `rules` of a notebook stand for, and `choose_folder(data)`.
 
-    `data` is the name or Kaggle slug of a competition, or another input or path; the second result is `choose_folder(data)`.
-    If `rules` is not empty, it is the competition's name or slug. If `rules` is empty and `data` is a name, a slug or a path
-    whose last folder is a slug, `data` decides. Otherwise, the header of the sample submission in `data` decides. If no
-    sample can be read, the competition is siim-covid19, and a warning is logged. Raises SettingsError if `rules` is unknown,
-    if `rules` and `data` are names or slugs of different competitions, or if no competition has the sample's header.
+    `data` is the name or Kaggle slug of a competition, or another input or path. If `rules` is not empty, the competition is
+    the one with this name or slug. If `rules` is empty and `data` is a name, a slug or a path that ends in a slug, `data`
+    decides. Otherwise, the header of the sample submission in `data` decides; if no sample submission can be read, the
+    competition is siim-covid19, and a warning is logged. Raises SettingsError if `rules` is unknown, if `rules` and `data`
+    name different competitions, or if no competition has the sample submission's header.
     """
     known = next((each for each in COMPETITIONS.values() if data in (each.name, each.slug)), None)
     known = known or next((each for each in COMPETITIONS.values() if not rules and Path(data).name == each.slug), None)
     if rules and known and find_competition(rules) is not known:
-        raise SettingsError(f"rules is {rules!r}, but {data!r} is the data of {known.name!r}; leave rules empty")
+        raise SettingsError(f"'rules' is {rules!r}, but 'data' ({data!r}) belongs to {known.name!r}; leave 'rules' empty")
     competition = known or (find_competition(rules) if rules else _competition_of_sample(data))
     return competition, choose_folder(data)
 
 
 def choose_folder(data: str) -> str:
-    """Return the competition's Kaggle slug if `data` is its name and no input has this name; otherwise return `data`."""
+    """Return `data`; but if `data` is a competition's name and not an input's, return the competition's Kaggle slug."""
     if data not in COMPETITIONS:
         return data
     try:
@@ -61,16 +61,16 @@ def choose_folder(data: str) -> str:
 
 
 def _competition_of_sample(data: str) -> Competition:
-    """Return the competition whose header is that of the sample submission in `data`, an input or folder.
+    """Return the competition that has the header of the sample submission in `data` (an input's name or a path).
 
-    If no sample can be read, returns SIIM_COVID19 and logs a warning. If no competition has the header, returns SIIM_COVID19
-    if the ids end in _study or _image, and otherwise raises SettingsError.
+    If no sample submission can be read, returns SIIM_COVID19 and logs a warning. If no competition has the header, returns
+    SIIM_COVID19 for ids that end in _study or _image, and raises SettingsError for other ids.
     """
     try:
         sample = find_sample(find_input(data))
         header = tuple(read_text_table(sample).columns)
     except (InputNotFound, SubmissionError, TableError) as error:
-        logger.warning("using the rules of %s, because %r has no readable sample: %s", SIIM_COVID19.name, data, error)
+        logger.warning("assuming %s, because no sample submission was read from %r: %s", SIIM_COVID19.name, data, error)
         return SIIM_COVID19
     if found := [each for each in COMPETITIONS.values() if each.header == header]:
         return found[0]
@@ -87,9 +87,9 @@ def _competition_of_sample(data: str) -> Competition:
 def find_data(dataset: str, folder: str = "") -> tuple[str, str]:
     """Return a data set's name (a key of kitlib.datasets.registry.READERS) and the input folder that contains its files.
 
-    `dataset` is the name of a data set, or the name or Kaggle slug of a competition, which stands for the data set with its
-    training data. If `folder` is given, the second result is `choose_folder(folder)`. If `folder` is empty, the second
-    result is the slug of the competition with this training data. Raises SettingsError if there is no such competition.
+    `dataset` is the name of a data set, or the name or Kaggle slug of a competition, for the competition's training data. If
+    `folder` is given, the input folder is `choose_folder(folder)`. Otherwise, it is the slug of the competition whose
+    training data is the data set. Raises SettingsError if there is no such competition.
     """
     known = next((each for each in COMPETITIONS.values() if dataset in (each.name, each.slug, each.dataset)), None)
     if known is None and not folder:

@@ -22,12 +22,12 @@ PUBLISHED = {"images": 998, "patients": 361}
 def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the DICOM files below `folder`, in the retriever's layout MIDRC-RICORD-1C-PATIENT/STUDY/SERIES/FILE.dcm.
 
-    PATIENT has the form 419639-000082 or SITE2-000105. Copies with PNG or JPEG files that are named
-    MIDRC-RICORD-1C-PATIENT-... are read as well. All patients have COVID-19, so the data set is useful only in a pool.
-    image_id is the patient, the folders and the file name, joined by "-", because many files are named 1-1.dcm. Sex and age
-    are unknown: neither the radiologists' annotations (a JSON file) nor the clinical table (a spreadsheet) are read. Left
-    out and recorded in `Dataset.faults`: files without a patient in their path, lateral views (according to DICOM headers)
-    and unreadable files. Raises DatasetError if no file has a patient.
+    PATIENT has the form 419639-000082 or SITE2-000105. PNG and JPEG files named MIDRC-RICORD-1C-PATIENT-... are read as
+    well. All patients have COVID-19, so the data set is useful only together with others. `image_id` is the patient, the
+    folders and the file name, joined by "-", because many files are named 1-1.dcm. Sex and age are unknown: neither the
+    radiologists' annotations (a JSON file) nor the clinical table (a spreadsheet) are read. Left out and recorded in
+    `Dataset.faults`: files whose path has no PATIENT, further files with the same image_id, lateral views (according to
+    DICOM headers) and unreadable files. Raises DatasetError if no path has a PATIENT.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -52,8 +52,8 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     faults.add_summary("the folder", outside, "are not in a folder MIDRC-RICORD-1C-PATIENT, nor named so; left out")
     if not rows:
         raise DatasetError(
-            f"{folder} contains no folder MIDRC-RICORD-1C-PATIENT with DICOM files, among {len(source.paths)} files: "
-            f"fetch them with {HOW_TO_GET}"
+            f"none of the {len(source.paths)} files in {folder} is a DICOM file in a folder MIDRC-RICORD-1C-PATIENT: "
+            f"fetch the DICOM files with {HOW_TO_GET}"
         )
     table = pd.DataFrame([(image_id, *row) for image_id, row in rows.items()], columns=["image_id", "patient_id", "path"])
     table["view"] = [header.view for header in read_headers(table.path.tolist(), progress=False)]

@@ -35,17 +35,17 @@ PUBLISHED = {
 
 
 def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with their classes and opacity boxes.
+    """Read the training images below `folder` (DICOM, PNG or JPEG files), with their classes and opacity boxes.
 
     The images may be in any folder that has no "test" in its name. Boxes of resized images are scaled. Labels have the
-    columns RSNA_CLASSES. If there is a table of classes, exactly one class of each image is 1. Otherwise it is unknown
-    whether an image without an opacity is normal: its classes Normal and No Lung Opacity / Not Normal are NaN.
+    columns RSNA_CLASSES. If there is a table of classes, exactly one class of each image is 1. Otherwise, for images without
+    an opacity, the classes "Normal" and "No Lung Opacity / Not Normal" are unknown (NaN).
 
-    image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
-    patient has several. If RSNA's list of NIH images (MAPPING) is in the folder, `patient_id` is NIH's patient, so that
-    folds do not leak; otherwise it is the patientId, and a fault says so. Left out and recorded in `Dataset.faults`: rows
-    without a file, files without a row, and images with an unreadable header, an invalid box, or a class that contradicts
-    their boxes. Raises DatasetError if the table of boxes is missing, or if no file is an image that the table lists.
+    `image_id` and `study_id` are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
+    patient has several. If RSNA's list of NIH images (MAPPING) is below `folder`, `patient_id` is NIH's patient, so that no
+    patient is in two folds; otherwise, `patient_id` is the patientId, and a fault is recorded. Left out and recorded in
+    `Dataset.faults`: rows without a file, files without a row, and images with an unreadable header, an invalid box, or a
+    class that contradicts the boxes. Raises DatasetError without a table of boxes, or if it lists none of the files.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_tables(source)
@@ -62,9 +62,9 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
 def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the label tables below `folder`; return a `labels` table (id is the patientId) and a `boxes` table of opacities.
 
-    Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both tables,
-    with a fault. If there is no table of classes, a fault says so; for images without a box, the classes Normal and No Lung
-    Opacity / Not Normal are then NaN. Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
+    Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both tables. If
+    there is no table of classes, the classes "Normal" and "No Lung Opacity / Not Normal" of images without a box are NaN.
+    Left-out images and a missing table are faults. Raises DatasetError without a table of boxes, or if a column is missing.
     """
     source = DataFolder.of(folder)
     faults = source.faults
@@ -104,8 +104,8 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
 def read_nih_patients(source: DataFolder) -> dict[str, str]:
     """Return a dict from RSNA's patientId to NIH's patient id (such as `nih-00000001`), from RSNA's list of NIH images.
 
-    If the list (the file MAPPING) is missing, the dict is empty, and a fault says so. Raises DatasetError if the file has
-    another format.
+    If the list (the file MAPPING) is missing, the dict is empty, and a fault is recorded. Raises DatasetError if the list
+    cannot be parsed.
     """
     path = source.find_table(MAPPING)
     if path is None:
@@ -120,5 +120,5 @@ def read_nih_patients(source: DataFolder) -> dict[str, str]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
-            f"{path} is not a list of objects with subset_img_id and img_id ({error!r}): fetch it again, or remove it"
+            f"{path} must list objects with 'subset_img_id' and 'img_id' ({error!r}): fetch this file again, or remove it"
         ) from error

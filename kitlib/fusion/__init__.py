@@ -1,4 +1,4 @@
 """Combines several models' predictions: box fusion, votes, means, FLANNEL, stacking, tuning, and ensemble bundles.
 
-Its functions take and return tables and arrays. Does not belong here: images; networks, except FLANNEL's one linear layer.
+Its functions take and return tables and arrays. Does not belong here: images, and networks except FLANNEL's linear layer.
 """

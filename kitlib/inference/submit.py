@@ -67,8 +67,8 @@ class SubmitSettings:
 class SubmissionRun:
     """Writes one submission file for one test set; call `install`, `predict` and `finish` in this order.
 
-    The constructor already writes a valid file of placeholder predictions (the class frequencies). `ledger` is a table with
-    one row per stage: its number of files, its seconds, and a note on what was dropped and why.
+    The constructor already writes a valid file of placeholder predictions (the class frequencies). `ledger` is a table that
+    says for each stage how many files were processed, how long this took, and what was skipped and why.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class SubmissionRun:
     ) -> None:
         """Write the placeholder predictions to `output`.
 
-        `folder` has the competition's test images and its sample submission, whose rows the submission gets. If SIIM's
-        sample is missing or cannot be read, the submission has one row per study and image in `test/`.
+        `folder` has the competition's test images and the sample submission, which lists the ids to predict. If SIIM's
+        sample submission is missing or cannot be read, the ids are those of the studies and images in `test/`.
         """
         began = time.monotonic()
         self.settings, self.output, self.competition = settings, Path(output), competition
@@ -123,7 +123,7 @@ class SubmissionRun:
 
     @property
     def ledger(self) -> pd.DataFrame:
-        """Table with one row per stage so far; its columns are stage, files, seconds and note."""
+        """Table of the stages so far, with the columns `stage`, `files`, `seconds` and `note`."""
         return self._ledger.table()
 
     def install(self, wheels: str) -> None:
@@ -176,10 +176,10 @@ class SubmissionRun:
                 self.readable -= sum(outcome.status == "failed" for outcome in list(xrays.outcomes))
 
     def usage(self) -> list[dict[str, Any]]:
-        """Return one dictionary per bundle in weights.json, with the keys bundle (its name), predicted and readable.
+        """Return one dictionary per bundle in weights.json, with the keys "bundle", "predicted" and "readable".
 
-        `predicted` is the number of test images that the bundle has predicted, or 0 if all rows of the submission are still
-        placeholder predictions. `readable` is the number of readable test files.
+        "bundle" is the bundle's name. "predicted" is the number of test images that the bundle has predicted, or 0 if the
+        submission still has only placeholder predictions. "readable" is the number of readable test files.
         """
         predicted = {model.folder.name: model.count_predicted() * self.has_answers for model in self.models}
         return [{"bundle": name, "predicted": predicted.get(name, 0), "readable": self.readable} for name in self.listed]
@@ -198,8 +198,8 @@ class SubmissionRun:
     def check(self, allow_placeholders: bool) -> None:
         """Raise SubmissionError if `finish` has found a fault, or if all rows are placeholder predictions.
 
-        If `allow_placeholders` is True, all rows may be placeholder predictions. On Kaggle nothing is raised, because there
-        any file is worth more than an error.
+        If `allow_placeholders` is True, all rows may be placeholder predictions. On Kaggle, nothing is raised, because a
+        notebook that ends with an error gets no score.
         """
         if on_kaggle():
             return
@@ -211,8 +211,8 @@ class SubmissionRun:
             used = ", ".join(model.folder.name for model in self.models if model.count_predicted())
             reason = f"no row uses the predictions of {used}" if used else "no model has predicted any file"
             raise SubmissionError(
-                f"{self.output} contains only placeholder predictions, because {reason}; the ledger says why. If that is "
-                "intended, set allow_placeholders to true"
+                f"{self.output} contains only placeholder predictions: {reason}. The ledger says why. If placeholder "
+                "predictions are intended, set 'allow_placeholders' to true"
             )
 
     def _find_studies(self) -> None:
@@ -277,7 +277,7 @@ class SubmissionRun:
                 self._fuse(xrays, fusion, turn.model)
 
     def _prediction_processes(self, xrays: "DecodedOnce") -> "list[PredictionProcess]":
-        """Return the processes that are to predict in parallel, not started yet, or [] if this process is to predict."""
+        """Return processes for predicting in parallel, not started yet; [] if this process alone predicts."""
         import torch
 
         from kitlib.device import visible_gpus
@@ -296,7 +296,7 @@ class SubmissionRun:
     def _predict_side_by_side(
         self, turns: ModelQueue, processes: "list[PredictionProcess]", xrays: "DecodedOnce", fusion: "FusionSettings"
     ) -> None:
-        """Predict in several processes, one model after the other in each; after each model, fuse here while they go on."""
+        """Predict in several processes, one model at a time in each. This process fuses whenever a model has predicted."""
         finished: queue.SimpleQueue[Model | None] = queue.SimpleQueue()
 
         def work(process: "PredictionProcess") -> None:

@@ -60,15 +60,15 @@ class KaggleClient:
         """
         if name.split("/")[0] != self.user.lower():
             raise KernelError(
-                f"the {kind} is {name}, but the token belongs to {self.user}; build it with --owner {self.user.lower()}"
+                f"the {kind} is {name!r}, but the token belongs to {self.user!r}; build with --owner {self.user.lower()}"
             )
 
     @contextlib.contextmanager
     def calling(self, action: str) -> Iterator[None]:
         """Collect what the client prints inside the block, and turn its errors into KernelError.
 
-        `action` says in a few words what the client is doing, for error messages. Raises KaggleUnreachable if the same call
-        may succeed later.
+        `action` says in a few words what the client is doing, for error messages. Raises KaggleUnreachable, a KernelError,
+        if the error may be temporary.
         """
         self._printed.seek(0)
         self._printed.truncate()

@@ -1,4 +1,4 @@
-"""Segmenters: a common wrapper of published networks, which predicts each pixel's probabilities; and the loss."""
+"""A wrapper of published segmentation networks that predicts each pixel's probabilities, and the loss for training."""
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Segmenter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (n, outputs, rows, columns) for normalised images (n, 1, rows, columns) of any size.
 
-        If the network does not accept these sides, `x` is padded with its edge pixels, and the logits are cropped again.
+        If the network does not accept this size, `x` is padded with its edge pixels, and the logits are cropped again.
         """
         rows, columns = x.shape[-2:]
         down, right = (_padding(side, self.network) for side in (rows, columns))
@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
         return self.network(x)[..., :rows, :columns]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the network's input (n, 1, rows, columns) for grey canvases uint8 (n, rows, columns), on their device."""
+        """Convert grey `pixels`, uint8 (n, rows, columns), to network input (n, 1, rows, columns) on the same device."""
         x = (pixels[:, None].float() / 255 - self.mean[0]) / self.std[0]
         return x.contiguous(memory_format=memory_format(x.device))
 
@@ -86,10 +86,10 @@ def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor, recipe: Segment
     "dice" is the mean over images and structures of 1 - (2 sum(p g) + 1) / (sum(p^2) + sum(g^2) + 1): equation 1 of the
     UNet + HRNet paper, with 1 added so that the loss is 0 if a mask is empty and nothing is predicted.
     "cross_entropy" is the mean over pixels, with the background weighted by `background_weight`.
-    "bce_dice_focal", for one output, is the sum, weighted by `loss_weights`, of three losses of the 1st place in SIIM-ACR
-    Pneumothorax Segmentation: binary cross entropy; 1 - 2 sum(p g) / (sum(p) + sum(g)) over all pixels of the batch, because
-    in most single images g is empty; and focal loss -(1 - q)^2 log q, with q the probability of a pixel's true label. The
-    first and the last are means over pixels.
+    "bce_dice_focal", for one output, is a sum of three losses, weighted by `loss_weights`, as in the 1st place solution of
+    SIIM-ACR Pneumothorax Segmentation: the mean binary cross entropy of all pixels; 1 - 2 sum(p g) / (sum(p) + sum(g)) over
+    the whole batch (in most single images, g is empty); and the mean focal loss -(1 - q)^2 log q of all pixels, where q is
+    the probability of the pixel's true label.
     """
     logits = logits.float()
     if isinstance(recipe, SparseSegmenterRecipe):

@@ -16,10 +16,10 @@ from kitlib.tables import concatenate
 
 
 def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
-    """Return metrics with one row per learner and ensemble, sorted by macro F1, the best last.
+    """Return a table of metrics, indexed by the name of the learner or ensemble and sorted by macro F1, the best last.
 
-    The columns are learns (the kind of predictions that the weights were fitted on), rows, macro_f1, accuracy, log_loss, ece
-    and the F1 of each class. `rows` is the number of images or studies, whichever the learners predict.
+    The columns are `learns` (the predictions on which weights were fitted: a value of `judged.protocols`), `rows` (the
+    number of images or studies), `macro_f1`, `accuracy`, `log_loss`, `ece`, and `f1 CLASS` for each class.
     """
     lines = []
     for model, rows in judged.scores.groupby("model", sort=False):
@@ -38,10 +38,10 @@ def comparison(judged: Judged, learners: LearnerScores) -> pd.DataFrame:
 
 
 def cross_scaled_scores(judged: Judged, learners: LearnerScores, model: str, name: str) -> tuple[pd.DataFrame, pd.Series]:
-    """Return the scores of `model`, scaled in each fold by the temperature fitted on the other folds, and the temperatures.
+    """Return the temperature-scaled scores of `model`, and the temperatures, each fitted on the other folds.
 
-    The scaled rows get the model name `name`. The temperatures are keyed by fold; the entry "all" is the temperature fitted
-    on all rows. Raises ValueError if there is only one fold.
+    The scaled rows have the model name `name`. The temperatures are indexed by fold; the entry "all" is the temperature
+    fitted on all rows. Raises ValueError if there is only one fold.
     """
     rows = judged.scores[judged.scores["model"] == model].reset_index(drop=True)
     truth = learners.answers["truth"].loc[rows[learners.key]].to_numpy()
@@ -61,10 +61,10 @@ def out_of_fold_temperature(ensemble: Ensemble, learners: LearnerScores) -> floa
 
 
 def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, temperature: float, name: str) -> pd.DataFrame:
-    """Return a `class_scores` table of the test images, with the predictions of learners, ensembles and the scaled `model`.
+    """Return a `class_scores` table of the test images, with the scores of all learners and ensembles.
 
-    Learners have one row per image and fold, ensembles one row per image. The scores of `model` after scaling by
-    `temperature` get the model name `name`; they are omitted if the temperature is 1.
+    Learners have one row per image and fold, ensembles one row per image. Unless `temperature` is 1, the table also has the
+    temperature-scaled scores of `model`, with the model name `name`.
     """
     ensembles = judged.scores[~judged.scores["model"].isin(test.means.learners)]
     chosen, classes = judged.scores[judged.scores["model"] == model], list(test.means.classes)
@@ -74,7 +74,7 @@ def collect_test_scores(judged: Judged, test: TestSplitScores, model: str, tempe
 
 
 def weights_figure(weights: pd.DataFrame, learners: tuple[str, ...]) -> Figure:
-    """Draw one panel per ensemble: a bar for each learner and true class, the mean weight with its standard deviation."""
+    """Plot one panel per ensemble: each learner's weight for each true class, as a mean with a standard deviation."""
     names = list(dict.fromkeys(weights["model"]))
     figure = Figure(figsize=(max(4, 1 + 1.2 * len(learners)), 2.6 * len(names)), layout="constrained")
     for axis, name in zip(figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0], names, strict=True):

@@ -110,10 +110,10 @@ def cross_fitted_thresholds(predictions: Answers, seed: int = 0) -> np.ndarray:
 def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
     """Return one row per class, with ROC AUC, average precision, and precision, recall and F1 at `thresholds`.
 
-    The columns are class, positives (images with the class), of (images with a known label), roc_auc, average_precision,
-    threshold, precision, recall and f1. `thresholds` is an array (n, classes), for example from `cross_fitted_thresholds`,
-    or (classes,); the column `threshold` is its mean over the images. For a class that no image has, all metrics are NaN;
-    for a class that all images have, ROC AUC is NaN. Precision is 0 if the class is never predicted.
+    The columns are `class`, `positives` (number of images with the class), `of` (number with a known label), `roc_auc`,
+    `average_precision`, `threshold`, `precision`, `recall` and `f1`. `thresholds` is an array (classes,), or (n, classes) as
+    from `cross_fitted_thresholds`; the column `threshold` is the mean over images. For a class that no image has, all
+    metrics are NaN; for a class that all images have, ROC AUC is NaN. Precision is 0 if the class is never predicted.
     """
     thresholds = np.broadcast_to(thresholds, predictions.probabilities.shape)
     rows = []
@@ -138,10 +138,10 @@ def class_report(predictions: Answers, thresholds: np.ndarray) -> pd.DataFrame:
 
 
 def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
-    """Return percentile intervals of each class's ROC AUC and of their mean, with the columns name, value, low and high.
+    """Return bootstrap intervals of each class's ROC AUC and of the classes' mean: columns `name`, `value`, `low`, `high`.
 
-    Whole patients are drawn with replacement. A class that all or none of the images in a draw have is left out of the mean
-    of that draw.
+    Whole patients are drawn with replacement; the intervals are percentiles. If all or none of the images in a sample have a
+    class, the sample's mean is over the other classes.
     """
     draws = auc_draws(predictions, samples, seed)
     # A class that is undefined in all samples keeps NaN, because np.nanquantile would warn about it.
@@ -154,10 +154,10 @@ def bootstrap_auc(predictions: Answers, samples: int = 200, level: float = 0.95,
 
 
 def auc_draws(predictions: Answers, samples: int = 200, seed: int = 0) -> pd.DataFrame:
-    """Return the mean ROC AUC and each class's ROC AUC as columns: first a row for all patients, then one per draw.
+    """Return a table of bootstrap samples: the columns are the mean ROC AUC (`mean`) and the ROC AUC of each class.
 
-    Whole patients are drawn. Predictions for the same patients get the same draws if the seed is the same, so the difference
-    of two tables is a paired comparison.
+    The first row is for all patients, each further row for patients drawn with replacement. With equal patients and seeds,
+    the samples of two models have the same patients, so the difference of two tables is a paired comparison.
     """
     patients, codes = np.unique(predictions.patient, return_inverse=True)
     is_known = [~np.isnan(column) for column in predictions.truth.T]

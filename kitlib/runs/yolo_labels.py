@@ -1,4 +1,4 @@
-"""Writes and reads the tables `boxes` and `folds` as YOLO label files: one file per image, one line per box.
+"""Writes and reads boxes as YOLO label files (one per image, one line per box); writes folds as YAML files for training.
 
 Format: https://docs.ultralytics.com/datasets/detect. A line is `class cx cy width height`, where the box's centre and size
 are fractions of the image size; an image without a box has an empty file.
@@ -27,11 +27,11 @@ DECIMALS = 20
 def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, folds: pd.DataFrame | None = None) -> None:
     """Write FOLDER/labels with one file per image, FOLDER/classes.txt, and FOLDER/data.yaml for training.
 
-    data.yaml expects the images in FOLDER/images. If `folds` is given, also writes fold0.yaml and so on, each for validating
-    on its fold and training on all others. The classes are the findings of the boxes in alphabetical order; without a box,
-    the only class is "opacity" (ONE_FINDING). FOLDER/labels appears only when it is complete. Raises FileExistsError if
-    FOLDER/labels exists; DatasetError if an image's size is unknown, if a box belongs to none of the images, if an image_id
-    cannot be used as a file name, or if a box exceeds its image: ultralytics would drop such an image.
+    data.yaml expects the images in FOLDER/images. If `folds` is given, fold0.yaml and so on are also written: fold0.yaml is
+    for validating on fold 0 and training on all other folds. The classes are the findings in `boxes` in alphabetical order
+    or, if `boxes` is empty, only "opacity" (ONE_FINDING). FOLDER/labels appears only when it is complete. Raises
+    FileExistsError if FOLDER/labels exists; DatasetError if an image's size is unknown, if an image_id cannot be a file
+    name, or if a box belongs to none of the images or exceeds its image (ultralytics would drop the image).
     """
     folder = Path(folder)
     labels, temporary_folder = folder / LABELS, folder / f".{LABELS}.partial"
@@ -61,8 +61,8 @@ def write_yolo(folder: str | Path, images: pd.DataFrame, boxes: pd.DataFrame, fo
 def read_yolo(folder: str | Path, images: pd.DataFrame) -> pd.DataFrame:
     """Return the boxes in FOLDER/labels as a `boxes` table, in pixels of the original images and in the order of `images`.
 
-    The columns `rows` and `columns` of `images` convert fractions to pixels. If `write_yolo` wrote the labels, coordinates
-    of 0, or of at least a thousandth of a pixel, are exactly those passed to it. A box's finding is the name of its class.
+    The columns `rows` and `columns` of `images` convert fractions to pixels. If `write_yolo` wrote the labels, all
+    coordinates are restored exactly, except those between 0 and 0.001 pixels. A box's finding is the name of its class.
     Raises DatasetError if a label is invalid (the message has the file and line), if an image has no label file, or if a
     label file has no image.
     """
@@ -135,7 +135,7 @@ def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str
         raise DatasetError(f"{place}: class {number} does not exist; {CLASSES} lists {len(classes)} classes, counted from 0")
     if not all(abs(fraction) < MOST_FRACTION for fraction in fractions) or min(fractions[2:]) <= 0:
         raise DatasetError(
-            f"{place}: the box {' '.join(words[1:])} has no area, or numbers that are not fractions of the image in 0..1"
+            f"{place}: the box '{' '.join(words[1:])}' needs a width and height above 0, in fractions of the image (0..1)"
         )
     corners = [
         float(round((centre + sign * extent / 2) * side, DECIMALS))

@@ -61,7 +61,7 @@ class CachedXray:
 
 
 class DecodedXrays(Protocol):
-    """Interface of a store of decoded X-rays, which are read by image id and have at most `longest_side` pixels a side."""
+    """Interface of a store of decoded X-rays, read by image id. X-rays have at most `longest_side` pixels a side."""
 
     longest_side: int
 
@@ -72,9 +72,9 @@ class DecodedXrays(Protocol):
 class XrayCache:
     """Cache of decoded X-rays, 8 bits and at most `longest_side` pixels a side, in a subfolder of `folder`.
 
-    Each image is one safetensors file (an entry), written atomically. `pack` puts all entries into one tar archive, which
-    this class can read too; a new XrayCache then writes further images to a scratch folder. The name of the subfolder
-    contains `longest_side` and the decoder's version, so entries of other sizes or versions are never used.
+    Each image is one safetensors file (an entry), written atomically. `pack` moves all entries into one tar archive. A new
+    XrayCache reads the archive, and writes further entries to a scratch folder. The name of the subfolder contains
+    `longest_side` and the decoder's version, so entries with another `longest_side` or decoder are never used.
 
     `decode` reuses an entry if its checksum is right and the image file's size, modification time and sampled bytes (see
     `source_of`) are unchanged; the file may have moved. `read` verifies the checksum of an entry only the first time.
@@ -103,12 +103,12 @@ class XrayCache:
     ) -> Generator[Outcome, None, None]:
         """Decode `images` (columns image_id and path) into the cache; yield one Outcome per image, in order of completion.
 
-        Files are decoded in `workers` processes (default: one per usable core), only a few files ahead of the consumer. A
-        bad image has a failed Outcome and does not affect the other images: its file is unreadable, takes longer than
-        `timeout_s` seconds (a number, or a function called for each file), crashes its process or needs gigabytes of memory,
-        or its image_id cannot be a file name. If the iteration is stopped, the processes stop too; only the processes of a
-        `pool` (from `decoding_pool`) stay for the next call. Raises CacheError if the cache cannot be written; RuntimeError
-        if the pool is stopped; ValueError for missing columns or an image_id that occurs twice.
+        `workers` processes (default: one per usable core) decode only a few files ahead of the caller. An image has a failed
+        Outcome, without harm to other images, if the file is unreadable, crashes the process, needs gigabytes of memory or
+        takes longer than `timeout_s` seconds (a number, or a function called for each file), or if the image_id cannot be a
+        file name. When the iteration stops, the processes stop too, but a `pool` (from `decoding_pool`) keeps its processes
+        for the next call. Raises CacheError if the cache cannot be written; RuntimeError if the pool is stopped; ValueError
+        for missing columns or an image_id that occurs twice.
         """
         ids, paths = self._check_images(images)
         self._remove_abandoned()
@@ -198,7 +198,7 @@ class XrayCache:
         return entry.is_file() or (self._archive is not None and entry.name in self._archive)
 
     def facts(self, image_id: str) -> dict[str, str]:
-        """Return the metadata of an image's entry, a dict of texts such as rows, columns and warnings.
+        """Return the metadata of an image's entry, a dict of strings with keys such as "rows", "columns" and "warnings".
 
         Raises OSError if the entry is missing, CacheError if it is damaged.
         """

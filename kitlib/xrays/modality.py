@@ -16,10 +16,10 @@ NOT_AN_XRAY = "not a projection X-ray"  # all warnings of this module start with
 
 
 def modality_warnings(elements: Elements) -> list[str]:
-    """Return a list with a warning if a file is not a projection X-ray, according to its Modality; otherwise [].
+    """Return [] for a projection X-ray, and a list with one warning for another kind of image, according to the header.
 
-    A Modality in PROJECTIONS means a projection X-ray. A Modality in UNSPECIFIC, such as secondary capture, does not say
-    what was imaged; the SOP Class then decides, but a SOP Class that is not of the DICOM standard gives no warning.
+    If the Modality is in PROJECTIONS, the image is a projection X-ray. If the Modality is in UNSPECIFIC, such as secondary
+    capture, the SOP Class decides; there is no warning for a SOP Class from outside the DICOM standard.
     """
     modality = elements.text("Modality").upper()
     if modality in PROJECTIONS:

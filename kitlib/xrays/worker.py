@@ -80,11 +80,11 @@ def shrink(pixels: np.ndarray, longest_side: int) -> np.ndarray:
 def source_of(path: str) -> dict[str, str]:
     """Return a dict that identifies a file's content: size, modification time, and a digest of three samples of 64 KiB.
 
-    The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. The samples are the
-    beginning, the middle and the end of the file, so they contain the ids in the header, and pixels. Size and time alone do
-    not suffice, because they can be the same for images unpacked from one archive. Hashing the whole file would take as long
-    as decoding it. If a PNG has its DICOM header in a JSON file, the digest includes the JSON file. Raises OSError if the
-    file cannot be read or is not a regular file.
+    The keys are "source_bytes", "source_mtime_ns" and "source_samples", as in the metadata of a cache entry. The samples are
+    the beginning (with the ids of a DICOM header), the middle and the end of the file. Files unpacked from one archive can
+    have equal sizes and times, so a digest is needed. A digest of the whole file would take as long as decoding. If a PNG
+    has its DICOM header in a JSON file, the digest includes the JSON file. Raises OSError if the file cannot be read or is
+    not a regular file.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")

@@ -193,7 +193,7 @@ def test_the_header_of_the_sample_determines_the_competition(competition, tmp_pa
 
 
 def test_data_without_a_known_sample_are_siims_or_an_error(tmp_path, caplog):
-    assert choose_competition(f"{tmp_path}/absent")[0].name == "siim-covid19" and "no readable sample" in caplog.text
+    assert choose_competition(f"{tmp_path}/absent")[0].name == "siim-covid19" and "no sample submission" in caplog.text
     (tmp_path / "sample_submission.csv").write_text("a_study\nb_image\n")  # a copy of SIIM's without its header
     assert choose_competition(str(tmp_path))[0].name == "siim-covid19"
     (tmp_path / "sample_submission.csv").write_text("name,value\na,1\n")

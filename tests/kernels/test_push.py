@@ -81,7 +81,7 @@ def test_a_publication_is_a_private_dataset_of_the_tokens_owner(kaggle, out, tmp
     (created,) = kaggle.requests("CreateDataset")
     assert created["isPrivate"] is True and not kaggle.requests("SaveKernel")
     assert push_dataset(WEIGHTS, tmp_path / "publication", wait_s=5, poll_s=0.01) == "new version"
-    with pytest.raises(KernelError, match="the dataset is else/x, but the token belongs to somebody"):
+    with pytest.raises(KernelError, match="the dataset is 'else/x', but the token belongs to 'somebody'"):
         push_dataset("else/x", tmp_path / "publication")
 
 
@@ -202,7 +202,7 @@ def test_a_server_error_without_a_message_is_an_error(kaggle, out):
 def test_a_kernel_of_another_owner_is_refused_before_anything_is_sent(kaggle, out):
     kaggle.user = "Other"
     with pytest.raises(
-        KernelError, match=f"the kernel is {KERNEL}, but the token belongs to Other; build it with --owner other"
+        KernelError, match=f"the kernel is '{KERNEL}', but the token belongs to 'Other'; build with --owner other"
     ):
         pushed(out)
     assert {name for name, _ in kaggle.asked} == {"IntrospectToken"}
