@@ -27,9 +27,9 @@ def on_kaggle() -> bool:
 
 
 def is_saved_version() -> bool:
-    """Return True while Kaggle runs a kernel to save a version of it, False in the rerun of that version that is scored.
+    """Return True in the Kaggle session that saves a version of a kernel, False in the later rerun that is scored.
 
-    Also returns False outside Kaggle, and in a rehearsal, which imitates such a rerun.
+    Also returns False outside Kaggle, and in a rehearsal, because a rehearsal imitates the rerun.
     """
     return on_kaggle() and not os.environ.get("KAGGLE_IS_COMPETITION_RERUN")
 
@@ -82,7 +82,7 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
         names = [str(path.relative_to(runs_root())) for path in runs] + list(map(str, attached))
         names = [*names[:50], f"and {len(names) - 50} more"] if len(names) > 50 else names
         listing = "\n  ".join(names) or f"none below {runs_root()} or {inputs_root()}"
-        raise RunNotFound(f"no run {str(name)!r}; run {made_by} first, or correct the name. Runs:\n  {listing}")
+        raise RunNotFound(f"no run {str(name)!r}; execute {made_by} first, or correct the name. Found:\n  {listing}")
     logger.info("reading the run %s", found[0])
     return found[0]
 
@@ -90,8 +90,8 @@ def find_run(name: str | Path, made_by: str = "the notebook that makes it") -> P
 def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
     """Return the folder of the input `slug` below `root` (default: `inputs_root()`), in any of Kaggle's mount layouts.
 
-    `slug` is one of: the path of an existing folder, if it contains a `/`; SLUG or OWNER/SLUG of an input; SLUG/FOLDER, a
-    folder in an input. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG, ROOT/datasets/OWNER/SLUG,
+    `slug` has the form SLUG, OWNER/SLUG, or SLUG/FOLDER (a folder in an input). A `slug` with a `/` may instead be the path
+    of an existing folder. Kaggle mounts an input at ROOT/SLUG, or at ROOT/competitions/SLUG, ROOT/datasets/OWNER/SLUG,
     ROOT/datasets/organizations/OWNER/SLUG, ROOT/models/OWNER/SLUG or ROOT/notebooks/OWNER/SLUG. If no input has this name,
     folders directly inside inputs are searched too, such as a run in a kernel's output. Phantoms (synthetic X-rays) are
     returned only if `slug` contains a `/`, so that nobody trains on phantoms by mistake when the real data are missing.
@@ -125,9 +125,9 @@ def find_starting_weights(path: str | Path) -> Path:
 
     `path` is an existing file or folder; the name of a run or bundle (see `find_run`); an input or a file in an input, as
     SLUG or SLUG/FILE (see `find_input`); or a Kaggle Model, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION. For the folder of
-    a run, the bundle in this folder is returned. If a folder has no bundle, such as one from the Hugging Face hub, its only
-    .safetensors file is returned or, if it has none, its only other weights file. Raises BundleError if `path` does not
-    exist, or if the folder has no weights file, or several to choose from.
+    a run, the bundle in this folder is returned. For a folder without a bundle, such as one from the Hugging Face hub, the
+    only .safetensors file is returned; if there is no .safetensors file, the only other weights file. Raises BundleError if
+    `path` does not exist, or if the folder has no weights file, or several to choose from.
     """
     source = Path(path)
     if not source.exists():
@@ -162,8 +162,8 @@ def _find_file(name: str) -> Path:
             return found[0]
     available = [str(path.relative_to(inputs_root())) for path in inputs_root().glob("*/*") if path.suffix in WEIGHTS]
     raise BundleError(
-        f"weights file {name} does not exist; inputs/README.md says how to get it; nothing is downloaded. Weights files in "
-        f"inputs: {', '.join(sorted(available)[:20]) or 'none'}"
+        f"weights file {name!r} does not exist, and nothing is downloaded; inputs/README.md says how to get weights. "
+        f"Weights files in inputs: {', '.join(sorted(available)[:20]) or 'none'}"
     )
 
 
@@ -202,7 +202,7 @@ def _mounted(root: Path) -> list[tuple[str, Path]]:
 
 
 def _find_attached_run(name: str) -> list[Path]:
-    """Return the run folders in inputs that `name` may refer to: an input, or a folder with a run's files."""
+    """Return the folders that `name` may refer to. A `name` without `/` must be an input or a folder with a run's files."""
     mounted = {folder for _, folder in _mounted(inputs_root())}
     for folders in _find_folders(name, inputs_root()):
         if runs := [path for path in folders if "/" in name or path in mounted or _holds_run(path)]:

@@ -92,9 +92,7 @@ def test_a_missing_run_is_named_with_the_runs_that_exist(tmp_path, monkeypatch):
     for folder in ("runs/prepare", "runs/demo/study", "inputs/kernel/fuse"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "record.json").write_text("{}")
-    message = (
-        rf"no run 'prepair'; run notebook 10_prepare first, .*\n  demo/study\n  prepare\n  {tmp_path}/inputs/kernel/fuse$"
-    )
+    message = rf"no run 'prepair'; execute notebook 10_prepare .*\n  demo/study\n  prepare\n  {tmp_path}/inputs/kernel/fuse$"
     with pytest.raises(RunNotFound, match=message):
         find_run("prepair", "notebook 10_prepare")
 

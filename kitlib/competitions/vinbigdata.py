@@ -1,9 +1,9 @@
-"""VinBigData Chest X-ray Abnormalities Detection (2021): boxes of 14 findings, and the class `No finding` of images.
+"""VinBigData Chest X-ray Abnormalities Detection (2021): boxes of 14 findings, and the image class `No finding`.
 
-The metric is PASCAL VOC 2010's mean average precision at an IoU above 0.4, over the 14 findings and `No finding`, whose box
-is one pixel, 0 0 1 1. The rules leave three points open, which are decided here as in kitlib.scoring.average_precision: no
-pixel is added to the sides of a box, equal confidences enter the curve as one block, and a class that is absent from the
-ground truth is left out of the mean.
+The metric is PASCAL VOC 2010's mean average precision at an IoU above 0.4, over the 14 findings and `No finding`. The box of
+`No finding` is one pixel, 0 0 1 1. Three points that the rules leave open are decided as in
+kitlib.scoring.average_precision: no pixel is added to the sides of a box, equal confidences enter the curve as one block,
+and classes that are absent from the ground truth are not in the mean.
 """
 
 import logging
@@ -42,9 +42,9 @@ def read_truth(path: Path) -> BoxTruth:
     """Return the ground truth in train.csv: one box per row, as the radiologists drew them, without merging.
 
     A row of `No finding` has empty corners, or the one-pixel box 0 0 1 1. Three radiologists annotated each training image.
-    So a finding usually has several boxes, and an image without findings has three rows of `No finding`, but a predicted box
-    can match only one of them. In the test set, the radiologists agreed on their boxes. So a score on the training data
-    cannot be compared with a score on the test set.
+    So a finding usually has several boxes, and an image without findings has three `No finding` boxes. A predicted box can
+    match only one true box. In the test set, the radiologists agreed on their boxes. So a score on the training data cannot
+    be compared with a score on the test set.
     """
     table = read_truth_table(path, ("train.csv",), ("image_id", "class_id", *CORNERS))
     code = table["class_id"].map({label: code for code, label in enumerate(LABELS)}).to_numpy(float)
@@ -94,7 +94,7 @@ def metric(truth: BoxTruth, detections: pd.DataFrame) -> dict[str, float]:
     parts = _precisions(detections["score"].to_numpy(float), match, key % len(CLASSES), true_key % len(CLASSES))
     absent = [name for name, value in parts.items() if np.isnan(value)]
     if absent:
-        logger.warning("the truth has no %s; the score is the mean over the other classes", ", ".join(absent))
+        logger.warning("the truth lacks the classes %s; the score is the mean over the other classes", ", ".join(absent))
     return {"score": float(np.nanmean(list(parts.values()))) if len(truth.boxes) else float("nan"), **parts}
 
 
@@ -112,7 +112,7 @@ def _precisions(score: np.ndarray, match: np.ndarray, code: np.ndarray, true_cod
 
 
 def _keys(image_ids: tuple[str, ...], table: pd.DataFrame) -> np.ndarray:
-    """Return an int array (n,): a number per row that stands for its image and class. Only equal numbers may match."""
+    """Return an int array (n,): a number for each row of `table`, equal only for rows with the same image and class."""
     image = pd.Index(image_ids).get_indexer(table["image_id"])
     code = pd.Categorical(table["finding"], categories=CLASSES).codes.astype(int)
     for is_unknown, column, expected in (
@@ -136,7 +136,7 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
 class VinBigDataFusion(FusionSettings):
     """Fusion settings of VinBigData: the formula for the probability of `No finding`, and how it changes box scores.
 
-    By default, boxes are merged already at an IoU above 0.4, because a diffuse finding is outlined in different ways.
+    The default `box_iou` is as low as 0.4, because the outlines of a diffuse finding vary widely.
     """
 
     GRIDS: ClassVar = {
@@ -165,7 +165,7 @@ class VinBigDataFusion(FusionSettings):
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> BoxTruth:
-    """Return the ground truth of the prepared `images`: all boxes, and the box of `No finding` on each image without one."""
+    """Return the ground truth of the prepared `images`: their boxes; an image without boxes gets the box of `No finding`."""
     drawn = boxes.loc[boxes["image_id"].isin(images["image_id"]), ["image_id", "finding", *BOX]]
     healthy = images.loc[~images["image_id"].isin(drawn["image_id"]), ["image_id"]]
     healthy = healthy.assign(finding=NO_FINDING, **dict(zip(BOX, ONE_PIXEL, strict=True)))
@@ -195,7 +195,7 @@ def decide(merged: MergedPredictions, settings: VinBigDataFusion) -> pd.DataFram
 
 
 def judge(truth: BoxTruth, merged: MergedPredictions, settings: VinBigDataFusion) -> float:
-    """Return the score (0..1) of the answers that `decide` makes; merged boxes need the column `match` (see Competition)."""
+    """Return the score (0..1) of the boxes from `decide`; `merged.boxes` needs the column `match` (see Competition)."""
     no_finding, score = _weigh(merged, settings)
     is_known = ~np.isnan(no_finding)
     is_healthy = merged.images["image_id"].isin(truth.boxes.loc[truth.boxes["finding"] == NO_FINDING, "image_id"]).to_numpy()

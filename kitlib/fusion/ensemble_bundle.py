@@ -102,7 +102,7 @@ def read_ensemble(folder: str | Path) -> Ensemble:
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if digest != record["weights_sha256"]:
         raise BundleError(
-            f"{folder / WEIGHTS} has SHA-256 {digest}, but {RECORD} records {record['weights_sha256']}; copy both again"
+            f"{folder / WEIGHTS} has SHA-256 {digest}, but {RECORD} has {record['weights_sha256']}; copy both files again"
         )
     try:
         weights = load_file(folder / WEIGHTS)
@@ -121,8 +121,8 @@ def learnt_ensemble(
 ) -> Ensemble:
     """Return the final ensemble called `name`, trained on the learners' predictions for all folds.
 
-    If `settings.stack_on` is "in_sample", these are the learners' predictions for their own training images; otherwise they
-    are out-of-fold. Means and votes are not trained. `temperature` is stored in the ensemble.
+    The predictions are out-of-fold or, if `settings.stack_on` is "in_sample", those for the learners' own training images.
+    Means and votes are not trained. `temperature` is stored in the ensemble.
     """
     stack = learner_scores.full_stack(settings.stack_on if settings.learns else "out_of_fold")
     weights = learn(stack, settings) if settings.learns else {}
@@ -139,14 +139,14 @@ def apply_ensemble(ensemble: Ensemble, scores: pd.DataFrame) -> pd.DataFrame:
 
     `answered` is the number of learners that have a score for the id. `scores` is a `study_scores` or `class_scores` table.
     Rows of models that are not learners and rows with a NaN are ignored. Each learner's folds are averaged first. If all
-    learners have a score for an id, their scores are combined by the ensemble's method and scaled by its temperature.
-    Otherwise, the prediction is the mean of the available scores, without weights and temperature, which apply only to all
-    learners together. Raises BundleError if `scores` lacks the id column (`ensemble.key`), the column model or a class.
+    learners have a score for an id, the ensemble's method combines the scores, and temperature scaling follows. Otherwise,
+    the prediction is the plain mean of the available scores, because weights and temperature are valid only for all learners
+    together. Raises BundleError if `scores` lacks the column `model`, the column named by `ensemble.key`, or a class.
     """
     classes = list(ensemble.classes)
     missing = [name for name in (ensemble.key, "model", *classes) if name not in scores.columns]
     if missing:
-        raise BundleError(f"the scores lack the column(s) {', '.join(missing)}, which the ensemble {ensemble.name} needs")
+        raise BundleError(f"the scores lack columns that the ensemble {ensemble.name!r} needs: {', '.join(missing)}")
     rows = scores[scores["model"].isin(ensemble.learners)].dropna(subset=classes)
     mean = rows.groupby([ensemble.key, "model"])[classes].mean()
     ids = mean.index.get_level_values(0).unique()
@@ -183,8 +183,8 @@ def _check(ensemble: Ensemble, where: str) -> None:
     actual_shapes = {name: array.shape for name, array in ensemble.weights.items()}
     if actual_shapes != shapes[ensemble.method]:
         raise BundleError(
-            f"{where}: {ensemble.method} with {count} learners and {classes} classes needs weights of the shapes "
-            f"{shapes[ensemble.method]}, but the bundle has {actual_shapes}"
+            f"{where}: {ensemble.method!r} with {count} learners and {classes} classes needs weights of the shapes "
+            f"{shapes[ensemble.method]}, but the shapes are {actual_shapes}; train the ensemble again"
         )
     if not all(np.isfinite(array).all() for array in ensemble.weights.values()):
         raise BundleError(f"{where}: a weight is not finite; train the ensemble again")

@@ -33,10 +33,10 @@ class Judged:
 
     `scores` has the columns image_id or study_id, model (a learner or ensemble), fold and the classes. `weights` has one row
     per id and trained ensemble: image_id or study_id, model (the ensemble), fold, truth (name of the true class), and one
-    column per learner with the learner's weight. `protocols` maps each learner and ensemble to "nested", "cross-fitted",
-    "out-of-fold" or "in-sample": the predictions on which ensembles were trained. For the first two see
-    kitlib.fusion.stacking. "out-of-fold" means those of all folds, for evaluation on test images. Only trained ensembles can
-    be "in-sample"; all other ensembles and the learners have the same value.
+    column per learner with the learner's weight. `protocols` maps each learner and ensemble to the kind of predictions on
+    which ensembles were trained: "nested", "cross-fitted" (see kitlib.fusion.stacking), "out-of-fold" (of all folds, for
+    evaluation on test images) or "in-sample". Only trained ensembles can be "in-sample". The learners and all ensembles that
+    are not "in-sample" share one value.
     """
 
     scores: pd.DataFrame
@@ -73,11 +73,11 @@ def vote_shares(probabilities: np.ndarray) -> np.ndarray:
 
 
 def majority_vote(probabilities: np.ndarray) -> np.ndarray:
-    """Return for each of n rows and C classes the share of K learners that vote for the class, (n, C), with ties broken.
+    """Return the shares (n, C) of `vote_shares`, with ties broken: each row's largest share is that of the predicted class.
 
-    `probabilities` is (n, K, C). If several classes have the most votes, the one with the highest mean probability wins: TIE
-    is added to its share and taken from the other tied classes. So the largest entry of each row is the predicted class,
-    and rows still sum to 1.
+    `probabilities` is (n, K, C). If several classes of a row have the most votes, the tied class with the highest mean
+    probability wins. TIE is added to the winner's share and taken, in equal parts, from the shares of the tied losers. So
+    rows still sum to 1.
     """
     shares = vote_shares(probabilities)
     tied = shares > shares.max(axis=1, keepdims=True) - 0.5 / probabilities.shape[1]
@@ -90,8 +90,8 @@ def majority_vote(probabilities: np.ndarray) -> np.ndarray:
 def flannel_weights(weights: Weights, probabilities: np.ndarray) -> np.ndarray:
     """Return FLANNEL's weight of each learner for each image or study, (n, K), -1..1; `probabilities` is (n, K, C).
 
-    A linear layer is applied to all pairwise products of the K * C probabilities of a row. The tanh of its outputs are the
-    row's weights. `weights` holds the layer's trained arrays.
+    All pairwise products of a row's K * C probabilities are the inputs of a linear layer. The tanh of the layer's K outputs
+    is the row of learner weights. `weights` holds the layer's trained arrays `weight` and `bias`.
     """
     features = probabilities.reshape(len(probabilities), -1)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
@@ -184,8 +184,8 @@ def judge_test_split(
     """Return predictions of the learners and of `ensembles` for the test images; see Judged.
 
     `test` holds one prediction per learner and test image: the mean over the learner's folds. `ensembles` maps names to
-    settings. Like the final ensemble, they are trained on all folds (LearnerScores.full_stack). Raises FusionError if an
-    ensemble has the name of a learner, or if there are no scores to train an ensemble on.
+    settings. Like the final ensemble, every ensemble is trained on all folds (LearnerScores.full_stack). Raises FusionError
+    if an ensemble has the name of a learner, or if there are no scores to train an ensemble on.
     """
     return _join(
         learner_scores,
@@ -204,9 +204,9 @@ def _judge(
 ) -> tuple[list[pd.DataFrame], list[pd.DataFrame]]:
     """Train ensembles and predict `test`; return two lists: tables of scores, and tables of the learners' weights.
 
-    There is one table of scores per learner and ensemble, and one table of weights per trained ensemble; each has one row
-    per id in `test`, with the columns of Judged. `training_stack` gets a value of EnsembleSettings.stack_on and returns the
-    training rows. Raises FusionError if an ensemble has the name of a learner.
+    There is one table of scores per learner and ensemble, and one table of weights per trained ensemble. All have one row
+    per id in `test`; for the columns see Judged. `training_stack` returns the training rows for a value of
+    EnsembleSettings.stack_on. Raises FusionError if an ensemble has the name of a learner.
     """
     shared_names = sorted(set(ensembles) & set(learner_scores.learners))
     if shared_names:

@@ -95,7 +95,7 @@ def merge_weighted(lists: ImageLists, iou: float, confidence: str) -> tuple[np.n
 
 
 def descending(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return indices (n,) that sort `values` (n,) segment by segment, highest first; a segment stops before its `ends`."""
+    """Return indices (n,) to sort each segment of `values` (n,), highest first; `ends` has the index after each segment."""
     # Sorted exactly as in ensemble-boxes, so that equal values get the same order, which depends on NumPy.
     order, start = np.empty(len(values), dtype=np.intp), 0
     for end in ends.tolist():
@@ -198,16 +198,16 @@ def _merge(
     has_list: np.ndarray,
     chosen: np.ndarray,
 ) -> None:
-    """Merge the boxes of all images into clusters, and write the merged boxes into the arrays passed as arguments.
+    """Merge the boxes of all images into clusters, and write the results into arrays passed as arguments.
 
     `ends`, `corners`, `list_ends` and `weights` are as in ImageLists. `order` (n,) has the indices of the boxes, image by
     image, by falling score. `score` (n,) has the scores, already multiplied by the weights of their lists. `list_of` (n,)
-    has the index in `weights` of each box's list. `confidence` is an index in CONFIDENCES. The results are written to
-    `merged` (n, 4) and `merged_score` (n,), image after image, and the number of merged boxes of each image to `counts`
-    (m,).
+    has the index in `weights` of each box's list. `confidence` is an index in CONFIDENCES. The merged boxes are written to
+    `merged` (n, 4), their scores to `merged_score` (n,), and the number of merged boxes of each image to `counts` (m,).
 
-    The other arrays are working memory for one image, with one row per cluster: `sums` (sum of scores, sum of weights,
-    highest score, number of boxes), `corner_sums` (float32) and `has_list` (which lists the cluster has boxes from).
+    Four arrays are working memory for one image. `chosen` has weights of lists. The others have one row per cluster: `sums`
+    (sum of scores, sum of weights, highest score, number of boxes), `corner_sums` (float32), and `has_list` (bool: whether
+    the cluster has boxes from each list).
     """
     start, first, written = 0, 0, 0
     for image in range(len(ends)):

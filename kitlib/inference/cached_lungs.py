@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LungsReport:
-    """Snapshot of a CachedLungs: what its attributes of these names were at one moment."""
+    """Snapshot of a CachedLungs: each field has the value, at one moment, of the attribute with the same name."""
 
     segmented: int
     missed: int
@@ -31,11 +31,10 @@ class LungsReport:
 class CachedLungs:
     """Finds lungs with the segmenter in the folder `bundle`, once per image, and caches the results.
 
-    If the segmenter fails on an image, the image is treated as one without lungs. If the bundle cannot be loaded, or if the
-    segmenter fails on every image of a batch of two or more, no further images are segmented, and `fault` is the reason;
-    otherwise `fault` is "". `missed` is the number of segmented images without plausible lungs, `seconds` the time spent.
-    The cache keeps the last `most` images (None: all images): their lung frames and, if `masked` is True, their lung masks.
-    Thread-safe.
+    If the segmenter fails on an image, the image is treated as one without lungs. Segmentation stops if the bundle cannot be
+    loaded, or if the segmenter fails on all images of a batch with at least two; then `fault` has the reason, otherwise "".
+    `missed` is the number of segmented images without plausible lungs, `seconds` the time spent. For the last `most` images
+    (None: all), the cache keeps the lung frame and, if `masked` is True, the lung mask. Thread-safe.
     """
 
     def __init__(self, bundle: Path | None, masked: bool, batch_size: int | None = None, most: int | None = None) -> None:
@@ -68,7 +67,7 @@ class CachedLungs:
         try:
             if self.bundle is None:
                 raise FileNotFoundError(
-                    "the weights contain no lung segmenter; give the run of a segmenter in the kernel's key `lungs`"
+                    "the weights contain no lung segmenter; set `lungs` in the kernel's YAML file to a segmenter's run"
                 )
             self._segmenter = load_segmenter(self.bundle, batch_size=self.batch_size)
         except Exception as error:

@@ -35,11 +35,11 @@ def find_needed_files(sources: Iterable[str]) -> list[str]:
 
 
 def pack_library(sources: Iterable[str], files: Mapping[str, bytes]) -> str:
-    """Pack the kitlib files that `sources` import, then `files`, then kitlib's digest; return a tar.bz2 as base64 text.
+    """Pack the kitlib files that `sources` import, then `files`, then a digest of kitlib; return a tar.bz2 as base64 text.
 
-    `sources` are texts of Python code. `files` maps the paths of further files in the archive to their contents. The same
-    arguments and library always produce the same bytes. The compression is bzip2, because zlib's output differs between
-    implementations.
+    `sources` are texts of Python code. `files` maps paths in the archive to the contents of further files. The result is
+    always the same for the same arguments and the same kitlib code. The compression is bzip2, because zlib's output
+    differs between implementations.
     """
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:

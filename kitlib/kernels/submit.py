@@ -100,10 +100,10 @@ def fetch_output(out: str | Path) -> Path:
 
 
 def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
-    """Check the downloaded submission.csv as Kaggle would, and that every model of the pushed version was used.
+    """Check the downloaded submission.csv as Kaggle would, and check that every model of the version was used.
 
-    Raises KernelError for a faulty file, and for a model that has not predicted every readable file, unless
-    `allow_placeholders`.
+    Raises KernelError if submission.csv is faulty. Unless `allow_placeholders` is True, also raises KernelError if a model
+    has not predicted every readable image file.
     """
     folder = Path(out) / OUTPUT
     pushed = read_pushed(out)
@@ -115,19 +115,19 @@ def check_output(out: str | Path, allow_placeholders: bool = False) -> None:
         listing = "".join(f"\n  {fault}" for fault in faults[:20])
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise KernelError(
-            f"{folder / SUBMISSION} is not submitted because of {count}; ledger.csv in the same folder says "
-            f"what the kernel did (--allow-placeholders accepts unused models):{listing}"
+            f"{folder / SUBMISSION} is not submitted because of {count}; ledger.csv in the same folder says what the "
+            f"kernel did. To submit although models were not used, give --allow-placeholders. Found:{listing}"
         )
     logger.info("%s is valid", folder / SUBMISSION)
 
 
 def submit_version(out: str | Path, message: str = "") -> Pushed:
-    """Submit the pushed version to its competition; return its record, which has the number of the submission.
+    """Submit the pushed version to the kernel's competition; return the version's record, with the submission's number.
 
-    If the competition takes a file instead of a notebook, the version's submission.csv is downloaded, if necessary, and
-    uploaded. The submission's description is `message` with the kernel's name and version. A submission that was made before
-    an interruption is recognised by its description. Raises KernelError if the run is not complete or Kaggle refuses the
-    submission.
+    If the competition takes a file instead of a notebook, the version's submission.csv is uploaded; if necessary, it is
+    downloaded first. The submission's description is `message` with the kernel's name and version. If an interrupted call
+    has already made the submission, the submission is recognised by its description and not repeated. Raises KernelError if
+    the run is not complete or Kaggle refuses the submission.
     """
     pushed = _read_complete(out)
     if pushed.submission:
@@ -149,11 +149,11 @@ def submit_version(out: str | Path, message: str = "") -> Pushed:
 
 
 def wait_for_score(out: str | Path, wait_s: float = WAIT_S, poll_s: float = POLL_S) -> Pushed:
-    """Wait until Kaggle has scored the submission; return the record of the pushed version, which has the scores.
+    """Wait until Kaggle has scored the submission; return the pushed version's record, with the scores.
 
-    The scores are also written to kaggle.json of the run whose fusion settings were pushed; the kit's leaderboard shows them
-    next to the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was submitted,
-    if Kaggle could not score the file (it can then be submitted again), or if there is no score after `wait_s` seconds.
+    If the version uses a run's fusion settings, the scores are also written to this run's kaggle.json. The kit's leaderboard
+    shows them next to the out-of-fold score. A score that Kaggle does not publish is None. Raises KernelError if nothing was
+    submitted, if there is no score after `wait_s` seconds, or if the scoring failed; then the version can be resubmitted.
     """
     pushed = read_pushed(out)
     if not pushed.submission:
@@ -223,7 +223,7 @@ def _ask(client: KaggleClient, action: str, call: Callable[[], Any]) -> Any:
             return call()
         except requests.HTTPError as error:
             if error.response is not None and error.response.status_code == requests.codes.not_found:
-                raise KaggleUnreachable(f"{action}: Kaggle does not list it yet") from error
+                raise KaggleUnreachable(f"{action}: Kaggle does not list this run or submission yet") from error
             raise
 
 
@@ -283,14 +283,14 @@ def _save_log(client: KaggleClient, pushed: Pushed, path: Path) -> str:
 def _record_score(run: Path, pushed: Pushed) -> None:
     """Write the scores into the run's kaggle.json, unless the run was removed or made again since the push."""
     if not (run / RECORD).is_file():
-        logger.warning("%s no longer has a run, so the score of %s is not written there", run, pushed.name)
+        logger.warning("%s is no longer the folder of a run; the score of %s is not saved", run, pushed.name)
         return
     try:
         started = str(json.loads((run / RECORD).read_text(encoding="utf-8")).get("started", ""))
     except (OSError, ValueError, AttributeError) as error:
-        raise KernelError(f"{run / RECORD} is damaged ({error!r}), so the run does not get the score") from error
+        raise KernelError(f"{run / RECORD} is damaged ({error!r}); the score is not saved in this run") from error
     if started > pushed.pushed:
-        logger.warning("%s was made again after the push, so it does not get the score of %s", run, pushed.name)
+        logger.warning("the run %s was made again after the push; the score of %s is not saved in it", run, pushed.name)
         return
     keys = ("kernel", "version", "competition", "description", "submission", "pushed", "submitted", "scored")
     scores = {"public_score": pushed.public_score, "private_score": pushed.private_score}

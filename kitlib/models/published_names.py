@@ -18,8 +18,8 @@ def timm_names(tensors: Mapping[str, torch.Tensor], network: Any) -> dict[str, t
     """Return published weights with their tensors renamed, and if necessary reshaped, to fit the timm network `network`.
 
     Tries the names without the prefixes that training code adds (PREFIXES), and timm's own conversion for this network,
-    which also resizes position embeddings to the network's image size. Of all these variants, returns the one in which most
-    tensors have the name of a tensor in the network. Tensors that fit no part of the network are included.
+    which also resizes position embeddings to the network's image size. Of all these variants, returns the one with the
+    largest number of tensors that the network has, too. Tensors that fit no part of the network are included.
     """
     variants = [variant for names in without_prefixes(tensors) for variant in _converted(names, network)]
     return max(variants, key=partial(count_fitting, target=network.state_dict()))

@@ -1,4 +1,4 @@
-"""Window and level: draws the values of a DICOM file with a window that the visitor chooses."""
+"""Window and level: renders a DICOM file in a window (centre and width) that the visitor chooses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from kitlib.xrays.worker import shrink
 
 @dataclass(frozen=True)
 class Windowed:
-    """The values of an X-ray, reduced in size, after the modality LUT or rescale and before any window.
+    """The pixel values of an X-ray at a reduced resolution, after the modality LUT or rescale and before any window.
 
-    The values of a chest X-ray have no physical unit, so the windows of two files cannot be compared. The centre and the
-    width of a window are those of DICOM's function LINEAR.
+    The values of a chest X-ray have no physical unit, so the windows of two files cannot be compared. Every centre and width
+    here is a parameter of DICOM's window function LINEAR.
     """
 
     values: np.ndarray  # float32 (h, w), area averages of the original pixels
@@ -40,7 +40,7 @@ class Windowed:
         """Return the X-ray in this window as a uint8 array (h, w), in which 255 is what a radiologist sees as white.
 
         Follows DICOM PS3.3 C.11.2.1.2.1 with the output range 0..255, inverted for MONOCHROME1. Values are rounded to the
-        nearest grey level, while decoded copies round down. A window outside the range of values makes the image all black
+        nearest grey level (in decoded copies of files, down). A window outside the range of values makes the image all black
         or all white. Raises ValueError if the width is below 1, or if the centre or the width is not finite.
         """
         if not (np.isfinite(center) and np.isfinite(width) and width >= 1):
@@ -50,11 +50,11 @@ class Windowed:
 
 
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
-    """Return the values of a DICOM file before windowing, reduced to at most `longest_side` pixels a side.
+    """Return the values of a DICOM file before windowing; width and height are reduced to at most `longest_side` pixels.
 
-    Decodes in this process, so it must be used only for a file that a decoding process has read before. If the file has
-    colours, a palette or float values, the values are the grey levels that `decode_xray` returns, and there is no file
-    window. Raises UnreadableXray if the file cannot be decoded.
+    Decodes in this process, so it must be used only for a file that a separate decoding process has read before. If the file
+    has colours, a palette or float values, `values` are the grey levels that `decode_xray` returns, and `file_window` is
+    None. Raises UnreadableXray if the file cannot be decoded.
     """
     stored, photometric = read_stored_values(path), read_header(path).photometric.upper()
     if stored.ndim == 3 or stored.dtype.kind == "f" or photometric == "PALETTE COLOR":
@@ -74,9 +74,9 @@ def read_windowed(path: str | Path, longest_side: int) -> Windowed:
 
 
 def _as_linear(voi: Lut | Window | None) -> tuple[float, float] | None:
-    """Return the centre and width with which DICOM's function LINEAR acts like `voi`, or None if `voi` is not a window.
+    """Return centre and width of the LINEAR window with the same effect as `voi`, or None if `voi` is not a window.
 
-    For a SIGMOID window, they are those of the tangent at its centre.
+    A SIGMOID window is replaced by the tangent of the curve at the window's centre.
     """
     if not isinstance(voi, Window):
         return None

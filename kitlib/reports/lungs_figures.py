@@ -18,9 +18,9 @@ from kitlib.xrays.mask_store import MaskStore
 
 
 class Masks(Protocol):
-    """Protocol of a store of masks, such as a MaskStore: `read` returns an image's mask in the size of the cached image.
+    """Protocol of a store of segmentation masks, such as a MaskStore. A mask has the size of the cached image.
 
-    Masks have a code of MASK_CODES at each pixel of a structure, otherwise 0.
+    A pixel's value is the code of its structure (see MASK_CODES), or 0 outside all structures.
     """
 
     def __contains__(self, image_id: str) -> bool: ...
@@ -47,7 +47,7 @@ def overlap_figure(scores: pd.DataFrame) -> Figure:
 def mask_images(
     cache: XrayCache, masks: Masks, image_ids: Sequence[str], titles: Sequence[str], drawn: Masks | None = None
 ) -> Figure:
-    """Draw images with the outlines of predicted `masks` (orange) and annotated masks `drawn` (green), where available."""
+    """Draw images with mask outlines, where available: predicted (`masks`) in orange, annotated (`drawn`) in green."""
     figure, axes = image_grid(len(image_ids), 4, 3.2, 3.4)
     for axis, image_id, title in zip(axes, image_ids, titles, strict=False):
         show_xray(axis, cache.read(image_id), title)
@@ -59,9 +59,9 @@ def mask_images(
 
 
 def clean_up_figure(cache: XrayCache, lungs: StoredLungs, image_ids: Iterable[str]) -> Figure:
-    """Draw one column per image with usable lungs: the image, the predicted mask, the cleaned mask, and the masked image.
+    """Draw one column per image: the image, the predicted mask, the mask after the clean-up, and the image inside this mask.
 
-    As in figure 6 of the UNet + HRNet paper.
+    As in figure 6 of the UNet + HRNet paper. Each image must have the verdict FOUND.
     """
     xrays = [cache.read(image_id) for image_id in image_ids]
     figure = Figure(figsize=(2 * max(len(xrays), 1), 8.4), layout="constrained")
@@ -80,7 +80,7 @@ def clean_up_figure(cache: XrayCache, lungs: StoredLungs, image_ids: Iterable[st
 
 
 def lungs_montage(cache: XrayCache, masks: MaskStore, lungs: pd.DataFrame) -> Figure:
-    """Draw the images in a `lungs` table, dimmed outside the lung mask, with an orange frame where the lungs were found."""
+    """Draw each image of the table `lungs`, dimmed outside the lung mask; if lungs were found, with the lung frame."""
     figure, axes = image_grid(len(lungs), 6, 2.1, 2.3)
     for axis, row in zip(axes, lungs.itertuples(), strict=False):
         xray = cache.read(row.image_id)

@@ -51,9 +51,9 @@ def find_published(name: str) -> PublishedTable:
 def check_counts(table: PublishedTable) -> pd.DataFrame:
     """Check whether the metrics of each row can result from any counts of true and false positives and negatives.
 
-    The columns of the result are the metrics in percent; the first possible counts, such as true_positives (NA if there are
-    none); consistent (bool); renamed (printed metrics that can only be another metric); and says (the result in words). Rows
-    of means are not checked. Returns an empty table if the number of positives and negatives is unknown.
+    The result has the metrics in percent; a column such as `true_positives` for each of the first possible counts (NA if no
+    counts are possible); `consistent` (bool); `renamed` (each misnamed metric, with its possible names); and `says` (the
+    result in words). Rows of means are not checked. Returns an empty table if `table.counts` is None.
     """
     if table.counts is None:
         return pd.DataFrame()
@@ -65,17 +65,17 @@ def check_counts(table: PublishedTable) -> pd.DataFrame:
 def possible_counts(
     positives: int, negatives: int, printed: dict[str, float], decimals: int = 2
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
-    """Return the possible counts behind printed metrics, and which printed metrics must have the name of another metric.
+    """Return the possible counts behind printed metrics, and which printed metrics are possible only under another name.
 
     `printed` maps metric names to percentages, for a test with `positives` positive and `negatives` negative cases. The
     first result is a table with one row per possibility and the columns true_positives, false_negatives, true_negatives and
     false_positives. The second maps the printed name of a misnamed metric to the metrics that it can be.
 
     All integer counts are tried, so the result is a proof within the printed `decimals`. A printed value may be rounded or
-    truncated, because papers do both. If no counts fit all printed names, as few metrics as possible are taken for other
-    metrics (each for a different one), and sensitivity keeps its name if possible. Valid metrics are those of
-    `count_metrics` and "balanced accuracy". Raises ValueError for another metric, a value outside 0..100, or a test without
-    positives or negatives.
+    truncated, because papers do both. If no counts fit all printed names, as few metrics as possible are renamed, no
+    two to the same name, and `sensitivity` keeps its name if possible. Valid names are those of `count_metrics` and
+    "balanced accuracy". Raises ValueError for an invalid name, a value outside 0..100, or a test without positives or
+    negatives.
     """
     tp, tn = (grid.ravel() for grid in np.meshgrid(np.arange(positives + 1), np.arange(negatives + 1), indexing="ij"))
     counts = np.stack([tp, positives - tp, tn, negatives - tn])
@@ -84,8 +84,8 @@ def possible_counts(
     invalid = [f"{name} {value}" for name, value in printed.items() if name not in figures or not 0 <= value <= 100]
     if invalid or min(positives, negatives) < 1:
         raise ValueError(
-            f"got {positives} positives and {negatives} negatives with {', '.join(invalid) or 'valid metrics'}; expected at "
-            f"least one positive and one negative, and percentages from 0 to 100 for: {', '.join(figures)}"
+            f"got {positives} positives, {negatives} negatives and these invalid metrics: {', '.join(invalid) or 'none'}; "
+            f"expected at least 1 positive and 1 negative, and percentages from 0 to 100 for: {', '.join(figures)}"
         )
     step, slack = 10.0**-decimals, 1e-9
     fits = {

@@ -31,10 +31,10 @@ def check_frozen(recipe: ClassifierRecipe, model_name: str) -> None:
 def start_from_weights(model: Classifier) -> str:
     """Load the starting weights of the model's recipe, and return a text that says how many tensors were loaded.
 
-    Returns "from scratch" if the recipe has no starting weights. If the backbone is frozen and was trained with another
-    image size, placement or normalisation than the recipe's, logs a warning, and the text says so. Raises ValueError if a
-    part of a frozen backbone would stay random. If the backbone is not frozen, raises BundleError if a part would stay
-    random that the recipe's `random_parts` does not list.
+    Returns "from scratch" if the recipe has no starting weights. If a frozen backbone was trained with another image size,
+    placement or normalisation than the recipe has, logs a warning, and the text says so. Raises ValueError if a part of a
+    frozen backbone would stay random. Raises BundleError if a part of a backbone that is not frozen would stay random,
+    unless the recipe's `random_parts` lists the part.
     """
     recipe = model.recipe
     if not recipe.starting_weights:
@@ -85,9 +85,9 @@ class ClassifierTraining(RecipeTraining):
         """
 
     def targets(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return a training batch with the additional targets that a subclass needs, such as `mask`; here it is unchanged.
+        """Return a training batch with the additional targets that a subclass needs, such as `mask`.
 
-        Called before the batch is mixed by MixUp or CutMix.
+        This class returns the batch unchanged. Called before the batch is mixed by MixUp or CutMix.
         """
         return batch
 

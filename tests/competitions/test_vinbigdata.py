@@ -86,7 +86,7 @@ def test_scores_computed_by_hand(tmp_path, case):
 def test_parts_are_named_and_absent_classes_are_undefined(tmp_path, caplog):
     scores = score(tmp_path, *BY_HAND["V5"][:2])
     assert list(scores) == ["score", *CLASSES] and scores["Aortic enlargement"] == 1 / 2 and scores["No finding"] == 1
-    assert sum(map(math.isnan, scores.values())) == 13 and "the truth has no Atelectasis, Calcification" in caplog.text
+    assert sum(map(math.isnan, scores.values())) == 13 and "lacks the classes Atelectasis, Calcification" in caplog.text
 
 
 def test_rows_of_several_readers_are_not_merged(tmp_path):

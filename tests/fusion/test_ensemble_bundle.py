@@ -66,7 +66,7 @@ def test_apply_combines_the_means_over_folds_and_averages_rows_that_lack_a_learn
     np.testing.assert_allclose(prediction.loc["b", list(CLASSES)].to_numpy(float), whole[0], atol=1e-12)
     np.testing.assert_allclose(prediction.loc[["a", "c"], "sick"].to_numpy(), [0.3, 0.2])
     assert len(apply_ensemble(ensemble, table[:0])) == 0
-    with pytest.raises(BundleError, match=r"the scores lack the column\(s\) well"):
+    with pytest.raises(BundleError, match=r"the scores lack columns that the ensemble '\w+' needs: well"):
         apply_ensemble(ensemble, table.drop(columns="well"))
 
 
@@ -94,11 +94,11 @@ def damage(folder, fault):
     ("fault", "message"),
     [
         ("missing", r"weights\.safetensors is missing; .*Give the `ensemble` folder of a run of notebook 65"),
-        ("other weights", "has SHA-256 .*, but ensemble.json records .*; copy both again"),
+        ("other weights", "has SHA-256 .*, but ensemble.json has .*; copy both files again"),
         ("no json", "is not valid JSON"),
         ("unknown key", "must have exactly the keys name, method, learners"),
         ("type", "temperature is 1, expected float"),
-        ("learners", r"flannel with 3 learners and 2 classes needs weights .*\(3, 36\).* but the bundle has .*\(2, 16\)"),
+        ("learners", r"'flannel' with 3 learners and 2 classes needs weights .*\(3, 36\).* but the shapes are .*\(2, 16\)"),
         ("method", "method is 'median'; valid methods are: mean, vote, weighted, flannel"),
     ],
 )

@@ -63,7 +63,7 @@ def test_cached_lungs_are_unchanged_and_segmented_once(segmenter, tmp_path, mask
 
 def test_without_a_valid_bundle_no_lungs_are_found_and_fault_says_why(tmp_path):
     for bundle, message in (
-        (None, "give the run of a segmenter in the kernel's key `lungs`"),
+        (None, "set `lungs` in the kernel's YAML file to a segmenter's run"),
         (tmp_path, "failed: BundleError: .*is missing"),
     ):
         lungs = CachedLungs(bundle, masked=True)

@@ -551,7 +551,7 @@ def test_without_a_learner_or_the_ensemble_the_plain_mean_is_used_and_noted(comp
         assert (notes.files["ensemble"], notes.note["ensemble"]) == (0, note) and set(scores.model) == {"small"}
     else:
         assert notes.note["ensemble"].startswith("failed: BundleError: ") and set(scores.model) == {"small", "other"}
-        assert notes.note["ensemble"].endswith("; copy both again; the study models are fused without it")
+        assert notes.note["ensemble"].endswith("; copy both files again; the study models are fused without it")
     written = scores_of(run.output)
     for study, mean in scores.groupby("study_id")[list(STUDY_CLASSES)].mean().iterrows():
         assert written[study][mean.index].to_numpy() == pytest.approx(mean.to_numpy(), abs=1e-6)

@@ -218,7 +218,7 @@ def test_the_score_belongs_to_the_run_that_was_pushed(finished, run, tmp_path, c
     assert (tmp_path / "fuse" / "kaggle.json").is_file() and not (tmp_path / "fuse2" / "kaggle.json").exists()
     shutil.rmtree(tmp_path / "fuse")
     assert run("--submit")[0] == 0
-    assert f"{tmp_path / 'fuse'} no longer has a run" in caplog.text
+    assert f"{tmp_path / 'fuse'} is no longer the folder of a run" in caplog.text
 
 
 LOG = json.dumps([{"stream_name": "stdout", "time": 0.1, "data": f"line {n}\n"} for n in range(40)])
@@ -350,7 +350,7 @@ def test_progress_is_reported_when_the_status_changes(finished, run, tmp_path, c
 def test_a_run_that_was_made_again_does_not_get_the_score(finished, run, tmp_path, caplog):
     (tmp_path / "fuse" / "record.json").write_text('{"started": "2999-01-01T00:00:00+00:00"}')
     assert run("--push", "--submit")[0] == 0
-    assert "was made again after the push, so it does not get the score" in caplog.text
+    assert "was made again after the push; the score" in caplog.text
     assert not (tmp_path / "fuse" / "kaggle.json").exists()
 
 

@@ -92,7 +92,7 @@ def test_impossible_values_are_reported_and_invalid_input_is_refused():
     with pytest.raises(ValueError, match=r"accuracy 150; expected .* percent"):
         possible_counts(3, 3, {"accuracy": 150})
     with pytest.raises(
-        ValueError, match="0 positives and 3 negatives with valid metrics; expected at least one positive and one"
+        ValueError, match="0 positives, 3 negatives and these invalid metrics: none; expected at least 1 positive"
     ):
         possible_counts(0, 3, {"accuracy": 50})
 
