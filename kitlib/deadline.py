@@ -52,7 +52,7 @@ class Deadline:
 
 
 def session_limit(seconds: float) -> float:
-    """Return `seconds` or, if lower, the environment variable KIT_TIME_LIMIT_S, which a kernel's rehearsal sets."""
+    """Return `seconds`, or KIT_TIME_LIMIT_S if lower. This environment variable is set by a kernel's rehearsal."""
     return min(seconds, float(os.environ.get("KIT_TIME_LIMIT_S", seconds)))
 
 
@@ -64,8 +64,8 @@ def session_start() -> float | None:
 def session_deadline(hours: float) -> Deadline | None:
     """Return the deadline of the session, or None if there is no limit.
 
-    The deadline is `hours` (0: no limit) or KIT_TIME_LIMIT_S seconds after the session's start, whichever is earlier. Raises
-    ValueError if `hours` is negative.
+    There are two limits: `hours` (0: no limit) and KIT_TIME_LIMIT_S seconds, both from the session's start. The deadline is
+    the earlier one. Raises ValueError if `hours` is negative.
     """
     if hours < 0:
         raise ValueError(f"invalid session length: {hours} hours; use a positive number, or 0 for no limit")
@@ -85,5 +85,5 @@ class SessionOver(RuntimeError):
 
 
 def epoch_fits(deadline: Deadline | None, seconds: list[float]) -> bool:
-    """Return whether another epoch fits before the deadline if it takes 1.5 times the longest of past ones, `seconds`."""
+    """Return whether an epoch of 1.5 times the longest past duration in `seconds` fits before the deadline."""
     return deadline is None or deadline.left() > 1.5 * max(seconds, default=0.0)

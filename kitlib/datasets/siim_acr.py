@@ -21,21 +21,21 @@ PUBLISHED = {"images": 12047, "patients": 6171, "masks": 12047, PNEUMOTHORAX: 26
 
 
 def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the training images below `folder` (DICOM, or PNG or JPEG in copies) and their masks, as run lengths.
+    """Read the training images below `folder` (DICOM, or copies in PNG or JPEG) and their masks, as run lengths.
 
-    The images may be in any folder, also one of test images, because the test images of stage 1 are training images of stage
-    2. image_id and study_id are the column ImageId. Every image has a mask of the structure "pneumothorax"; each row of
-    `masks` is one lesion, or an empty mask if the image's label is 0. If the folder has a list of the NIH images that the
-    images come from (one of MAPPINGS), `patient_id` is NIH's patient, written as in kitlib.datasets.nih; otherwise each
-    image is its own patient, and a fault says so. Left out and recorded in `Dataset.faults`: rows without a file, files
-    without a row, images with an unreadable header or with run lengths that are not a mask of 1,024 x 1,024 pixels. Raises
-    DatasetError if the table is missing or lacks a column, or if no file is an image that the table lists.
+    The images may be in any folder, even in one for test images: stage 2 uses the test images of stage 1 for training. Both
+    `image_id` and `study_id` are the column ImageId. Every image has a mask of the structure "pneumothorax". Each row of
+    `masks` is one lesion, or an empty mask if the image's label is 0. If the folder has a list of the images' NIH names (one
+    of MAPPINGS), `patient_id` is NIH's patient, written as in kitlib.datasets.nih. Without a list, every image counts as
+    a patient of its own, and a fault is recorded. Not read, but recorded in `Dataset.faults`, are rows without a
+    file, files without a row, and images whose header is unreadable or whose run lengths are not a mask of 1,024 x 1,024
+    pixels. Raises DatasetError if the table is missing, lacks a column, or lists none of the image files.
     """
     source = DataFolder.of(folder)
     path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
     table = read_csv(path, ("ImageId",), HOW_TO_GET).rename(columns=str.strip)
     if "EncodedPixels" not in table:
-        raise DatasetError(f"{path} has no column EncodedPixels; it has {', '.join(table)}: {HOW_TO_GET}")
+        raise DatasetError(f"{path} has no column 'EncodedPixels', only {', '.join(map(repr, table))}: {HOW_TO_GET}")
     masks = pd.DataFrame({"image_id": table["ImageId"].str.strip(), "structure": PNEUMOTHORAX.lower(), "path": str(path)})
     masks["runs"] = table["EncodedPixels"].str.strip()
     is_wrong = (masks["image_id"] == "") | masks["runs"].map(lambda text: bool(parse_runs(text)[1]))
@@ -63,7 +63,7 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 def _read_patients(source: DataFolder, ids: list[str]) -> dict[str, str]:
     """Return a dict from image_id to NIH's patient id, read from a list of NIH images (one of MAPPINGS).
 
-    If there is no list, the dict is empty, with a fault. Another fault counts the images in `ids` that the list lacks.
+    If there is no list, the dict is empty and a fault is recorded. If images in `ids` are not listed, a fault counts them.
     """
     path = source.find_table(*MAPPINGS)
     if path is None:

@@ -18,10 +18,10 @@ TRIED = 50  # number of rows that are searched for a column of file names
 def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: ImageNames, file_key: str) -> pd.DataFrame:
     """Return the rows of the table in the file `path`, with the `wanted` columns as text and a column `path`.
 
-    `wanted` maps fields of Columns to column names in the file; the columns of the result have the names of the fields. The
-    column `path` is the image file; it is None, with a fault, if a row's file does not exist or if several files match.
-    `names` finds the image files. `file_key` is the field of Columns for the column of image files, for messages. Raises
-    DatasetError if the table cannot be read, lacks a column, or lists no existing image file.
+    `wanted` maps fields of Columns to columns of the table; the result uses the names of the fields. `path` is the row's
+    image file, which `names` finds. If no file or several files match, `path` is None and a fault is recorded. Messages use
+    `file_key`, the field of Columns for the image files. Raises DatasetError if the table cannot be read or lacks a column,
+    or if no row matches exactly one image file.
     """
     table = read_table_file(path, wanted.values(), source.faults)
     if "file" not in wanted:
@@ -44,9 +44,9 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
     if not (counts == 1).any():
         example = f", such as {source.name(names.paths[0])!r}" if names.paths else ""
         raise DatasetError(
-            f"{path.name}: none of the {len(rows)} files in the column {wanted['file']!r}, such as {rows.file.iloc[0]!r}, "
-            f"is clearly one of the {len(names.paths)} image files in {source.folder}{example}; {first_faults(source)}. Set "
-            f"competition to the folder of the images; {_suggest_file(table, path, names, file_key)}"
+            f"{path.name}: no cell of the column {wanted['file']!r}, such as {rows.file.iloc[0]!r}, names exactly one of "
+            f"the {len(names.paths)} image files in {source.folder}{example}; {first_faults(source)}. Set `competition` to "
+            f"the folder of the images, or choose another column; {_suggest_file(table, path, names, file_key)}"
         )
     source.mark_read(path for paths in found for path in paths)
     return rows.assign(path=[paths[0] if len(paths) == 1 else None for paths in found])

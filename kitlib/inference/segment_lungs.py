@@ -1,4 +1,4 @@
-"""Runs trained segmenters, which predict probability maps; those of lungs also give masks and the frames to crop images to.
+"""Runs trained segmenters, which predict probability maps; a lung segmenter also gives lung masks and frames for cropping.
 
 Imports no training library, so that a submission starts in seconds.
 """
@@ -33,8 +33,8 @@ BATCH_SIZES = {"cuda": 64, "cpu": 8}
 class TrainedSegmenter:
     """A trained segmenter with its input preparation.
 
-    Probabilities are averaged over the recipe's `views`, if it has several. `overflowed` counts the images in batches that
-    overflowed in half precision and were segmented again in float32.
+    If the recipe has several `views`, their probabilities are averaged. A batch that overflows in half precision is
+    segmented again in float32; `overflowed` counts the images in such batches.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class TrainedSegmenter:
         self._mirrored = [VIEWS[view][1] for view in getattr(self.recipe, "views", ("full",))]
 
     def maps(self, stream: Iterable[CachedXray]) -> Iterator[tuple[CachedXray, np.ndarray, Placement]]:
-        """Yield each X-ray with the probability maps of its structures and its placement on the network's square input.
+        """Yield each X-ray with its probability maps, one per structure, and its placement on the network's square input.
 
-        The maps are uint8 (structures, side, side) in the pixels of this input; 255 is a probability of 1. A thread
-        prefetches X-rays and inputs.
+        The maps are uint8 (structures, side, side), aligned with the input; 255 is a probability of 1. A thread prefetches
+        X-rays and inputs.
         """
         for xrays, placements, pixels in ahead(self._batches(stream)):
             yield from zip(xrays, self.fitted(self._compute, pixels), placements, strict=True)
@@ -122,7 +122,7 @@ class MaskPredictor(TrainedSegmenter):
         self.seen: list[str] = []
 
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
-        """Yield a `mask_maps` table per batch, while a thread prefetches X-rays; `seen` and `overflowed` are reset first."""
+        """Clear `seen` and `overflowed`, then yield a `mask_maps` table per batch. A thread prefetches X-rays."""
         self.seen, self.overflowed = [], 0
         for xrays, placements, pixels in ahead(self._batches(stream)):
             batch_maps = self.fitted(self._compute, pixels)
@@ -131,7 +131,7 @@ class MaskPredictor(TrainedSegmenter):
             yield check_table(table, "mask_maps")
 
     def map_table(self, xray: CachedXray, maps: np.ndarray, place: Placement) -> pd.DataFrame:
-        """Return an image's probability maps, without padding, as a `mask_maps` table; for the arguments see `maps`."""
+        """Return one item of `TrainedSegmenter.maps` as a `mask_maps` table, without the padding of the network's input."""
         pngs = [encode_grey(place.shown(probabilities)) for probabilities in maps]
         names = {"image_id": xray.image_id, "model": self.model, "fold": self.fold}
         return pd.DataFrame({**names, "finding": self.recipe.structures, "map": pngs})

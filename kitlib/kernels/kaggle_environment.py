@@ -79,10 +79,10 @@ def _site_packages() -> Path:
 def _matching_distributions(image: Mapping[str, str]) -> list[importlib.metadata.Distribution]:
     """Return the installed packages that rehearsals may use, as distributions; `image` maps package names to versions.
 
-    These are packages at the image's version, packages of the image whose version may differ (UNTIED), and packages that
-    torch requires and the image lacks. Raises KernelError if a package that kernels may import (requirements.txt and its
-    dependencies) is installed at another version than the image's, or if a package that rehearsals need is not installed.
-    Other packages at another version are left out.
+    Returned are packages with the image's version, packages of the image in UNTIED with any version, and packages that torch
+    requires and the image lacks. Kernels may import the packages in requirements.txt and their dependencies: raises
+    KernelError if the version of one of these is not the image's. Other packages whose version differs are not returned.
+    Raises KernelError if a package that rehearsals need is not installed.
     """
     distributions = importlib.metadata.distributions()
     installed: dict[str, importlib.metadata.Distribution] = {canonicalize_name(dist.name): dist for dist in distributions}
@@ -144,7 +144,7 @@ def _link_distributions(distributions: list[importlib.metadata.Distribution], fo
 def _link_compiled(folder: Path) -> None:
     """Add links to the .pyc files that Python has compiled since `folder` was filled.
 
-    Without .pyc files, torch takes half a minute to import. A kernel cannot write them, because its packages are read-only.
+    Without .pyc files, torch takes half a minute to import. Kernels write no .pyc files: their packages are read-only.
     """
     site, ending = str(_site_packages()), f".{sys.implementation.cache_tag}.pyc"
     for parent, _, files in os.walk(folder):

@@ -22,11 +22,11 @@ from kitlib.tables import concatenate, empty_table, read_table
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's out-of-fold predictions for `images`; a table is None if the model does not make this kind of prediction.
+    """A model's out-of-fold predictions: one table for each kind, or None for a kind that the model does not predict.
 
-    `images` is an `images` table, sorted by image_id. `studies`, `nones` and `detections` are the tables of
-    `kitlib.fusion.model_fusion.Fused`, and `masks` is a `mask_scores` table. `findings` and `classes` are `class_scores`
-    tables: `findings` for findings that may occur together, `classes` for classes that exclude each other.
+    `images` lists the images that the predictions are for, sorted by image_id. `studies`, `nones` and `detections` are
+    described in `kitlib.competitions.siim_covid19.Fused`; `masks` is a `mask_scores` table. `findings` and `classes` are
+    `class_scores` tables: an image may have several of the `findings`, but has exactly one of the `classes`.
     """
 
     images: pd.DataFrame
@@ -46,11 +46,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the leaderboard: a run, or several runs with the folds of one model, or one of a run's ensembles.
+    """One row of the leaderboard: a run, a model whose folds come from several runs, or an ensemble in a run.
 
     `model` is the ensemble's name, or empty. `predictions` is None if the entry has no score; if a score was expected,
-    `remark` says why it is missing. `tables` holds the tables of the prepared run that the model was trained on; it is empty
-    if `predictions` is None.
+    `remark` says why the score is missing. `tables` has the tables of the prepared run that the model was trained on; it is
+    empty if `predictions` is None.
     """
 
     name: str
@@ -158,24 +158,24 @@ def _read_entry(
         else:
             if missing and not fingerprints:  # one of the fused runs is enough to find the prepared run
                 raise LeaderboardError(
-                    f"the runs that it fuses were not found: {', '.join(missing)}; add their folders to the listed folders"
+                    f"the fused runs were not found: {', '.join(missing)}; add their folders to the leaderboard's folders"
                 )
             if len(fingerprints) != 1:
                 raise LeaderboardError(
-                    f"its models have {len(fingerprints)} different data fingerprints instead of one: runs are missing, or "
+                    f"the folds have {len(fingerprints)} different data fingerprints instead of one; runs are missing, or "
                     "were trained on different data"
                 )
             match = prepared.find(fingerprints[0], run)
             if match is None:
                 raise LeaderboardError(
-                    f"the prepared run that it was trained on (data fingerprint {fingerprints[0][:SHORT]}) was not found: "
-                    "add that run's folder to the listed folders"
+                    f"the prepared run with the training data (data fingerprint {fingerprints[0][:SHORT]}) was not found; "
+                    "add its folder to the leaderboard's folders"
                 )
             folds_digest, tables = match
             entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=fingerprints[0])
         predictions = _read_predictions(group, tables, folds, model)
         if predictions.images.empty:
-            raise LeaderboardError(f"it has no predictions for folds {sorted(folds)}")
+            raise LeaderboardError(f"no predictions for {f'folds {sorted(folds)}' if folds else 'any fold'}")
         return replace(entry, predictions=predictions, tables=tables)
     # pyarrow raises ValueError or OSError for a damaged table; the kit's own errors are subclasses of these.
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Writes a study's predictions to files for download: a CSV with submission rows, boxes or classes, and JSON."""
+"""Writes a study's predictions to files for download: JSON, and CSV (submission rows, boxes or class probabilities)."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ NOT_FOR_DIAGNOSIS = "Not for diagnosis: these are research models from a competi
 
 
 def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
-    """Return the predictions `fused` with the images' own ids, instead of their internal keys, in the column image_id."""
+    """Return `fused` with each image's id in a submission, instead of the key of the decoded copy, as `image_id`."""
     names = {image.key: image.image_id for image in study.images}
     tables = (table.assign(image_id=table["image_id"].map(names)) for table in (fused.nones, fused.detections))
     return Fused(fused.studies, *tables)
@@ -28,9 +28,9 @@ def with_image_names(fused: Fused, study: OpenedStudy) -> Fused:
 def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System) -> Path | None:
     """Write the study's predictions as a CSV file in `folder` and return its path; return None if the models only segment.
 
-    If the models fill rows of SIIM's submission, the file is submission.csv, with the rows of the study and its images; rows
-    that no model has predicted get the placeholder prediction (the class frequencies). If the detectors predict other
-    findings, it is boxes.csv. If the models only classify images, it is predictions.csv, with each image's probabilities.
+    If `system` predicts the rows of SIIM's submission, the file is submission.csv, with the rows of the study and of its
+    images; a row that no model has predicted gets the class frequencies. If `system` has other detectors, the file is
+    boxes.csv. If the models only classify images, the file is predictions.csv, with each image's probabilities.
     """
     if answer.classes is not None and answer.fused is None:
         names = answer.classes["image_id"].map({image.key: image.image_id for image in study.images})
@@ -52,9 +52,9 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System)
 def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: System) -> None:
     """Write the predictions as JSON, with probabilities 0..1 and all boxes in pixels of the original image.
 
-    Values that no model has predicted are null. An image's `masks` are the highest probabilities of the segmented structures
-    in it; for lung segmenters, there are none. The study's class probabilities are written only for models that fill rows of
-    SIIM's submission.
+    Values that no model has predicted are null. If structures other than lungs were segmented, `masks` has the highest
+    probability of each structure in the image. The study's class probabilities are written only if `system` predicts the
+    rows of SIIM's submission.
     """
     of_study, of_image = _fused(answer.fused, study) if answer.fused is not None else ({}, {})
     of_study, classes = of_study if system.fills_siim else {}, _classes(answer.classes)
@@ -85,9 +85,9 @@ def write_answer(path: str | Path, answer: Answer, study: OpenedStudy, system: S
 
 
 def _fused(fused: Fused, study: OpenedStudy) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return two dicts for the JSON file: the study's entries, and the entries of each image, keyed by the image's key.
+    """Return the study's part of the JSON file, and a dict from each image's key to the image's part of the file.
 
-    The study has class probabilities; an image has the probability of `none` (no finding) and boxes.
+    The study's part has class probabilities; an image's part has the probability of `none` (no finding) and boxes.
     """
     study_row, nones = fused.studies.iloc[0], fused.nones.set_index("image_id")
     classes = None if study_row["prior"] else {name: float(study_row[name]) for name in STUDY_CLASSES}

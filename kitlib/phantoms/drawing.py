@@ -31,8 +31,8 @@ def render(
     """Return two arrays: the radiograph, and the boxes of its opacities.
 
     The radiograph is float32 (rows, columns), from 0 (black) to 1 (white). The boxes are an array (n, 4) of xmin, ymin,
-    xmax, ymax in the radiograph's pixels; its rows are the opacities that are `boxed`, in their order. The same arguments
-    give the same pixels. For the mask of a pneumothorax see `draw_pneumothorax`.
+    xmax, ymax in the radiograph's pixels: one row for each opacity that is `boxed`, in the order of `opacities`. The same
+    arguments give the same pixels. For the mask of a pneumothorax see `draw_pneumothorax`.
     """
     view = _View(patient, exposure)
     rng = np.random.default_rng([patient.seed, 1])
@@ -57,8 +57,8 @@ def render(
 def draw_masks(patient: Patient, exposure: Exposure) -> dict[str, np.ndarray]:
     """Return the masks "left_lung", "right_lung" and "heart" of the image that `render` draws, each bool (rows, columns).
 
-    Left and right are the patient's. The lungs include opacities. The heart is the region between the lungs from the hila to
-    the diaphragm, without the lungs, because nothing else in the image shows where the heart ends.
+    Left and right are the patient's. The lungs include opacities. The heart is the whole region between the lungs from the
+    hila to the diaphragm, because the image shows no other border of the heart; it does not overlap the lungs.
     """
     right, left = _lung_outlines(patient, np.random.default_rng([patient.seed, 1]))
     outlines = {"left_lung": left, "right_lung": right, "heart": _heart_outline(patient)}
@@ -79,7 +79,7 @@ def draw_pneumothorax(patient: Patient, exposure: Exposure, pneumothorax: Pneumo
 class _View:
     """Draws shapes, given in thorax units, on canvases: images with at most 512 pixels (`WORK_SIDE`) on the longer side.
 
-    If the radiograph is larger, it is an enlarged canvas. Canvases are uint8 and 255 stands for 1, because OpenCV draws
+    A larger radiograph is made by enlarging a canvas. Canvases are uint8, with 255 for the value 1, because OpenCV draws
     smooth edges in 8-bit images only.
     """
 
@@ -199,9 +199,9 @@ def _pleura(patient: Patient, pneumothorax: Pneumothorax) -> tuple[np.ndarray, n
 def _free_air(
     air: np.ndarray, vessels: np.ndarray, lungs: np.ndarray, patient: Patient, pneumothorax: Pneumothorax, view: _View
 ) -> np.ndarray:
-    """Draw a pneumothorax: change `air` and `vessels` in place, and return the grey that the edge of the lung adds.
+    """Add a pneumothorax to `air` and `vessels`, in place; return the grey that the edge of the collapsed lung adds.
 
-    Nothing but air is in the space between chest wall and lung: it is darker than lung and has no vessels.
+    The space between chest wall and lung contains only air. This space is darker than lung and has no vessels.
     """
     canvas, edge = view.canvas(), view.canvas()
     chest, lung = _pleura(patient, pneumothorax)
@@ -217,8 +217,8 @@ def _free_air(
 def _replace_air(air: np.ndarray, inside: np.ndarray, opacity: Opacity, view: _View) -> np.ndarray:
     """Reduce the array `air` in place where the opacity is; return the opacity's box.
 
-    The box is an array (4,): xmin, ymin, xmax, ymax in canvas pixels. `inside` is True in the lungs, outside of which
-    nothing is changed. An opacity outside the lungs gets a box of one pixel.
+    The box is an array (4,): xmin, ymin, xmax, ymax in canvas pixels. `inside` is True in the lungs; elsewhere, `air` stays
+    unchanged. An opacity outside the lungs gets a box of one pixel.
     """
     rng = np.random.default_rng([opacity.seed, 2])
     radius = np.array([opacity.radius_u, opacity.radius_v])
@@ -344,7 +344,7 @@ def _expose(grey: np.ndarray, exposure: Exposure) -> np.ndarray:
 
 
 def _mirrored(points: np.ndarray, side: int) -> np.ndarray:
-    """Return points on the patient's right (`side` -1) or left (1), as an array (1, points, 2).
+    """Place n points on the patient's right (`side` -1) or left (1); return an array (1, n, 2) in thorax units.
 
     In `points`, u is the distance from the midline.
     """

@@ -48,14 +48,14 @@ def run_plan(
 ) -> dict[str, dict[str, Any]]:
     """Execute the runs of a plan that are not done yet; return the state records of all its runs, keyed by run name.
 
-    `state_file` describes the keys of a record; the record of a run that was not started is empty. `only` limits the plan to
-    the named steps and the steps that they need. `engine` has further arguments for Snakemake, such as --executor slurm
-    --jobs 8. Without an executor, the runs share this machine's `cores` (default: all) and `gpus` (default: all visible
-    ones). With an executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the
-    CPU. A run that fails is tried again `retries` times; if it still fails, only the runs that need it are skipped.
-    `afresh` first deletes everything in the folder of the plan's runs. SIGTERM and SIGHUP end the runs and raise SystemExit.
-    Raises PlanError if the plan is already being run, if its folder contains files that no plan has made, if an input is
-    missing, if there are fewer GPUs than `gpus`, or, after all other runs have ended, if a run has failed.
+    `state_file` describes the keys of a record; a run that was not started has an empty record. `only` limits the plan to
+    the named steps and the steps that they need. `engine` has further arguments for Snakemake, such as `--executor slurm`.
+    Without an executor, the runs share this machine's `cores` (default: all) and `gpus` (default: all visible ones). With an
+    executor, `gpus` is the largest number of GPUs that one run requests. If `gpus` is 0, all runs use the CPU. A run that
+    fails is tried again `retries` times; if it still fails, only the runs that need it are skipped. `afresh` first deletes
+    everything in the folder of the plan's runs. SIGTERM and SIGHUP end the runs and raise SystemExit. Raises PlanError if
+    another process is running the plan, if a run's folder has files that no plan has made, if an input is missing, or if
+    there are fewer GPUs than `gpus`. If a run fails, raises PlanError after the other runs have ended.
     """
     folder = plan.runs / f".{plan.path.stem}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def _select_gpus(count: int | None) -> list[str]:
     """
     available = _find_gpus() if count != 0 else []
     if count is not None and len(available) < count:
-        raise PlanError(f"{count} GPUs were requested; available: {', '.join(available) or 'none'}")
+        raise PlanError(f"{count} GPUs were requested; available indices: {', '.join(available) or 'none'}")
     return available[:count]
 
 

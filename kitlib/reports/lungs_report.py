@@ -1,4 +1,4 @@
-"""Reports on segmentation, by class: overlap with annotated masks, with intervals, and images without usable lungs."""
+"""Reports on segmentation, by class: the overlap with annotated masks, and the number of images without usable lungs."""
 
 from collections.abc import Sequence
 
@@ -22,17 +22,17 @@ def overlap_report(
     """Return one row per structure and class, with the mean, interval, median and minimum of Dice and of Jaccard.
 
     The class `all`, with all images, comes first. `scores` is a `mask_scores` table with one row per image and structure;
-    `images` and `labels` are as in kitlib.tables. The columns are structure, class, images and patients (counts), then for
-    example dice (the mean), dice_low, dice_high, dice_median and dice_min. The 95 % intervals are percentiles of means over
-    whole patients drawn with replacement; all rows of a class get the same draws. Raises ValueError for images that are not
-    in `images` or that have several rows, for example from several models.
+    `images` and `labels` are as in kitlib.tables. The columns are `structure`, `class`, the counts `images` and `patients`,
+    and for Dice `dice` (the mean), `dice_low`, `dice_high`, `dice_median` and `dice_min`; likewise for Jaccard. The 95 %
+    intervals are percentiles of means over whole patients drawn with replacement; all rows of a class get the same draws.
+    Raises ValueError if an image is not in `images`, or has several rows per structure, for example from several models.
     """
     scores = check_table(scores, "mask_scores")
     repeated = scores.image_id[scores.duplicated(["image_id", "structure"])]
     if len(repeated):
         raise ValueError(
-            f"{repeated.nunique()} images have several rows of scores; the first is {repeated.iloc[0]}. Pass the rows of "
-            "one model"
+            f"{repeated.nunique()} images have several rows of scores; the first image is {repeated.iloc[0]!r}. Pass the "
+            "rows of one model"
         )
     joined = _with_classes(scores, images, labels)
     rows = []
@@ -53,9 +53,8 @@ def classes_of_images(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables `images` and `labels` to pass to `overlap_report` for a segmenter of `structures`.
 
-    They are returned unchanged, so that the report is by the classes of the data set, unless the segmenter's only structure
-    is one that most images lack (SPARSE_STRUCTURES). In this case the classes are "with NAME" and "without NAME", according
-    to each image's mask, and images without a mask are left out.
+    If the only structure is one that most images lack (SPARSE_STRUCTURES), the classes are "with NAME" and "without NAME",
+    according to each image's mask; images that are not in `masks` are removed. Otherwise, both are returned unchanged.
     """
     (name, *others) = structures
     if others or name not in SPARSE_STRUCTURES:
@@ -67,10 +66,10 @@ def classes_of_images(
 
 
 def examples(scores: pd.DataFrame, masks: MaskStore, count: int = 4) -> pd.DataFrame:
-    """Return rows of images to show, from the `mask_scores` of one structure: the `count` worst and the `count` best.
+    """Return the rows of the `count` worst and the `count` best images in `scores`, the `mask_scores` of one structure.
 
-    All of these have an annotated mask in `masks` that is not empty. Up to `count` images follow whose annotated mask is
-    empty although the structure was predicted.
+    In all of these images, the structure is annotated (see `masks`). Rows of up to `count` false positives follow: images
+    with an empty annotated mask, for which the structure was predicted.
     """
     has = np.array([masks.shows(image_id) for image_id in scores.image_id], bool)
     ranked, false_alarms = scores[has].sort_values("dice"), scores[~has & (scores.dice < 1)]
@@ -107,11 +106,11 @@ def _means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) ->
 
 
 def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with one row per class: how many of its images have usable lungs, and how many have not, by reason.
+    """Return the number of images per class and verdict: "found" for usable lungs, or the reason why they are not usable.
 
     The class `all`, with all images, comes first. `lungs` is the table of a run that applied a segmenter. The columns are
-    class, images, one count per verdict ("found", or a reason), and not_found, the share of images without usable lungs. If
-    the shares differ between classes, excluding the images without lungs favours a class.
+    `class`, `images`, one per verdict, and `not_found`, the share of images without usable lungs. If this share differs
+    between classes, results without these images are biased towards a class.
     """
     joined = _with_classes(check_table(lungs, "lungs"), images, labels)
     counts = pd.crosstab(joined["class"], joined.verdict).reindex(joined["class"].unique())
@@ -122,7 +121,7 @@ def verdicts(lungs: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) ->
 
 
 def _with_classes(table: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `table` several times: first with the class `all`, then with each true class of their image.
+    """Return all rows of `table` with the class `all`, then, for each class, the rows of the images with this label.
 
     Raises ValueError for an image that is not in `images`.
     """

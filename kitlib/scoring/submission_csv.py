@@ -60,7 +60,7 @@ def submission_ids(study_ids: Iterable[str], image_ids: Iterable[str]) -> list[s
 
 
 def read_cells(path: str | Path) -> list[tuple[int, list[str]]]:
-    """Return the number (from 1) and the cells of each line of a CSV file, including the header, without blank lines.
+    """Return each row of a CSV file, header included, as its line number (from 1) and its cells; skip blank lines.
 
     Raises SubmissionError if the file cannot be read.
     """
@@ -134,9 +134,9 @@ def _group_table(key: str, parts: list[tuple[str, list[int], np.ndarray]]) -> pd
 def as_tables(submission: Submission) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Convert a submission to three tables: probabilities of studies, probabilities of `none`, and detections.
 
-    The first has the columns study_id and the four classes, the second image_id and none, the third image_id, score, xmin,
-    ymin, xmax and ymax. If a prediction string has a study class or `none` several times, the highest confidence is used. A
-    study class that is missing from a study's prediction string gets 0.
+    Their columns are `study_id` and the four classes; `image_id` and `none`; and `image_id`, `score`, `xmin`, `ymin`, `xmax`
+    and `ymax`. If a prediction string repeats a study class or `none`, the highest confidence is used. A study class that is
+    missing from a study's prediction string gets 0.
     """
     studies = submission.studies.astype({"study_id": object, "label": object})
     studies = studies.pivot_table("score", "study_id", "label", "max", fill_value=0.0)
@@ -169,11 +169,10 @@ def fill_rows(
 ) -> tuple[list[list[str]], list[str]]:
     """Return a submission's rows (id and prediction string) in the order of `ids`, and the ids with placeholder predictions.
 
-    `ids` are those of sample_submission.csv. `study_probabilities` has the columns study_id and the four classes,
-    `none_probabilities` image_id and none, `detections` image_id, score, xmin, ymin, xmax and ymax in original pixels. If an
-    id's probabilities are missing or NaN, its row gets placeholders: the class frequencies (PRIORS). Predictions for other
-    ids are ignored, because Kaggle rejects additional rows. Raises ValueError for duplicate ids, for probabilities or scores
-    outside 0..1, and for boxes that are not finite.
+    `ids` are those of sample_submission.csv. The three tables have the columns that `as_tables` describes, with boxes in
+    original pixels. If the probabilities of an id are missing or NaN, its row gets a placeholder prediction, the class
+    frequencies (PRIORS). Predictions for ids that are not in `ids` are ignored, because Kaggle rejects additional rows.
+    Raises ValueError for duplicate ids, for probabilities or scores outside 0..1, and for boxes that are not finite.
     """
     ids = list(ids)
     studies = _probabilities(study_probabilities, "study_id", STUDY_CLASSES)
@@ -215,20 +214,22 @@ def _probabilities(table: pd.DataFrame | None, key: str, classes: tuple[str, ...
             f"{key} {table[key][table[key].duplicated()].iloc[0]} has several rows of probabilities; expected one"
         )
     if (values < 0).any() or (values > 1).any():
-        raise ValueError(f"{', '.join(classes)} must be in 0..1, got {np.nanmin(values)}..{np.nanmax(values)}")
+        raise ValueError(f"{', '.join(map(repr, classes))}: expected 0..1, got {np.nanmin(values)}..{np.nanmax(values)}")
     return dict(zip(table[key], values, strict=True))
 
 
 def box_groups(detections: pd.DataFrame, boxless: Collection[str] = ()) -> dict[str, list[str]]:
-    """Return a dict from each image_id to the parts of its prediction string, `label confidence xmin ymin xmax ymax`.
+    """Return a dict from image_id to the groups of the prediction string, each `label confidence xmin ymin xmax ymax`.
 
-    The parts of an image are sorted by score, the highest first. `detections` has image_id, label, score, xmin, ymin, xmax
-    and ymax. Boxes are rounded to a tenth of a pixel; boxes without an area are left out. `boxless` are labels of whole
-    images, whose box is written as `0 0 1 1`. Raises ValueError for scores outside 0..1 and for boxes that are not finite.
+    The groups of an image are sorted by falling score. `detections` has `image_id`, `label`, `score`, `xmin`, `ymin`, `xmax`
+    and `ymax`. Boxes are rounded to a tenth of a pixel; boxes without an area are left out. Labels in `boxless` describe
+    whole images and get the box `0 0 1 1`. Raises ValueError for scores outside 0..1 and for boxes that are not finite.
     """
     values = detections[["score", *BOX]].to_numpy(dtype=float)
-    if not np.isfinite(values).all() or (values[:, 0] < 0).any() or (values[:, 0] > 1).any():
-        raise ValueError("detections must have scores in 0..1 and finite boxes")
+    if not ((values[:, 0] >= 0) & (values[:, 0] <= 1)).all():
+        raise ValueError("detections must have scores in 0..1")
+    if not np.isfinite(values[:, 1:]).all():
+        raise ValueError("detections must have finite boxes")
     # Boxes are rounded to a tenth of a pixel. Boxes without area after that are left out, because Kaggle would reject them.
     rounded = values[:, 1:].round(1)
     has_area = (rounded[:, 0] < rounded[:, 2]) & (rounded[:, 1] < rounded[:, 3])

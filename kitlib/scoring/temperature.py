@@ -37,7 +37,7 @@ def fit_temperature(probabilities: np.ndarray, truth: np.ndarray) -> float:
     `truth` (n,) holds the true class indices. Raises ValueError if there are no rows.
     """
     if not len(truth):
-        raise ValueError("a temperature cannot be fitted, because there are no rows")
+        raise ValueError("a temperature cannot be fitted, because `probabilities` has no rows")
     result = minimize_scalar(
         lambda exponent: log_loss(scaled(probabilities, np.exp(exponent)), truth),
         bounds=np.log(BOUNDS),

@@ -114,8 +114,8 @@ def _jpeg(frame: bytes, allowed_kinds: tuple[int, ...]) -> FrameHeader:
     for kind, position in jpeg_segments(frame):
         if (kind in range(0xC0, 0xD0) and kind not in (0xC4, 0xC8, 0xCC)) or kind == 0xF7:
             if kind not in allowed_kinds or header:
-                allowed = ", ".join(map(hex, allowed_kinds))
-                raise ValueError(f"unexpected JPEG frame of kind {kind:#x}; expected a single frame, of kind {allowed}")
+                allowed = " or ".join(map(hex, allowed_kinds))
+                raise ValueError(f"unexpected JPEG frame header {kind:#x}; expected a single header, {allowed}")
             precision, rows, columns, samples = struct.unpack_from(">BHHB", _read_bytes(frame, position + 4, 6), 0)
             header = FrameHeader(rows, columns, samples, precision, has_end_marker=END in frame[-64:])
     if not header:

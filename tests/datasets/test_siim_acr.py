@@ -62,7 +62,7 @@ def test_patients_are_nihs(folder):
 
 def test_a_table_of_another_kind_is_an_error_that_names_its_columns(folder):
     (folder / "stage_2_train.csv").write_text("ImageId,Label\na,1\n")
-    with pytest.raises(DatasetError, match=r"stage_2_train\.csv has no column EncodedPixels; it has ImageId, Label"):
+    with pytest.raises(DatasetError, match=r"stage_2_train\.csv has no column 'EncodedPixels', only 'ImageId', 'Label'"):
         read_siim_acr(folder, progress=False)
 
 

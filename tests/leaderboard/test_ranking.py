@@ -142,7 +142,7 @@ def test_models_of_some_folds_are_ranked_on_these_folds_if_requested(tmp_path):
     assert [rows.name.tolist() for rows in together.rankings().values()] == [["all", "first"]]
     assert together.table.images.dropna().tolist() == [16, 16] and "set `folds`" not in together.summary()
     missing = board(tmp_path, folds=[1]).table.set_index("name")
-    assert missing.remark["first"] == "no score: it has no predictions for folds [1] (its own metrics.json says 0.1250)"
+    assert missing.remark["first"] == "no score: no predictions for folds [1] (its own metrics.json says 0.1250)"
 
 
 def test_differences_are_paired_over_patients(tmp_path):
@@ -178,7 +178,7 @@ def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
     remarks = leaderboard.table.set_index("name").remark
     assert leaderboard.rankings() == {} and (leaderboard.table.state == "finished").all()
     assert "16 predictions are not out of fold; the first is for 'study000' by model" in remarks["in_sample"]
-    assert "the prepared run that it was trained on" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
+    assert "the prepared run with the training data" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
     assert remarks["damaged"].startswith("no score: ") and "metrics.json says 0.1250" in remarks["damaged"]
     assert "its folds cannot be read" in remarks["broken_prepare"]
     entries = read_entries(list_runs([tmp_path]))
@@ -234,7 +234,7 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
     assert compared.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
     assert "opacity" not in set(compared.figure)
     write_json(fuse / "metrics.json", {"runs": ["gone"], "score": 0.9})
-    assert "the runs that it fuses were not found: gone; add" in board(tmp_path).table.set_index("name").remark["fuse"]
+    assert "the fused runs were not found: gone; add" in board(tmp_path).table.set_index("name").remark["fuse"]
     write_json(fuse / "metrics.json", {"runs": ["gone", "study"], "score": 0.9})
     assert board(tmp_path).table.set_index("name").score["fuse"] == pytest.approx(0.875)
 

@@ -119,7 +119,7 @@ def test_gpus_are_shared_and_hidden_from_runs_that_request_none(tmp_path, monkey
     }
     carry_out(write_plan(tmp_path, steps), gpus=2, cores=2)
     assert sorted(path.read_text().strip() for path in (tmp_path / "runs").glob("*.gpu")) == ["3", "5"]
-    with pytest.raises(PlanError, match="4 GPUs were requested; available: 3, 5, 7"):
+    with pytest.raises(PlanError, match="4 GPUs were requested; available indices: 3, 5, 7"):
         carry_out(write_plan(tmp_path, steps), gpus=4)
 
 

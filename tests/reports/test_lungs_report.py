@@ -123,7 +123,7 @@ def test_unknown_images_and_images_with_several_rows_are_refused():
     with pytest.raises(ValueError, match="1 images are not in the `images` table; the first is elsewhere"):
         overlap_report(stranger, IMAGES, LABELS)
     twice = pd.concat([scores(), scores().assign(model="other")])
-    with pytest.raises(ValueError, match=r"6 images have several rows of scores; the first is i0\. Pass the rows"):
+    with pytest.raises(ValueError, match=r"6 images have several rows of scores; the first image is 'i0'\. Pass the rows"):
         overlap_report(twice, IMAGES, LABELS)
     with pytest.raises(ValueError, match="1 images are not in the `images` table; the first is elsewhere"):
         verdicts(lungs([FOUND] * 2, ["i1", "elsewhere"]), IMAGES, LABELS)
