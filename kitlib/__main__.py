@@ -41,9 +41,9 @@ def score(
     """Score SUBMISSION against TRUTH with the competition's metric; print the score and its parts.
 
     TRUTH has the format of the training data. For siim-covid19, it is the folder with train_study_level.csv and
-    train_image_level.csv. The parts of that competition's score are the average precision of each class, and opacity_boxed:
-    the average precision of opacity on only the images that have boxes. An undefined score, such as that of a class that
-    occurs nowhere in TRUTH, is nan, or null with --json.
+    train_image_level.csv. The parts of that competition's score are the average precision of each class, and
+    `opacity_boxed`, the average precision of opacity on only the images that have boxes. An undefined score, such as that of
+    a class that occurs nowhere in TRUTH, is nan, or null with --json.
     """
     from kitlib.competitions.registry import find_competition
 
@@ -77,7 +77,8 @@ def validate(
 ) -> None:
     """Check whether Kaggle would accept SUBMISSION for the ids of SAMPLE or TRUTH; print the first 20 faults.
 
-    Exits with 0 only if there is no fault. With --json, prints `valid`, and all `faults` as a list of row, id and problem.
+    Exits with 0 only if there is no fault. With --json, prints an object: `valid` is true or false, and `faults` lists all
+    faults, each with `row`, `id` and `problem`.
     """
     from kitlib.competitions.registry import find_competition
 
@@ -144,8 +145,8 @@ def phantom(
 ) -> None:
     """Write a data set of phantoms, that is, simulated X-rays, and print its folder.
 
-    The folder's name is the competition's name on Kaggle. For nih, the name is nih-chest-xrays; for data sets of lung masks
-    or of diagnoses, it is the layout's name.
+    The folder of a competition has the competition's name on Kaggle. The folder for nih is nih-chest-xrays. The folder of a
+    data set of lung masks or of diagnoses has the layout's name.
     """
     if competition and layout is not Layout.SIIM:
         raise typer.BadParameter("--competition and --layout cannot be used together; remove one")
@@ -226,9 +227,7 @@ def export(
 
 @app.command(name="import")
 def import_(
-    source: Annotated[
-        Path, typer.Option(exists=True, help="coco: the JSON file. yolo: the folder that contains the folder labels.")
-    ],
+    source: Annotated[Path, typer.Option(exists=True, help="coco: the JSON file. yolo: the folder that contains `labels`.")],
     file_format: Format,
     out: Annotated[Path, typer.Option(help="The folder to write the tables to.")],
     run: Annotated[
@@ -237,7 +236,7 @@ def import_(
 ) -> None:
     """Write the boxes of SOURCE as OUT/boxes.parquet and print the number of rows.
 
-    For coco without RUN, the images and folds in the file are also written, as OUT/images.parquet and OUT/folds.parquet.
+    Without RUN, the images and any folds in a coco file are also written, as OUT/images.parquet and OUT/folds.parquet.
     """
     from kitlib.runs.export import import_tables
 
@@ -270,7 +269,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be done.")] = False,
     graph: Annotated[Path | None, typer.Option(help="Only draw the plan to this .png or .svg file.")] = None,
 ) -> None:
-    """Execute the unfinished runs of PLAN, which are runs of notebooks and commands, on this machine or a cluster."""
+    """Execute the notebooks and commands of PLAN whose runs are not finished, on this machine or a cluster."""
     from rich.console import Console
 
     from kitlib.atomic import replacing
@@ -307,7 +306,7 @@ def run(
 
 @app.command(hidden=True)
 def run_planned(runs_file: Annotated[Path, typer.Argument(exists=True)], name: str) -> None:
-    """Execute the run NAME of a plan. Snakemake calls this command. RUNS_FILE is the plan's file runs.json."""
+    """Execute the run NAME of a plan; Snakemake calls this command. RUNS_FILE is the `runs.json` that `run` writes."""
     from kitlib.plans.one_run import run_planned as work
 
     logging.getLogger("papermill").setLevel(logging.WARNING)
@@ -324,8 +323,8 @@ def convert_weights(
 ) -> None:
     """Convert SOURCE, a pickled PyTorch model such as an ultralytics .pt file, to the .safetensors file TARGET.
 
-    No code from SOURCE is run: dummies replace its Python classes, and the names of these classes are printed. A file that
-    contains only a state dictionary needs no conversion.
+    No code from SOURCE is run: a dummy replaces each Python class to which SOURCE refers. The names of the replaced classes
+    are printed. A file that contains only a state dictionary needs no conversion.
     """
     from kitlib.errors import BundleError
     from kitlib.models.convert_weights import convert_weights as convert
@@ -351,7 +350,7 @@ def publish(
         bool, typer.Option("--push", help="Upload the dataset as private; requires an API token.")
     ] = False,
 ) -> None:
-    """Write the models of RUNS as a Kaggle dataset with a card; with --push, also upload the dataset.
+    """Write the models of RUNS and a data set card (README.md) as a Kaggle dataset; with --push, also upload the dataset.
 
     The card states the training data and the out-of-fold metrics of each model. Read the card before you make the dataset
     public: weights inherit the terms of the training data and of the starting weights.
@@ -373,10 +372,10 @@ def publish(
 def kaggle_image(
     frozen: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="List that pip printed in a Kaggle session.")],
 ) -> None:
-    """Rewrite kitlib/kernels/kaggle_image.txt from FROZEN; print the differences.
+    """Rewrite kitlib/kernels/kaggle_image.txt, which lists the packages in Kaggle's Docker image, from FROZEN.
 
-    The file lists the packages in Kaggle's Docker image. Also prints what has to be changed in requirements.txt. To make
-    FROZEN, run `!pip list --format=freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle and download its output.
+    Prints the differences from the old list, and the changes that requirements.txt needs. To make FROZEN, run
+    `!pip list --format=freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle and download freeze.txt.
     """
     from kitlib.errors import KernelError
     from kitlib.kernels.kaggle_image import IMAGE_LIST, list_changes, refresh_image
@@ -400,9 +399,9 @@ def demo(
         bool, typer.Option("--whole", help="Also segment lungs, pre-train on phantoms of NIH and RSNA, and pseudo-label.")
     ] = False,
 ) -> None:
-    """Run the demo, from a phantom competition's DICOM files to a scored submission.csv.
+    """Run the demo, from the DICOM files of a phantom competition to a scored submission.csv.
 
-    It runs the notebooks 10, 30, 40, 60 and 80, and notebook 70 in the rehearsal of an offline kernel.
+    The demo runs the notebooks 10, 30, 40, 60 and 80, and rehearses notebook 70 as a Kaggle kernel without internet.
     """
     from rich.console import Console
 
@@ -436,7 +435,7 @@ def predict(
     """Predict FILES with the trained models of a run; write one row per image to a CSV file. Not for diagnosis.
 
     A file that cannot be read also gets a row; its column `error` says why. Exits with 0 only if at least one file was
-    predicted. With --json, also prints the rows, and the name of the run as `system`. See docs/predict.md.
+    predicted. With --json, prints an object: `rows` has the rows, `system` is the name of the run. See docs/predict.md.
     """
     from kitlib.atomic import replacing
     from kitlib.inference.listed_files import list_files

@@ -12,7 +12,7 @@ import psutil
 
 
 def kill_family(process: int) -> None:
-    """Kill the process with the id `process` and all its descendants, even in other groups, such as notebook kernels."""
+    """Kill the process with the id `process` and all its descendants, even those in other process groups."""
     try:
         first = psutil.Process(process)
         first.suspend()  # it must not start another child while its family is listed

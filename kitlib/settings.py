@@ -24,7 +24,7 @@ NAMES = {int: "a whole number", float: "a finite number", str: "a string", bool:
 
 @dataclass(frozen=True)
 class Range:
-    """Rule for a number: its bounds, of which `at_least` and `at_most` are inclusive, `above` and `below` exclusive."""
+    """Rule for a number. The bounds `at_least` and `at_most` are inclusive; `above` and `below` are exclusive."""
 
     at_least: float = -math.inf
     above: float = -math.inf
@@ -120,7 +120,7 @@ def from_dict(kind: type[R], values: dict[str, Any]) -> R:
     Raises SettingsError for an unknown field or an invalid value.
     """
     if not isinstance(values, dict):
-        raise SettingsError(f"{kind.__name__} must be a mapping of its fields, got {values!r}")
+        raise SettingsError(f"{kind.__name__} must be a mapping from field names to values, got {values!r}")
     _check_names(kind, values)
     return kind(**values)
 

@@ -42,8 +42,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_yaml(text: str, where: str) -> Any:
     """Return the value of a YAML text: text, finite numbers, booleans, null, lists, or mappings with unique text keys.
 
-    Raises SettingsError, which starts with `where` and names the line, for invalid YAML, values of other types, an alias of
-    a value that contains the alias, more than 100,000 values, or more than 50 levels of lists and mappings.
+    Raises SettingsError, which starts with `where` and names the line, for invalid YAML, values of other types, an alias
+    inside the value that it stands for, more than 100,000 values, or more than 50 levels of lists and mappings.
     """
     try:
         loader = _Loader(text)
@@ -67,11 +67,11 @@ def _check_node(loader: _Loader, node: yaml.Node, where: str, count: list[int], 
     place = f"{where}, line {node.start_mark.line + 1}"
     count[0] += 1
     if any(node is parent for parent in parents):
-        raise SettingsError(f"{place}: an alias refers to a value that contains the alias; write the value out")
-    if len(parents) > DEEPEST or count[0] > MOST_VALUES:
-        raise SettingsError(
-            f"{place}: more than {DEEPEST} levels or {MOST_VALUES:,} values; an alias counts as all the values it stands for"
-        )
+        raise SettingsError(f"{place}: an alias is inside the value that it stands for; remove the alias")
+    if len(parents) > DEEPEST:
+        raise SettingsError(f"{place}: the values are nested more than {DEEPEST} levels deep")
+    if count[0] > MOST_VALUES:
+        raise SettingsError(f"{place}: more than {MOST_VALUES:,} values; an alias counts as all values that it stands for")
     if node.tag not in PLAIN:
         raise SettingsError(f"{place}: {node.tag} is not allowed; use text, numbers, true, false, null, lists and mappings")
     if isinstance(node, yaml.ScalarNode):

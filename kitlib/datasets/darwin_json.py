@@ -1,4 +1,4 @@
-"""Reads annotation files of V7's Darwin (JSON 1.0 or 2.0): an image's names, size, tags and polygons; fills polygons."""
+"""Reads V7's Darwin JSON files (1.0 or 2.0): an image's size, tags, polygons and possible file names; fills polygons."""
 
 import json
 from collections.abc import Iterable, Sequence

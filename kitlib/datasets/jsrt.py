@@ -24,12 +24,13 @@ PUBLISHED = {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images below `folder` (raw `.IMG` files as in JSRT's `All247images`, or PNG or JPEG) and their masks.
 
-    Masks are the files in folders named heart, left lung and right lung, as in SCR's folder `scratch`, or mask (both lungs);
-    folder names may also have `_` or `-` for a space, and a plural s. image_id and study_id are the file name without
-    suffix, which also identifies the patient and states the label (nodule or no nodule). Left out and recorded in
-    `Dataset.faults`: files with another name, and raw files of another size. Images without masks are included. If an image
-    lacks the mask of a structure that other images have, it is included without any mask. If there are no masks at all,
-    `Dataset.masks` is None, with a fault. Raises DatasetError if there is no image, or if there are masks but none of lungs.
+    A mask is a file in a folder named "heart", "left lung" or "right lung", as in SCR's folder `scratch`, or "mask" or
+    "lung" (both lungs). Folder names may have `_` or `-` for a space, and a plural s. The `image_id` and `study_id` are the
+    file name without suffix. The name also identifies the patient and states the label (nodule or no nodule). Files with
+    other names, and raw files of another size, are left out and recorded in `Dataset.faults`. Images without masks are
+    included. If an image lacks the mask of a structure that other images have, its other masks are left out. If no image has
+    masks, `Dataset.masks` is None. Both are recorded as faults. Raises DatasetError if there is no image, or no lung mask
+    among the masks.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -46,8 +47,8 @@ def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
     faults.add_summary("the folder", misnamed, "have no name such as JPCLN001; left out", "other files")
     if not files:
         raise DatasetError(
-            f"{folder} contains no image of JSRT, such as JPCLN001.IMG, among {len(source.paths)} files: unpack "
-            f"All247images there, {HOW_TO_GET_IMAGES}"
+            f"{folder} has {len(source.paths)} files, but no image of JSRT, such as JPCLN001.IMG; unpack 'All247images' "
+            f"into this folder, {HOW_TO_GET_IMAGES}"
         )
     rows = pd.DataFrame(
         {
@@ -74,10 +75,10 @@ def _structure(path: Path) -> str:
 
 
 def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None:
-    """Return the mask files as a table like Dataset.masks, or None, with a fault, if there are no mask files.
+    """Return the mask files as a table like `Dataset.masks`; if there are none, record a fault and return None.
 
-    If an image lacks the mask of a structure that occurs in the data set, its other masks are left out, with a fault. Raises
-    DatasetError if no mask shows a lung.
+    If an image lacks the mask of a structure that occurs in the data set, the image's other masks are left out and a fault
+    is recorded. Raises DatasetError if no mask shows a lung.
     """
     faults = source.faults
     source.find(MASK_SUFFIXES, lambda path: "clavicle" in path.parent.name.lower())  # known, but not used
@@ -98,8 +99,8 @@ def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None
     structures = set(masks.structure)
     if structures <= {"heart"}:
         raise DatasetError(
-            f"{source.folder} contains masks of the heart, but none in a folder left lung or right lung: unpack SCR's "
-            f"folder scratch there, {HOW_TO_GET_MASKS}"
+            f"{source.folder} has masks of the heart, but none in folders named 'left lung' or 'right lung'; unpack SCR's "
+            f"folder 'scratch' into this folder, {HOW_TO_GET_MASKS}"
         )
     missing = {image_id: structures - set(part) for image_id, part in masks.groupby("image_id").structure}
     missing = {image_id: names for image_id, names in missing.items() if names}

@@ -32,10 +32,10 @@ IMAGES_PER_PART = 128  # images in each file of the mask store; limits the numbe
 def read_mask(path: str | Path) -> np.ndarray:
     """Return the mask in a PNG, JPEG or GIF file, or of the lungs in a Darwin JSON file, as a bool array (rows, columns).
 
-    A pixel of an image is inside if its brightest colour channel is above half of the scale, which is 255, or 65535 if any
-    value exceeds 255. V7's masks use 127 for pixels to be ignored; these are outside. If all values are below CODES_BELOW
-    and the file is not a JPEG, the values are codes, and every code but 0 is inside. Palettes are resolved, alpha is
-    ignored. A black image is an empty mask. Raises MaskError, with the path of the file, if the file cannot be read.
+    In an image file, a pixel is True if its brightest colour channel is above half of the scale. The scale is 255, or 65535
+    if any value exceeds 255. Pixels to be ignored, which are 127 in V7's masks, are therefore False. If all values are below
+    CODES_BELOW and the file is not a JPEG, the values are class codes, and every pixel but 0 is True. Palettes are resolved,
+    alpha is ignored. A black image is an empty mask. Raises MaskError, with the file's path, if the file cannot be read.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -60,16 +60,16 @@ def read_mask(path: str | Path) -> np.ndarray:
 def fill_masks(
     store: MaskStore, masks: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, progress: bool = True
 ) -> pd.DataFrame:
-    """Add a mask to `store` for every image that has rows in `masks` (see Dataset); return a table of faults (see Dataset).
+    """Add a mask to `store` for every image that has rows in `masks`; return the faults. See Dataset for both tables.
 
-    `cache` must contain all `images`. Masks are resized to the decoded copies in `cache` (the X-rays decoded to 8 bits and
-    reduced) by area averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in
+    `cache` must contain all `images`. Masks are resized by area averaging to the reduced X-rays in `cache`; a pixel belongs
+    to a structure if the structure covers at least half of the pixel. Where structures overlap, the later one in
     DRAWN_IN_ORDER wins. Masks that are already in the store are not changed.
 
-    If one of an image's mask files is missing, is damaged, or has another aspect ratio than the image (by more than 1 %),
-    the image gets no mask, with a fault: an incomplete mask would teach that the missing part is background. The image also
-    gets no mask if no pixel is lung. Exception: masks that have only SPARSE_STRUCTURES (pneumothorax) may be empty. A mask
-    with only one lung or with an empty structure is stored, with a fault. Raises ValueError if a structure is unknown.
+    These faults leave an image without a mask: a mask file is missing, is damaged, or has an aspect ratio that differs from
+    the image's by more than 1 % (an incomplete mask would teach that the missing part is background); no pixel is lung. With
+    these faults, the mask is stored: it has only one lung, or an empty structure. A mask that has only SPARSE_STRUCTURES
+    (pneumothorax) may be empty. Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
@@ -96,10 +96,10 @@ def fill_masks(
 def _label_image(
     image_id: str, files: Sequence[tuple[str, str, str]], cache: XrayCache
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-    """Return the mask of an image as a label image (None if it gets no mask), and a list of its faults (file, problem).
+    """Return the mask of an image as a label image (None if a fault prevents it), and the faults as (file, problem).
 
-    The label image is uint8, of the same shape as the decoded X-ray in `cache`. `files` has one tuple (structure, path,
-    runs) per mask; `runs` has the run lengths of the mask, or is "" if the mask is the file `path`.
+    The label image is uint8, of the same shape as the decoded X-ray in `cache`. `files` has one tuple (structure, path, text
+    of run lengths) per mask. If the text is "", the mask is in the file `path`.
     """
     xray, problems = cache.read(image_id), []
     masks_of: dict[str, list[np.ndarray]] = {}
@@ -145,7 +145,7 @@ def _resize(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _is_one_lung(lungs: np.ndarray) -> bool:
-    """Return whether a nonempty bool mask shows only one lung: it has only one large part, which is too narrow for two."""
+    """Return whether a nonempty bool mask has a single large connected part, which is too narrow to be both lungs."""
     parts = cv2.connectedComponentsWithStats(lungs.astype(np.uint8))[2][1:]
     large = parts[parts[:, cv2.CC_STAT_AREA] >= LEAST_PART * lungs.sum()]
     return len(large) == 1 and bool(large[0, cv2.CC_STAT_WIDTH] < LONE_LUNG * large[0, cv2.CC_STAT_HEIGHT])

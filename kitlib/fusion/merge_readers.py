@@ -9,12 +9,12 @@ from kitlib.tables import BOX, check_table
 
 
 def merge_reader_boxes(boxes: pd.DataFrame, images: pd.DataFrame, iou: float = 0.4) -> pd.DataFrame:
-    """Return a `boxes` table in which the readers' boxes of each image and finding are merged by weighted box fusion.
+    """Merge the boxes of several readers (radiologists) by weighted box fusion; return a `boxes` table.
 
-    A reader is a radiologist. `boxes` has the additional column `reader`; its boxes must lie within their images. `images`
-    has the images' sizes. Boxes with an IoU above `iou` are merged into their mean; all readers have equal weight. Instead
-    of `reader`, the result has the column `readers`: the number of readers who drew the box. If only one reader saw the
-    finding in an image, the boxes are unchanged.
+    Boxes are merged within each image and finding. `boxes` has the additional column `reader`; every box must lie within its
+    image. `images` states the size of each image. Boxes with an IoU above `iou` are merged into their mean; all readers have
+    equal weight. Instead of `reader`, the result has the column `readers`, the number of readers who marked the box. If only
+    one reader marked a finding in an image, the boxes of this finding are unchanged.
     """
     ordered = boxes.sort_values(["image_id", "finding", "reader"], kind="stable", ignore_index=True)
     group = ordered.groupby(["image_id", "finding"], sort=False).ngroup().to_numpy()  # ascending, because rows are sorted

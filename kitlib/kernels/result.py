@@ -12,8 +12,8 @@ USAGE = "usage.json"  # in the kernel's output: how many files each bundle has p
 def check_result(spec: KernelSpec, working: Path, ids: tuple[str, ...]) -> tuple[str, bool, tuple[str, ...]]:
     """Check the kernel's result file; return the file's path below `working`, whether the run can be resumed, and faults.
 
-    The result file of a submission is submission.csv, that of another run is RUN/metrics.json. A missing file is a fault. If
-    the notebook makes no run, the path is "" and there are no faults. `ids` are the ids that a submission must have.
+    A kernel that submits must write submission.csv with the ids `ids`. Any other kernel that makes a run must write
+    metrics.json in the run's folder. A missing file is a fault. If there is no run, the path is "" and there are no faults.
     """
     if spec.is_submission:
         result = working / "submission.csv"
@@ -43,10 +43,10 @@ def list_bundles(weights: Path) -> tuple[str, ...]:
 
 
 def find_unused_bundles(names: Sequence[str], usage: Path) -> tuple[str, ...]:
-    """Return a message for each bundle (trained model) in `names` that has not predicted every readable file.
+    """Return a message for each bundle (trained model) in `names` with which not every readable file was predicted.
 
-    `usage` is the path of the kernel's usage.json, which has the numbers of readable and of predicted files. If it is
-    missing or damaged, there is one message about that.
+    `usage` is the path of the kernel's usage.json, which has the numbers of readable and of predicted files per bundle. If
+    usage.json is missing or damaged, the only message says so.
     """
     unknown = f"so it is unknown which of the models {', '.join(names)} were used"
     if not usage.is_file():

@@ -12,10 +12,10 @@ FILTERS = 32
 
 
 class AlbuNet(nn.Module):
-    """AlbuNet for grey images. `encoder` is a resnet34 with one input channel; its tensors have torchvision's names.
+    """AlbuNet for grey images. `encoder` is a resnet34 with one input channel and torchvision's tensor names.
 
-    In the decoder, each block enlarges its input twofold, bilinearly, before two 3 x 3 convolutions with ReLU. `width`
-    scales the channels of the decoder, but not of the encoder. The sides of images must be multiples of `multiple` pixels.
+    Each decoder block doubles the rows and columns of its input, bilinearly, before two 3 x 3 convolutions with ReLU.
+    `width` scales the number of channels in the decoder only. An image's rows and columns must be divisible by `multiple`.
     """
 
     multiple = 64

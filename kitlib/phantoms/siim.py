@@ -68,12 +68,12 @@ def write_competition(
 ) -> Path:
     """Write phantoms of SIIM's competition to FOLDER/siim-covid19-detection and return this folder.
 
-    The competition's folder contains only the competition's files: `train/` and `test/` with <study>/<series>/<image>.dcm,
+    The returned folder has only the files of the real competition: `train/` and `test/` with <study>/<series>/<image>.dcm,
     `train_study_level.csv`, `train_image_level.csv` and `sample_submission.csv`. The test set's two label tables are written
-    to the folder `truth`. `side` is the longer side of an image in pixels. A near-duplicate image of a positive study has no
-    box in the training table, as in the real set. In the test set's ground truth it has boxes, because the hidden labels
-    were corrected. `damaged_test_files` is the number of test images that cannot be read completely; the tables still have
-    their rows. The marker (see PhantomFolder) is FOLDER/.phantom.json. For the other parameters and errors see
+    to the folder `truth`. `side` is the longer side of an image in pixels. In the training table, as in the real one, a
+    near-duplicate image of a positive study has no box. In the test set's ground truth, near-duplicates have boxes, because
+    the hidden labels were corrected. `damaged_test_files` is the number of test images that cannot be read completely; these
+    have rows in the tables, too. The marker (see PhantomFolder) is FOLDER/.phantom.json. For other parameters and errors see
     `write_phantoms`. Raises ValueError if a split has fewer than four studies, if `side` is less than 32, or if more than
     half of the test images are damaged.
     """
@@ -106,10 +106,10 @@ def write_competition(
 
 
 def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, Any]]:
-    """Draw and write the files of one study; return one dictionary per image.
+    """Render and write the images of one study; return one dictionary per image.
 
-    The keys of a dictionary are split, study_id, image_id, study_class, and boxes: an array (n, 4) of xmin, ymin, xmax, ymax
-    in the image's pixels.
+    The keys are `split`, `study_id`, `image_id`, `study_class` and `boxes`. The value of `boxes` is an array (n, 4) of xmin,
+    ymin, xmax, ymax in pixels of the image.
     """
     patient = draw_patient(np.random.default_rng(study.patient_seed))
     rng = np.random.default_rng(study.seed)
@@ -142,7 +142,7 @@ def _write_study(root: Path, study: PlannedStudy, side: int) -> list[dict[str, A
 def _write_dicom(path: Path, grey: np.ndarray, study: PlannedStudy, image: PlannedImage, rng: np.random.Generator) -> None:
     """Write the image `grey`, 0..1, as a DICOM file.
 
-    Bit depth, photometric interpretation, window and transfer syntax are drawn from `rng`.
+    Bit depth, photometric interpretation, window and transfer syntax are chosen at random with `rng`.
     """
     syntax = ExplicitVRLittleEndian if image.oddity == "padding" else _draw(rng, SYNTAX_SHARES)
     bits = 8 if syntax == JPEGBaseline8Bit else _draw(rng, BITS_SHARES)

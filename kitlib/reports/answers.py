@@ -1,4 +1,4 @@
-"""Scores submissions and draws their predictions beside the ground truth, for any competition but SIIM-COVID."""
+"""Scores submissions and plots the predictions beside the ground truth, for any competition but SIIM-COVID."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ def submitted_ids(path: str | Path) -> list[str]:
 
 
 def answered_boxes(competition: Competition, answers: pd.DataFrame, images: pd.DataFrame) -> pd.DataFrame:
-    """Return a submission's boxes in pixels of the image files; rows of classes without boxes are dropped.
+    """Return a submission's boxes in pixels of the image files; only findings in the competition's `box_classes` are kept.
 
     `answers` is the result of the competition's `read_submission`; its columns are kept. `images` must have the columns
-    image_id, rows and columns, and a row for each image in `answers`.
+    `image_id`, `rows` and `columns`, and a row for each image in `answers`.
     """
     boxes = answers[answers["finding"].isin(competition.box_classes)].astype({"finding": object}).reset_index(drop=True)
     if competition.side is None:
@@ -60,11 +60,11 @@ def answers_figure(
     masks: MaskStore | None,
     answers: Any,
 ) -> Figure:
-    """Draw each X-ray in `images` with its ground truth and its submitted prediction: boxes, mask outlines or probabilities.
+    """Plot each X-ray in `images` with its ground truth and its submitted prediction: boxes, mask outlines or probabilities.
 
-    `tables` has the tables `labels` and `boxes` of the ground truth; `masks` has its masks. `answers` is the submission as
-    read by the competition's `read_submission`. If the competition has boxes, `answers` is the result of `answered_boxes`
-    instead, with only the rows to draw.
+    `tables["labels"]`, `tables["boxes"]` and `masks` are the ground truth. If the competition has boxes, `answers` is the
+    result of `answered_boxes`, with only the rows to plot. Otherwise, `answers` is the result of the competition's
+    `read_submission`.
     """
     ids = images["image_id"]
     if competition.mask_classes:
@@ -77,10 +77,10 @@ def answers_figure(
 
 @dataclass(frozen=True)
 class RunMasks:
-    """Masks that are stored as run lengths, with the methods of a MaskStore that the figures use.
+    """Masks that are stored as runs of pixels, with the methods of a MaskStore that the figures use.
 
-    `runs` maps an image_id to its runs (n, 2), see kitlib.xrays.run_lengths. A mask is read in the size of the image in
-    `cache`; pixels in a run have the value `code`, all others 0.
+    `runs` maps each image_id to an array (n, 2) as returned by `kitlib.xrays.run_lengths.runs_of`. `read` resizes the mask
+    to the decoded image in `cache`; pixels in a run have the value `code`, all others 0.
     """
 
     runs: Mapping[str, np.ndarray]

@@ -1,7 +1,7 @@
-"""Compares predictions with the Heidelberg project's published metrics, on images with a box and on all images.
+"""Compares predictions with the Heidelberg project's published metrics, on images with an annotated box and on all images.
 
-The project's 859 held-out images all have a box, so no healthy image can produce a false positive. Box metrics are therefore
-computed on images with a box and, to show a detector's value in the competition, on all images.
+The project's 859 held-out images all have an annotated box, so no healthy image can produce a false positive. Box metrics
+are computed on such images and, to show a detector's value in the competition, on all images.
 """
 
 import math
@@ -42,32 +42,32 @@ def heidelberg_table(
 ) -> pd.DataFrame:
     """Return a table that compares our predictions with the published rows of the Heidelberg report.
 
-    `answers` maps names to predictions. The table has one row per published model and one per entry of `answers`. If the
-    name of an entry starts with "fused", "faster_rcnn", "yolo" or "study", its row follows the published row of this kind;
-    other rows come last. The columns are COLUMNS; missing values are NaN.
+    `answers` maps names to predictions. The table has one row per published model and one per name in `answers`. A row
+    whose name starts with "fused", "faster_rcnn", "yolo" or "study" follows the published row of this kind; other rows come
+    last. The columns are COLUMNS; missing values are NaN.
 
-    The box metrics are computed on those of `images` that the detectors have predicted, the study metrics on the studies
-    that have predictions; placeholder predictions (the class frequencies) do not count. Before comparing metrics, compare
-    the counts `images`, `boxed_images` and `studies`. `ap` is the competition's VOC 2010 AP of boxes on all images,
-    `ap_boxed` the AP on images with a box. `f1`, `recall`, `precision` and `precision_all` use the boxes whose confidence is
-    at least `confidence`: `precision_all` on all images, the others on images with a box.
+    Box metrics are computed on those of `images` that the detectors have predicted, study metrics on the studies that have
+    predictions. Class frequencies that stand in for missing predictions do not count. Before comparing metrics, compare the
+    counts `images`, `boxed_images` and `studies`. `ap` is the competition's VOC 2010 AP of boxes on all images, `ap_boxed`
+    the AP on images with an annotated box. The column `confidence` is the least confidence of the boxes that count for `f1`,
+    `recall`, `precision` (all on images with an annotated box) and `precision_all` (on all images).
 
-    The confidence limit is never chosen on the images that it is evaluated on. If `confidences` has an entry for a key of
-    `answers`, the entry is the limit. Otherwise the limit for each fold of `folds` is the one with the highest F1 on the
-    other folds; the table then shows the mean limit over images. If all predicted images are from a single fold, two halves
-    of its patients are used as folds.
+    If `confidences` has the name of an answer, its value there is the least confidence. Otherwise each fold of `folds` has
+    the least confidence with the highest F1 on the other folds, so that no image is evaluated with a confidence that was
+    chosen on it; the table shows the mean over images. If all predicted images are from a single fold, two halves of its
+    patients are used as folds.
 
     Study recall, precision and F1 are means over the classes. `study_map` is the mean AP of the probabilities.
-    `study_map_hard` is, as in the report, the mean AP with a probability of 1 for the most probable class and 0 for the
-    others. Raises ValueError for predictions with neither `folds` nor an entry in `confidences`, for an image that is in no
-    fold, and for a study without a label.
+    `study_map_hard` is, as in the report, the mean AP when the most probable class has probability 1 and all other classes
+    0. Raises ValueError for an answer without a value in `confidences` if `folds` is None, for an image that is in no fold,
+    and for a study without a label.
     """
     confidences = confidences or {}
     rows = {}
     for name, answer in answers.items():
         if folds is None and name not in confidences:
             raise ValueError(
-                f"{name!r} needs an entry in confidences; or pass the `folds` table, to choose a confidence on other folds"
+                f"{name!r} is not in `confidences`; add it, or pass `folds`, to choose each fold's confidence on other folds"
             )
         chosen = _confidence_by_fold(answer, images, boxes, folds) if name not in confidences else confidences[name]
         rows[name] = _box_figures(answer, images, boxes, chosen) | _study_figures(answer, images, labels)
@@ -90,13 +90,13 @@ def check_filled(table: pd.DataFrame) -> None:
                 gaps.append(f"{name}: {', '.join(empty)}")
     if gaps:
         raise RunError(
-            f"the comparison with the published table lacks values ({'; '.join(gaps)}): the images that the confidence is "
-            "chosen on have no predicted box or no annotated box. Train longer, or evaluate more images"
+            f"the comparison with the published table lacks values ({'; '.join(gaps)}). The images that a confidence is "
+            "chosen on must include one with predicted and annotated boxes; train longer, or evaluate more images"
         )
 
 
 def readable(table: pd.DataFrame, columns: Iterable[str] = COLUMNS) -> pd.DataFrame:
-    """Return `columns` of the result of `heidelberg_table` as texts, without empty rows; counts have no decimals."""
+    """Return `columns` of a `heidelberg_table` as texts (counts without decimals), without the rows that have no metric."""
     table = table[[name for name in columns if name in table]]
     table = table[table.drop(columns=[*COUNTS, "confidence"], errors="ignore").notna().any(axis=1)]
     texts = {
@@ -114,7 +114,7 @@ def document_tables(table: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.DataFrame) -> str:
-    """Return a note to print below the table, which says on which images the confidence of each answer was chosen."""
+    """Return a note for the `heidelberg_table` that says on which images the confidence of each answer was chosen."""
     fold = images["image_id"].map(folds.set_index("id")["fold"])
     seen = {name: images["image_id"].isin(_predicted_images(answer, images)["image_id"]) for name, answer in answers.items()}
     alone = [name for name, is_seen in seen.items() if len(set(fold[is_seen])) == 1]
@@ -128,7 +128,7 @@ def confidence_note(answers: dict[str, Fused], images: pd.DataFrame, folds: pd.D
 
 
 def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataFrame) -> list[str]:
-    """Return the ids of the images with an annotated box that all detectors among the `answers` have predicted.
+    """Return the ids of the images that have an annotated box and were predicted by every detector in `answers`.
 
     Returns [] if fewer than two of the `answers` are from detectors.
     """
@@ -142,11 +142,11 @@ def seen_by_all(answers: dict[str, Fused], images: pd.DataFrame, boxes: pd.DataF
 def heidelberg_figures(predictions: Answers, thresholds: np.ndarray, exclusive: bool = False) -> pd.DataFrame:
     """Return precision, recall, accuracy and F1 in three rows: as published, at the threshold 0.5, and at `thresholds`.
 
-    `thresholds` is an array (n, classes) or (classes,). Precision, recall and F1 are unweighted means over the classes that
-    occur. Accuracy is the share of images for which all classes are right, among images whose labels are all known. If
-    `exclusive`, the published row is followed by a single row, in which the most probable class is predicted. The published
-    row is for another split of the whole NIH set, so it cannot be ranked with ours. The report does not say how it averages;
-    this function follows scikit-learn's convention for several labels per image.
+    If `exclusive`, there are two rows: as published, and when only the most probable class is predicted. `thresholds` is an
+    array (n, classes) or (classes,). Precision, recall and F1 are unweighted means over the classes that occur in the ground
+    truth. Accuracy is the share of images for which all classes are right, among images whose labels are all known. The
+    published row is for another split of the whole NIH set, so it cannot be ranked with the other rows. The report does not
+    say how it averages; this function follows scikit-learn's convention for several labels per image.
     """
     calls = {
         f"here, from {DEFAULT_THRESHOLD} on": predictions.probabilities >= DEFAULT_THRESHOLD,
@@ -184,7 +184,7 @@ def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame
     fold = predicted_images["image_id"].map(folds.set_index("id")["fold"])
     if fold.isna().any():
         raise ValueError(
-            f"image {predicted_images['image_id'][fold.isna()].iloc[0]} is in no fold; pass only images that are in folds"
+            f"image {predicted_images['image_id'][fold.isna()].iloc[0]!r} is not in `folds`; pass only images that are"
         )
     if len(set(fold)) == 1:
         fold = _half_of_patients(predicted_images, boxes)
@@ -196,9 +196,9 @@ def _confidence_by_fold(answer: Fused, images: pd.DataFrame, boxes: pd.DataFrame
 
 
 def _half_of_patients(images: pd.DataFrame, boxes: pd.DataFrame) -> pd.Series:
-    """Return a Series with 0 or 1 for each of `images`, which splits the patients into random halves.
+    """Assign the patients to two random halves; return 0 or 1 for each row of `images`.
 
-    The numbers of patients with a box differ by at most one between the halves.
+    The halves' numbers of patients with an annotated box differ by at most one.
     """
     has_box = images["image_id"].isin(boxes["image_id"]).groupby(images["patient_id"]).any()
     shuffled = has_box.sort_index().sample(frac=1, random_state=0).sort_values(kind="stable")
@@ -236,7 +236,7 @@ def _study_figures(answer: Fused, images: pd.DataFrame, labels: pd.DataFrame) ->
     true_labels = labels.set_index("id").reindex(studies["study_id"])[list(STUDY_CLASSES)]
     if true_labels.isna().any(axis=None):
         unlabelled = true_labels.index[true_labels.isna().any(axis=1)][0]
-        raise ValueError(f"study {unlabelled} has a prediction but no label")
+        raise ValueError(f"study {unlabelled!r} has a prediction but no label; add it to `labels`, or leave out its images")
     if studies.empty:
         return {"studies": 0}
     positive, probability = true_labels.to_numpy() == 1, studies[list(STUDY_CLASSES)].to_numpy()

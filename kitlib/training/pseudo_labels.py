@@ -1,7 +1,7 @@
 """Pseudo-labels: soft labels for unlabelled images, made from the predictions of trained models.
 
-An image is predicted only by models that were not trained on it, on another image of its patient or study, or on a
-near-duplicate of one of these, because a model may have memorised its training images.
+A model may have memorised its training images. A model therefore predicts no image that is a near-duplicate of a training
+image, and no image of a study or patient that has a training image or such a near-duplicate.
 """
 
 import logging
@@ -32,9 +32,9 @@ MODEL = ["model", "fold"]
 class Predictions:
     """Predictions of several study classifiers and detectors, in three tables.
 
-    `probabilities` has one row per image and classifier, with the columns image_id, model, fold, the four study classes and
-    none (NaN if the classifier lacks the output). `detections` has one row per predicted box; `coverage` has one row per
-    image and detector, even if no box was predicted (see `kitlib.tables` for their columns).
+    `probabilities` has one row per image and classifier, with the columns `image_id`, `model`, `fold`, the four study
+    classes, and `none` (NaN if the classifier does not predict it). `detections` has one row per predicted box. `coverage`
+    has one row per image and detector, even if no box was predicted. See `kitlib.tables` for the last two tables' columns.
     """
 
     probabilities: pd.DataFrame
@@ -46,11 +46,11 @@ class Predictions:
 class PseudoLabels:
     """Pseudo-labels as tables to train on, and a table of the images that got no pseudo-label.
 
-    `images` is an `images` table with two additional columns: `none`, the probability of "no opacity" as a soft target, and
-    `unsure`, True if a detector should not be trained on the image. `labels` has one row per study that a classifier has
-    predicted, with probabilities of the four study classes, which sum to 1. `boxes` is a `boxes` table, with the detectors'
-    findings and an additional column `score`. `left_out` lists the images without a pseudo-label in the columns image_id and
-    reason.
+    `images` has two columns in addition to those of an images table: `none`, the probability of "no opacity" as a soft
+    target, and `unsure`, True if detectors should not be trained on the image. `labels` has one row per study that a
+    classifier has predicted; the probabilities of its four study classes sum to 1. `boxes` has the fused boxes of the
+    detectors, with the additional column `score`. `left_out` has one row per image without a pseudo-label, with the columns
+    `image_id` and `reason`.
     """
 
     images: pd.DataFrame
@@ -70,8 +70,8 @@ def duplicate_groups(sources: Iterable[tuple[pd.DataFrame, XrayCache]], max_dist
     missing = [image_id for image_id, cache in caches.items() if image_id not in cache]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(caches)} images are not decoded; the first is {missing[0]}. Run notebook 10 again with "
-            "this version of kitlib"
+            f"{len(missing)} of {len(caches)} images are not in their cache; the first is {missing[0]!r}. Run notebook 10 "
+            "again with this version of kitlib"
         )
     hashes = [
         perceptual_hash(cache.read(image_id).pixels) for image_id, cache in tqdm(caches.items(), desc="near-duplicates")
@@ -87,15 +87,15 @@ def seen_by(
     groups: pd.DataFrame | None = None,
     extra: Iterable[pd.DataFrame] = (),
 ) -> pd.DataFrame:
-    """Find the images that each model must not predict; return a table with the columns image_id, model and fold.
+    """Find the images that each model must not predict; return a table with the columns `image_id`, `model` and `fold`.
 
-    The table has one row for each image in `images` and each model that must not predict it. `models` has one row per model,
-    with the columns model and fold. A model was trained on all images in `extra` (`images` tables), and on the images in
-    `trained` that the table `folds` assigns to another fold than the model's. The model must not predict an image if
+    The table has one row per model and forbidden image. `models` has one row per model, with the columns `model` and `fold`.
+    The training images of a model are all images in the tables `extra`, and those images in `trained` that `folds` assigns
+    to another fold than the model's. Of `images`, a model must not predict
 
-    - it was trained on this image, or on another image of its study or patient
-    - it was trained on a near-duplicate: an image of the same group in `groups` (columns image_id and group)
-    - it must not predict another image of the same study or patient
+    - training images, and other images of the study or patient of a training image
+    - near-duplicates of training images: images of the same group in `groups` (columns `image_id` and `group`)
+    - other images of a study or patient with an image that the model must not predict
     """
     fold_of = trained["image_id"].map(folds.set_index("id")["fold"])
     group = None if groups is None else groups.set_index("image_id")["group"]
@@ -124,12 +124,12 @@ def predict_unseen(
     batch_size: int | None = None,
     lungs: StoredLungs | LungSegmenter | None = None,
 ) -> Predictions:
-    """Predict each image with all models, except for the pairs of image and model in `seen`, a result of `seen_by`.
+    """Predict each image with every model. Pairs of image and model in `seen`, a result of `seen_by`, are skipped.
 
-    `models` has one row per model, with the columns model, fold and bundle (the folder of its bundle). `lungs` finds the
-    lungs for models that use lung masks; the number of images in which no lungs were found is logged. Raises ValueError if a
-    model uses lung masks and `lungs` is missing or from another segmenter, or if a model predicts neither study classes nor
-    boxes; BundleError if a bundle is damaged or contains a segmenter.
+    `models` has one row per model, with the columns `model`, `fold` and `bundle` (a folder). `lungs` finds the lungs for
+    models that use lung masks; the number of images in which no lungs were found is logged. Such models raise ValueError if
+    `lungs` is None or from another segmenter. A model that predicts neither study classes nor boxes raises ValueError. A
+    bundle that is damaged or contains a segmenter raises BundleError.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():
@@ -140,8 +140,8 @@ def predict_unseen(
             )
         if predictor.wants_masks and (lungs is None or lungs.segmenter != predictor.segmenter):
             raise ValueError(
-                f"{row.bundle} {'was trained with lungs of another segmenter or clean-up' if lungs else 'needs lung masks'}"
-                "; set lungs_run to the run of notebook 14 that it was trained with"
+                f"{row.bundle} {'was trained with masks of another segmenter or clean-up' if lungs else 'needs lung masks'}"
+                "; set 'lungs_run' to the run of notebook 14 that the model was trained with"
             )
         seen_ids = set(seen.loc[(seen["model"] == row.model) & (seen["fold"] == row.fold), "image_id"])
         unseen = [image_id for image_id in images["image_id"] if image_id not in seen_ids]
@@ -179,10 +179,10 @@ def pseudo_labels(
 ) -> PseudoLabels:
     """Fuse the predictions of several models for `images` into pseudo-labels, with the fusion settings `settings`.
 
-    Predictions for the pairs of image and model in `seen` (see `seen_by`) are ignored, and images without other predictions
-    get no pseudo-label. Fused boxes with a score of at least `kept` become boxes of the image. An image is `unsure` if no
-    detector has predicted it, or if its highest box score is at least `low` and less than `high`; a detector is not trained
-    on unsure images. The thresholds are for scores after fusion, which calibrates the detectors if `settings` says so.
+    Predictions of a model for an image are ignored if `seen` (see `seen_by`) lists the pair. An image without any remaining
+    prediction gets no pseudo-label. Fused boxes with a score of at least `kept` become boxes of the image. An image is
+    `unsure` if no detector has predicted it, or if its highest box score is at least `low` and less than `high`; a detector
+    is not trained on unsure images. `low`, `kept` and `high` are for scores after fusion and any calibration in `settings`.
 
     Raises ValueError unless 0 <= low <= kept <= high <= 1.
     """
@@ -213,7 +213,7 @@ def pseudo_labels(
     labels = studies[classes].div(studies[classes].sum(axis=1), axis=0)  # the fusion's negative share changes their sum
     labels.insert(0, "id", studies["study_id"])
     boxes = boxes_of_labelled[boxes_of_labelled["score"] >= kept]
-    logger.info("%d images labelled, %d left out, %d with unsure boxes", len(images), len(left_out), int(is_unsure.sum()))
+    logger.info("%d images got pseudo-labels (%d unsure), %d did not", len(images), int(is_unsure.sum()), len(left_out))
     return PseudoLabels(images, check_table(labels, "labels"), check_table(boxes, "boxes"), left_out)
 
 

@@ -77,7 +77,7 @@ class Elements:
     """The elements of one pydicom dataset, by keyword; a value is converted only when one of the methods reads it."""
 
     def __init__(self, dataset: Dataset, source: bytes = b""):
-        """Wrap `dataset`; `source` is the content of its file, from which values are read that pydicom has not loaded."""
+        """Wrap `dataset`. Values that pydicom has not loaded are read from `source`, the content of the DICOM file."""
         self.dataset, self.source = dataset, memoryview(source)
         self.unterminated = False  # whether the pixel data lacked their end
         self._elements = dict(dataset.items())
@@ -170,9 +170,9 @@ class Elements:
 def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements, str]:
     """Read a DICOM file; return its elements and its transfer syntax.
 
-    A file without a transfer syntax is read as uncompressed, with VR and byte order derived from its first element. Pixel
-    data are read only if `with_pixels`. Raises ValueError if the file is not regular or too large, OSError if it cannot be
-    opened, or any exception of pydicom if it is damaged.
+    A file without a transfer syntax is read as uncompressed; its first element decides between implicit and explicit VR and
+    between the byte orders. If not `with_pixels`, pixel data are read only from deflated files. Raises ValueError for a file
+    that is not regular or is too large, OSError if it cannot be opened. A damaged file may raise any exception of pydicom.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -238,11 +238,11 @@ def parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
 
 
 def _inflate(raw: bytes) -> bytes:
-    """Return `raw`, the content of a DICOM file, inflated if the file is deflated, otherwise unchanged.
+    """Return the content `raw` of a DICOM file, inflated if the file is deflated.
 
     The inflated content is the dataset without the meta group, in Explicit VR Little Endian, as the standard requires.
-    pydicom would inflate without a limit, to up to a thousand times the file's size. Raises ValueError if the result exceeds
-    MAX_FILE_BYTES or the meta group has no length.
+    pydicom would inflate a file without a limit, up to a thousandfold. Raises ValueError if the inflated content exceeds
+    MAX_FILE_BYTES, or if the meta group of a deflated file does not state its length.
     """
     if DeflatedExplicitVRLittleEndian.encode() not in raw[:2048]:
         return raw

@@ -20,7 +20,7 @@ class PackedEntries:
         try:
             self._places = _find_members(path)  # offset and size of each file's content, by name
         except (OSError, ValueError) as error:
-            raise CacheError(f"{path} cannot be read: {error}; prepare the run again, or copy it again") from error
+            raise CacheError(f"{path} cannot be read: {error}; copy the file again, or prepare the run again") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._places

@@ -177,7 +177,7 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
             {"steps": {"x": {"command": ["true"], "minutes": -1}}},
             "Step.minutes is -1; expected a finite number of at least 0",
         ),
-        ({"steps": {"x": [1]}}, "step x: Step must be a mapping of its fields, got [1]"),
+        ({"steps": {"x": [1]}}, "step x: Step must be a mapping from field names to values, got [1]"),
         ({"defaults": {"10_prepare": [1]}}, "defaults of 10_prepare: expected a mapping of a step's fields, got [1]"),
         ({"steps": {"x": {"notebook": ["10_prepare"]}}}, "step x: Step.notebook is ['10_prepare']; expected a string"),
     ],

@@ -79,7 +79,7 @@ def test_a_passed_confidence_is_used(small):
     assert confidence == 0.4
     row = heidelberg_table({"mine": mine}, images, labels, boxes, confidences={"mine": 0.7}).loc["mine"]
     assert row[["confidence", "recall", "precision", "precision_all"]].tolist() == pytest.approx([0.7, 0.5, 1, 2 / 3])
-    with pytest.raises(ValueError, match="'mine' needs an entry in confidences"):
+    with pytest.raises(ValueError, match="'mine' is not in `confidences`"):
         heidelberg_table({"mine": mine}, images, labels, boxes)
 
 
@@ -96,7 +96,7 @@ def test_the_halves_of_a_single_folds_patients_choose_for_each_other(small):
     # Images of one patient are in the same half, so that a single patient leaves none to choose on.
     table = heidelberg_table({"mine": mine}, images.head(2), labels, boxes, folds)
     with pytest.raises(
-        RunError, match=r"lacks values \(mine: confidence, f1, recall, precision, precision_all\): the images"
+        RunError, match=r"lacks values \(mine: confidence, f1, recall, precision, precision_all\)\. The images"
     ):
         check_filled(table)
 
@@ -163,10 +163,10 @@ def test_the_published_rows_are_the_reports_tables(small):
 
 def test_an_image_outside_the_folds_or_a_study_without_a_label_is_named(small):
     images, labels, boxes, folds, detections = small
-    with pytest.raises(ValueError, match="image d is in no fold"):
+    with pytest.raises(ValueError, match="image 'd' is not in `folds`"):
         heidelberg_table({"mine": answer(detections, images)}, images, labels, boxes, folds.head(3))
     studies = images[["study_id"]].assign(**dict.fromkeys(STUDY_CLASSES, 0.25), prior=False)
-    with pytest.raises(ValueError, match="study v has a prediction but no label"):
+    with pytest.raises(ValueError, match="study 'v' has a prediction but no label"):
         heidelberg_table({"mine": answer(detections, images, studies)}, images, labels.head(3), boxes, folds)
 
 

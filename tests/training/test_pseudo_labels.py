@@ -100,7 +100,7 @@ def test_near_duplicates_are_found_across_two_caches():
     theirs = images_of(("theirs", "t", "q"), ("else", "u", "r")), Cache(theirs=copy, **{"else": other})
     groups = duplicate_groups([mine, theirs]).set_index("image_id")["group"]
     assert groups["mine"] == groups["theirs"] != groups["else"]
-    with pytest.raises(ValueError, match="1 of 3 images are not decoded; the first is mine"):
+    with pytest.raises(ValueError, match="1 of 3 images are not in their cache; the first is 'mine'"):
         duplicate_groups([(mine[0], Cache()), theirs])
 
 
@@ -227,10 +227,10 @@ def test_models_of_a_segmenters_lungs_require_them_and_others_do_not(tmp_path, c
         save_bundle(tmp_path / name, network.state_dict(), record | changes)
     models = pd.DataFrame({"model": ["crops", "whole"], "fold": 0, "bundle": [tmp_path / "crops", tmp_path / "whole"]})
     images, seen = small.images, empty_table("coverage")
-    with pytest.raises(ValueError, match=r"crops needs lung masks; set lungs_run"):
+    with pytest.raises(ValueError, match=r"crops needs lung masks; set 'lungs_run'"):
         predict_unseen(models, images, small, seen)
     other = models.head(1).assign(model="other", bundle=tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other was trained with lungs of another segmenter or clean-up; set lungs_run"):
+    with pytest.raises(ValueError, match=r"other was trained with masks of another segmenter or clean-up; set 'lungs_run'"):
         predict_unseen(other, images, small, seen, lungs=lungs)
     assert len(predict_unseen(models.tail(1), images, small, seen).probabilities) == 8
     with caplog.at_level("INFO"):
