@@ -259,7 +259,8 @@ class XrayCache:
     def _checked(self, outcome: Outcome) -> Outcome:
         """Return `outcome`, or a failed Outcome if `only_projections` is set and the image is not a projection X-ray."""
         other = next((warning for warning in outcome.warnings if warning.startswith(NOT_AN_XRAY)), "")
-        return Outcome(outcome.image_id, "failed", other) if self.only_projections and other else outcome
+        refused = Outcome(outcome.image_id, "failed", other, seconds=outcome.seconds)
+        return refused if self.only_projections and other else outcome
 
     def _check_images(self, images: pd.DataFrame) -> tuple[list[str], list[str]]:
         """Return the image ids and the paths in `images`. Raises ValueError if a column is missing or an id occurs twice."""

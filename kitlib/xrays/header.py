@@ -186,12 +186,14 @@ def read_elements(path: str | Path, with_pixels: bool = True) -> tuple[Elements,
                 return parse(file)
     # A damaged element may state a huge length. Reading from memory stops at the end of the data, but reading from a file
     # first allocates the stated length.
-    source = _inflate(Path(path).read_bytes())
+    raw = Path(path).read_bytes()
+    source = _inflate(raw)
+    is_deflated = source is not raw
     if unterminated := is_unterminated(source):
         source += DELIMITER  # without it, pydicom reads no pixel data at all
     elements, syntax = parse(BytesIO(source), source)
     elements.unterminated = unterminated
-    return elements, syntax
+    return elements, DeflatedExplicitVRLittleEndian if is_deflated else syntax
 
 
 def header_of(elements: Elements, transfer_syntax: str) -> XrayHeader:

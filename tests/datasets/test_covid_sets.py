@@ -1,8 +1,6 @@
 """COVIDx, COVIDGR-1.0, MIDRC-RICORD-1C and BIMCV-COVID19, on small layouts written by the tests."""
 
-import base64
 import json
-import random
 
 import cv2
 import numpy as np
@@ -230,74 +228,6 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
         read_bimcv(tmp_path / "in", progress=False)
 
 
-HEADER = {
-    "00080060": {"vr": "CS", "Value": ["CR"]},
-    "00280004": {"vr": "CS", "Value": ["MONOCHROME1"]},
-    "00280101": {"vr": "US", "Value": [12]},
-    "00281050": {"vr": "DS", "Value": [1800]},
-    "00281051": {"vr": "DS", "Value": ["2500"]},
-}
-CURVE = (np.linspace(0, 1, 4096) ** 0.5 * 65535).astype(np.uint16)
-LUT = {
-    "00283002": {"vr": "US", "Value": [4096, 0, 16]},
-    "00283006": {"vr": "OW", "InlineBinary": base64.b64encode(CURVE.tobytes()).decode()},
-}
-
-
-@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-@pytest.mark.parametrize("lut", [None, LUT, LUT | {"00283006": {"vr": "US", "Value": CURVE.tolist()}}])
-def test_a_16_bit_png_is_shown_as_its_json_header_says(tmp_path, photometric, lut):
-    stored = np.random.default_rng(5).integers(0, 4096, (40, 30)).astype(np.uint16)
-    header = HEADER | {"00280004": {"vr": "CS", "Value": [photometric]}}
-    header |= {"00283010": {"vr": "SQ", "Value": [lut]}} if lut else {}
-    cv2.imwrite(str(tmp_path / "x.png"), stored)
-    (tmp_path / "x.json").write_text(json.dumps(header))
-    # PS3.3 C.11.2.1.2.1 for centre 1800 and width 2500; a LUT goes before a window.
-    shown = CURVE[stored].astype(float) if lut else ((stored - 1799.5) / 2499 + 0.5).clip(0, 1) * 4095
-    shown = shown.max() - shown if photometric == "MONOCHROME1" else shown
-    expected = (shown - shown.min()) / (shown.max() - shown.min()) * 255
-    xray = decode_image(tmp_path / "x.png")
-    assert np.abs(xray.pixels - (expected - 0.5)).max() <= 0.6 and xray.warnings == ()
-    # An 8-bit PNG has been converted for display, and is shown as it is.
-    eight = (stored >> 4).astype(np.uint8)
-    cv2.imwrite(str(tmp_path / "x.png"), eight)
-    np.testing.assert_array_equal(decode_image(tmp_path / "x.png").pixels, eight)
-
-
-def test_bits_range_and_modality_of_a_json_header(tmp_path):
-    stored = np.random.default_rng(6).integers(100, 2**14, (40, 30)).astype(np.uint16)
-    cv2.imwrite(str(tmp_path / "x.png"), stored)
-    header = HEADER | {"00281051": {"vr": "DS"}, "00080060": {"vr": "CS", "Value": ["CT"]}}  # no width, so no window
-    (tmp_path / "x.json").write_text(json.dumps(header))
-    xray = decode_image(tmp_path / "x.png")
-    span = stored.max() - stored.min()
-    np.testing.assert_array_equal(xray.pixels, ((stored.max() - stored) / span * 255).astype(np.uint8))
-    assert xray.warnings == (
-        "not a projection X-ray: Modality CT",
-        f"BitsStored is 12, but values reach {stored.max()}; all 16 bits are used",
-    )
-
-
-def test_damaged_json_headers_cost_no_image(tmp_path):
-    """Whatever a damaged header states, the image is decoded, as it says or without it."""
-    chance = random.Random(0)
-    stored = np.random.default_rng(8).integers(0, 4096, (12, 10)).astype(np.uint16)
-    cv2.imwrite(str(tmp_path / "x.png"), stored)
-    values = [0, 20000, 40000, 65535]  # of the stored values 2046 to 2049, so that half of the image is black
-    lut = {"00283002": {"vr": "US", "Value": [4, 2046, 16]}, "00283006": {"vr": "US", "Value": values}}
-    whole = json.dumps(HEADER | {"00283010": {"vr": "SQ", "Value": [lut]}, "00280120": {"vr": "US", "Value": [0]}}).encode()
-    ignored = 0
-    for _ in range(300):
-        damaged = bytearray(whole)
-        for _ in range(chance.choice([1, 1, 2, 4])):
-            damaged[chance.randrange(len(damaged))] = chance.choice(b'0123456789"[]{}:,xUSQ-e.\xff')
-        (tmp_path / "x.json").write_bytes(damaged)
-        xray = decode_image(tmp_path / "x.png")
-        ignored += any("header in the JSON file is ignored" in warning for warning in xray.warnings)
-        assert xray.pixels.shape == (12, 10) and xray.pixels.max() > 200
-    assert 50 < ignored < 290
-
-
 @pytest.mark.parametrize(
     "text",
     ["{", "[]", "{}", '{"00280004": 5}', '{"00280101": {"vr": "US", "Value": ["x"]}}', '{"a": 1}', "[" * 100_000, "\udcff"],
@@ -330,5 +260,5 @@ def test_an_invalid_json_header_is_a_fault_and_is_ignored(tmp_path, text):
     if text == "{":
         assert cache.fill(images, workers=1).status.tolist() == ["decoded"]
         assert cache.fill(images, workers=1).status.tolist() == ["cached"]
-        path.with_suffix(".json").write_text(json.dumps(HEADER))
+        path.with_suffix(".json").write_text('{"00280101": {"vr": "US", "Value": [12]}}')
         assert cache.fill(images, workers=1).status.tolist() == ["decoded"]

@@ -76,14 +76,17 @@ def test_a_packed_cache_is_one_file_and_reads_and_goes_on_alike(tmp_path, monkey
     with pytest.raises(KeyError, match="no image 'image3'"):
         again.read("image3")
     assert again.fill(images, workers=1).status.tolist() == ["cached", "cached", "cached", "decoded"]
+    # Images decoded later are kept for this archive, and not used for another one.
+    assert XrayCache(tmp_path / "cache", longest_side=45).folder == again.folder
     both = XrayCache(again.pack().parent, longest_side=45)
+    assert both.folder != again.folder
     assert all(image_id in both for image_id in images.image_id)
     np.testing.assert_array_equal(both.read("image0").pixels, before["image0"].pixels)
 
 
-@pytest.mark.parametrize("length", [87, 88, 89, 187])
+@pytest.mark.parametrize("length", [87, 88, 89, 187, 200])
 def test_long_names_survive_packing(tmp_path, length):
-    """With the suffix, 88 characters are 100, the most that a plain tar header holds."""
+    """With the suffix, 88 characters are 100, the most that a plain tar header holds; 200 are the most for an image_id."""
     cache = XrayCache(tmp_path, 8)
     for number, name in enumerate(("a" * length, "b", "é" * (length // 2))):
         cache.put(CachedXray(name, np.full((2, number + 1), number, np.uint8), 20, 10))
@@ -144,6 +147,9 @@ def test_fill_read_resume_and_notice_changes(tmp_path):
     write_images(tmp_path, 1, rows=30)  # another image in the place of the first
     again = cache.fill(images, workers=1).set_index("image_id")
     assert again.status.tolist() == ["decoded", "cached", "cached", "failed", "cached"]
+    assert ((again.seconds > 0) == (again.status != "cached")).all() and again.seconds.between(0, 60).all()
+    failed = again.loc["image3"]
+    assert (failed["rows"], failed["columns"], failed["warnings"]) == (0, 0, ())
     assert (again.rows["image1"], again["columns"]["image1"]) == (90, 60)
     assert cache.read("image0").rows == 30
 

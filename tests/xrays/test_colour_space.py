@@ -25,6 +25,7 @@ YCBCR = (RGB @ TO_YCBCR.T + [0, 128, 128]).round().clip(0, 255).astype(np.uint8)
 LUMA = RGB @ TO_YCBCR[0]
 JFIF = b"\xff\xe0\x00\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 ADOBE = {name: b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + bytes([number]) for name, number in (("RGB", 0), ("YCC", 1))}
+COMMENT = b"\xff\xfe\x00\x04hi"
 SHORT = b"\xff\xee\x00\x0cAdobe\0\0\0\0\0"  # ends before its transform; pydicom's SC_rgb_jpeg.dcm has it
 
 
@@ -60,6 +61,7 @@ def write(path, frame, syntax, photometric="RGB"):
     [
         # The Adobe marker goes before ids and header.
         ("RGB", ADOBE["RGB"], b"RGB", "RGB", False),
+        ("RGB", JFIF + COMMENT + ADOBE["RGB"], (1, 2, 3), "RGB", False),
         ("RGB", ADOBE["RGB"], (1, 2, 3), "YBR_FULL", True),
         ("YCC", ADOBE["YCC"], b"RGB", "RGB", True),
         ("YCC", ADOBE["YCC"], (1, 2, 3), "YBR_FULL", False),
@@ -88,7 +90,7 @@ def test_the_markers_of_a_jpeg_decide_before_the_header(
     assert xray.warnings == ((warning,) if warned else ())
 
 
-@pytest.mark.parametrize("marker", [b"", JFIF, ADOBE["RGB"], ADOBE["YCC"]])
+@pytest.mark.parametrize("marker", [b"", JFIF, ADOBE["RGB"], ADOBE["YCC"], COMMENT + ADOBE["YCC"], JFIF + ADOBE["YCC"]])
 @pytest.mark.parametrize("ids", [(1, 2, 3), (0, 1, 2), tuple(b"RGB")])
 @pytest.mark.parametrize("photometric", ["RGB", "YBR_FULL"])
 def test_a_grey_x_ray_saved_as_rgb_keeps_its_greys_whatever_the_markers_say(tmp_path, marker, ids, photometric):

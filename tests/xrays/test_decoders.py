@@ -122,6 +122,10 @@ def test_codestream_headers(tmp_path):
         # imagecodecs writes JPEG-LS with the precision of the dtype.
         assert header.precision == (16 if syntax == JPEGLSLossless else 12)
         assert header.has_end_marker
+        # Before a JPEG's marker there may be any number of bytes FF, before a JPEG 2000's codestream boxes of a JP2 file.
+        boxes = b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100)
+        padded = boxes + frame if syntax == JPEG2000Lossless else frame[:2] + b"\xff\xff" + frame[2:]
+        assert read_frame_header(padded, syntax) == header
 
 
 def test_progressive_frames_and_tiny_blocks_are_refused(tmp_path):
@@ -137,3 +141,14 @@ def test_progressive_frames_and_tiny_blocks_are_refused(tmp_path):
     frame[style + 10 : style + 12] = b"\0\0"  # code-blocks of 4 x 4
     with pytest.raises(ValueError, match="8000 x 8000 pixels has more than 1048576 blocks"):
         read_frame_header(bytes(frame), JPEG2000Lossless)
+    # Blocks are no larger than precincts, whose sizes follow for each resolution, the full one last (ITU-T T.800 A.6.1).
+    frame[style + 10 : style + 12] = b"\4\4"
+    frame[style + 4] |= 1
+    levels = frame[style + 9]
+    for small, size in ((0x22, "4 x 4"), (0x23, "8 x 4"), (0x32, "4 x 8")):  # exponents of height and width
+        stated = bytearray(frame)
+        stated[style + 14 : style + 14] = bytes([small] * levels + [0x88])
+        assert read_frame_header(bytes(stated), JPEG2000Lossless).rows == 8000
+        stated[style + 14 : style + 15 + levels] = bytes([0x88] * levels + [small])
+        with pytest.raises(ValueError, match=f"blocks of {size}"):
+            read_frame_header(bytes(stated), JPEG2000Lossless)

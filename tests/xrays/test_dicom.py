@@ -4,6 +4,7 @@ import csv
 import hashlib
 import random
 import struct
+from itertools import product
 
 import numpy as np
 import pytest
@@ -139,6 +140,58 @@ def test_lut_sequences_equal_the_float_recipe(tmp_path, syntax, photometric):
         np.testing.assert_array_equal(read_xray(path), recipe(path))
 
 
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(
+    ("entries", "bits", "kind"),
+    [
+        (np.arange(65536)[::-1], 16, "u2"),  # the descriptor holds 0 for 65,536 entries
+        (np.arange(4096)[::-1] // 16, 8, "u2"),
+        (np.arange(256)[::-1], 8, "u2"),
+    ],
+    ids=["65536 entries", "4096 entries of 8 bits", "256 entries of 8 bits"],
+)
+def test_a_lut_of_any_length_and_byte_order_is_applied(tmp_path, syntax, entries, bits, kind):
+    stored = RNG.integers(0, len(entries), (48, 40)).astype("u2")
+    (item,) = lut(0, entries, bits)
+    item.add_new("LUTData", "OW", entries.astype((">" if syntax == ExplicitVRBigEndian else "<") + kind).tobytes())
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, syntax, extra={"VOILUTSequence": [item]}))
+    shown = entries[stored] - entries[stored].min()
+    np.testing.assert_array_equal(xray.pixels, (shown / shown.max() * 255).astype(np.uint8))
+    assert xray.warnings == ()
+
+
+@pytest.mark.parametrize("length", [256, 255, 4096])
+def test_a_lut_may_have_two_entries_of_8_bits_in_a_word(tmp_path, length):
+    entries = np.arange(length)[::-1].astype(np.float64) * 255 // length
+    stored = RNG.integers(0, length, (48, 40)).astype("u2")
+    (item,) = lut(0, entries, 8)
+    item.add_new("LUTData", "OW", entries.astype("u1").tobytes() + b"\0" * (length % 2))
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, extra={"VOILUTSequence": [item]}))
+    shown = entries[stored] - entries[stored].min()
+    np.testing.assert_array_equal(xray.pixels, (shown / shown.max() * 255).astype(np.uint8))
+    assert xray.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("center", "width", "function"),
+    [("128", "1", None), ("128", "1", "linear"), ("127.5", "0.25", "LINEAR_exact"), ("127.5", "0.001", "Sigmoid")],
+)
+def test_the_narrowest_windows_split_the_values_in_two(tmp_path, center, width, function):
+    """PS3.3 C.11.2.1.2: LINEAR has at least width 1, the other functions any width above 0; centre 128 splits at 127.5."""
+    ramp = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    xray = decode_xray(write(tmp_path / "x.dcm", ramp, window=(center, width), voi_function=function))
+    np.testing.assert_array_equal(xray.pixels, np.where(ramp < 128, 0, 255))
+    assert xray.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"])
+def test_half_of_a_transform_is_none(tmp_path, name):
+    ramp = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    xray = decode_xray(write(tmp_path / "x.dcm", ramp, extra={name: "-2"}))
+    np.testing.assert_array_equal(xray.pixels, ramp)
+    assert xray.warnings == ()
+
+
 def test_closed_form_of_a_ramp(tmp_path):
     """A ramp 0..255 keeps its values; MONOCHROME1 inverts it once, whatever PresentationLUTShape says."""
     ramp = np.arange(256, dtype=np.uint8).reshape(8, 32)
@@ -229,13 +282,14 @@ def test_a_short_lut_is_ignored(tmp_path):
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
 def test_bits_above_bits_stored_do_not_count_in_signed_values_and_beside_overlays(tmp_path, syntax):
-    for dtype, extra in (("i2", {}), ("u2", {"OverlayBitPosition": 12})):
+    # Overlays are in the groups 6000, 6002, ... 601E.
+    for dtype, overlay in (("i2", None), ("u2", 0x60000102), ("u2", 0x601E0102)):
         clean = image(dtype, 12)
         dirty = ((clean.view("u2") & 0x0FFF) | (RNG.integers(0, 16, clean.shape) << 12).astype("u2")).view(clean.dtype)
         path = write(tmp_path / "x.dcm", dirty, syntax, bits_stored=12)
-        if extra:
+        if overlay:
             dataset = dcmread(path)
-            dataset.add_new(0x60000102, "US", 12)
+            dataset.add_new(overlay, "US", 12)
             dataset.save_as(path)
         np.testing.assert_array_equal(read_stored_values(path), clean)
         np.testing.assert_array_equal(read_xray(path), recipe(path))
@@ -259,7 +313,11 @@ def test_a_constant_image_is_black(tmp_path, photometric):
 def test_missing_tags_and_missing_preamble(tmp_path):
     ramp = np.arange(256, dtype=np.uint8).reshape(8, 32)
     absent = dict.fromkeys(["BitsStored", "HighBit", "PixelRepresentation", "SamplesPerPixel", "BitsAllocated"])
-    np.testing.assert_array_equal(read_xray(write(tmp_path / "a.dcm", ramp, extra=absent)), ramp)
+    for stored in (ramp, ramp.astype(np.uint16) * 257):  # 16 bits are recognised by the length, or by the frame's precision
+        for syntax in (ExplicitVRLittleEndian, JPEGLosslessSV1):
+            xray = decode_xray(write(tmp_path / "a.dcm", stored, syntax, extra=absent))
+            np.testing.assert_array_equal(xray.pixels, ramp)
+            assert xray.warnings == ()
     for syntax in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         path = write(tmp_path / "b.dcm", ramp, syntax)
         whole = path.read_bytes()
@@ -274,10 +332,11 @@ def test_bytes_after_the_pixels_are_ignored(tmp_path):
     """One SIIM file has 216,296 bytes after its pixels; more than a tenth shows that the header is wrong."""
     stored = RNG.integers(0, 4096, (1200, 1000), dtype="u2")
     plain = write(tmp_path / "plain.dcm", stored, bits_stored=12)
-    padded = write(tmp_path / "padded.dcm", stored, bits_stored=12, extra={"PixelData": stored.tobytes() + b"\7" * 216_296})
-    xray = decode_xray(padded)
-    np.testing.assert_array_equal(xray.pixels, read_xray(plain))
-    assert xray.warnings == ("the pixel data have 216296 bytes more than the header describes; they are ignored",)
+    for extra in (2, 216_296):
+        pixels = {"PixelData": stored.tobytes() + b"\7" * extra}
+        xray = decode_xray(write(tmp_path / "padded.dcm", stored, bits_stored=12, extra=pixels))
+        np.testing.assert_array_equal(xray.pixels, read_xray(plain))
+        assert xray.warnings == (f"the pixel data have {extra} bytes more than the header describes; they are ignored",)
     wrong = {"half": {"Rows": 600}, "fewer": {"Columns": 800}, "bits": {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}}
     for name, extra in wrong.items():
         path = write(tmp_path / f"{name}.dcm", stored, bits_stored=12, extra=extra)
@@ -294,15 +353,20 @@ def test_odd_sized_8_bit_big_endian_words(tmp_path):
     dataset.add_new("PixelData", "OW", padded.view("u2").byteswap().tobytes())
     dataset.save_as(path)
     np.testing.assert_array_equal(read_stored_values(path), stored)
+    assert decode_xray(path).warnings == ()  # the byte that makes their number even is no surplus
 
 
 def test_colour_becomes_luma_and_frames_become_the_first(tmp_path):
     colour = RNG.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    extra = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PixelData": colour.tobytes()}
-    path = write(tmp_path / "c.dcm", colour[..., 0], photometric="RGB", extra=extra)
-    luma = (colour @ [0.299, 0.587, 0.114]).round()
-    expected = (luma - luma.min()) / (luma.max() - luma.min()) * 255
-    assert np.abs(read_xray(path) - expected).max() <= 2
+    luma = {"RGB": (colour @ [0.299, 0.587, 0.114]).round(), "YBR_FULL": colour[..., 0].astype(float)}
+    by_plane = colour.transpose(2, 0, 1)
+    for photometric, planar, syntax in product(luma, (0, 1), NATIVE):
+        pixels = (by_plane if planar else colour).tobytes()
+        extra = {"SamplesPerPixel": 3, "PlanarConfiguration": planar, "PixelData": pixels}
+        path = write(tmp_path / "c.dcm", colour[..., 0], syntax, photometric=photometric, extra=extra)
+        np.testing.assert_array_equal(read_stored_values(path), colour)
+        expected = luma[photometric] - luma[photometric].min()
+        assert np.abs(read_xray(path) - expected / expected.max() * 255).max() <= 2
     frames = RNG.integers(0, 256, (3, 4, 6), dtype=np.uint8)
     path = write(tmp_path / "f.dcm", frames[0], extra={"NumberOfFrames": "3", "PixelData": frames.tobytes()})
     np.testing.assert_array_equal(read_stored_values(path), frames[0])

@@ -52,3 +52,24 @@ def test_short_limits_leave_each_file_five_seconds():
 
 def test_files_never_get_more_than_the_longest_limit():
     assert decode([1.0] * 20, longest_s=2.0)[0].lowest_s == 2.0
+
+
+def test_without_files_there_is_a_limit():
+    assert decode([])[0].next_limit() == 20.0
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "limit_s"),
+    [
+        ({"failed": 4.0}, 5.0),  # files that fail say nothing about the machine
+        ({"decoded": 1.0}, 10.0),  # ten times what they take
+        ({"cached": 0.0, "decoded": 1.0}, 10.0),
+    ],
+)
+def test_only_decoded_files_tell_what_usual_files_take(outcomes, limit_s):
+    # A tenth of 200 s in two processes, and of that a tenth, would be 4 s for a file.
+    limits = FileLimits(20.0, 200.0, 2, 10)
+    for status, seconds in outcomes.items():
+        for number in range(10):
+            limits.count(Outcome(str(number), status, seconds=seconds))
+    assert limits.next_limit() == limit_s

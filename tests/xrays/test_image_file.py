@@ -76,6 +76,21 @@ def test_a_jpeg_is_close_and_colour_becomes_luma(tmp_path):
     assert np.abs(decode_image(tmp_path / "red.jpg").pixels.astype(int) - round(0.299 * 255)).max() <= 2
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_pixels_are_not_turned_as_exif_says(tmp_path, suffix, orientation):
+    """Boxes are in the pixels of the file, and so is its size."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{suffix}"
+    blocks = np.kron(GREY[::16, ::16], np.ones((16, 16), np.uint8))
+    Image.fromarray(blocks).save(path, exif=exif, quality=100)
+    assert Image.open(path).getexif()[0x0112] == orientation
+    pixels = decode_image(path).pixels
+    assert pixels.shape == image_size(path) == (48, 64)
+    assert np.abs(pixels.astype(int) - blocks).max() <= 2
+
+
 @pytest.mark.parametrize("length", [0, 4, 20, 40, 400, -20])
 def test_a_truncated_file_is_unreadable(tmp_path, length):
     Image.fromarray(GREY).save(tmp_path / "a.png")

@@ -111,7 +111,8 @@ def test_the_window_and_the_padding_of_32_bit_integers(tmp_path):
 @pytest.mark.parametrize(
     ("keyword", "vr", "dtype", "scale"), [("FloatPixelData", "OF", "f4", 1e-6), ("DoubleFloatPixelData", "OD", "f8", 1e200)]
 )
-def test_float_pixels(tmp_path, syntax, keyword, vr, dtype, scale):
+@pytest.mark.parametrize("limited", [False, True])
+def test_float_pixels(tmp_path, syntax, keyword, vr, dtype, scale, limited):
     values = (RNG.normal(0, scale, (24, 20))).astype(dtype)
     path = write_pixels(tmp_path / "x.dcm", values, keyword, vr, 8 * values.itemsize, syntax)
     np.testing.assert_array_equal(read_stored_values(path), values)
@@ -120,11 +121,13 @@ def test_float_pixels(tmp_path, syntax, keyword, vr, dtype, scale):
     assert xray.warnings == ()
     broken = values.copy()
     broken[0, :3] = np.nan, np.inf, -np.inf
-    broken[1] = padding = 7 * np.dtype(dtype).type(scale)
+    broken[1] = np.linspace(7, 9 if limited else 7, 20) * scale
     path = write_pixels(tmp_path / "y.dcm", broken, keyword, vr, 8 * values.itemsize, syntax)
     dataset = dcmread(path)
     prefix = keyword.removesuffix("Data")
-    dataset.add_new(f"{prefix}PaddingValue", "FL" if dtype == "f4" else "FD", float(padding))
+    dataset.add_new(f"{prefix}PaddingValue", "FL" if dtype == "f4" else "FD", float(broken[1, -1]))
+    if limited:
+        dataset.add_new(f"{prefix}PaddingRangeLimit", "FL" if dtype == "f4" else "FD", float(broken[1, 0]))
     dataset.save_as(path)
     xray = decode_xray(path)
     assert not xray.pixels[0, :3].any() and not xray.pixels[1].any()

@@ -47,7 +47,8 @@ def test_a_cache_of_projections_refuses_other_modalities(tmp_path):
         path = tmp_path / f"{name}.dcm"
         write_xray(path, RAMP, transfer_syntax=ExplicitVRLittleEndian, extra={"Modality": name})
     images = pd.DataFrame({"image_id": ["CT", "DX"], "path": [str(tmp_path / f"{name}.dcm") for name in ("CT", "DX")]})
-    for only_projections, status in ((True, "failed"), (False, "cached"), (True, "failed")):
+    for number, (only_projections, status) in enumerate(((True, "failed"), (False, "cached"), (True, "failed"))):
         table = XrayCache(tmp_path / "c", 32, only_projections).fill(images, workers=1).set_index("image_id")
+        assert ((table.seconds > 0) == (number == 0)).all()  # a refused file has taken its time
         assert table.status["CT"] == status and table.status["DX"] in ("decoded", "cached")
         assert "not a projection X-ray: Modality CT" in (table.reason["CT"], *table.warnings["CT"])

@@ -1,6 +1,5 @@
 """DICOM files whose header contradicts their pixel data: the right picture, or a refusal, and a warning that says so."""
 
-import cv2
 import numpy as np
 import pydicom
 import pytest
@@ -36,11 +35,11 @@ def write(path, stored=STORED, syntax=ExplicitVRLittleEndian, bits=12, **element
     return path
 
 
-def add_padding(path, value, limit=None):
+def add_padding(path, value, limit=None, vr="US"):
     dataset = pydicom.dcmread(path)
-    dataset.add_new("PixelPaddingValue", "US", value)
+    dataset.add_new("PixelPaddingValue", vr, value)
     if limit is not None:
-        dataset.add_new("PixelPaddingRangeLimit", "US", limit)
+        dataset.add_new("PixelPaddingRangeLimit", vr, limit)
     dataset.save_as(path)
 
 
@@ -49,10 +48,25 @@ def stretched(values):
     return (values / values.max() * 255).astype(np.uint8)
 
 
-def test_left_aligned_values_are_shifted_to_high_bit(tmp_path):
-    xray = decode_xray(write(tmp_path / "x.dcm", STORED << 4, bits=16, BitsStored=12, HighBit=15))
-    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
-    assert xray.warnings == ()
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+@pytest.mark.parametrize(
+    ("signed", "padding"),
+    # The last but one has bits below the shifted value, the others have not.
+    [(False, None), (True, None), (False, 0xFFF0), (False, 0xFFFF), (True, -32768)],
+)
+def test_left_aligned_values_are_shifted_to_high_bit(tmp_path, syntax, signed, padding):
+    stored = RNG.integers(*((-2000, 2000) if signed else (0, 4000)), (48, 40)).astype("i2" if signed else "u2")
+    written = stored << 4
+    if padding is not None:
+        written[:8] = padding
+    path = write(tmp_path / "x.dcm", written, syntax, bits=16, BitsStored=12, HighBit=15)
+    first = 0
+    if padding is not None:
+        add_padding(path, padding, vr="SS" if signed else "US")
+        first = 8
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels[first:], stretched(stored[first:]))
+    assert not xray.pixels[:first].any() and xray.warnings == ()
 
 
 def test_an_impossible_high_bit_is_ignored(tmp_path):
@@ -112,15 +126,31 @@ def test_the_frames_bytes_decide_between_compressed_syntaxes(tmp_path):
             assert len(xray.warnings) == (actual != stated)
 
 
-def test_plain_pixels_under_a_compressed_syntax_are_read_as_plain(tmp_path):
-    path = write(tmp_path / "x.dcm")
-    dataset = pydicom.dcmread(path)
-    dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
-    dataset["PixelData"].is_undefined_length = False
+ODD = STORED[:5, :7].astype(np.uint8)  # 35 bytes, so that the element has one more
+
+
+def write_plain_as_compressed(path, stored, **elements):
+    """Write uncompressed pixels, and state the transfer syntax RLE Lossless, 1.2.840.10008.1.2.5."""
+    write(path, stored, bits=min(12, 8 * stored.itemsize), **elements)
     path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
-    xray = decode_xray(path)
-    np.testing.assert_array_equal(xray.pixels, stretched(STORED))
-    assert "contradicts the pixel data, which are decoded as 1.2.840.10008.1.2.1" in xray.warnings[0]
+    return path
+
+
+@pytest.mark.parametrize("stored", [STORED, ODD], ids=["even", "odd"])
+def test_plain_pixels_under_a_compressed_syntax_are_read_as_plain(tmp_path, stored):
+    xray = decode_xray(write_plain_as_compressed(tmp_path / "x.dcm", stored))
+    np.testing.assert_array_equal(xray.pixels, stretched(stored))
+    (warning,) = xray.warnings
+    assert "contradicts the pixel data, which are decoded as 1.2.840.10008.1.2.1" in warning
+
+
+@pytest.mark.parametrize("stored", [STORED, ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("added", [-2, 2])
+def test_pixels_of_another_length_under_a_compressed_syntax_are_refused(tmp_path, stored, added):
+    content = stored.tobytes() + b"\0" * (stored.size % 2) + b"\0\0"
+    path = write_plain_as_compressed(tmp_path / "x.dcm", stored, PixelData=content[: len(content) - 2 + added])
+    with pytest.raises(UnreadableXray, match=r"1\.2\.840\.10008\.1\.2\.5 contradicts the uncompressed pixel data"):
+        read_xray(path)
 
 
 def test_compressed_pixels_under_a_plain_syntax_are_decoded(tmp_path):
@@ -144,11 +174,13 @@ def test_an_unknown_frame_under_a_plain_syntax_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
-@pytest.mark.parametrize(("value", "limit"), [(65535, None), (0, None), (65000, 65535)])
+@pytest.mark.parametrize(("value", "limit"), [(65535, None), (0, None), (65000, 65535), (65535, 65000)])
 def test_padding_is_black_and_does_not_affect_the_range(tmp_path, photometric, value, limit):
     stored = RNG.integers(100, 4000, (48, 40), dtype=np.uint16)
     inside = stored.copy()
-    stored[:8] = RNG.integers(value, (limit or value) + 1, (8, 40))
+    lowest, highest = sorted((value, value if limit is None else limit))
+    stored[:8] = RNG.integers(lowest, highest + 1, (8, 40))
+    stored[0, :2] = lowest, highest
     path = write(tmp_path / "x.dcm", stored, bits=16, BitsStored=12, HighBit=11, PhotometricInterpretation=photometric)
     add_padding(path, value, limit)
     xray = decode_xray(path)
@@ -165,10 +197,11 @@ def test_an_image_of_nothing_but_padding_is_shown(tmp_path):
     assert not read_xray(path).any()
 
 
-def test_a_window_that_shows_one_end_is_ignored(tmp_path):
-    # A window for 8 bits on 12-bit values: 25 of 3,866 values are at most 254.
+@pytest.mark.parametrize("center", ["127", "4198"], ids=["white", "black"])
+def test_a_window_that_shows_one_end_is_ignored(tmp_path, center):
+    # A window for 8 bits on 12-bit values: 25 of 3,866 values are at most 254, and 25 at least 4071.
     stored = np.arange(230, 4096, dtype=np.uint16).repeat(2).reshape(4, -1)
-    xray = decode_xray(write(tmp_path / "x.dcm", stored, WindowCenter="127", WindowWidth="255"))
+    xray = decode_xray(write(tmp_path / "x.dcm", stored, WindowCenter=center, WindowWidth="255"))
     np.testing.assert_array_equal(xray.pixels, stretched(stored))
     assert "maps nearly every pixel to one grey" in xray.warnings[0]
 
@@ -180,23 +213,38 @@ def test_a_nearly_black_image_keeps_its_window(tmp_path):
     assert xray.warnings == () and (xray.pixels[1:] == 0).all() and xray.pixels.max() == 255
 
 
-@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, ExplicitVRLittleEndian])
-def test_a_lut_after_a_negative_rescale_starts_at_a_signed_value(tmp_path, syntax):
-    # PS3.3 C.11.2.1.1: first value FC00 is -1024, because rescaled values may be negative.
+@pytest.mark.parametrize(
+    ("syntax", "vr", "dtype", "first", "intercept"),
+    [
+        # An explicit VR says whether the first value, EA60, is 60000 or -5536, whatever the pixels are.
+        (ExplicitVRLittleEndian, "US", "u2", 60000, 0),
+        (ExplicitVRLittleEndian, "US", "i2", 60000, 65536),
+        (ExplicitVRLittleEndian, "SS", "u2", -5536, 0),
+        (ExplicitVRLittleEndian, "SS", "u2", -5536, -1024),
+        (ExplicitVRLittleEndian, "SS", "i2", -5536, 0),
+        # Otherwise it is signed if the pixels are, or if rescaled values may be negative (PS3.3 C.11.2.1.1).
+        (ImplicitVRLittleEndian, "US", "u2", 60000, 0),
+        (ImplicitVRLittleEndian, "US", "u2", 60000, 1024),
+        (ImplicitVRLittleEndian, "SS", "u2", -5536, -1024),
+        (ImplicitVRLittleEndian, "SS", "i2", -5536, 0),
+    ],
+)
+def test_the_first_value_of_a_lut_is_signed_if_its_representation_or_its_input_is(
+    tmp_path, syntax, vr, dtype, first, intercept
+):
+    values = RNG.integers(max(first, 2000), max(first, 2000) + 2000, (48, 40))
+    stored = (values - intercept).astype(dtype)
+    entries = np.linspace(0, 255, 10_000) ** 2
     item = pydicom.Dataset()
-    entries = np.linspace(0, 65535, 4096).astype("<u2")
-    item.add_new("LUTDescriptor", "SS", [4096, -1024, 16])
-    item.add_new("LUTData", "OW", entries.tobytes())
+    item.add_new("LUTDescriptor", vr, [len(entries), first, 16])
+    item.add_new("LUTData", "OW", entries.astype("<u2").tobytes())
     path = tmp_path / "x.dcm"
-    write_xray(
-        path,
-        STORED,
-        transfer_syntax=syntax,
-        bits_stored=12,
-        extra={"RescaleSlope": "1", "RescaleIntercept": "-1024", "VOILUTSequence": [item]},
-    )
-    np.testing.assert_array_equal(read_xray(path), stretched(entries[STORED]))
-    assert cv2.minMaxLoc(read_stored_values(path))[1] == STORED.max()
+    rescale = {"RescaleSlope": "1", "RescaleIntercept": str(intercept)} if intercept else {}
+    write_xray(path, stored, transfer_syntax=syntax, extra={**rescale, "VOILUTSequence": [item]})
+    xray = decode_xray(path)
+    np.testing.assert_array_equal(xray.pixels, stretched(entries.astype("u2")[values - first]))
+    assert xray.warnings == ()
+    np.testing.assert_array_equal(read_stored_values(path), stored)
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -217,18 +265,14 @@ def test_a_padding_value_that_the_pixels_cannot_hold_is_ignored(tmp_path, value)
     assert xray.warnings == (f"PixelPaddingValue is {value}, which 8 bits cannot hold; it is ignored",)
 
 
-@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, *COMPRESSED])
-@pytest.mark.parametrize(("value", "limit"), [(-2000, None), (-100, 100)])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, *COMPRESSED])
+@pytest.mark.parametrize(("value", "limit"), [(-2000, None), (-100, 100), (100, -100)])
 def test_signed_padding_is_compared_by_value(tmp_path, syntax, value, limit):
     stored = RNG.integers(200, 2000, (48, 40)).astype(np.int16)
     inside = stored[8:].copy()
     stored[:8] = value
     path = write(tmp_path / "x.dcm", stored, syntax)
-    dataset = pydicom.dcmread(path)
-    dataset.add_new("PixelPaddingValue", "SS", value)
-    if limit is not None:
-        dataset.add_new("PixelPaddingRangeLimit", "SS", limit)
-    dataset.save_as(path)
+    add_padding(path, value, limit, vr="SS")
     xray = decode_xray(path)
     np.testing.assert_array_equal(xray.pixels[8:], stretched(inside))
     assert not xray.pixels[:8].any()
