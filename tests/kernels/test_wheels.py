@@ -1,5 +1,6 @@
 import importlib.metadata
 import itertools
+import re
 import subprocess
 import zipfile
 
@@ -31,7 +32,7 @@ def test_an_unpinned_package_is_named(tmp_path):
 
 def test_a_package_that_the_image_has_is_refused(monkeypatch):
     monkeypatch.setattr(wheels, "INFERENCE", ("torch",))
-    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; remove it"):
+    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; remove torch from "):
         inference_pins()
 
 
@@ -135,9 +136,8 @@ def test_all_faults_of_all_wheels_are_listed(tmp_path):
     files.append(make_wheel(tmp_path, "three", "1.0", tag="cp27-none-any"))
     with pytest.raises(KernelError) as raised:
         check_wheels(files, IMAGE)
-    assert [line.split()[0].split("-")[0] for line in str(raised.value).splitlines()[1:]] == ["one"] * 3 + ["three"] + [
-        "two"
-    ] * 3
+    named = [re.match(r"  ([a-z]+)", line)[1] for line in str(raised.value).splitlines()[1:]]
+    assert named == [*["one"] * 3, "three", *["two"] * 3]
 
 
 def test_a_wheel_has_one_metadata_file(tmp_path):
