@@ -29,7 +29,7 @@ def http_error(status: int | None) -> requests.HTTPError:
     if status is not None:
         response = requests.Response()
         response.status_code = status
-    return requests.HTTPError("refused", response=response)
+    return requests.HTTPError(f"status {status}", response=response)
 
 
 def test_a_key_without_a_user_name_is_no_token(tmp_path):
@@ -82,7 +82,7 @@ def test_only_what_the_last_call_printed_is_quoted(client):
         (TypeError("odd"), KernelError),
         (FileNotFoundError("odd"), KernelError),
     ],
-    ids=lambda value: f"{value}".split(":")[0] if isinstance(value, Exception) else "",
+    ids=repr,
 )
 def test_an_error_is_the_kits_and_only_what_may_pass_can_be_repeated(client, error, kind):
     with pytest.raises(KernelError, match=r"^asking: ") as raised, client.calling("asking"):
