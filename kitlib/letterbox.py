@@ -19,9 +19,9 @@ CROPPED_FROM = 256 / 224
 class Placement:
     """How an image of `rows` x `columns` pixels, or the part of it inside `frame`, is drawn on a canvas.
 
-    What is drawn is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is negative.
-    The inner size is in whole pixels, so rows and columns have separate scales: inner size divided by original size. With
-    these scales, the inverse is exact; one common scale would be off by up to half a canvas pixel at the far edge.
+    The image or part is resized to `inner_rows` x `inner_columns`, then padded, or cropped where `top` or `left` is
+    negative. The inner size is in whole pixels, so rows and columns have separate scales: inner size divided by original
+    size. With two scales, mapping back is exact; with a single scale, the far edge could be off by half a canvas pixel.
     """
 
     rows: float
@@ -129,7 +129,7 @@ def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placeme
 
 
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement of an image's middle: its shorter side becomes 256/224 of the canvas's, then its edges are cropped.
+    """Return a Placement of an image's middle: resized to cover a canvas 256/224 times as high and wide, then cropped.
 
     From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side length or (rows, columns).
     """
@@ -146,19 +146,19 @@ PLACEMENTS: dict[str, Place] = {"letterbox": letterbox, "stretch": stretch, "cen
 
 
 def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement of only the part of an image inside `frame`; `place`, such as `letterbox`, fits it to the canvas.
+    """Return a Placement of only the part of an image inside `frame`, placed by the function `place`, such as `letterbox`.
 
-    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. If the decoded image is reduced, the frame is
-    rounded to whole pixels of the reduced image. Raises ValueError if the frame has no area or extends beyond the image.
+    `frame` is an array (4,): xmin, ymin, xmax, ymax in original pixels. `Placement.image` rounds the frame to whole pixels
+    of the decoded image, which may be reduced. Raises ValueError if the frame has no area or extends beyond the image.
     """
     xmin, ymin, xmax, ymax = map(float, frame)
     if not (0 <= xmin < xmax <= columns and 0 <= ymin < ymax <= rows):
-        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} has no area, or exceeds the image of {rows} x {columns} pixels")
+        raise ValueError(f"frame {[xmin, ymin, xmax, ymax]} must have an area and lie in the {rows} x {columns} pixel image")
     return replace(place(ymax - ymin, xmax - xmin, size), rows=rows, columns=columns, frame=(xmin, ymin, xmax, ymax))
 
 
 def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes (n, 4) clipped to the image, and a bool array (n,): True if width and height are at least 1 pixel."""
+    """Return boxes (n, 4) clipped to the image, and a bool array (n,): clipped boxes at least 1 pixel wide and high."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, rows)

@@ -51,22 +51,22 @@ def check_parameters(notebook: str | Path, parameters: Mapping[str, Any], as_opt
         if name not in defaults:
             closest = difflib.get_close_matches(str(name), defaults, 1, cutoff=0.0)
             listing = ", ".join([*closest, *(other for other in defaults if other not in closest)])
-            raise SettingsError(f"{name_of_notebook} has no parameter {name}; it has: {listing or 'none'}")
+            raise SettingsError(f"{name_of_notebook} has no parameter {name!r}; it has: {listing or 'none'}")
     for name, value in parameters.items():
         kind = _kind(defaults[name])
         if not _is_valid(value, kind):
             # JSON, because its strings need no escaping in a shell.
             valid = f"{{{name}: {json.dumps(_closest_valid(value, kind, defaults[name]))}}}"
             advice = f"give -y {shlex.quote(valid)}" if as_option else f"write {valid}"
-            raise SettingsError(f"{name_of_notebook}: {name} must be {describe(kind)}, got {value!r}: {advice}")
+            raise SettingsError(f"{name_of_notebook}: {name!r} must be {describe(kind)}, got {value!r}; {advice}")
 
 
 def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
     """Check a running notebook's parameters, and make it show kitlib's log and full tables. Each notebook calls this first.
 
     `name` is the notebook's file name in notebooks/ without extension, `values` are its `globals()`. The types of all
-    parameters are checked. Unknown names are found only in cells that papermill or the build of a Kaggle kernel has
-    inserted, not in cells that a person has written. Raises SettingsError as `check_parameters` does.
+    parameters are checked. Names are checked only in cells that papermill or the build of a Kaggle kernel has inserted: a
+    person may assign any names. Raises SettingsError as `check_parameters` does.
     """
     notebook = project_root() / "notebooks" / f"{name}.ipynb"
     # IPython keeps the source of all executed cells in `In`.
@@ -109,7 +109,7 @@ def _is_valid(value: Any, kind: Any) -> bool:
 
 
 def _closest_valid(value: Any, kind: Any, default: Any) -> Any:
-    """Return the invalid `value` made valid: parsed as YAML, in a list, or as text; `default` if none of these is valid."""
+    """Return a valid replacement for the invalid `value`: parsed as YAML, in a list, or as a string; else `default`."""
     candidates: Iterable[Any] = [[value], str(value)]
     if isinstance(value, str):
         with suppress(SettingsError):

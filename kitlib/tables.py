@@ -125,7 +125,8 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
         repeated = table.duplicated(key, keep=False)
         if repeated.any():
             first = _first(table, repeated, key)
-            raise TableError(f"{place}: {int(repeated.sum())} rows have duplicate {', '.join(key)}; the first is {first}")
+            columns = ", ".join(f"`{column}`" for column in key)
+            raise TableError(f"{place}: {int(repeated.sum())} rows are duplicates in {columns}; the first is {first}")
     if "xmin" in schema:
         empty = ~((table.xmin < table.xmax) & (table.ymin < table.ymax))
         if empty.any():
@@ -135,7 +136,7 @@ def check_table(table: pd.DataFrame, name: str, where: str = "") -> pd.DataFrame
 
 
 def class_columns(table: pd.DataFrame, name: str) -> list[str]:
-    """Return the names of a table's class columns, in order: all that the schema `name`, such as "labels", does not list."""
+    """Return a table's class columns, in order: the names that are not in the schema `name`, for example "labels"."""
     return [column for column in table.columns if column not in SCHEMAS[name]]
 
 
@@ -151,7 +152,7 @@ def cut_boxes(boxes: pd.DataFrame, images: pd.DataFrame) -> tuple[pd.DataFrame, 
     sizes = images.set_index("image_id")[["columns", "rows"]].reindex(boxes["image_id"]).to_numpy(float)
     if np.isnan(sizes).any():
         unknown = boxes["image_id"].to_numpy()[np.isnan(sizes).any(axis=1)][0]
-        raise TableError(f"a box belongs to {unknown!r}, which is not in the `images` table, or has no size there")
+        raise TableError(f"the image {unknown!r} has a box, but no size in the `images` table")
     low, high = boxes[["xmin", "ymin"]].to_numpy(float), boxes[["xmax", "ymax"]].to_numpy(float)
     cut = boxes.copy()
     cut[list(BOX)] = np.hstack([low.clip(min=0), np.minimum(high, sizes)])
@@ -217,7 +218,7 @@ def parse_text_table(text: str, where: str, separator: str = ",") -> pd.DataFram
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise TableError(f"{where} is not a CSV file ({error})") from error
     except pd.errors.ParserWarning as error:
-        raise TableError(f"{where}: a line has more cells than the first line; correct the file, or get it again") from error
+        raise TableError(f"{where}: a line has more cells than the first line; correct or replace the file") from error
 
 
 def storable(text: str) -> str:
@@ -226,10 +227,10 @@ def storable(text: str) -> str:
 
 
 def listed_name(cell: str) -> str:
-    """Return the file name at the end of `cell`, a file name or path in a table, in Unicode's composed form.
+    """Return the file name at the end of `cell`, which is a table's cell with a file name or a path.
 
-    Folders may be written as on Windows (`C:\\xrays\\a.png`). The composed form is needed because macOS writes file names
-    in the decomposed form, in which the same letters are other characters.
+    Folders may be written as on Windows (`C:\\xrays\\a.png`). The result is in Unicode's composed form, because macOS writes
+    file names in the decomposed form, in which the same letters are other characters.
     """
     return unicodedata.normalize("NFC", cell.strip().replace("\\", "/").rpartition("/")[2])
 
@@ -249,9 +250,9 @@ def study_labels(labels: pd.DataFrame, where: str = "") -> pd.DataFrame:
     missing = [name for name in STUDY_CLASSES if name not in labels.columns]
     if missing:
         raise TableError(
-            f"labels{' from ' + where if where else ''} lack the study class(es) {', '.join(missing)}; they have: "
-            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. Do they belong to a run of another data set? "
-            "Notebook 25 trains a classifier of any classes"
+            f"the table of labels{' from ' + where if where else ''} lacks the study class(es) {', '.join(missing)}; it has "
+            f"{', '.join(class_columns(labels, 'labels')) or 'no class'}. If the labels belong to another data set, train a "
+            "classifier with notebook 25, which allows any classes"
         )
     return labels[["id", *STUDY_CLASSES]]
 
@@ -296,16 +297,16 @@ def _typed(column: pd.Series, kind: str, place: str) -> pd.Series:
     if kind in ("id", "text", "finding"):
         text = column.astype(object).where(column.notna(), "").astype(str)
         if kind != "text" and (text == "").any():
-            raise TableError(f"{place}: empty in row {int(np.flatnonzero(text == '')[0])}")
+            raise TableError(f"{place}: the cell in row {int(np.flatnonzero(text == '')[0])} is empty")
         return text.astype(object)
     if kind == "bytes":
         if wrong := [row for row, value in enumerate(column) if not isinstance(value, bytes) or not value]:
-            raise TableError(f"{place}: {len(wrong)} value(s) are not bytes, or empty; the first is in row {wrong[0]}")
+            raise TableError(f"{place}: {len(wrong)} cell(s) are empty or not of type bytes; the first is in row {wrong[0]}")
         return column.astype(object)
     try:
         number = pd.to_numeric(column).astype("float64")
     except (TypeError, ValueError) as error:
-        raise TableError(f"{place}: not numeric: {error}") from error
+        raise TableError(f"{place} is not numeric ({error})") from error
     if kind in ("count", "integer"):
         bad = ~np.isfinite(number) | (number != number.round()) | ((number < 0) if kind == "count" else False)
         expected = "whole numbers" + (" of at least 0" if kind == "count" else "")

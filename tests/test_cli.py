@@ -163,7 +163,7 @@ def test_phantoms_refuse_invalid_options(tmp_path):
     for words in (("--competition", "vinbigdata"), ("--competition", "siim-acr", "--truth", "x", "--side", 320), both):
         assert run("phantom", "--folder", tmp_path, *words).exit_code == 2
     few = run("phantom", "--folder", tmp_path, "--layout", "rsna", "--images", 0)
-    assert few.exit_code == 1 and "at least 3 images" in few.stderr
+    assert few.exit_code == 1 and "images >= 3 and side >= 32" in few.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -104,7 +104,7 @@ def test_a_crop_of_a_reduced_copy_shows_the_right_pixels():
 
 @pytest.mark.parametrize("frame", [[0, 0, 0, 10], [-1, 0, 10, 10], [0, 0, 321, 10]])
 def test_a_frame_outside_the_image_or_without_area_is_refused(frame):
-    with pytest.raises(ValueError, match="exceeds the image of 400 x 320"):
+    with pytest.raises(ValueError, match="lie in the 400 x 320 pixel image"):
         within(letterbox, np.array(frame), 400, 320, 64)
 
 

@@ -62,7 +62,7 @@ def test_a_run_ends_with_any_output_and_if_its_callback_fails(tmp_path):
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):
     write_notebook(tmp_path / "n.ipynb", WRITE)
-    with pytest.raises(ValueError, match=r"n\.ipynb has no parameter epoch; it has: result"):
+    with pytest.raises(ValueError, match=r"n\.ipynb has no parameter 'epoch'; it has: result"):
         run_notebook(tmp_path / "n.ipynb", tmp_path / "out.ipynb", {"epoch": 1}, tmp_path / "r")
     assert not (tmp_path / "out.ipynb").exists()
 

@@ -25,16 +25,16 @@ def test_defaults_of_every_notebook_are_literals():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"epoch": 1}, "has no parameter epoch; it has: epochs, prepare_run, run_folder"),
-        ({"folds": 0}, r"folds must be a list, each item a whole number, got 0: give -y '{folds: \[0\]}'"),
-        ({"folds": "[0]"}, r"got '\[0\]': give -y '{folds: \[0\]}'"),
+        ({"epoch": 1}, "has no parameter 'epoch'; it has: epochs, prepare_run, run_folder"),
+        ({"folds": 0}, r"'folds' must be a list, each item a whole number, got 0; give -y '{folds: \[0\]}'"),
+        ({"folds": "[0]"}, r"got '\[0\]'; give -y '{folds: \[0\]}'"),
         ({"folds": ["0"]}, r"give -y '{folds: \[0, 1, 2, 3, 4\]}'"),
-        ({"folds": True}, r"folds must be a list, each item a whole number, got True: give -y '{folds: \[0, 1, 2, 3, 4\]}'"),
-        ({"overrides": "{image_size: 64}"}, """overrides must be a mapping, .* give -y '{overrides: {"image_size": 64}}'"""),
-        ({"run_folder": 20261128}, """run_folder must be a string, got 20261128: give -y '{run_folder: "20261128"}'"""),
-        ({"epochs": "ten"}, "epochs must be a whole number, got 'ten': give -y '{epochs: 0}'"),
-        ({"epochs": True}, "epochs must be a whole number, got True"),
-        ({"session_hours": "9.5"}, "session_hours must be a finite number, got '9.5': give -y '{session_hours: 9.5}'"),
+        ({"folds": True}, r"'folds' must be a list, .* whole number, got True; give -y '{folds: \[0, 1, 2, 3, 4\]}'"),
+        ({"overrides": "{image_size: 64}"}, """'overrides' must be a map.* give -y '{overrides: {"image_size": 64}}'"""),
+        ({"run_folder": 20261128}, """'run_folder' must be a string, got 20261128; give -y '{run_folder: "20261128"}'"""),
+        ({"epochs": "ten"}, "'epochs' must be a whole number, got 'ten'; give -y '{epochs: 0}'"),
+        ({"epochs": True}, "'epochs' must be a whole number, got True"),
+        ({"session_hours": "9.5"}, "'session_hours' must be a finite number, got '9.5'; give -y '{session_hours: 9.5}'"),
     ],
 )
 def test_a_wrong_parameter_is_refused_with_a_right_one(parameters, message):
@@ -43,7 +43,7 @@ def test_a_wrong_parameter_is_refused_with_a_right_one(parameters, message):
 
 
 def test_a_false_that_papermill_passed_as_text_is_refused():
-    with pytest.raises(SettingsError, match=r"packed must be true or false, got 'false': write \{packed: false\}"):
+    with pytest.raises(SettingsError, match=r"'packed' must be true or false, got 'false'; write \{packed: false\}"):
         check_parameters(NOTEBOOKS / "10_prepare.ipynb", {"packed": "false"})
 
 
@@ -70,9 +70,9 @@ def test_a_running_notebook_checks_what_was_injected_or_edited(monkeypatch):
     with pd.option_context("display.max_colwidth", 50, "display.max_columns", 20):
         begin_notebook("30_train_study", values)
         assert pd.get_option("display.max_colwidth") is None
-        with pytest.raises(SettingsError, match="no parameter epoch; it has: epochs"):
+        with pytest.raises(SettingsError, match="no parameter 'epoch'; it has: epochs"):
             begin_notebook("30_train_study", values | {"epoch": 3, "In": ["# Parameters\nepoch = 3\n"]})
-        with pytest.raises(SettingsError, match="epochs must be a whole number, got 'ten'"):
+        with pytest.raises(SettingsError, match="'epochs' must be a whole number, got 'ten'"):
             begin_notebook("30_train_study", values | {"epochs": "ten"})
 
 

@@ -44,8 +44,8 @@ def test_a_table_returns_from_its_file_unchanged(tmp_path):
         ({"score": [0.5, 1.5]}, r"column score: 1 value\(s\) are not in 0..1 or NaN; the first is 1.5 in row 1"),
         ({"xmax": [1, 20]}, "1 boxes have no area"),
         ({"ymin": [np.nan, 0]}, "not finite pixels"),
-        ({"fold": ["x", 0]}, "column fold: not numeric"),
-        ({"image_id": [None, "a"]}, "column image_id: empty in row 0"),
+        ({"fold": ["x", 0]}, "column fold is not numeric"),
+        ({"image_id": [None, "a"]}, "column image_id: the cell in row 0 is empty"),
     ],
 )
 def test_an_invalid_value_is_named(change, message):
@@ -56,7 +56,7 @@ def test_an_invalid_value_is_named(change, message):
 def test_missing_columns_and_doubled_keys_are_named():
     with pytest.raises(TableError, match=r"missing column\(s\) score"):
         check_table(DETECTIONS.drop(columns="score"), "detections")
-    with pytest.raises(TableError, match="2 rows have duplicate id"):
+    with pytest.raises(TableError, match="2 rows are duplicates in `id`"):
         check_table(pd.DataFrame({"id": ["a", "a"], "fold": [0, 1]}), "folds")
     with pytest.raises(TableError, match="unknown table 'fold'"):
         check_table(DETECTIONS, "fold")
@@ -94,11 +94,11 @@ MASK_SCORES = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "fold": -1, "s
             {"area": [0.3, 1.2]},
             r"column area: 1 value\(s\) are not in 0..1 or NaN; the first is 1.2 in row 1",
         ),
-        ("lungs", LUNGS, {"image_id": "a"}, "2 rows have duplicate image_id"),
+        ("lungs", LUNGS, {"image_id": "a"}, "2 rows are duplicates in `image_id`"),
         ("lungs", LUNGS, {"xmax": [90.0, 0.0]}, "1 boxes have no area"),
         ("lungs", LUNGS, {"ymax": [np.nan, 80.0]}, "column ymax: .* not finite pixels"),
         ("mask_scores", MASK_SCORES, {}, None),
-        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows have duplicate image_id, model, fold, structure"),
+        ("mask_scores", MASK_SCORES, {"structure": "lungs"}, "2 rows .* `image_id`, `model`, `fold`, `structure`"),
         ("mask_scores", MASK_SCORES, {"dice": [90, 50]}, r"column dice: 2 value\(s\) are not in 0..1"),
     ],
 )
@@ -117,8 +117,8 @@ NESTED = pd.DataFrame({"image_id": ["a", "a"], "model": "m", "outer": [-1, 2], "
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"outer": 2}, "2 rows have duplicate image_id, model, outer, fold"),
-        ({"outer": ["none", 2]}, "column outer: not numeric"),
+        ({"outer": 2}, "2 rows are duplicates in `image_id`, `model`, `outer`, `fold`"),
+        ({"outer": ["none", 2]}, "column outer is not numeric"),
         ({"well": [0.5, 1.5]}, r"column well: 1 value\(s\) are not in 0..1"),
     ],
 )
@@ -154,7 +154,7 @@ def test_boxes_from_outside_are_cut_or_refused_by_one_rule(box, cut, overhang, p
     if cut:
         assert tuple(found.loc[7, list(BOX)]) == cut
     assert cut_boxes(boxes[:0], images)[2].empty
-    with pytest.raises(TableError, match="a box belongs to 'a', which is not in the `images` table"):
+    with pytest.raises(TableError, match="the image 'a' has a box, but no size in the `images` table"):
         cut_boxes(boxes, images[:1])
 
 
@@ -227,7 +227,7 @@ def test_a_map_is_the_bytes_of_a_file(tmp_path):
     write_table(table, "mask_maps", tmp_path / "maps.parquet")
     assert read_table("mask_maps", tmp_path / "maps.parquet")["map"].tolist() == [b"png"]
     for wrong in ("png", b"", None):
-        with pytest.raises(TableError, match=r"column map: 1 value.* not bytes, or empty; the first is in row 0"):
+        with pytest.raises(TableError, match=r"column map: 1 cell.* are empty or not of type bytes; the first is in row 0"):
             check_table(table.assign(map=[wrong]), "mask_maps")
     with pytest.raises(TableError, match=r"missing column.* finding"):
         check_table(table.drop(columns="finding"), "mask_maps")

@@ -47,8 +47,8 @@ class Competition(Settings):
     """What the kit needs to know about one competition: facts, and functions that read, score and write its files.
 
     `read_truth` returns the ground truth, read from a file in the format of the training data, or from the folder of this
-    file. `truth_ids` returns the ids that a submission must have to be scored with a ground truth. `read_sample` returns the
-    ids in a sample submission. `read_truth` and `read_sample` raise a KitError if the file is invalid. `read_submission`
+    file. `truth_ids` gets a ground truth and returns the ids that a submission must have. `read_sample` returns the ids in a
+    sample submission. `read_truth` and `read_sample` raise a KitError if the file is invalid. `read_submission`
     gets a file and the ids that it must have; it raises SubmissionError if the file has a fault. `find_faults` gets the ids
     that a file must have, the file, and a text that says where these ids are from; it returns every fault and never raises.
     `metric` is a pure function of a ground truth and a submission; it returns a dict with `score` first, then its parts by
@@ -56,19 +56,19 @@ class Competition(Settings):
     on frequencies in the training data.
 
     `dataset` is the code that reads the training data, as a key of kitlib.datasets.registry.READERS. `truth_of` returns the
-    ground truth of given images; its arguments are the tables images, labels and boxes of a prepared run, and the run's
-    masks or None. `settings` is a class derived from FusionSettings; its fields say how merged predictions become answers.
-    `decide` gets merged predictions and such settings. It returns what `read_submission` returns, for the images that at
-    least one model has predicted. `fill` gets the ids of a submission and the result of `decide`. It returns the rows of
-    these ids, and the ids without a prediction, whose rows are the baseline's. `read_test` lists the test images in a
-    folder. `helping_classes` are classes of images that `decide` uses, but no submission contains. `side` is the side length
-    in pixels of the published images, if all of them are squares of this size, and otherwise None. If `side` is given,
-    answers are in pixels of the published images, even if the images were reduced in preparation.
+    ground truth of given images; its arguments are the tables `images`, `labels` and `boxes` of a prepared run, and the
+    run's masks or None. `settings` is the class of the settings that `decide` gets, derived from FusionSettings. `decide`
+    turns merged predictions into answers for the images that at least one model has predicted. Answers have the type that
+    `read_submission` returns. `fill` gets the ids of a submission and the answers. It returns one row per id, and the ids
+    without a prediction, which get the baseline's rows. `read_test` lists the test images in a folder. `helping_classes` are
+    classes of images that `decide` uses, but no submission contains. If all published images are squares of the same size,
+    `side` is their side length in pixels; otherwise `side` is None. If `side` is given, answers are in pixels of the
+    published images, even if the images were reduced in preparation.
 
-    `judge` and `compare` are optional and speed up tuning. `judge` returns the score that `metric` gives for the result of
-    `decide`. The merged boxes that `judge` gets have the additional column `match`: the row of the true box that has the
-    same finding and, among the boxes with an IoU above `hit_iou`, the largest IoU; or -1. The merged masks that `judge` gets
-    have the column that `compare` adds.
+    `judge` and `compare` are optional and speed up tuning. `judge` gets a ground truth, merged predictions and settings, and
+    returns the score that `metric` gives for the answers of `decide`. The table `boxes` that `judge` gets has the additional
+    column `match`: the row of the true box with the same finding and the largest IoU, or -1 if no IoU is above `hit_iou`.
+    The table `masks` that `judge` gets has the column that `compare` adds.
 
     Raises SettingsError for an invalid field, a class that occurs twice, or a competition without classes.
     """
@@ -118,11 +118,11 @@ class Competition(Settings):
             raise SettingsError(f"{self.name} has no classes; set study_classes, image_classes, box_classes or mask_classes")
         for kind, classes in answers.items():
             if len(set(classes)) < len(classes):
-                raise SettingsError(f"{kind} of {self.name} has a class twice: {max(classes, key=classes.count)}")
+                raise SettingsError(f"{kind} of {self.name} contains {max(classes, key=classes.count)!r} more than once")
 
     @property
     def answers(self) -> dict[str, tuple[str, ...]]:
-        """The classes to predict: a dict of the fields study_classes to mask_classes, without the empty fields."""
+        """Dict of the fields `study_classes`, `image_classes`, `box_classes` and `mask_classes`, without empty fields."""
         kinds = ("study_classes", "image_classes", "box_classes", "mask_classes")
         return {kind: getattr(self, kind) for kind in kinds if getattr(self, kind)}
 
@@ -132,15 +132,15 @@ class Competition(Settings):
         return self.time_limit_hours is not None
 
     def judged(self, truth: Any, merged: MergedPredictions, settings: FusionSettings) -> float:
-        """Return the score of what `decide` returns for `merged` and `settings`; `truth` has the same images."""
+        """Return the score of the answers that `decide` returns; `truth` and `merged` are for the same images."""
         if self.judge is not None:
             return self.judge(truth, merged, settings)
         return self.metric(truth, self.decide(merged, settings))["score"]
 
     def write(self, path: str | Path, ids: Iterable[str], decided: Any) -> list[str]:
-        """Write a submission file with a row for each id, atomically; return the ids that got the baseline's row.
+        """Write a submission file with one row per id, atomically; return the ids whose rows are the baseline submission's.
 
-        `decided` is a result of `decide`. If it is None, all rows are the baseline's.
+        `decided` is the result of `decide`, or None to write the baseline submission.
         """
         ids = list(ids)
         rows, without = (self.baseline_rows(ids), ids) if decided is None else self.fill(ids, decided)
@@ -171,7 +171,7 @@ class Competition(Settings):
         return self.find_faults(list(ids), Path(submission), source)
 
     def tables(self, decided: Any) -> dict[str, pd.DataFrame]:
-        """Return the tables in `decided`, a result of `decide`, by name; {} unless it is a dataclass, as SIIM-COVID's."""
+        """Return the tables in `decided`, the result of `decide`, by name; {} if `decided` is not a dataclass."""
         return dict(vars(decided)) if is_dataclass(decided) else {}
 
     def write_first(self, folder: str | Path, path: str | Path) -> int:
@@ -198,7 +198,7 @@ class Competition(Settings):
 def fill_rows(baseline: list[list[str]], answers: Mapping[str, list[str]]) -> tuple[list[list[str]], list[str]]:
     """Replace the rows of `baseline` for which there are answers; return all rows, and the ids without an answer.
 
-    `baseline` has a row for each id: a list of cells that begins with the id. `answers` maps an id to its other cells.
+    `baseline` has one row per id: a list of cells that begins with the id. `answers` maps an id to the cells after the id.
     """
     rows = [[name, *answers[name]] if name in answers else [name, *cells] for name, *cells in baseline]
     return rows, [name for name, *_ in baseline if name not in answers]

@@ -60,10 +60,10 @@ class MergedPredictions:
 
 
 def weighted_mean(parts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the weighted mean of each column of `parts` (k, n), (n,); `weights` (k,) has one weight per row.
+    """Return the weighted mean of each column of `parts`, an array (k, n). The result is an array (n,).
 
-    NaN is ignored. If only rows with weight 0 have a number in a column, the result is the first of these numbers. If a
-    column has only NaN, the result is NaN.
+    `weights` (k,) has one weight per row. NaN is ignored. If all numbers in a column have weight 0, the mean is the first of
+    these numbers. If a column has only NaN, the mean is NaN.
     """
     is_available = ~np.isnan(parts)
     weight = weights[:, None] * is_available

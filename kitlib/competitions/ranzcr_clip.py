@@ -66,9 +66,9 @@ def read_submission(path: Path, ids: list[str]) -> pd.DataFrame:
 def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     """Return `score`, the mean ROC AUC, and the ROC AUC of each label by name, all 0..1.
 
-    Both tables have image_id and a column for each of LABELS. If all images of the truth have a label, or no image has it,
-    its ROC AUC is NaN, the mean ignores it, and a warning is logged. Raises ScoringError unless `submission` has every image
-    of the truth.
+    Both tables have image_id and a column for each of LABELS. If all images of the truth have the same value of a label, the
+    label's ROC AUC is NaN, the mean ignores it, and a warning is logged. Raises ScoringError unless `submission` has every
+    image of the truth.
     """
     values = submission.set_index("image_id")[list(LABELS)].reindex(truth["image_id"])
     missing = values.index[values.isna().any(axis=1)]
@@ -78,7 +78,7 @@ def metric(truth: pd.DataFrame, submission: pd.DataFrame) -> dict[str, float]:
     undefined = [label for label in LABELS if math.isnan(scores[label])]
     if undefined:
         logger.warning(
-            "the ROC AUC of %s is undefined, because all images of the truth have the same value; the score is the mean "
+            "the ROC AUC of %s is undefined, because the truth has only zeros or only ones there; the score is the mean "
             "over the other labels",
             ", ".join(undefined),
         )
@@ -100,14 +100,14 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 def decide(merged: MergedPredictions, settings: FusionSettings) -> pd.DataFrame:
     """Return a table with image_id and the probability of each of LABELS, for images that at least one model has predicted.
 
-    If no model has predicted a label for such an image, its value is the label's share of the training images.
+    A label without a prediction for such an image gets the label's share of the training images as its probability.
     """
     shares = {label: PUBLISHED[label] / PUBLISHED["images"] for label in LABELS}
     return merged.scores.reindex(columns=["image_id", *LABELS]).dropna(how="all", subset=list(LABELS)).fillna(shares)
 
 
 def fill(ids: list[str], scores: pd.DataFrame) -> tuple[list[list[str]], list[str]]:
-    """Return the submission's rows for `ids`, and the ids that `scores` lacks, which get the baseline's row."""
+    """Return the submission's rows for `ids`, and the ids without scores, which get a row of `baseline_rows`."""
     values = scores[list(LABELS)].to_numpy().tolist()
     cells = {name: list(map(format_confidence, row)) for name, row in zip(scores["image_id"], values, strict=True)}
     return fill_rows(baseline_rows(ids), cells)

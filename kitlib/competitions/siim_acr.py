@@ -59,11 +59,11 @@ class SiimAcrSettings(FusionSettings):
 
 
 def read_truth(path: Path) -> dict[str, np.ndarray]:
-    """Return the true masks in stage_2_train.csv or, if it is missing, train-rle.csv: a dict from image_id to runs (n, 2).
+    """Return the true masks in a CSV file: a dict from image_id to the mask's runs (n, 2), as `parse_runs` returns them.
 
-    A run is its first pixel and the pixel after its last, as `parse_runs` returns them. An image has one row per lesion. Its
-    mask is the union of these rows, whose runs may overlap. Blanks before the column name and the values of EncodedPixels,
-    as in train-rle.csv, are ignored.
+    `path` is the file, or a folder with stage_2_train.csv or, if it is missing, train-rle.csv. A run is its first pixel and
+    the pixel after its last. The file has one row per lesion; a mask is the union of all runs of its image, which may
+    overlap. Blanks before the name and the values of the column EncodedPixels, as in train-rle.csv, are ignored.
     """
     table = read_truth_table(path, ("stage_2_train.csv", "train-rle.csv"), ("ImageId", "EncodedPixels"))
     rows: dict[str, list[np.ndarray]] = {}
@@ -114,7 +114,7 @@ def count_pixels(runs: np.ndarray) -> int:
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> dict[str, np.ndarray]:
     """Return the true masks of the prepared `images` as a dict from image_id to runs (n, 2).
 
-    `masks` is a MaskStore. Images without a mask in it are left out. Raises MaskError if `masks` is None.
+    `masks` is a MaskStore. Images without a mask in `masks` are omitted. Raises MaskError if `masks` is None.
     """
     if masks is None:
         raise MaskError("the prepared run has no masks, so there is no ground truth; prepare the competition's data again")
@@ -126,7 +126,7 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, ma
 
 
 def decide(merged: MergedPredictions, settings: SiimAcrSettings) -> dict[str, np.ndarray]:
-    """Return a dict from the image_id of each image that a model has predicted to the runs (n, 2) of its mask."""
+    """Return the runs (n, 2) of a mask for each image that a model has predicted, keyed by image_id."""
     # Imported here because a submission writes its first file before packages for images are installed.
     from kitlib.xrays.cache import usable_cores
     from kitlib.xrays.mask_store import decode_grey
@@ -148,9 +148,9 @@ def fill(ids: list[str], decided: Mapping[str, np.ndarray]) -> tuple[list[list[s
 def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `maps` for images in `truth`, with a column `counts` from which `judge` computes scores quickly.
 
-    `maps` is the table of fused maps in MergedPredictions. For `counts`, each map is resized to 1024 x 1024 pixels. `counts`
-    is an int array (2, LEVELS): entry [0, k] is the number of pixels inside the true mask with a grey level of at least k,
-    and entry [1, k] is the number of such pixels outside.
+    `maps` is the table of fused probability maps in MergedPredictions. For `counts`, each map is resized to 1024 x 1024
+    pixels. `counts` is an int array (2, LEVELS). Of the pixels whose grey level in the map is at least k, entry [0, k] is
+    the number inside the true mask, and entry [1, k] the number outside.
     """
     import cv2
 
@@ -172,7 +172,7 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
 def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
     """Return the mean Dice coefficient (0..1) of the masks that `decide` would return, over the images in `truth`.
 
-    For an image without a map, the mask is empty. Takes milliseconds if `merged.masks` has the column that `compare` adds.
+    An image without a row in `merged.masks` gets an empty mask. With the column `counts` of `compare`, takes milliseconds.
     """
     maps = merged.masks if "counts" in merged.masks else compare(truth, _maps_of(merged))
     maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]

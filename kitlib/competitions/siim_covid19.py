@@ -1,7 +1,7 @@
 """SIIM-FISABIO-RSNA COVID-19 Detection (2021): four classes of studies, the class `none` of images, and boxes of opacities.
 
-`none` means that an image has no opacity. The competition's metric, rows and validator are in kitlib.scoring; this file
-computes the answers from merged predictions. All published formulas are implemented; `SiimFusion` chooses among them.
+`none` means that an image has no opacity. The metric, the submission format and its check are in kitlib.scoring; this file
+makes predictions to submit from merged ones. All published formulas are implemented; `SiimFusion` chooses among them.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ NONE_MIXTURES = (
 class SiimFusion(FusionSettings):
     """Fusion settings of SIIM-COVID: the formula for `none`, the probability that an image has no opacity.
 
-    They also say how `none` changes the box scores and the study class `negative`. By default, it does not change them.
+    The settings also say how `none` changes the box scores and the study class `negative`. By default, neither is changed.
     """
 
     GRIDS: ClassVar = {
@@ -75,11 +75,11 @@ class SiimFusion(FusionSettings):
 class Fused:
     """Fused predictions for every study and image of a table of images.
 
-    `studies` has the columns study_id, the four classes and prior; `nones` has image_id, none, prior and seen; `detections`
-    has image_id, finding, score, xmin, ymin, xmax and ymax in original pixels. The column none is the probability that an
-    image has no opacity. The column prior is True in rows that no model has predicted; their probabilities are placeholders:
-    the class frequencies. The column seen is True for images that a detector with a nonzero weight has predicted. The four
-    classes of a study may not sum to 1 if SiimFusion.negative_share is below 1.
+    `studies` has the columns `study_id`, the four classes and `prior`; `nones` has `image_id`, `none`, `prior` and `seen`;
+    `detections` has `image_id`, `finding`, `score`, and the corners `xmin`, `ymin`, `xmax` and `ymax` in original pixels.
+    `none` is the probability that an image has no opacity. If no model has predicted a row, `prior` is True and the row's
+    probabilities are the class frequencies. `seen` is True for images that a detector with a nonzero weight has predicted.
+    If SiimFusion.negative_share is below 1, the four classes of a study may not sum to 1.
     """
 
     studies: pd.DataFrame
@@ -88,10 +88,10 @@ class Fused:
 
 
 def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
-    """Return the answers to submit for all studies and images of merged predictions; see Fused.
+    """Return the predictions to submit for all studies and images in `merged`; see Fused.
 
-    `none`, the probability that an image has no opacity, changes box scores and `negative` as `settings` say. Studies and
-    images that no model has predicted get the class frequencies (PRIORS).
+    `none`, the probability that an image has no opacity, changes the box scores and the study class `negative` as `settings`
+    say. If no model has predicted a study or an image, its probabilities are the class frequencies (PRIORS).
     """
     studies, nones, score = combine(merged, settings)
     return Fused(studies, nones, merged.detections().assign(score=score))
@@ -100,8 +100,8 @@ def decide(merged: MergedPredictions, settings: SiimFusion) -> Fused:
 def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFrame, pd.DataFrame, np.ndarray]:
     """Return the tables `studies` and `nones` of Fused, and the adjusted scores of the merged boxes, an array (boxes,).
 
-    There are four estimates of an image's `none` (NONE_PARTS, see SiimFusion). `none` is the weighted mean of the estimates
-    that are not NaN. If all of these have weight 0, `none` is the first of them.
+    The probability `none` of an image has four estimates (NONE_PARTS, see SiimFusion), some of which may be NaN. `none` is
+    the weighted mean of the other estimates or, if these all have weight 0, the first one that is not NaN.
     """
     images, box_image, score = merged.images, merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     study_ids = pd.Index(images["study_id"].unique())
@@ -131,7 +131,7 @@ def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFra
 
 
 def judge(truth: score.Truth, merged: MergedPredictions, settings: SiimFusion) -> float:
-    """Return the score (0..1) of the answers that `decide` makes; merged boxes need the column `match` (see Competition)."""
+    """Return the score (0..1) of what `decide` returns. `merged.boxes` needs a column `match` (see Competition)."""
     studies, nones, box_score = combine(merged, settings)
     image = pd.Index(truth.image_ids).get_indexer(merged.images["image_id"])[merged.boxes["row"].to_numpy()]
     return score.score_matched(truth, studies, nones, image, box_score, merged.boxes["match"].to_numpy())["score"]
@@ -152,8 +152,8 @@ def read_truth(path: Path) -> score.Truth:
     if path.is_dir() and not (path / STUDY_TABLE).is_file():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:9]) or "no file"
         raise ScoringError(
-            f"{path} has no {STUDY_TABLE}, which is part of SIIM-COVID's ground truth; it has {names}. To score another "
-            "competition, give its name with --competition"
+            f"the folder {path} has {names}, but not {STUDY_TABLE}, which SIIM-COVID's ground truth requires. To score "
+            "another competition, give its name with --competition"
         )
     return score.read_truth(path)
 

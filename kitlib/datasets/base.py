@@ -1,4 +1,4 @@
-"""Defines Dataset, the tables that every reader of a data set returns, and functions that the readers share."""
+"""Defines Dataset, the result of reading any data set, and functions that are used for several data sets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,15 +25,17 @@ MOST_UNUSABLE = 0.1
 class Dataset:
     """The tables of one data set (see kitlib.tables), the faults found while reading it, and its published counts.
 
-    `images` may have the columns `false_none` (SIIM: no annotator looked at the image), `split` ("train" or "test", from an
-    official list) and `convention` (of MASK_CONVENTIONS, "" for images of a pooled set without masks). `masks` is None for
-    data sets without masks. Otherwise it has one row per mask, with the columns image_id, structure (a key of MASK_CODES)
-    and path (the mask file). Masks that are run lengths (see kitlib.xrays.run_lengths) are in a column `runs`, and path is
-    then the table that lists them. Several masks of the same image and structure are combined.
+    `images` may have these further columns: `false_none` (SIIM: no annotator looked at the image), `split` ("train" or
+    "test", from an official list) and `convention` (how the masks define lungs: one of MASK_CONVENTIONS; in a pool of data
+    sets, images from a data set without masks have "").
 
-    `faults` has the columns file, row (an id as written in the file, or a path) and problem, which also says what was done
-    about it. `published` maps names of counts, such as "patients", to the values that the data set's authors published for
-    the whole data set. Raises ValueError if a convention is unknown.
+    `masks` is None if the data set has no masks. Otherwise it has one row per mask, with the columns `image_id`, `structure`
+    (a key of MASK_CODES) and `path` (the mask file). Run lengths (see kitlib.xrays.run_lengths) are in a column `runs`; then
+    `path` is the table that they come from. Several masks of the same image and structure are combined.
+
+    `faults` has the columns `file`, `row` (an id as written in the file, or a path) and `problem`, which also says how the
+    problem was handled. `published` maps names of counts, such as "patients", to the values that the data set's authors
+    published for the whole data set. Raises ValueError if a convention is unknown.
     """
 
     images: pd.DataFrame
@@ -59,12 +61,12 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Return a Dataset of the tables and the faults that were found in `source`; `boxes` defaults to an empty table.
+        """Return a Dataset of the given tables and of the faults of `source`; `boxes` defaults to an empty table.
 
         Checks `images` and `labels`, and compares them with the `published` counts. Adds a fault that counts the image files
-        that are in no table (see DataFolder.count_unread), and one for each study whose images have different patient ids.
-        Raises DatasetError if there is no image, or if the folder evidently has another layout (see
-        `_compare_with_published`); TableError if a table is not valid (see kitlib.tables).
+        in no table (see DataFolder.count_unread), and a fault for each study whose images have different patient ids. Raises
+        DatasetError if there is no image, or if the comparison shows that the folder has another layout than expected;
+        TableError if a table is invalid (see kitlib.tables).
         """
         faults = source.faults
         source.mark_read(images.path)
@@ -92,10 +94,11 @@ def first_faults(source: DataFolder) -> str:
 def _compare_with_published(
     source: DataFolder, images: pd.DataFrame, labels: pd.DataFrame, published: Mapping[str, int]
 ) -> None:
-    """Compare the tables with the `published` counts, and add a fault for each class without images.
+    """Raise DatasetError if the `published` counts show that the folder has another layout than expected.
 
-    Raises DatasetError if the folder evidently has another layout: a class has no images although at least LEAST_EXPECTED
-    are expected, and more than the share MOST_LOST of the image files is unused; or all images have the same patient.
+    There are two such cases. All images have the same patient id, although at least LEAST_EXPECTED patients were expected.
+    Or a class has no image, although at least LEAST_EXPECTED were expected, and more than the share MOST_LOST of the image
+    files is unused. If fewer files are unused, the missing class is recorded as a fault, and no error is raised.
     """
     share = len(images) / published["images"] if "images" in published else 0.0
     unused = 1 - len(images) / max(len(images), source.count_images())
@@ -106,14 +109,14 @@ def _compare_with_published(
         problem = f"none of the {len(images)} images has this class, which {expected} have"
         if unused > MOST_LOST:
             raise DatasetError(
-                f"{source.folder}: class {name!r}: {problem}, and {unused:.0%} of the image files are not used: the folder "
-                f"has another layout, see inputs/README.md; {first_faults(source)}"
+                f"{source.folder} has another layout than expected, see inputs/README.md. Class {name!r}: {problem}, and "
+                f"{unused:.0%} of the image files are not used; {first_faults(source)}"
             )
         source.faults.add(source.folder.name, name, problem)
     if published.get("patients", 0) * share >= LEAST_EXPECTED and len(set(images.patient_id)) == 1:
         raise DatasetError(
-            f"{source.folder}: all {len(images)} images have the patient {images.patient_id.iloc[0]!r}, although "
-            f"{published['patients']} patients are published: the folder has another layout, see inputs/README.md"
+            f"{source.folder} has another layout than expected, see inputs/README.md. All {len(images)} images have the "
+            f"patient id {images.patient_id.iloc[0]!r}, but {published['patients']} patients are published"
         )
 
 
@@ -130,7 +133,7 @@ class ImageHeader:
 
 
 def read_headers(paths: Sequence[str], progress: bool) -> list[ImageHeader]:
-    """Return one ImageHeader per file, in the order of `paths`; for an unreadable file, its `problem` says why."""
+    """Return one ImageHeader per file, in the order of `paths`; if a file is unreadable, the field `problem` says why."""
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         return list(tqdm(pool.map(_read_header, paths), total=len(paths), desc="headers", unit="file", disable=not progress))
 
@@ -157,9 +160,9 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
 
 
 def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) -> pd.DataFrame:
-    """Return a `labels` table with one row per id, which has 1.0 in the column of its class and 0.0 in all other columns.
+    """Return a `labels` table with one row per id: 1.0 in the column of the id's class, 0.0 in the other class columns.
 
-    `image_classes` has the class of each id, with the same index as `ids`. `classes` are the names of all columns.
+    `image_classes` has the class of each id; its index equals that of `ids`. `classes` are the names of the class columns.
     """
     return pd.DataFrame({"id": ids, **{name: (image_classes == name).astype(float) for name in classes}})
 
@@ -177,12 +180,12 @@ def make_boxes(image_ids: pd.Series, cells: pd.DataFrame) -> tuple[pd.DataFrame,
 
 
 def original_sizes(images: pd.DataFrame, source: DataFolder, *tables: str) -> pd.DataFrame:
-    """Return the sizes of the original images, in whose pixels the boxes are: a table with image_id, rows and columns.
+    """Return a table with the original size of each image, which boxes refer to: image_id, rows and columns.
 
-    DICOM files are originals. PNG and JPEG files are copies of any size; the sizes of their originals are in a table of the
-    data set that has one of the names `tables` and the columns image_id, dim0 (rows) and dim1 (columns). Copies without a
-    valid row in that table are left out of the result, and are a fault of `source`. Raises DatasetError if there are copies
-    but no such table.
+    A DICOM file has the original size. PNG and JPEG files may be resized; their original sizes are in a table of the data
+    set, which has one of the file names `tables` and the columns image_id, dim0 (rows) and dim1 (columns). PNG and JPEG
+    images without a valid row in that table are left out of the result and recorded as a fault. Raises DatasetError if
+    there are PNG or JPEG files but no such table.
     """
     is_copy = images["path"].str.lower().str.endswith(PICTURES)
     originals = images.loc[~is_copy, ["image_id", "rows", "columns"]]
@@ -207,8 +210,8 @@ def scale_boxes(
 ) -> pd.DataFrame:
     """Return `boxes` converted from pixels of the original images to pixels of the image files, which may be resized.
 
-    `originals` has the columns image_id, rows and columns: the original size of each image with a box. The sizes of the
-    files are in `images`. If images are resized, one fault for `file`, the file of the boxes, counts them.
+    `originals` has the columns image_id, rows and columns: the original size of each image with a box. `images` has the
+    sizes of the image files. If images with boxes are resized, one fault of `file`, the file of the boxes, counts them.
     """
     sizes = images.merge(originals, on="image_id", suffixes=("", "_original")).set_index("image_id")
     scale = pd.DataFrame(
@@ -230,19 +233,18 @@ def cut_at_edges(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the tables `images` and `boxes`, with the boxes cut at the edges of their images (see kitlib.tables.cut_boxes).
 
-    An image with an unusable box is removed together with all of its boxes. Each cut box and each removed image becomes a
-    fault of `source`, with the file `file`, from which the boxes were read, and the image id followed by `suffix` as row.
-    Raises DatasetError if at least LEAST_EXPECTED images, and at least the share MOST_UNUSABLE of all images with boxes,
-    would be removed: the boxes then belong to images of another size.
+    An image with an unusable box is removed together with all of its boxes. Each cut box and each removed image is recorded
+    as a fault of `file`, from which the boxes were read; the fault's row is the image id followed by `suffix`. Raises
+    DatasetError if at least LEAST_EXPECTED images, and at least the share MOST_UNUSABLE of the images with boxes, would be
+    removed: the boxes were then drawn on images of another size.
     """
     boxes = check_table(boxes, "boxes", file)
     cut, overhang, problems = cut_boxes(boxes, images)
     unusable = problems[problems != ""].groupby(boxes.image_id).first()
     if len(unusable) >= max(LEAST_EXPECTED, MOST_UNUSABLE * boxes.image_id.nunique()):
         raise DatasetError(
-            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have boxes in {file} that do not fit, "
-            f"such as {unusable.index[0]} ({unusable.iloc[0]}): the image files have another size than the images that "
-            "the boxes were drawn on"
+            f"{source.folder}: {len(unusable)} of {boxes.image_id.nunique()} images have an unusable box in {file}, such as "
+            f"{unusable.index[0]!r} ({unusable.iloc[0]}). The boxes were drawn on images of a different size than the files"
         )
     for index in np.flatnonzero((overhang > 0) & (problems == "")):
         name = f"{boxes.image_id[index]}{suffix}"

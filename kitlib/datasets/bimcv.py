@@ -30,18 +30,21 @@ HOW_TO_GET = "https://bimcv.cipf.es/bimcv-projects/bimcv-covid19, see inputs/REA
 def read_bimcv(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read frontal X-rays of the positive set, the negative set or both: files sub-*_ses-*_cr.png or *_dx.png in `folder`.
 
-    An image's diagnosis comes from the report of its session, a row of `derivatives/labels/*.tsv` with the columns ReportID
-    (the session) and Labels (a list): COVID-19 if the list contains "COVID 19", normal if "normal" is the only label,
-    pneumonia if the list contains "pneumonia", otherwise other. An image belongs to the positive or the negative set
-    according to the names of its folders, the nearest first: `posi` or `+` in the name means positive, `neg` in the name or
-    `-` at its end negative. If no folder has such a name, the names of the tables decide, unless they contradict each other.
-    Patients of the positive set were also X-rayed before and after the disease, so only images with a report of COVID 19 are
-    used from the positive set. In the negative set, a report of COVID 19 contradicts the test, so the image is left out.
-    Also left out and recorded in `Dataset.faults`: images without a report, images with another view than `vp-ap` and
-    `vp-pa`, and unreadable images. Sex and age come from `participants.tsv`, if present. A 16-bit PNG contains a DICOM
-    file's stored values, which are decoded with the DICOM header in the JSON file of the same name; an invalid header is
-    ignored and recorded in `Dataset.faults`. Raises DatasetError if there is no image or no table of labels, or if neither
-    folders nor tables say which set an image belongs to.
+    The diagnosis comes from the report of the image's session, a row of `derivatives/labels/*.tsv` with the columns ReportID
+    (the session) and Labels (a list). It is "COVID-19" if the list contains "COVID 19", "normal" if "normal" is the only
+    label, "pneumonia" if the list contains "pneumonia", otherwise "other".
+
+    The nearest folder above an image whose name states a set decides to which set the image belongs: `posi` or `+` in the
+    name means the positive set; `neg` in the name, or `-` at its end, the negative set. If there is no such folder, the
+    names of the tables decide. From the positive set, only images with a report of COVID 19 are used, because its patients
+    were also X-rayed before and after the disease. From the negative set, images with such a report are left out, because
+    it contradicts the negative test.
+
+    Also left out and recorded in `Dataset.faults`: images without a report, images named neither `vp-ap` nor `vp-pa`, and
+    unreadable images. Sex and age come from `participants.tsv`, if present. A 16-bit PNG contains the stored values of a
+    DICOM file; they are decoded with the DICOM header in the JSON file of the same name. An invalid header is ignored and
+    recorded in `Dataset.faults`. Raises DatasetError if there is no image or no table of labels, or if neither the folders
+    nor the tables decide to which set an image belongs.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults

@@ -29,17 +29,17 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 
     The column Path (`CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg`) gives patient, study and image:
     `patient00001-study1-view1_frontal` is both image_id and study_id. The labels are CHEXPERT_OBSERVATIONS: 1 positive; 0
-    negative or not mentioned; NaN uncertain. `diagnosis` is "normal" if No Finding is positive and Support Devices is
-    negative or not mentioned, because UNet + HRNet leaves out images with equipment; "pneumonia" if Pneumonia is positive;
-    else "other". Ages of 0 are unknown. Left out and recorded in `Dataset.faults`: lateral images, rows whose path,
-    projection or observations are not valid, repeated rows, rows without a file, images with an unreadable header. Raises
-    DatasetError if there is no table or it lacks a column, or if no image remains.
+    negative or not mentioned; NaN uncertain. `diagnosis` is "normal" if No Finding is 1 and Support Devices is 0 (UNet +
+    HRNet too leaves out images with equipment); else "pneumonia" if Pneumonia is 1; else "other". An age of 0 means unknown.
+    Left out and recorded in `Dataset.faults`: lateral images; rows with an invalid path, projection or observation; repeated
+    rows; rows without a file; images with an unreadable header. Raises DatasetError if both tables are missing, a table
+    lacks a column, or no image remains.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
     tables = [path for path in map(source.find_table, TABLES) if path]
     if not tables:
-        raise DatasetError(f"{folder} contains neither of {' and '.join(TABLES)}: {HOW_TO_GET}")
+        raise DatasetError(f"{folder} contains neither {' nor '.join(TABLES)}: {HOW_TO_GET}")
     names = ", ".join(map(source.name, tables))
     table = pd.concat(
         [
@@ -54,7 +54,7 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
     for name, rows in table.groupby("table", sort=False):
         table = table.drop(index=_unusable(rows, str(name), faults))
     if table.empty:
-        raise DatasetError(f"{folder} has no frontal X-ray of its tables {names}: {HOW_TO_GET}")
+        raise DatasetError(f"{folder}: no row of {names} is a valid frontal X-ray with a file: {HOW_TO_GET}")
     image_ids = table["Path"].map(_image_id)
     observations = table[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).map(VALUES).astype(float))
     ages = parse_ages(table["Age"], image_ids, faults, names)
@@ -77,9 +77,9 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 
 
 def _unusable(rows: pd.DataFrame, name: str, faults: Faults) -> pd.Index:
-    """Return the index of the rows that cannot be used; `name` is the file name of their table.
+    """Return the index of the rows that cannot be used; `name` is the file name of the rows' table.
 
-    Each of these rows is counted by one fault, for the first problem that applies to it.
+    Adds one fault for each kind of problem, which counts the rows; a row is counted only for its first problem.
     """
     cells, is_left = rows["Path"], pd.Series(True, index=rows.index)
     values = rows[list(CHEXPERT_OBSERVATIONS)].apply(lambda column: column.map(_value).isin(list(VALUES)))

@@ -34,14 +34,15 @@ HOW_TO_GET = "`git clone https://github.com/ieee8023/covid-chestxray-dataset`, s
 
 
 def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the frontal X-rays listed in `metadata.csv`, each from the subfolder stated in its row (default: images/).
+    """Read the frontal X-rays listed in `metadata.csv`, whose column `folder` states the subfolders (default: images/).
 
-    image_id is the file name without suffix, or with the suffix if two files share a name. A finding is a path such as
-    `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas, and the most
-    specific one decides: `COVID-19, ARDS` is COVID-19. The images have the column `offset` of the table, in days, NaN if
-    unknown. A row without a patient is treated as a patient of its own. Left out and recorded in `Dataset.faults`: other
-    modalities and views; findings that are unknown, not in FINDINGS, or mutually exclusive; repeated rows for one file;
-    missing and damaged files. Raises DatasetError if the table is missing or lacks a column, or if no image remains.
+    `image_id` is the file name without suffix, or with the suffix if two file names differ only in the suffix. A finding is
+    a path such as `Pneumonia/Viral/COVID-19`, or a single name in older releases. Several findings are separated by commas,
+    and the most specific one decides: `COVID-19, ARDS` is COVID-19. The column `offset` is copied to `images`; it is in
+    days, NaN if unknown. A row without a patient id counts as a patient of its own. Left out and recorded in
+    `Dataset.faults`: rows whose modality is not X-ray or whose view is not frontal; rows whose finding is not stated or not
+    in FINDINGS; rows whose findings exclude one another; repeated rows for one file; missing and damaged files. Raises
+    DatasetError if `metadata.csv` is missing or lacks a column, or if no image remains.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -52,7 +53,7 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
         table = table.rename(columns=RENAMED)
     missing = [name for name in COLUMNS if name not in table]
     if missing:
-        raise DatasetError(f"{path} lacks the columns {missing}; it has {list(table.columns)}: {HOW_TO_GET}")
+        raise DatasetError(f"{path} lacks the columns {missing}; its columns are {list(table.columns)}: {HOW_TO_GET}")
     table = table.apply(lambda column: column.str.strip())
     subfolders = table["folder"].where(table["folder"] != "", "images") if "folder" in table else "images"
     cells = (subfolders + "/" + table.filename).tolist()
@@ -68,8 +69,8 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
         raise DatasetError(f"{folder} has no frontal X-ray with a finding in {METADATA}: {HOW_TO_GET}")
     if not has_file.any():
         raise DatasetError(
-            f"{folder} holds {len(source.paths)} files; none of them is one of the {len(table)} frontal X-rays in "
-            f"{METADATA}, such as {table.filename.iloc[0]}: {HOW_TO_GET}"
+            f"{folder} holds {len(source.paths)} files, but none of the {len(table)} frontal X-rays listed in {METADATA}; "
+            f"the first listed is {table.filename.iloc[0]!r}. To get the X-rays: {HOW_TO_GET}"
         )
     table = table[has_file].assign(path=table.path[has_file].map(str)).reset_index(drop=True)
     stems = table.filename.map(listed_id)
@@ -96,7 +97,7 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
 
 
 def diagnosis_of(finding: str) -> str:
-    """Return the diagnosis (of DIAGNOSES) that a finding implies, or "" if the finding is unknown.
+    """Return the diagnosis (of DIAGNOSES) that a finding implies, or "" if it states none (blank, "todo" or "unknown").
 
     A finding is a path such as Pneumonia/Viral, or several paths separated by commas. In a path, the last part that is in
     FINDINGS decides, because it is the most specific. Raises ValueError if no part of a path is in FINDINGS, or if several
@@ -109,7 +110,7 @@ def diagnosis_of(finding: str) -> str:
             continue
         matches = [BY_NAME[part] for part in parts if part in BY_NAME]
         if not matches:
-            raise ValueError(f"the finding {path.strip()!r} is unknown")
+            raise ValueError(f"the kit does not know the finding {path.strip()!r}")
         diagnoses.add(matches[-1])
     # "other" does not contradict a pneumonia, and "pneumonia" does not contradict a pneumonia with a known germ.
     for vague in ("other", "pneumonia"):

@@ -31,8 +31,8 @@ def read_covidgr(folder: str | Path | DataFolder, progress: bool = True) -> Data
         files = source.find_images(is_wanted=wanted.__contains__)
         if not files:
             raise DatasetError(
-                f"{source.folder} contains no PNG or JPEG image in a folder {name}, among {len(source.paths)} files; give "
-                f"the folder that holds {' and '.join(FOLDERS)}: {HOW_TO_GET}"
+                f"none of the {len(source.paths)} files below {source.folder} is a PNG or JPEG image in a folder {name!r}; "
+                f"give the folder that holds {' and '.join(FOLDERS)}: {HOW_TO_GET}"
             )
         rows += [(f"{name}-{stem}", f"covidgr-{name}-{stem}", str(path), diagnosis) for stem, path in files.items()]
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path", "diagnosis"])

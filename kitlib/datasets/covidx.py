@@ -1,4 +1,4 @@
-"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets, with lists of each image's class and source."""
+"""Reads COVIDx (Wang, Lin and Wong 2020): images from several data sets; text files list each image's class and source."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -29,19 +29,19 @@ HOW_TO_GET = "`kaggle datasets download andyczhao/covidx-cxr2`, see inputs/READM
 
 
 def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the images in the folders train, test and (if present) val, each of which has a list of its images.
+    """Read the images in the folders train, test and (if present) val, each described by a text file (list).
 
-    A list is called `train.txt`, `train_COVIDx5.txt` or similar, and is next to the folder train or competition_train. If
+    The list is called `train.txt`, `train_COVIDx5.txt` or similar, and is next to the folder train or competition_train. If
     there are lists of several releases, `train.txt` is used, or else the latest release that has lists for both train and
-    test; the other lists are not read, and a fault says so. Each line describes one image: patient, file, class and, except
+    test; other lists are only recorded in `Dataset.faults`. Each line describes one image: patient, file, class and, except
     in older lists, source, separated by blanks. Patients and file names may also contain blanks: if a line can be divided in
     several ways, the first way in which the file exists is used. image_id is the file name without suffix, or with the
     suffix if two files have the same name. `split` is "test" for the official test set, otherwise "train".
 
-    Patient ids equal those from the kit's readers of the original data sets. RSNA's patientIds identify images, most of
-    which come from an NIH patient with several images. If RSNA's MAPPING is in the folder, NIH's patient ids are used;
-    otherwise a fault warns of leaks. Left out and recorded in `Dataset.faults`: invalid lines, repeated files, and missing
-    or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
+    A patient has the same id as when the kit reads the original data set. RSNA's patientIds identify images, most of which
+    come from an NIH patient with several images. If RSNA's list of NIH images (MAPPING) is in the folder, NIH's patient ids
+    are used; otherwise `Dataset.faults` warns of leaks. Left out and recorded in `Dataset.faults`: invalid lines, repeated
+    files, and missing or damaged files. Raises DatasetError if the list of train or test is missing, or no image is found.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -76,7 +76,7 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     if not entries:
         raise DatasetError(
             f"{folder / 'train'} and {folder / 'test'} contain none of the {len(missing)} listed images"
-            f"{f', such as {missing[0]}' if missing else ''}: {HOW_TO_GET}"
+            f"{f' (the first is {missing[0]})' if missing else ''}: {HOW_TO_GET}"
         )
     maybe_rsna = any(origin in (RSNA, UNKNOWN_SOURCE) for _, _, origin, _ in entries.values())
     nih_patient_ids = read_nih_patients(source) if maybe_rsna else {}
@@ -99,9 +99,9 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
 
 
 def _find_lists(source: DataFolder) -> dict[str, Path]:
-    """Return a dict that maps the parts train, test and, if available, val to the list files of one release.
+    """Return the text files that list the images, all of one release, keyed by "train", "test" and, if available, "val".
 
-    Raises DatasetError if no release has both train and test, or if several folders have lists.
+    Raises DatasetError if no release has lists for both train and test, or if files of the same name differ.
     """
     releases: dict[str, dict[str, Path]] = {}
     for part in PARTS:
@@ -112,8 +112,8 @@ def _find_lists(source: DataFolder) -> dict[str, Path]:
     if not whole:
         found = sorted(path.name for lists in releases.values() for path in lists.values())
         raise DatasetError(
-            f"{source.folder} has no list train.txt with a list test.txt, or train_COVIDx5.txt with test_COVIDx5.txt, or "
-            f"similar; it has {', '.join(found) or 'no such list'}: {HOW_TO_GET}"
+            f"{source.folder} has no pair of lists such as train.txt and test.txt; it has {', '.join(found) or 'no list'}. "
+            f"Get the data set: {HOW_TO_GET}"
         )
     # train.txt first, otherwise the highest number: COVIDx10 is later than COVIDx9A.
     chosen = max(whole, key=lambda name: (name == ".txt", [int(digits) for digits in re.findall(r"\d+", name)], name))

@@ -31,13 +31,14 @@ def read_darwin(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     """Read the frontal X-rays below `folder` with their labels, views, patients and lung masks.
 
     Annotations are Darwin's JSON files anywhere below `folder`. An annotation is matched to its image by the image's name in
-    Darwin, its name in the original source, or the annotation's file name. Masks are the polygons named lung. If an
-    annotation has none, the mask is an image file with the name of the annotation or the image, in a folder with "mask" in
-    its name, such as `annotations/all-images-semantic-masks`. image_id and study_id are the image's file name without
-    suffix. Labels have the columns CLASSES, all NaN for images without any of these tags. Patients come from METADATA and
-    from Kermany's file names; any other image is treated as a patient of its own. Left out and recorded in `Dataset.faults`:
-    images with a tag that matches NOT_FRONTAL, a side shorter than LEAST_SIDE or an unreadable header, and annotations
-    without an image. Raises DatasetError if there is no image or no mask, or METADATA lacks a column.
+    Darwin, the image's name in the original source, or the annotation's file name. Masks are the polygons named "lung". If
+    an annotation has none, the mask is an image file with the name of the annotation or the image, in a folder with "mask"
+    in its name, such as `annotations/all-images-semantic-masks`. `image_id` and `study_id` are the image's file name without
+    suffix. Labels have one column for each of four tags (CLASSES), all NaN for images without any of these tags. Patient ids
+    come from ieee8023's `metadata.csv` and from Kermany's file names; an image without one counts as a patient of its own.
+    An image is left out and recorded in `Dataset.faults` if it has a tag such as "lateral" or "CT" (NOT_FRONTAL), fewer than
+    LEAST_SIDE rows or columns, or an unreadable header. An annotation without an image is also left out and recorded. Raises
+    DatasetError if there is no image or no mask, or if `metadata.csv` lacks a column.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -158,7 +159,7 @@ def _find_patients(
 ) -> dict[str, str]:
     """Return a dict from image id to patient id.
 
-    The patient comes from the file `metadata` or from Kermany's file names; any other image is a patient of its own.
+    The patient comes from the table `metadata` or from Kermany's file names; an image that is in neither is its own patient.
     """
     ieee_patients: dict[str, str] = {}
     if metadata:

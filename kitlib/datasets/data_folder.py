@@ -23,11 +23,11 @@ IMAGES = (*PICTURES, *DICOM, ".img", ".gif", ".bmp", ".tif", ".tiff")
 class DataFolder:
     """All files of a data set, in its main folder and in additional folders, and the faults found while reading the files.
 
-    `folder` is the main folder. `beside` lists the additional folders, because on Kaggle the masks or tables are often in
-    another input than the images, and inputs are read-only. `faults` collects the faults. `paths` lists all files: the files
-    in `folder` come first; within a folder, files in fewer subfolders come first, then the order is alphabetical. Each
-    folder is listed once (see kitlib.datasets.walk). Readers mark the files that they use as read, and `count_unread`
-    reports the image files that were never read. Raises DatasetError if one of the folders does not exist.
+    `folder` is the main folder, `beside` are the additional folders: on Kaggle, the masks or tables are often in another
+    input than the images, and inputs are read-only. `paths` lists all files: the files in `folder` come first; within a
+    folder, files in fewer subfolders come first, then the order is alphabetical. Each folder is listed once (see
+    kitlib.datasets.walk). Files that are used must be marked as read; `count_unread` then adds a fault for image files that
+    were never read. Raises DatasetError if one of the folders does not exist.
     """
 
     def __init__(self, folder: str | Path, beside: Sequence[str | Path] = ()) -> None:
@@ -116,10 +116,10 @@ class DataFolder:
     def find_listed(self, cell: str, base: Path, below: str = "", exactly: bool = False) -> Path | None:
         """Return the path of the image file whose name or path is in a table's `cell`, or None if no file matches.
 
-        The cell's path is resolved from `base`/`below` and, if this fails, from `below` in the data set's folder, because
-        the table may be in an additional folder. Leading folders in the cell that do not exist are ignored. Case is ignored.
-        The suffix may differ, because copies are often converted, but a file with the same suffix is preferred; if `exactly`
-        is True, the suffix must be the same. Marks the file as read.
+        The file is searched in the folder `base`/`below`, then in the subfolder `below` of the main folder, because the
+        table may be in an additional folder. Leading folders in the cell that do not exist are ignored. Case is ignored. A
+        file with the same suffix is preferred. A file with another suffix matches too, because images are often converted,
+        unless `exactly` is True. Marks the file as read.
         """
         parts = folded(f"{cell.strip()}".replace("\\", "/")).strip("/").split("/")
         starts = [folded(f"{folder.as_posix()}/{below}").rstrip("/") for folder in dict.fromkeys((base, self.folder))]
@@ -160,7 +160,7 @@ class DataFolder:
     def count_images(self) -> int:
         """Return the number of image files in the main folder.
 
-        Images in folders of masks and those passed to `set_aside` do not count.
+        Images in folders of masks and images passed to `set_aside` do not count.
         """
         return sum(
             path.suffix.lower() in IMAGES and self._is_own(path) and not any("mask" in name for name in self.folders(path))

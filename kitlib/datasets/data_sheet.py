@@ -41,14 +41,14 @@ def make_data_sheet(
     near_duplicates: pd.DataFrame | None = None,
     decoding: pd.DataFrame | None = None,
 ) -> DataSheet:
-    """Count the images of each class by source, view, sex and age, and warn of what can invalidate results on these images.
+    """Return a DataSheet: image counts of each class by source, view, sex and age, and warnings of what can bias results.
 
-    Ages are grouped by AGE_GROUPS, or "unknown"; an image without an age counts as 0-17 if its `age_group` is CHILD. There
-    is a warning for: a class without images; a class with nearly all of its images from one of several sources; a class of
-    children if another class shows adults; a class that is missing from a fold; patients, and groups of `near_duplicates`
-    (columns image_id, group), that are in several folds, or in a fold and in the official test set; images of a class that
-    are not projection X-rays, according to `decoding`, the table that XrayCache.fill returns. Raises ValueError if the
-    labels are not mutually exclusive.
+    Ages are grouped as in AGE_GROUPS; an image without an age is in the group 0-17 if its `age_group` is "child", otherwise
+    in the group "unknown". `near_duplicates` has the columns image_id and group; `decoding` is the table that XrayCache.fill
+    returns. There is a warning for a class that has no images; that has nearly all images from one of several sources; that
+    shows children if another class shows adults; that is missing from a fold; or that has images which are not projection
+    X-rays, according to `decoding`. There is also a warning for patients and groups of near-duplicates that are in several
+    folds, or in a fold and in the official test set. Raises ValueError if the classes are not mutually exclusive.
     """
     images, labels = check_table(images, "images"), check_table(labels, "labels")
     if not are_exclusive(labels):
@@ -79,7 +79,7 @@ def make_data_sheet(
 
 
 def group_ages(images: pd.DataFrame) -> pd.Series:
-    """Return the age group of every image, a key of AGE_GROUPS or UNKNOWN, with the index of `images`."""
+    """Return the age group of every image, a key of AGE_GROUPS or "unknown", with the index of `images`."""
     years = images.age if "age" in images else pd.Series(np.nan, index=images.index)
     groups = pd.cut(years, [0, *AGE_GROUPS.values()], right=False, labels=list(AGE_GROUPS)).astype(object)
     child = (images.age_group == CHILD) if "age_group" in images else pd.Series(False, index=images.index)

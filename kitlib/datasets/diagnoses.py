@@ -1,4 +1,4 @@
-"""Makes a Dataset from images that have one diagnosis each; used by several readers."""
+"""Makes a Dataset from images that have one diagnosis each; used for several data sets."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ def diagnosis_dataset(
     """Return a Dataset of the images in `rows` (columns image_id, patient_id, path, source, view and diagnosis).
 
     Every image is a study of its own. Further columns of `rows` are kept; sex ("M", "F" or ""), age (years, NaN if unknown)
-    and licence are added if missing. An empty `view` is filled in from a DICOM header. The labels have one column for each
-    of `diagnoses`, which are those of DIAGNOSES that the data set distinguishes, with a 1 for the image's diagnosis. An
-    image whose header cannot be read is left out and recorded in `Dataset.faults`. Raises DatasetError, whose message ends
-    with `how_to_get`, if no image remains; ValueError if a diagnosis is not in `diagnoses`.
+    and licence are added if missing. An empty `view` is filled in from a DICOM header. `diagnoses` are the DIAGNOSES that
+    the data set distinguishes; the labels have one column for each, 1 for the image's diagnosis and 0 otherwise. An image
+    whose header cannot be read is left out and recorded in `Dataset.faults`. Raises DatasetError, whose message ends with
+    `how_to_get`, if no image remains; ValueError if a diagnosis in `rows` is not in `diagnoses`.
     """
     invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
@@ -49,8 +49,8 @@ def parse_sexes(cells: pd.Series) -> list[str]:
 def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
     """Return the age in each cell, in years. A cell that is empty or is not a number from 0 to 130 becomes NaN.
 
-    One fault for `file`, from which the cells were read, counts the cells that are neither empty nor such a number. `ids`
-    has the image id of each cell; the fault states the id of the first invalid one.
+    One fault counts the cells that have text other than such a number. `file` is the file of the cells, and `ids` has the
+    image id of each cell, for the fault.
     """
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))

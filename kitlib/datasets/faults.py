@@ -1,4 +1,4 @@
-"""Collects the faults of a data set: what a reader leaves out or changes, and why."""
+"""Collects the faults of a data set: what is left out or changed while the data set is read, and why."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from kitlib.tables import storable
 
 
 class Faults:
-    """Collects the faults of a data set: a row for everything that a reader leaves out or changes."""
+    """Collects the faults of a data set: a row for everything that is left out or changed while the data set is read."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[str, str, str]] = []
@@ -18,9 +18,10 @@ class Faults:
         self.rows.append((storable(file), storable(row), storable(problem)))
 
     def add_summary(self, file: str, rows: Iterable[str], problem: str, others: str = "others") -> None:
-        """Add one fault for all of `rows`: it names the first row and counts the others. Adds none if `rows` is empty.
+        """Add one fault for all of `rows`, or none if `rows` is empty.
 
-        The text is, for example, "and 3 others have no file", where `others` is the noun and `problem` the rest.
+        The fault states the first row and, for example, "and 3 others have no file", where `others` is "others" and
+        `problem` is "have no file".
         """
         if rows := sorted(rows):
             self.add(file, rows[0], f"and {len(rows) - 1} {others} {problem}")

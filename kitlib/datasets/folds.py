@@ -22,14 +22,14 @@ def make_folds(
     seed: int = 0,
     near_duplicates: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Assign images to `n_folds` stratified folds; returns a `folds` table (id is the image_id, fold counts from 0).
+    """Assign images to `n_folds` stratified folds; return a `folds` table: `id` is the image id, `fold` counts from 0.
 
-    Images that are `false_none` or in the split "test" get no fold. Images that share a patient, a study or a group of
-    `near_duplicates` (columns image_id, group), directly or through other images, share a fold. The proportions of classes
-    (an image counts for its rarest class) and of images with boxes are as similar across folds as possible without dividing
-    such groups. The result depends on `seed` and on the rows, but not on their order. Raises ValueError if there are fewer
-    groups than folds, an image's study has no label, or `n_folds` is below 2; DatasetError if most studies have one patient
-    id.
+    Images that no annotator looked at (`false_none`) and images in the split "test" get no fold. Each leak group of other
+    images stays in one fold (see `find_leak_groups`; `near_duplicates` has the columns image_id, group). Apart from this,
+    the proportions of classes and of images with boxes are as similar across folds as possible. An image counts for its
+    rarest class. The result depends on `seed` and on the rows, but not on their order. Raises ValueError if `n_folds` is
+    below 2 or above the number of leak groups, or if an image's study has no label; DatasetError if most studies have the
+    same patient id.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -56,11 +56,12 @@ def hold_out_test(
 ) -> pd.DataFrame:
     """Return `images` with a column `split`: "test" for about `share` of the images, "train" for the others.
 
-    Replaces an existing split. Images that share a patient or a group of near-duplicates get the same split, and the
-    proportions of classes are as similar as possible without dividing such groups; `false_none` images are "train". With a
-    share of 0.1 and nine folds of the rest, a model is trained on 80 % of the images, validated on 10 % and tested on 10 %.
-    The result depends on `seed` and on the rows, but not on their order. Raises ValueError if the share is not between 0 and
-    1, or if all images belong to one group; DatasetError if most studies have one patient id.
+    Replaces an existing split. Images that share a patient, a study or a group of near-duplicates get the same split. Apart
+    from this, the proportions of classes in both splits are as similar as possible. Images that no annotator looked at
+    (`false_none`) are "train". With a share of 0.1 and nine folds of the rest, a model is trained on 80 % of the images,
+    validated on 10 % and tested on 10 %. The result depends on `seed` and on the rows, but not on their order. Raises
+    ValueError if the share is not between 0 and 1, or if all images must stay together; DatasetError if most studies have
+    the same patient id.
     """
     if not 0 < share < 1:
         raise ValueError(f"the share of test images is {share}; expected more than 0 and less than 1")
@@ -69,7 +70,7 @@ def hold_out_test(
     counts = pd.crosstab(groups, _strata(included, labels, empty_table("boxes"))).to_numpy()
     parts = np.array([1 / (1 - share), 1 / share])
     if len(counts) < 2:
-        raise ValueError(f"{len(counts)} groups of patients cannot be split: a test set needs at least two")
+        raise ValueError(f"a test set requires two or more groups of patients; the images have {len(counts)}")
     side_of_group = _assign_groups(counts, parts, np.random.default_rng([seed, 1]))
     if len(set(side_of_group)) < 2:
         # Every group was nearer to the target on one side; the smallest one moves, so that neither side is empty.
@@ -84,9 +85,9 @@ def hold_out_sources(
 ) -> pd.DataFrame:
     """Return `images` with the split "test" for all images from `sources`, such as an external test set in a pool.
 
-    Images that share a patient, a study or a group of near-duplicates with these images become "test" too. All other images
-    keep their split, or get "train" if they have none. Raises ValueError for a source without images, or if no image remains
-    to train on.
+    Images that share a patient, a study or a group of near-duplicates with images from `sources` become "test" too. All
+    other images keep their split, or get "train" if they have none. Raises ValueError for a source without images, or if no
+    image remains to train on.
     """
     if missing := sorted(set(sources) - set(images.source)):
         available = ", ".join(sorted(set(images.source)))
@@ -96,16 +97,16 @@ def hold_out_sources(
     split = images["split"] if "split" in images else pd.Series("train", images.index)
     split = split.fillna("train").mask(held_out, "test")
     if (split == "test").all():
-        raise ValueError(f"test_sources: without {', '.join(sources)} no image remains to train on; leave a source out")
+        raise ValueError(f"test_sources: without {', '.join(sources)} no image remains to train on; name fewer sources")
     return images.assign(split=split)
 
 
 def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return a `folds` table with one fold per source, numbered alphabetically, for leave-one-source-out validation.
 
-    Images that are `false_none` or in the split "test" get no fold. Images whose patient, study or near-duplicate also
-    occurs in another source get no fold either, because they would leak. Raises ValueError if there is only one source, or
-    if a source loses all its images; DatasetError if most studies have one patient id.
+    Images that no annotator looked at (`false_none`) and images in the split "test" get no fold. Images whose patient, study
+    or near-duplicate also occurs in another source get no fold either, because they would leak. Raises ValueError if there
+    is only one source, or if a source loses all its images; DatasetError if most studies have the same patient id.
     """
     included = _annotated_images(images)
     if "split" in included:
@@ -116,7 +117,10 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
     in_one_source = included.source.groupby(_find_patient_groups(included, near_duplicates)).transform("nunique") == 1
     emptied = sorted(set(sources) - set(included.source[in_one_source]))
     if emptied:
-        raise ValueError(f"every image of {', '.join(emptied)} shares a patient or a near-duplicate with another source")
+        raise ValueError(
+            f"no image of {', '.join(emptied)} can be in a fold, because each shares a patient, a study or a near-duplicate "
+            "with another source; use folds by patient"
+        )
     included = included[in_one_source]
     folds = pd.DataFrame({"id": included.image_id, "fold": included.source.map(sources.index)})
     folds = check_table(folds, "folds")
@@ -125,16 +129,16 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
 
 
 def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None) -> np.ndarray:
-    """Return a group number for every image, as `find_leak_groups` does, after checking the patient ids.
+    """Return a group number for every image, as `find_leak_groups` does.
 
-    Raises DatasetError if most studies have the same patient id, which is then a placeholder from anonymisation.
+    Raises DatasetError if most studies have the same patient id: the id is then a placeholder from anonymisation.
     """
     studies = images.drop_duplicates("study_id").patient_id.value_counts()
     if len(studies) and studies.iloc[0] >= PLACEHOLDER_STUDIES and studies.iloc[0] > PLACEHOLDER_SHARE * studies.sum():
         raise DatasetError(
-            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so all would be in one "
-            'fold. If it is a placeholder of anonymisation, set folds_by to "study" in notebook 10, which takes every '
-            "study for a patient of its own, or correct the column patient_id of the `images` table"
+            f"{studies.iloc[0]} of {studies.sum()} studies have the patient id {studies.index[0]!r}, so these studies would "
+            'be in one fold. If it is a placeholder from anonymisation, set folds_by to "study" in notebook 10, so that '
+            "each study counts as a patient of its own, or correct the column `patient_id` of the `images` table"
         )
     return find_leak_groups(images, near_duplicates)
 
@@ -192,18 +196,19 @@ def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None
             f"{value} (" + ", ".join(f"{row.image_id} in fold {row.fold}" for row in rows.itertuples()) + ")"
             for value, rows in assigned[assigned[column].isin(leaking[:5])].groupby(column)
         )
-        raise DatasetError(f"{name} in several folds: {len(leaking)}, such as {examples}. Make new folds with make_folds")
+        raise DatasetError(f"{len(leaking)} {name} are in several folds, such as {examples}. Make new folds with make_folds")
 
 
 def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return an int array (groups,) with the fold number of every group.
 
-    `counts` (groups, strata) is the number of images of each group in each stratum. `parts` (folds,) has, for each fold, 1 /
-    the share of the images that it should get; for n folds of equal size, every part is n. Groups are assigned from the
-    largest to the smallest. For each fold, the squared distances from the fold's target, divided by the target, are summed
-    over strata; a group goes to the fold where it increases this sum least. The many groups of one image even out the
-    remainder. On SIIM's training set scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata,
-    is up to 5 percentage points off.
+    `counts` (groups, strata) is the number of images of each group in each stratum (see `_strata`). `parts` (folds,) has one
+    number per fold: 1 divided by the share of the images that the fold should get. For n folds of equal size, it is n.
+
+    Groups are assigned from the largest to the smallest. The error of a fold is the sum over strata of (number of images -
+    target)**2 / target; a group goes to the fold whose error it increases least. The many groups with a single image come
+    last and even out the folds. scikit-learn's StratifiedGroupKFold, which orders groups by their spread over strata, is up
+    to 5 percentage points off on SIIM's training set.
     """
     # The total number of images breaks ties. Without it, a single fold would be filled if all strata are rare.
     counts = np.column_stack([counts, counts.sum(axis=1)])
@@ -227,7 +232,7 @@ def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> 
     classes = check_table(labels, "labels").set_index("id")
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:
-        raise ValueError(f"{len(missing)} studies have images but no label; the first is {missing[0]}: remove or label them")
+        raise ValueError(f"{len(missing)} studies have no label, such as {missing[0]!r}; add labels or remove their images")
     true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
     # An additional class that every image has, because an image or a whole data set may have no class.
     rarest_first = np.column_stack([true[:, np.argsort(true.sum(axis=0), kind="stable")], np.ones(len(true), bool)])

@@ -24,12 +24,12 @@ PUBLISHED = {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images below `folder` (raw `.IMG` files as in JSRT's `All247images`, or PNG or JPEG) and their masks.
 
-    Masks are the files in folders named heart, left lung and right lung, as in SCR's folder `scratch`, or mask (both lungs),
-    with or without `_`, `-` and a plural s. image_id and study_id are the file name without suffix, which also identifies
-    the patient and states the label (nodule or no nodule). Left out and recorded in `Dataset.faults`: files with another
-    name or, if they are raw, size. Images without masks are included. An image that lacks some of the structures that other
-    images have is included without any mask. If there are no masks at all, `Dataset.masks` is None, with a fault. Raises
-    DatasetError if there is no image, or if there are masks but none of a lung.
+    Masks are the files in folders named heart, left lung and right lung, as in SCR's folder `scratch`, or mask (both lungs);
+    folder names may also have `_` or `-` for a space, and a plural s. image_id and study_id are the file name without
+    suffix, which also identifies the patient and states the label (nodule or no nodule). Left out and recorded in
+    `Dataset.faults`: files with another name, and raw files of another size. Images without masks are included. If an image
+    lacks the mask of a structure that other images have, it is included without any mask. If there are no masks at all,
+    `Dataset.masks` is None, with a fault. Raises DatasetError if there is no image, or if there are masks but none of lungs.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -69,15 +69,15 @@ def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
 
 
 def _structure(path: Path) -> str:
-    """Return the structure that the masks in the folder of the file `path` show, or "" if it is not a folder of masks."""
+    """Return the structure that the mask file `path` shows, according to its folder; "" if it is not in a mask folder."""
     return STRUCTURES.get(re.sub("[ _-]+", " ", path.parent.name.lower()).removesuffix("s"), "")
 
 
 def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None:
     """Return the mask files as a table like Dataset.masks, or None, with a fault, if there are no mask files.
 
-    An image gets masks only if it has a mask for every structure that occurs in the data set; otherwise its missing masks
-    are a fault. Raises DatasetError if no mask shows a lung.
+    If an image lacks the mask of a structure that occurs in the data set, its other masks are left out, with a fault. Raises
+    DatasetError if no mask shows a lung.
     """
     faults = source.faults
     source.find(MASK_SUFFIXES, lambda path: "clavicle" in path.parent.name.lower())  # known, but not used

@@ -29,13 +29,16 @@ PUBLISHED = {"images": 5856, "bacterial": 2780, "viral": 1493, "normal": 1583}
 def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the images in the folders train, test and val, which may be anywhere below `folder`.
 
-    Each of these parts has the folders NORMAL and PNEUMONIA (in some copies OPACITY) or, as in coronahack, contains the
-    images directly. image_id is the file name without suffix, prefixed with `PART-` if two parts share the name. The file
-    name states the diagnosis and the patient. A patient number is treated as the same patient in all parts and for both
-    germs, because it is not documented whether `person1` in the test folder is `person1` in the training folder; joining two
-    patients is harmless, while separating one leaks. Because the official test folder shares numbers with the others, there
-    is no `split`; the column `part` is train, test or val. All patients are children of one to five years: `age_group` is
-    "child", `age` unknown. Left out and recorded in `Dataset.faults`: further copies of a part, files whose name states no
+    Each of these folders has the subfolders NORMAL and PNEUMONIA (in some copies OPACITY) or, as in coronahack, contains the
+    images directly. The column `part` is train, test or val. image_id is the file name without suffix; if a file name occurs
+    in two parts, it is prefixed with the part, as in `test-NAME`.
+
+    The file name states the diagnosis and the patient. It is not documented whether `person1` in the test folder is
+    `person1` in the training folder. A patient number is taken for the same patient in all parts and for both germs: joining
+    two patients is harmless, while separating one leaks. There is no `split`, because the official test folder shares
+    patient numbers with the others. All patients are children of one to five years: `age_group` is "child", `age` unknown.
+
+    Left out and recorded in `Dataset.faults`: files whose name occurs again in their part, files whose name states no
     diagnosis or contradicts their folder, and unreadable files. Raises DatasetError if there is no such folder or no image.
     """
     source = DataFolder.of(folder)
@@ -89,7 +92,8 @@ class _NamedFile:
 def _find_files(source: DataFolder) -> list[tuple[Path, str, str]]:
     """Return (path, part, kind) for each image file in a folder PART/KIND or PART; part and kind are in lower case.
 
-    The kind is "" for files directly in a folder PART. Parts that contain a folder of RETINAS are left out.
+    The part is train, test or val. The kind is normal, pneumonia or opacity, or "" for files directly in a folder PART.
+    Folders PART/KIND are left out if PART also has a folder of retina images (RETINAS).
     """
     retinas = {path.parent.parent for path in source.paths if path.parent.name.lower() in RETINAS}
     places = {}

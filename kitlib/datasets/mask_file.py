@@ -1,4 +1,4 @@
-"""Reads the mask files of published data sets, and stores the masks as label images with the size of the decoded copies."""
+"""Reads the mask files of data sets, and stores the masks as label images of the size of the decoded X-rays."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,12 +30,12 @@ IMAGES_PER_PART = 128  # images in each file of the mask store; limits the numbe
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Read a PNG, JPEG or GIF mask, or the lungs in a Darwin JSON file, as a bool mask (rows, columns).
+    """Return the mask in a PNG, JPEG or GIF file, or of the lungs in a Darwin JSON file, as a bool array (rows, columns).
 
-    In an image, pixels above half of the scale are inside; the scale is 255, or 65535 if any value exceeds 255. The
-    brightest colour channel decides, palettes are resolved, alpha is ignored. V7's masks use 127 for pixels to be ignored,
-    which are therefore outside. If all values are below CODES_BELOW and the file is not a JPEG, they are codes, and all but
-    0 are inside. A black image is an empty mask. Raises MaskError, which names the file, if it cannot be read.
+    A pixel of an image is inside if its brightest colour channel is above half of the scale, which is 255, or 65535 if any
+    value exceeds 255. V7's masks use 127 for pixels to be ignored; these are outside. If all values are below CODES_BELOW
+    and the file is not a JPEG, the values are codes, and every code but 0 is inside. Palettes are resolved, alpha is
+    ignored. A black image is an empty mask. Raises MaskError, with the path of the file, if the file cannot be read.
     """
     path = Path(path)
     if path.suffix.lower() == ".json":
@@ -60,14 +60,16 @@ def read_mask(path: str | Path) -> np.ndarray:
 def fill_masks(
     store: MaskStore, masks: pd.DataFrame, images: pd.DataFrame, cache: XrayCache, progress: bool = True
 ) -> pd.DataFrame:
-    """Add a mask to `store` for every image that has rows in `masks` (see Dataset); returns a table like Dataset.faults.
+    """Add a mask to `store` for every image that has rows in `masks` (see Dataset); return a table of faults (see Dataset).
 
-    Decoded copies come from `cache`, which must contain all `images`. An image gets no mask if one of its mask files is
-    missing, is damaged, or has another aspect ratio than the image (by more than 1 %), or if no pixel is lung: an incomplete
-    mask would teach that the missing part is background. A mask with only one lung or with an empty structure is stored, but
-    is also a fault; masks that have only SPARSE_STRUCTURES may be empty. Masks are resized to the decoded copy by area
-    averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in DRAWN_IN_ORDER wins.
-    Masks that are already in the store are not changed. Raises ValueError if a structure is unknown.
+    `cache` must contain all `images`. Masks are resized to the decoded copies in `cache` (the X-rays decoded to 8 bits and
+    reduced) by area averaging; a pixel is inside if at least half of it is. Where structures overlap, the later one in
+    DRAWN_IN_ORDER wins. Masks that are already in the store are not changed.
+
+    If one of an image's mask files is missing, is damaged, or has another aspect ratio than the image (by more than 1 %),
+    the image gets no mask, with a fault: an incomplete mask would teach that the missing part is background. The image also
+    gets no mask if no pixel is lung. Exception: masks that have only SPARSE_STRUCTURES (pneumothorax) may be empty. A mask
+    with only one lung or with an empty structure is stored, with a fault. Raises ValueError if a structure is unknown.
     """
     unknown = sorted(set(masks.structure) - set(DRAWN_IN_ORDER))
     if unknown:
@@ -96,8 +98,8 @@ def _label_image(
 ) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
     """Return the mask of an image as a label image (None if it gets no mask), and a list of its faults (file, problem).
 
-    The label image is uint8, of the same shape as the decoded copy. `files` has one tuple (structure, path, runs) per mask;
-    `runs` has the run lengths of the mask, or is "" if the mask is the file `path`.
+    The label image is uint8, of the same shape as the decoded X-ray in `cache`. `files` has one tuple (structure, path,
+    runs) per mask; `runs` has the run lengths of the mask, or is "" if the mask is the file `path`.
     """
     xray, problems = cache.read(image_id), []
     masks_of: dict[str, list[np.ndarray]] = {}

@@ -83,14 +83,14 @@ def group_hashes(hashes: list[np.ndarray], max_distance: int) -> np.ndarray:
 
 
 def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    """Yield the first row and first column of each block; together, the blocks cover all pairs of `count` hashes."""
+    """Yield the first row and the first column of each block of the distance matrix; blocks cover all pairs of hashes."""
     for start in range(0, count, BLOCK_ROWS):
         for first in range(start, count, BLOCK_COLUMNS):
             yield start, first
 
 
 def _join(group: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Return new group numbers (n,) in which groups are merged if a pair in `pairs` connects them."""
+    """Return `group`, the group number of each hash, renumbered so that hashes connected by `pairs` have the same number."""
     row, column = (group[np.concatenate([np.empty(0, int), *part])] for part in ([p[k] for p in pairs] for k in range(2)))
     count = group.max() + 1
     graph = coo_array((np.ones(len(row), dtype=bool), (row, column)), shape=(count, count))

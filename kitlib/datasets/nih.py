@@ -45,15 +45,15 @@ PUBLISHED = {
 
 
 def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the images anywhere below `folder`, with their labels. Copies with resized images or renamed tables are read too.
+    """Read the images anywhere below `folder`, with labels and boxes. Resized images and renamed tables are read too.
 
     image_id and study_id are the file name without suffix; patient ids have the form `nih-00000001`. Labels have the columns
     NIH_FINDINGS, 0 or 1. `images` has sex and age, as far as the table states them (`058Y` or 58; above 130 is unknown).
-    `boxes` has an additional column `finding`; boxes of resized images are scaled. If the official lists are present,
-    `split` is "train" or "test". Left out and recorded in `Dataset.faults`: rows without a file, files without a row,
-    invalid boxes, images with an unreadable header or an unknown finding, images in neither official list. Raises
-    DatasetError if the table of entries is missing or lacks a column, if one official list is present without the other, or
-    if no file is an image of the table.
+    `boxes` has an additional column `finding`; boxes of resized images are scaled. If the official lists of training and
+    test images are present, `split` is "train" or "test". Left out and recorded in `Dataset.faults`: rows without a file,
+    files without a row, invalid boxes, images with an unreadable header or an unknown finding, images in neither official
+    list. Raises DatasetError if the table of entries is missing or lacks a column, if one official list is present without
+    the other, or if no file is an image that the table lists.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -66,11 +66,11 @@ def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     table = table.drop_duplicates("image_id")
     files = source.find_images()
     if not files:
-        raise DatasetError(f"{folder} contains no PNG or JPEG image: unpack images_001 to images_012 there, {HOW_TO_GET}")
+        raise DatasetError(f"{folder} contains no PNG or JPEG image. Unpack images_001 to images_012 there: {HOW_TO_GET}")
     if not table.image_id.isin(list(files)).any():
         raise DatasetError(
-            f"{folder} holds {len(files)} images, the first is {next(iter(files.values()))}; none of them is one of the "
-            f"{len(table)} images in {name}, such as {table['Image Index'].iloc[0] if len(table) else 'none'}: {HOW_TO_GET}"
+            f"{name} lists {len(table)} images, such as {table['Image Index'].iloc[0] if len(table) else 'none'}, but "
+            f"none of the {len(files)} images in {folder}, such as {next(iter(files.values()))}. To get them: {HOW_TO_GET}"
         )
     table = _match_files(table, files, name, faults)
     labels = _read_labels(table, name, faults)
@@ -126,9 +126,9 @@ def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame
 def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
     """Return the boxes in the file `path`, as a table with the columns image_id, xmin, ymin, xmax, ymax and finding.
 
-    The file has the columns `Image Index` and `Finding Label`, followed by x, y, width and height, whose names do not
-    matter. Invalid boxes are left out, with a fault. If `path` is None, this is a fault and the table is empty. Raises
-    DatasetError if the file lacks columns.
+    The file's first six columns are `Image Index`, `Finding Label`, x, y, width and height; the last four may have any
+    names. Invalid boxes are left out and recorded in `faults`. If `path` is None, `faults` records the missing file, and the
+    table is empty. Raises DatasetError if the file lacks columns.
     """
     columns = ["image_id", *BOX, "finding"]
     if path is None:
@@ -137,7 +137,7 @@ def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
     table = read_csv(path, ("Image Index", "Finding Label"), HOW_TO_GET)
     if len(table.columns) < 6:
         raise DatasetError(
-            f"{path} has the columns {list(table.columns)}; expected x, y, w, h after image and finding: {HOW_TO_GET}"
+            f"{path} has the columns {list(table.columns)}; x, y, width or height is missing. To get the file: {HOW_TO_GET}"
         )
     boxes, is_valid = make_boxes(table["Image Index"].map(listed_id), table.iloc[:, 2:6])
     for image_id in boxes.image_id[~is_valid]:
@@ -152,8 +152,8 @@ def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
     missing = [LISTS[split] for split, path in paths.items() if path is None]
     if len(missing) == 1:
         raise DatasetError(
-            f"{source.folder} has one of the official lists {' and '.join(LISTS.values())}, but not {missing[0]}, so the "
-            "test images are unknown. Name an input with the other list in the parameter `beside`, or use a copy without"
+            f"{source.folder} has only one of the two official lists: {missing[0]} is missing, so the test images are "
+            f"unknown. Give an input that contains {missing[0]} in the parameter `beside`, or use neither list"
         )
     if missing:
         source.faults.add(", ".join(missing), "", "the official lists are missing; all images may be used for training")

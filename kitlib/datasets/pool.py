@@ -1,4 +1,4 @@
-"""Reads several data sets as one, with the classes of one scheme; images that fit no class are left out, with a fault."""
+"""Reads several data sets as one, with the classes of one scheme or with lung masks of one convention."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ DIAGNOSED = {
 
 
 def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progress: bool = True, **own: Any) -> Dataset:
-    """Read the data sets in `parts` (key of READERS -> folder of the data set) as one Dataset.
+    """Read several data sets as one Dataset; `parts` maps the names of the data sets (keys of READERS) to their folders.
 
     Labels have one column for each class of `scheme`, a key of CLASS_SCHEMES; exactly one class of each image is 1. Images
-    whose diagnosis has no class in the scheme are left out, with one fault per data set and diagnosis. An image_id that
-    occurs in two data sets is prefixed with the data set's name in both. Every image is a study of its own; `images` has the
-    columns `diagnosis` and `source`. Official splits are retained; images from data sets without a split are "train". There
-    are no boxes. `own` are the parameters of `read_own` for the part "table", the user's own images. Raises ValueError if
-    the scheme is unknown, a data set has no diagnoses, or no image remains.
+    whose diagnosis has no class in the scheme are left out; `faults` has a row for each such diagnosis of a data set. An
+    image_id that occurs in two data sets is prefixed with the data set's name in both. Every image is a study of its own;
+    `images` has the columns `diagnosis` and `source`. Official splits are retained; images from data sets without a split
+    are "train". There are no boxes. `own` is passed to `read_own`, which reads the part "table": the user's own images.
+    Raises ValueError if the scheme is unknown, a data set has no diagnoses, or no image remains.
     """
     classes = scheme_classes(scheme)
     sets = {name: _with_diagnosis(data, name) for name, data in read_parts(parts, progress, **own).items()}
@@ -46,7 +46,7 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
     pool = _fill_missing(pd.concat(images, ignore_index=True))
     pool = pool[pool.diagnosis.isin(CLASS_SCHEMES[scheme])].reset_index(drop=True)
     if pool.empty:
-        raise ValueError(f"{', '.join(parts)} have no image of any class of the scheme {scheme}: {', '.join(classes)}")
+        raise ValueError(f"no image in {', '.join(parts)} has a class of the scheme {scheme!r} ({', '.join(classes)})")
     pool["study_id"] = pool.image_id
     image_classes = pool.diagnosis.map(CLASS_SCHEMES[scheme])
     for name in sorted(set(classes) - set(image_classes)):
@@ -64,22 +64,23 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
 
 
 def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool = True, **own: Any) -> Dataset:
-    """Read the data sets with lung masks in `parts` (key of READERS -> folder) as one Dataset, with their own labels.
+    """Read several data sets with lung masks as one Dataset; `parts` maps their names (keys of READERS) to their folders.
 
-    The masks must follow one convention (of MASK_CONVENTIONS), because conventions define lungs differently: Montgomery and
-    Shenzhen can be joined, as in UNet + HRNet, but neither of them with Darwin. An image_id that occurs in two sets is
-    prefixed with the set's name in both; a label that a set lacks is unknown (NaN). `own` are the parameters of `read_own`
-    for the part "table", the user's own images. Raises ValueError if a set has no masks, or if the conventions differ.
+    All masks must follow the same convention (see MASK_CONVENTIONS), because each convention defines lungs differently.
+    Montgomery and Shenzhen can be joined, as in the UNet + HRNet paper, but neither of them with Darwin. An image_id that
+    occurs in two data sets is prefixed with the data set's name in both. Labels have the columns of all data sets; a label
+    that a data set lacks is unknown (NaN). `own` is passed to `read_own`, which reads the part "table": the user's own
+    images. Raises ValueError if a data set has no masks, or if the conventions differ.
     """
     sets = read_parts(parts, progress, **own)
     without = [name for name, data in sets.items() if data.masks is None]
     if without:
-        raise ValueError(f"the data set {without[0]} has no masks; without classes, pool joins only sets with lung masks")
+        raise ValueError(f"the data set {without[0]} has no masks; a pool without classes requires masks in every data set")
     conventions = {name: ", ".join(sorted(set(data.images.convention))) for name, data in sets.items()}
     if len(set(conventions.values())) > 1:
         listing = ", ".join(f"{name} {convention}" for name, convention in conventions.items())
         raise ValueError(
-            f"the masks follow several conventions, which define lungs differently: {listing}; pool sets of one convention"
+            f"the masks follow several conventions, which define lungs differently: {listing}. Pool sets of one convention"
         )
     ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
     clashing, images, labels, masks, faults, published = set(ids[ids.duplicated()]), [], [], [], [], Counter[str]()
@@ -103,8 +104,8 @@ def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool 
 def sample_images(images: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     """Return a random sample of at most `count` rows of `images`, with about the same share of each source and diagnosis.
 
-    `images` is the table of a pool; its order is preserved. The choice depends on `seed` and on the image ids, but not on
-    their order. Images of one patient are sampled independently.
+    `images` is the table of a pool; the sampled rows keep its order. Which rows are sampled depends on `seed` and the image
+    ids, but not on the order of the rows. Images of one patient are sampled independently.
     """
     shuffled = images.sort_values("image_id").sample(frac=1, random_state=np.random.default_rng(seed))
     groups = shuffled.groupby(["source", "diagnosis"])
@@ -118,16 +119,16 @@ def _prefix_clashing(image_ids: pd.Series, clashing: set[str], name: str) -> pd.
 
 
 def _with_diagnosis(data: Dataset, name: str) -> Dataset:
-    """Return a data set whose `images` have a column `diagnosis`; if it is missing, it is derived from labels by DIAGNOSED.
+    """Return `data` with a column `diagnosis` in `images`; if the column is missing, it is derived from the labels.
 
-    Raises ValueError if the data set `name` has no diagnoses and is not in DIAGNOSED.
+    Raises ValueError if the column is missing and DIAGNOSED does not say how to derive it for the data set `name`.
     """
     if "diagnosis" in data.images:
         return data
     if name == OWN:
         raise ValueError(
-            f"your own images have no diagnoses, so they fit no scheme of classes: their classes must be among "
-            f"{', '.join(DIAGNOSES)}; rename them by class_names, such as {{COVID: COVID-19}}"
+            f"the scheme needs diagnoses, which your own images lack. Diagnoses are {', '.join(DIAGNOSES)}; "
+            "rename your classes to diagnoses by `class_names`, such as {COVID: COVID-19}"
         )
     if name not in DIAGNOSED:
         raise ValueError(
@@ -152,7 +153,7 @@ def _excluded_faults(images: pd.DataFrame, name: str, scheme: str) -> pd.DataFra
 
 
 def _fill_missing(images: pd.DataFrame) -> pd.DataFrame:
-    """Return `images` with "" in place of missing texts, and "train" in place of a missing `split`, if the column exists."""
+    """Return `images` with "" in place of missing texts. If there is a column `split`, its missing values become "train"."""
     if "split" in images:
         images["split"] = images.split.astype(object).where(images.split.notna(), "train")
     texts = [column for column in images if images[column].map(lambda cell: isinstance(cell, str)).any()]
@@ -165,7 +166,10 @@ def _join_faults(faults: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _published_counts(sets: dict[str, Dataset], scheme: str) -> dict[str, int]:
-    """Return class -> published number of images, without classes for which a data set has not published its number."""
+    """Return a dict from class to its published number of images, summed over the data sets.
+
+    A class is left out if one of the data sets contains it but published no number for it.
+    """
     counts: dict[str, int] = {}
     unknown = set()
     for data in sets.values():

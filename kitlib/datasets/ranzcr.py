@@ -23,10 +23,11 @@ PUBLISHED = {
 def read_ranzcr(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the training images below `folder` (JPEG, or PNG or DICOM in copies), with their labels and patients.
 
-    The images may be in any folder that has no "test" in its name. image_id and study_id are the column ID. The courses of
-    the lines in ANNOTATIONS are not read; a fault counts them. Left out and recorded in `Dataset.faults`: rows without a
-    file, files without a row, images with an unreadable header, and images with an invalid row or several rows. Raises
-    DatasetError if the table is missing or lacks a column, or if no file is an image of it.
+    The images may be in any folder that has no "test" in its name. image_id and study_id are the column StudyInstanceUID,
+    the id of an image. The courses of catheters and lines in `train_annotations.csv` are not used; a fault counts them. Left
+    out and recorded in `Dataset.faults`: rows without a file, files without a row, images with an unreadable header, and
+    images with an invalid row or several rows. Raises DatasetError if the table is missing or lacks a column, or if no file
+    is an image that the table lists.
     """
     source = DataFolder.of(folder)
     path = source.need_table(LABELS, how_to_get=HOW_TO_GET)

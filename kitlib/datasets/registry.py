@@ -55,11 +55,11 @@ READERS: dict[str, Callable[..., Dataset]] = {
 def read_dataset(name: str, folder: str | Path | DataFolder, progress: bool = True, source: str = "", **own: Any) -> Dataset:
     """Read the data set `name` (a key of READERS) from `folder` and return its Dataset; of SIIM, only the training set.
 
-    If the folder contains another data set in the same layout, such as a hospital's own, pass a name for it as `source`: the
-    images get this source, and the patient ids this prefix, so that they differ from those of the published data set. `own`
-    are the parameters for the data set "table", a user's own images (see `read_own`); empty ones are ignored. Raises
-    ValueError if the name is unknown, SettingsError if `own` is given for another data set, DatasetError if a file is
-    missing.
+    If the folder contains another data set in the same layout, such as a hospital's own, pass a name for it as `source`. It
+    becomes the images' source and the prefix of the patient ids, which then differ from those of the published data set;
+    published counts are dropped. `own` are the parameters for the data set "table", a user's own images (see `read_own`);
+    empty parameters are ignored. Raises ValueError if the name is unknown, SettingsError if `own` is given for another data
+    set, DatasetError if a file is missing.
     """
     if name not in READERS:
         raise ValueError(f"unknown data set {name!r}; available: {', '.join(READERS)}")

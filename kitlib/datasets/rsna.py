@@ -37,15 +37,15 @@ PUBLISHED = {
 def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with their classes and opacity boxes.
 
-    The images may be in any folder that has no "test" in its name. Boxes of resized images are scaled. If there is no table
-    of classes, it is unknown whether an image without an opacity is normal: these two classes are NaN.
+    The images may be in any folder that has no "test" in its name. Boxes of resized images are scaled. Labels have the
+    columns RSNA_CLASSES. If there is a table of classes, exactly one class of each image is 1. Otherwise it is unknown
+    whether an image without an opacity is normal: its classes Normal and No Lung Opacity / Not Normal are NaN.
 
     image_id and study_id are RSNA's patientId. RSNA has one image per patientId, but the images come from NIH, where a
-    patient has several. If MAPPING is in the folder, `patient_id` is NIH's patient, so that folds do not leak; otherwise it
-    is the patientId, and a fault says so. Labels have the columns RSNA_CLASSES, exactly one of which is 1 if classes are
-    known. Left out and recorded in `Dataset.faults`: rows without a file, files without a row, and images with an unreadable
-    header, an invalid box, or a class that contradicts their boxes. Raises DatasetError if the table of boxes is missing, or
-    if no file is an image of it.
+    patient has several. If RSNA's list of NIH images (MAPPING) is in the folder, `patient_id` is NIH's patient, so that
+    folds do not leak; otherwise it is the patientId, and a fault says so. Left out and recorded in `Dataset.faults`: rows
+    without a file, files without a row, and images with an unreadable header, an invalid box, or a class that contradicts
+    their boxes. Raises DatasetError if the table of boxes is missing, or if no file is an image that the table lists.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_tables(source)
@@ -63,8 +63,8 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
     """Read the label tables below `folder`; return a `labels` table (id is the patientId) and a `boxes` table of opacities.
 
     Boxes are in pixels of the published images. An image with an invalid or contradictory row is left out of both tables,
-    with a fault. If there is no table of classes, a fault says so, and the two classes without opacity are NaN for images
-    without a box. Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
+    with a fault. If there is no table of classes, a fault says so; for images without a box, the classes Normal and No Lung
+    Opacity / Not Normal are then NaN. Raises DatasetError if the table of boxes is missing, or if a table lacks a column.
     """
     source = DataFolder.of(folder)
     faults = source.faults
@@ -102,9 +102,10 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
 
 
 def read_nih_patients(source: DataFolder) -> dict[str, str]:
-    """Return a dict from RSNA's patientId to NIH's patient id (such as `nih-00000001`), from RSNA's file MAPPING.
+    """Return a dict from RSNA's patientId to NIH's patient id (such as `nih-00000001`), from RSNA's list of NIH images.
 
-    If the file is missing, the dict is empty, and a fault says so. Raises DatasetError if the file has another format.
+    If the list (the file MAPPING) is missing, the dict is empty, and a fault says so. Raises DatasetError if the file has
+    another format.
     """
     path = source.find_table(MAPPING)
     if path is None:

@@ -1,4 +1,4 @@
-"""Reads sample_submission.csv, whose ids are the rows of a submission, and says what it had to repair."""
+"""Reads sample_submission.csv, which has the ids of a submission's rows, and tells what was repaired in the file."""
 
 import codecs
 import logging
@@ -19,8 +19,8 @@ SUBMISSION_ID = re.compile(r".+_(?:study|image)")
 class Sample:
     """The ids in a sample submission, each once, in the file's order, and how the file differs from the usual format.
 
-    Each of `repairs` is a pair of texts: the id that was repaired ("" for the whole file), and the problem with how it was
-    handled.
+    Each of `repairs` is a pair of texts: the id that has a problem ("" for the whole file), and the problem, which also says
+    how it was handled.
     """
 
     ids: tuple[str, ...]
@@ -28,11 +28,11 @@ class Sample:
 
 
 def read_sample(path: str | Path) -> Sample:
-    """Return the ids in a sample submission, and log a warning for each repair.
+    """Return the ids in a sample submission and the repairs that were needed; log a warning for each repair.
 
-    The ids are in the column that has most cells ending in _study or _image, so the columns may have any names and any
-    order, and the header may be missing. Blanks around ids are removed. Cells may be separated by commas, semicolons or
-    tabs; the file may be UTF-8, Latin-1, or UTF-16 with a byte order mark. Raises SubmissionError if the file cannot be
+    The ids are read from the column with the largest number of cells ending in _study or _image. Columns may have any names
+    and any order, and the header may be missing. Blanks around ids are removed. Cells may be separated by commas, semicolons
+    or tabs. The file may be UTF-8, Latin-1, or UTF-16 with a byte order mark. Raises SubmissionError if the file cannot be
     opened or has no id.
     """
     try:
@@ -77,7 +77,7 @@ def read_sample(path: str | Path) -> Sample:
 
 
 def _decode(content: bytes) -> tuple[str, str]:
-    """Return the text and the name of its encoding."""
+    """Return the text in a file's content, and the name of its encoding."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", errors="replace"), "UTF-16"
     try:

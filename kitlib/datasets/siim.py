@@ -37,12 +37,12 @@ MAX_DEPTH = 4  # folders below `train` or `test` in which files are searched; th
 
 @dataclass(frozen=True)
 class SiimTest:
-    """The test set: its images, its faults, and the ids of studies and images that need a row in a submission."""
+    """The test set: its images, its faults, and the ids of its studies, of its images and of a submission's rows."""
 
     images: pd.DataFrame  # an `images` table, one row per file; rows and columns are 0 if the header cannot be read
     faults: pd.DataFrame  # see Dataset.faults
-    study_ids: tuple[str, ...]  # studies that need a row: those of the sample in its order, then others that have files
-    image_ids: tuple[str, ...]  # images that need a row: those of the sample in its order, then others that have files
+    study_ids: tuple[str, ...]  # the studies in the sample submission, in its order; then other studies that have files
+    image_ids: tuple[str, ...]  # the images in the sample submission, in its order; then other images that have files
     sample_ids: tuple[str, ...]  # the sample submission's ids (..._study, ..._image), each once; empty if it has none
 
     @property
@@ -57,17 +57,18 @@ class SiimTest:
 def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     """Read the competition's training images, study labels and boxes (in the files' pixels, cut at the image's edges).
 
-    The images are the DICOM files train/<study>/<series>/<image>.dcm, or, in resized copies, PNG or JPEG files below a
-    folder train that are named after the image ids; copies need the table SIZES. Copies have no headers, so each study
-    counts as a patient. The label tables may be in an additional folder (see DataFolder).
+    The images are the DICOM files train/<study>/<series>/<image>.dcm, or PNG or JPEG files below the folder `train` that are
+    named after the image ids. PNG and JPEG files may be resized, so the table `meta.csv` must state the original sizes; they
+    have no DICOM headers, so each study counts as a patient. The label tables may be in an additional folder (see
+    DataFolder).
 
     `false_none` is True if an image has no box but another image of its study has one: annotators looked at one image per
     study, so the missing box means nothing. Such images are in the tables, but in no fold.
 
     Left out and recorded in `Dataset.faults`: rows without a file, files without a row, images without a study label, images
     with an unreadable header (because their patient is unknown) or an invalid box (because the image would be taken for
-    healthy). Raises DatasetError if the train folder, a CSV file or a column is missing, or if no file below train is an
-    image of the table.
+    healthy). Raises DatasetError if the folder `train`, a CSV file or a column is missing, or if the table lists none of the
+    files below `train`.
     """
     source = DataFolder.of(folder)
     folder, faults = source.folder, source.faults
@@ -101,7 +102,7 @@ def read_train(folder: str | Path | DataFolder, progress: bool = True) -> Datase
 def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
     """Return a table of the training files with the columns image_id, path and study_id (as in `_find_files`).
 
-    Raises DatasetError if there is no folder train, or none of its files is an image of `rows`.
+    Raises DatasetError if there is no folder `train`, or if `rows` lists none of the files below this folder.
     """
     trains = dict.fromkeys(
         path.parents[len(names) - 1 - names.index("train")]
@@ -121,25 +122,25 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
         first = f", the first is {source.name(found[0])}" if found else ""
         wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
         raise DatasetError(
-            f"{source.folder / 'train'} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm, or "
-            f"a PNG or JPEG copy, of the {len(rows)} images in {IMAGE_TABLE}{wanted}: unpack the competition's training "
-            "files there, see inputs/README.md"
+            f"{source.folder / 'train'} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm of "
+            f"the {len(rows)} images in {IMAGE_TABLE}{wanted}, or a PNG or JPEG copy. Unpack the competition's training "
+            "files in this folder, see inputs/README.md"
         )
     return files
 
 
 def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -> SiimTest:
-    """Return the test images below `folder`/test, and the ids of all studies and images that need a row in a submission.
+    """Return the SIIM test set: the images below `folder`/test, and the ids that need a row in a submission.
 
     Test files have paths <study>/<series>/<image>.dcm. Files with other paths or suffixes are read too if the sample
-    submission has their image id; such a file belongs to the study of the sample submission that is named in its path,
-    otherwise to the study in its header. With `headers=False` no file is opened, which is fast: each study then counts as a
-    patient, sizes are 0, and an image without a study in its path has its own id as study_id (see `studies_from_headers`).
+    submission has their image id. If the path of such a file contains a study in the sample submission, this is the file's
+    study; otherwise, the study in the header is. If `headers` is False, no file is opened, which is fast: each study counts
+    as a patient, sizes are 0, and an image without a study in its path has its own id as study_id (see
+    `studies_from_headers`). If an image's header cannot be read, its study counts as its patient.
 
-    The files and the sample submission need not have the same ids, because the public and the hidden test set differ, and
-    either may have no study or no image. An id that is only in the files or only in the sample submission is a fault, but it
-    still gets a row. An image with an unreadable header gets a row too; the study in its path is then used as study and as
-    patient. Raises DatasetError if there are no ids, because neither a sample submission nor a test file can be used.
+    The public and the hidden test set differ, so files and sample submission need not have the same ids. Ids without a file
+    and files' ids that the sample submission lacks are faults. The sample submission's ids need a row or, if it
+    has none, the files' ids. Raises DatasetError if there are neither ids in the sample submission nor usable test files.
     """
     folder = Path(folder)
     test, faults = folder / "test", Faults()
@@ -147,7 +148,7 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not sample_ids and not test.is_dir():
         problems = "".join(f"; {file}: {problem}" for file, _, problem in faults.rows)
         raise DatasetError(
-            f"{folder} has neither {SAMPLE} with ids nor a folder test; see inputs/README.md for its layout{problems}"
+            f"{folder} has neither ids in {SAMPLE} nor a folder 'test'; inputs/README.md shows the layout{problems}"
         )
     listed: dict[str, list[str]] = {"study": [], "image": []}
     for name in sample_ids:
@@ -159,8 +160,8 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
     if not sample_ids and files.empty:
         problems = "; ".join(f"{file} {row}: {problem}" for file, row, problem in faults.rows[:3])
         raise DatasetError(
-            f"{test} has no file of the form <study>/<series>/<image>.dcm, and {SAMPLE} no ids, so a submission would have "
-            f"no row; there are {len(faults.rows)} faults, the first: {problems or 'none, because the folder is empty'}"
+            f"a submission would have no rows: {test} has no file of the form <study>/<series>/<image>.dcm, and {SAMPLE} "
+            f"has no ids. The first of {len(faults.rows)} faults: {problems or 'none, because the folder is empty'}"
         )
     ids: dict[str, tuple[str, ...]] = {}
     for kind, names in (("study", studies), ("image", files.image_id.tolist())):
@@ -185,9 +186,9 @@ def read_test(folder: str | Path, progress: bool = True, headers: bool = True) -
 
 
 def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd.DataFrame:
-    """Return `images` in which images without a known study get the study id from their DICOM header.
+    """Return `images` with the study id from the DICOM header for each image whose study was unknown.
 
-    An image without a known study has its own image_id as study_id. It keeps this id if its file cannot be read, or if the
+    The study of an image is unknown if its study_id is its image_id. It stays unknown if the file cannot be read, or if the
     study in the header is not in `study_ids`.
     """
     unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
@@ -201,9 +202,9 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
 
     The files may be anywhere below `folder`, or in additional folders if `folder` is a DataFolder.
 
-    Boxes are in original pixels and may reach beyond their images, whose sizes are in the DICOM files. The table of images
-    has the columns image_id, study_id and false_none. Invalid rows are left out, with a fault. Raises DatasetError if a file
-    or a column is missing.
+    Boxes are in original pixels. They may reach beyond the edges of the images, because the CSV files have no image sizes.
+    The table of images has the columns image_id, study_id and false_none. Invalid rows are left out and recorded as faults.
+    Raises DatasetError if a file or a column is missing.
     """
     source = DataFolder.of(folder)
     faults, how_to_get = source.faults, "copy the competition's file there, see inputs/README.md"
@@ -222,7 +223,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
         try:
             image_boxes = _parse_boxes(row.boxes)
             if bool(image_boxes) != row.label.startswith("opacity"):
-                raise ValueError(f"boxes and label disagree: {row.label[:60]!r}")
+                raise ValueError(f"{row.label[:60]!r} in the column 'label' contradicts the column 'boxes'")
         except ValueError as error:
             faults.add(IMAGE_TABLE, row.id, f"{error}; left out")
             continue
@@ -247,7 +248,7 @@ def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
 
 
 def _bare_ids(ids: pd.Series, suffix: str, file: str, faults: Faults) -> pd.Series:
-    """Return the ids without `suffix`. An id without the suffix or one that repeats becomes "", with a fault for `file`."""
+    """Return the ids without `suffix`, but "" for an id that lacks the suffix or repeats; each "" is a fault of `file`."""
     bare = ids.str.removesuffix(suffix)
     is_wrong = ~ids.str.endswith(suffix) | (bare == "")
     is_repeated = ~is_wrong & ids.duplicated()
@@ -268,9 +269,9 @@ def _parse_boxes(cell: str) -> list[tuple[float, float, float, float]]:
     try:
         entries = ast.literal_eval(cell)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"the boxes are not a Python literal: {cell[:60]!r}") from error
+        raise ValueError(f"the cell in the column 'boxes' is not a Python literal: {cell[:60]!r}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"the boxes are not a list of boxes: {cell[:60]!r}")
+        raise ValueError(f"the cell in the column 'boxes' is not a list of boxes: {cell[:60]!r}")
     return [_box_corners(entry) for entry in entries]
 
 
@@ -300,12 +301,13 @@ def _read_sample_ids(path: Path, faults: Faults) -> tuple[str, ...]:
 def _find_files(
     root: Path, faults: Faults, study_ids: Collection[str] = (), image_ids: Collection[str] = ()
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of all folders in `root`.
+    """Return a table of the image files <study>/<series>/<image>.dcm below `root`, and a list of the studies in `root`.
 
-    The table is sorted by image_id and has the columns image_id, study_id and path. Files whose name is one of `image_ids`
-    may also be in other places and have another suffix or none; if no study is in its path, the study_id of such a file is
-    its image_id. If several files have the same image_id, files below a study of `study_ids` are preferred, then files with
-    the usual path, then the first path in alphabetical order. Files that are not used are faults.
+    The table is sorted by image_id and has the columns image_id, study_id and path. The studies are the names of the folders
+    directly in `root`. A file named after one of `image_ids` may have any other path, and another suffix or none; without
+    one of `study_ids` in its path, its study_id is its image_id. If several files have the same image_id, files below one of
+    `study_ids` are preferred, then files at the path above, then suffixes as in PREFERRED, then the first path in
+    alphabetical order. Files that are not used are faults.
     """
     candidates, studies = [], []
 

@@ -24,12 +24,12 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
     """Read the training images below `folder` (DICOM, or PNG or JPEG in copies) and their masks, as run lengths.
 
     The images may be in any folder, also one of test images, because the test images of stage 1 are training images of stage
-    2. image_id and study_id are the column ImageId. Every image has a mask of the structure "pneumothorax", which is empty
-    if its label is 0; each row of `masks` is one lesion. With one of MAPPINGS, `patient_id` is NIH's patient, written as in
-    kitlib.datasets.nih; otherwise each image is its own patient, and a fault says so. Left out and recorded in
-    `Dataset.faults`: rows without a file, files without a row, images with an unreadable header or with run lengths that are
-    not a mask of 1,024 x 1,024 pixels. Raises DatasetError if the table is missing or lacks a column, or if no file is an
-    image of it.
+    2. image_id and study_id are the column ImageId. Every image has a mask of the structure "pneumothorax"; each row of
+    `masks` is one lesion, or an empty mask if the image's label is 0. If the folder has a list of the NIH images that the
+    images come from (one of MAPPINGS), `patient_id` is NIH's patient, written as in kitlib.datasets.nih; otherwise each
+    image is its own patient, and a fault says so. Left out and recorded in `Dataset.faults`: rows without a file, files
+    without a row, images with an unreadable header or with run lengths that are not a mask of 1,024 x 1,024 pixels. Raises
+    DatasetError if the table is missing or lacks a column, or if no file is an image that the table lists.
     """
     source = DataFolder.of(folder)
     path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
@@ -61,9 +61,9 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
 
 
 def _read_patients(source: DataFolder, ids: list[str]) -> dict[str, str]:
-    """Return a dict from image_id to NIH's patient id, read from one of MAPPINGS.
+    """Return a dict from image_id to NIH's patient id, read from a list of NIH images (one of MAPPINGS).
 
-    A missing file is a fault, and so is an image that the file lacks.
+    If there is no list, the dict is empty, with a fault. Another fault counts the images in `ids` that the list lacks.
     """
     path = source.find_table(*MAPPINGS)
     if path is None:

@@ -15,9 +15,9 @@ def add_boxes(
     """Return the tables `images` and `boxes`, with boxes cut at the edges of their images (see `cut_at_edges`).
 
     Each of `rows` has the `path` of an image and the four cells of one box; four blank cells mean that the image has no box.
-    An image with an invalid box (cells that are not four numbers, a box without an area, or one that does not fit the image)
-    is left out, with a fault: without the box, the image would be taken for healthy. `file` is the file of the boxes, for
-    messages. `is_own_file` is True if this file lists only boxes; images that are not in the file then have no box. Raises
+    If the cells are not four numbers, or the box has no area, no finding or does not fit the image, the image is left out
+    and recorded as a fault: without the box, it would be taken for healthy. `file` is the name of the table in messages.
+    `is_own_file` is True if the table lists only boxes; an image that is not in such a table has no box. Raises
     DatasetError if no image has a box.
     """
     image_ids = rows.path.map(str).map(images.set_index("path").image_id)
@@ -31,7 +31,7 @@ def add_boxes(
     has_box = (cells != "").any(axis=1)
     if len(images) and not has_box.any():
         raise DatasetError(
-            f"{file}: no usable image has a box, all cells are blank; remove the box columns from the parameter columns"
+            f"{file}: the box columns are blank for all usable images; remove these columns from the parameter `columns`"
         )
     rows, image_ids, cells = rows[has_box].reset_index(drop=True), image_ids[has_box].reset_index(drop=True), cells[has_box]
     cells = cells.reset_index(drop=True)

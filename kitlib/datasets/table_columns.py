@@ -46,19 +46,20 @@ class Columns(Settings):
         super().__post_init__()
         names = [*self.single().values(), *self.labels]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise SettingsError(f"the parameter columns names {repeated[0]!r} twice; each key needs a column of its own")
+            raise SettingsError(f"the parameter `columns` names {repeated[0]!r} twice; each key needs a column of its own")
         if self.label and self.labels:
             raise SettingsError(
-                f"columns has label: {self.label!r} and labels: {list(self.labels)}; keep `label` if one column names the "
-                "class of each image, `labels` if each class has a column of 0 and 1"
+                f"`columns` has label: {self.label!r} and labels: {list(self.labels)}; keep `label` if one column contains "
+                "the class of each image, `labels` if each class has a column of 0 and 1"
             )
         box_keys = {key for key in BOX_KEYS if getattr(self, key)}
         if box_keys not in (set(), {"xmin", "ymin", "xmax", "ymax"}, {"xmin", "ymin", "width", "height"}):
             raise SettingsError(
-                f"columns has {', '.join(sorted(box_keys))}; boxes need xmin, ymin, xmax, ymax or xmin, ymin, width, height"
+                f"`columns` has {', '.join(sorted(box_keys))}; boxes need xmin, ymin, xmax, ymax or xmin, ymin, width, "
+                "height"
             )
         if self.finding and not box_keys:
-            raise SettingsError("columns has `finding`, but no box: `finding` is what a box shows; a class is `label`")
+            raise SettingsError("`columns` has `finding`, but no box: `finding` is what a box shows; a class is `label`")
 
     @property
     def box(self) -> tuple[str, ...]:
@@ -66,7 +67,7 @@ class Columns(Settings):
         return tuple(name for key in BOX_KEYS if (name := getattr(self, key)))
 
     def single(self) -> dict[str, str]:
-        """Return a dict from field to column name for all fields that are set, except the list `labels` and `box_file`."""
+        """Return a dict from field to column name for all fields that are set, except `labels` (a list) and `box_file`."""
         keys = [key for key, value in vars(self).items() if isinstance(value, str) and key != "box_file"]
         return {key: name for key in keys if (name := getattr(self, key))}
 
@@ -83,7 +84,7 @@ def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, s
             close = difflib.get_close_matches(name.casefold(), folded, 1)
             hint = f"; the closest is {folded[close[0]]!r}" if close else ""
             raise DatasetError(
-                f"{path.name} has no column {name!r}, which the parameter columns gives for {key}{hint}. It has: "
+                f"{path.name} has no column {name!r}, which the parameter `columns` gives for {key}{hint}. It has: "
                 f"{', '.join(map(repr, names))}"
             )
         if names.count(name) > 1:

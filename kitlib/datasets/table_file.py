@@ -35,24 +35,24 @@ def find_table_file(source: DataFolder, name: str, parameter: str) -> Path:
         return path
     available = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
     listing = ", ".join(available[:10]) or "no table"
-    raise DatasetError(f"{source.folder} has no file {name!r}, which the parameter {parameter} names; it has: {listing}")
+    raise DatasetError(f"{source.folder} has no file {name!r} (parameter `{parameter}`); available tables: {listing}")
 
 
 def read_table_file(path: Path, wanted: Iterable[str], faults: Faults) -> pd.DataFrame:
     """Return the table in a CSV, TSV or Parquet file; all cells are text without surrounding spaces, "" if missing.
 
     A CSV file may be UTF-8 (with or without byte order mark) or UTF-16 (with the mark). Windows-1252 and Latin-1, which
-    older versions of Excel write, are read too, with a fault. The separator is stated by a first line such as `sep=;`;
-    otherwise it is the one of SEPARATORS that splits the first line into most of the `wanted` column names or, if several
-    are equal, into most columns. Whole numbers in a Parquet file are returned without ".0". Raises DatasetError, with the
-    path of the file, if the file cannot be read or has no rows.
+    older versions of Excel write, are read too and recorded in `faults`. A first line such as `sep=;` states the separator.
+    Without such a line, the comma, semicolon and tab are tried on the first line: the separator with the most `wanted`
+    column names is used; among equals, the one with the most columns. Whole numbers in a Parquet file are returned without
+    ".0". Raises DatasetError, with the path of the file, if the file cannot be read or has no rows.
     """
     suffix = path.suffix.lower()
     if suffix in WORKBOOKS:
         raise DatasetError(f"{path} is a workbook: in Excel, save its sheet as `CSV UTF-8`, and give that file's name")
     table = _read_parquet(path) if suffix == ".parquet" else _read_csv(path, set(wanted), faults)
     if table.empty:
-        raise DatasetError(f"{path} has no row below its first line, which names the columns {', '.join(table.columns)}")
+        raise DatasetError(f"{path} has no row below its first line; its columns are {', '.join(table.columns)}")
     # The composed form, because macOS writes accents in the decomposed form.
     names = [unicodedata.normalize("NFC", name).strip() for name in table.columns]
     return table.apply(lambda column: column.str.strip()).set_axis(names, axis=1)
@@ -100,7 +100,7 @@ def _read_csv(path: Path, wanted: set[str], faults: Faults) -> pd.DataFrame:
 
 
 def _read_single_bytes(path: Path, faults: Faults) -> str:
-    """Return the text of a file that is not UTF-8, read as Windows-1252 or Latin-1, and add a fault.
+    """Return the text of a file that is not UTF-8, read as Windows-1252 or Latin-1, and record this in `faults`.
 
     Raises DatasetError if the file is not text.
     """

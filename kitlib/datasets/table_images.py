@@ -22,12 +22,13 @@ LONGEST_ID = 150  # characters; ids are used as file names in the cache, which a
 class ImageNames:
     """Finds the image files of a data set from the file names or paths in a table's cells.
 
-    `masks` lists files that are not images. Files in folders of masks (see OF_MASKS) and files whose name is not UTF-8 are
-    not used either, with a fault.
+    Three kinds of files are never found: `masks`, the paths of mask files; and, with a fault, files in folders of masks (see
+    OF_MASKS) and files whose name is not UTF-8.
 
-    A cell matches a file if the file name is the same, and the folders before the name are the same as far as both the cell
-    and the file's path have them: the cell may have fewer folders than the path, or more, such as those of another computer.
-    Case, Unicode form and suffix may differ, but a file with the same suffix is preferred. DICOM files may have no suffix.
+    A cell matches a file if the file name is the same, and so are the folders before the name, from the last one backwards,
+    as far as both have folders. The cell may thus have fewer folders than the file's path, or more, such as those of another
+    computer. Case, Unicode form and suffix may differ, but a file with the same suffix is preferred. DICOM files may have no
+    suffix.
     """
 
     def __init__(self, source: DataFolder, masks: Collection[Path] = ()) -> None:
@@ -56,10 +57,10 @@ class ImageNames:
                 self._by_path.setdefault(full_name, path)
 
     def find(self, cell: str, folder: Path) -> list[Path]:
-        """Return the files that match a table's `cell`.
+        """Return the files that match a table's `cell`, a file name or path.
 
-        If several files match, but one of them is at exactly this path in `folder` or the data set's folder, only this file
-        is returned.
+        If several files match, but one of them is at exactly the cell's path below `folder` or below the data set's folder,
+        only this file is returned.
         """
         parts = [part for part in folded(cell.replace("\\", "/")).split("/") if part not in ("", ".", "..")]
         if not parts:
@@ -84,7 +85,7 @@ class ImageNames:
 
 
 def make_image_ids(names: pd.Series) -> pd.Series:
-    """Return a unique image id for each of `names`, which are different paths with slashes.
+    """Return a unique image id for each of `names`, the paths of different files, with slashes between folders.
 
     The id is the file name without suffix. If several files would have the same id, their ids are their paths without
     suffix, with "-" in place of slashes; if these are not unique, their paths with suffix; if these are not unique either, a

@@ -28,10 +28,10 @@ def rename_classes(rows: pd.DataFrame, class_names: Mapping[str, str]) -> pd.Dat
 
 
 def stated_classes(rows: pd.DataFrame, names: Sequence[str], file: str) -> set[str]:
-    """Return the classes that occur in `rows`: the values of the column `label` or, without it, the columns with a 1.
+    """Return the classes that occur in `rows`: the values in the column `label` or, without it, the `names` that have a 1.
 
-    `names` lists the columns that are classes if there is no column `label`. `file` is the table's file, for messages.
-    Raises DatasetError if a class has the name of a column in the kit's own tables.
+    `names` are the classes that have a label column of 0 and 1 (see `label_column`). `file` is the table's file, for
+    messages. Raises DatasetError if a class has the name of a column in the kit's own tables.
     """
     if "label" in rows:
         classes = set(rows.label) - {""}
@@ -65,7 +65,7 @@ def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFo
         if not is_known.any():
             raise DatasetError(
                 f"{file}: the column {name!r} has neither 0 nor 1, but {values or 'blank cells alone'}: remove it from "
-                "the list labels in columns or, if it contains names of classes, name it as `label`"
+                "`labels` in the parameter `columns` or, if it contains names of classes, give it as `label`"
             )
         problem = f"have in {name} another value than 0, 1 and blank ({values}); their label is unknown"
         source.faults.add_summary(file, rows.file[other], problem, "other images")
@@ -81,10 +81,10 @@ def label_column(name: str) -> str:
 def class_labels(
     images: pd.DataFrame, classes: Collection[str], source: DataFolder, file: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the tables `images` and `labels`, from the classes of the images in the column `label`.
+    """Return the tables `images` and `labels`, made from `images`, whose column `label` has the class of each image.
 
     In `labels`, a study has 1.0 for its class and 0.0 for all other `classes`. If the images of a study have different
-    classes, all of them are left out, with a fault.
+    classes, all images of the study are left out, with a fault.
     """
     for study_id, several in images.groupby("study_id").label.unique().items():
         if len(several) > 1:
@@ -99,7 +99,7 @@ def class_labels(
 
 
 def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder, file: str) -> pd.DataFrame:
-    """Return the `labels` table for the studies of `images`, with one column for each class in `names`, which may be empty.
+    """Return the `labels` table for the studies of `images`, with one column for each class in `names` (none if empty).
 
     If the images of a study have different labels for a class, the study's label is NaN (unknown), with a fault. If the
     label is known for only some images of a study, it is used for the study.

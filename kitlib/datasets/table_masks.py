@@ -16,11 +16,11 @@ AFFIX = re.compile(r"(?:[ _-]?lungs?)?[ _-]?(?:mask|seg|segmentation|label)s?$|^
 
 
 def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
-    """Return a dict from the path of each mask file to two tuples: the folders above `mask_folder`, and those below it.
+    """Return a dict from the path of each mask file to two tuples: the folders above and the folders below `mask_folder`.
 
-    `mask_folder` is the name of a folder, or a path of several such as `annotations/masks`; case is ignored. There may be
-    several folders of this name, as in CLASS/masks, and it may be one of the data set's additional folders. Raises
-    DatasetError if there is no such folder with files of MASK_SUFFIXES.
+    `mask_folder` is the name of a folder, or a path such as `annotations/masks`; case is ignored. There may be several
+    folders of this name, as in CLASS/masks, also among the data set's additional folders. Raises DatasetError if there is
+    no such folder with PNG, JPEG or GIF files.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}

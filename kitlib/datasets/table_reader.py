@@ -52,7 +52,7 @@ def read_own(
 
     `table` is a CSV, TSV or Parquet file that lists the images (see `read_table_file`), and `columns` gives the names of its
     columns (see Columns); without a table, every image file is read. Boxes are in the table, one row per box, or in the file
-    `boxes_table`. With `class_folders`, the class of an image is the name of a folder (see `find_class_folders`).
+    `boxes_table`. If `class_folders`, the class of an image is the name of a folder (see `find_class_folders`).
     `class_names` maps old names of classes to new ones; several classes can get the same new name. `mask_folder` is the
     folder of the lung masks (see `find_mask_files`), and `mask_convention` is one of MASK_CONVENTIONS. If neither the table
     nor the folders state classes, the `labels` table has no class column.
@@ -119,19 +119,20 @@ def _check_parameters(
     of_boxes = ("file", "finding", *BOX_KEYS) if boxes_table else ()
     if not table and (unused := [key for key in (*spec.single(), *(["labels"] * bool(spec.labels))) if key not in of_boxes]):
         raise SettingsError(
-            f"the parameter columns has {', '.join(unused)}, but table is not set: set table to the file with these columns"
+            f"the parameter `columns` has {', '.join(unused)}, but `table` is not set: give the file with these columns"
         )
     if boxes_table and not spec.box:
-        raise SettingsError("boxes_table is set, but columns has no box: add xmin, ymin and xmax, ymax or width, height")
+        raise SettingsError("boxes_table is set, but `columns` has no box: add xmin, ymin and xmax, ymax or width, height")
     if spec.box_file and not boxes_table:
         raise SettingsError(
-            "columns has box_file, but boxes_table is empty: without it, boxes belong to the image in `file`"
+            "`columns` has box_file, but boxes_table is not set: set boxes_table, or remove box_file (boxes in `table` are "
+            "those of the image in `file`)"
         )
     if class_folders and (spec.label or spec.labels):
-        raise SettingsError("class_folders is set, and columns has labels: use only one of them")
+        raise SettingsError("class_folders is set, and `columns` has label or labels: use only one of them")
     if class_names and not (class_folders or spec.label):
         raise SettingsError(
-            "class_names is set, but there are no classes to rename: set class_folders, or `label` in columns"
+            "class_names is set, but there are no classes to rename: set class_folders, or `label` in `columns`"
         )
     if bad := [name for name in class_names.values() if not (isinstance(name, str) and name.strip())]:
         raise SettingsError(f"class_names renames a class to {bad[0]!r}; expected a name in quotes")
@@ -201,7 +202,7 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
     rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown].reset_index(drop=True)
     if (rows["split"] == "test").all():
         raise DatasetError(
-            f"{file}: no image is for training, according to the column for `split`; leave `split` out of columns"
+            f"{file}: no image is for training, according to the column for `split`; leave `split` out of `columns`"
         )
     return rows
 

@@ -20,12 +20,14 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
 
     `wanted` maps fields of Columns to column names in the file; the columns of the result have the names of the fields. The
     column `path` is the image file; it is None, with a fault, if a row's file does not exist or if several files match.
-    `names` finds the image files. `file_key` is the field of Columns that holds the column of image files, for messages.
-    Raises DatasetError if the table cannot be read, lacks a column, or lists no existing image file.
+    `names` finds the image files. `file_key` is the field of Columns for the column of image files, for messages. Raises
+    DatasetError if the table cannot be read, lacks a column, or lists no existing image file.
     """
     table = read_table_file(path, wanted.values(), source.faults)
     if "file" not in wanted:
-        raise DatasetError(f"{path.name}: the parameter columns has no file; {_suggest_file(table, path, names, file_key)}")
+        raise DatasetError(
+            f"{path.name}: the parameter `columns` has no key `{file_key}`; {_suggest_file(table, path, names, file_key)}"
+        )
     check_columns(table, path, list(wanted.items()))
     rows = pd.DataFrame({key: table[name] for key, name in wanted.items()})
     found = [names.find(cell, path.parent) for cell in rows.file]

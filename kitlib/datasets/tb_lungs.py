@@ -51,10 +51,10 @@ def read_montgomery(folder: str | Path | DataFolder, progress: bool = True) -> D
 
     Masks are the files in a folder with "mask" in its name, and the files whose names end in "_mask". Each shows one lung
     (in `ManualMask/leftMask` and `rightMask`) or, in re-packed copies, both lungs. image_id and study_id are the file name
-    without suffix; the patient is the number in it, unless a reading states that two images show the same patient. Labels
-    have the columns normal and tuberculosis; images have the columns sex (M, F, O or "") and age (years, NaN if unknown),
-    from ClinicalReadings. Images without a mask, or with a mask of one lung only, are included without a mask, with a fault;
-    if there are no masks at all, `Dataset.masks` is None. Left out and recorded in `Dataset.faults`: images with an
+    without suffix. The patient is the number in the file name, unless a clinical reading states that two images show the
+    same patient. Labels have the columns `normal` and `tuberculosis`; images have the columns `sex` (M, F, O, "") and `age`
+    (years, NaN if unknown), from ClinicalReadings. An image without a mask, or with a mask of one lung only, has no mask and
+    is a fault; without any masks, `Dataset.masks` is None. Left out and recorded in `Dataset.faults`: images with an
     unreadable header, further images with the same name. Raises DatasetError if there is no image.
     """
     return _read(DataFolder.of(folder), MONTGOMERY, progress)
@@ -73,8 +73,8 @@ def _read(source: DataFolder, cohort: _Cohort, progress: bool) -> Dataset:
     files, mask_files, readings = _find_files(source, cohort)
     if not files:
         raise DatasetError(
-            f"{source.folder} contains no image with a name such as {cohort.prefix}_0001_0.png, among {len(source.paths)} "
-            f"files: {cohort.how_to_get}"
+            f"{source.folder} contains {len(source.paths)} files, but no image with a name such as "
+            f"{cohort.prefix}_0001_0.png; {cohort.how_to_get}"
         )
     if not mask_files:
         problem = "there are no masks (files in a folder with mask in its name); name an input that has them in `beside`"

@@ -14,13 +14,14 @@ from kitlib.tables import check_table
 
 
 def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return an `images` table of the image files in `folder` that are named after `ids`, and a table like Dataset.faults.
+    """Return an `images` table of the image files in `folder` that are named after `ids`, and a table of faults.
 
-    The names of a file and its id are compared without image suffixes, which either may lack. If several files have one
-    name, a file in a folder with "test" in its name is preferred, then a DICOM file, then the first path in alphabetical
-    order. No file is opened: sizes are 0, and each image is its own study and patient. `name` is the table's `source`. An id
-    without a file is a fault, because it still needs a row in the submission; so are files that are not used although they
-    are in a folder of test images. Raises DatasetError if `folder` does not exist.
+    File names and ids are compared without the suffixes of images. If several files have the same name, a file in a folder
+    with "test" in its name is preferred, then a DICOM file, then the first path in alphabetical order. No file is opened:
+    sizes are 0, and each image is its own study and patient. `name` becomes the images' `source`. Faults (see Dataset) are
+    ids without a file, files that are not used because another file has the same name, and files in folders of test images
+    that are not named after an id. Ids without a file still need a row in the submission. Raises DatasetError if `folder`
+    does not exist.
     """
     folder, wanted, faults = Path(folder), {without_suffix(name): name for name in ids}, Faults()
     if not folder.is_dir():

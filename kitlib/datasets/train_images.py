@@ -28,9 +28,9 @@ def read_train_images(
 
     The files are DICOM, PNG or JPEG. `table` is the file that lists the ids, for messages; `name` becomes the images'
     `source`. `patients` maps an image_id to its patient; an image without a patient is its own patient. Files in folders of
-    test images are used only if `in_test_folders` is True, and files in folders of masks never. Added to the faults of
-    `source`: images without a file, files without a row, and images with an unreadable header. Raises DatasetError, whose
-    message ends with `how_to_get`, if no file is one of the images.
+    test images are used only if `in_test_folders` is True; files in folders of masks are never used. Added to the faults of
+    `source`: ids without a file, files without an id, and images with an unreadable header. Raises DatasetError, whose
+    message ends with `how_to_get`, if no file is named after one of `ids`.
     """
 
     def is_test(path: Path) -> bool:
@@ -47,10 +47,10 @@ def read_train_images(
     files = source.find_images(suffixes, lambda path: not is_test(path) and not is_mask(path))
     if listed.isdisjoint(files):
         first, wanted = next(iter(files.values()), "none"), next(iter(ids), "none")
-        places = "" if in_test_folders else " in folders without test in their names"
+        places = "" if in_test_folders else ", outside folders with 'test' in their names"
         raise DatasetError(
-            f"{source.folder} holds {len(files)} images{places}, the first is {first}; none of them is one of the "
-            f"{len(listed)} images in {table}, such as {wanted}: {how_to_get}"
+            f"{table} lists {len(listed)} images (the first is {wanted}), but none of them is among the {len(files)} images "
+            f"(the first is {first}) in {source.folder}{places}: {how_to_get}"
         )
     faults.add_summary(table, listed - set(files), "have no file; left out", "other images")
     problem = f"have no usable row in {table}; left out"

@@ -1,4 +1,4 @@
-"""Reads the training set of VinBigData Chest X-ray Abnormalities Detection: X-rays, and boxes of 14 findings by reader."""
+"""Reads the training set of VinBigData Chest X-ray Abnormalities Detection: X-rays, and each radiologist's boxes."""
 
 from pathlib import Path
 
@@ -32,13 +32,14 @@ PUBLISHED = {
 
 
 def read_vinbigdata(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
-    """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with the boxes of all readers.
+    """Read the training images below `folder` (DICOM, or PNG or JPEG in copies), with the boxes of 14 findings.
 
-    The images may be in any folder that has no "test" in its name. `boxes` has the additional column `reader`: three readers
-    saw each image, and usually each of them drew a box around a finding. An image has a finding if any reader boxed it.
-    Boxes of resized images are scaled by the table of sizes. There are no patient ids: each image is its own patient, and a
-    fault says so. Left out and recorded in `Dataset.faults`: rows without a file, files without a row, images with an
-    unreadable header or an invalid row or box. Raises DatasetError if the table is missing, or if no file is an image of it.
+    The images may be in any folder that has no "test" in its name. Three radiologists (readers) saw each image, and usually
+    each of them drew a box around a finding; the additional column `reader` of `boxes` says who drew the box. An image has a
+    finding if any reader drew a box around it. Boxes of resized images are scaled by the table of original sizes. There are
+    no patient ids: each image is its own patient, and a fault says so. Left out and recorded in `Dataset.faults`: rows
+    without a file, files without a row, images with an unreadable header or an invalid row or box. Raises DatasetError if
+    the table is missing, or if no file is an image that the table lists.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_table(source)
@@ -53,11 +54,12 @@ def read_vinbigdata(folder: str | Path | DataFolder, progress: bool = True) -> D
 
 
 def read_label_table(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read LABELS; return a `labels` table (id is the image_id) and a `boxes` table with an additional column `reader`.
+    """Read `train.csv`; return a `labels` table (id is the image_id) and a `boxes` table.
 
-    Boxes are in pixels of the original images. An image with an invalid row is left out of both tables, with a fault. If one
-    reader has drawn two boxes around a finding of SINGLE, both are kept, but a fault counts the image. Raises DatasetError
-    if the table is missing or lacks a column.
+    `boxes` has the additional columns `finding` and `reader` (the radiologist who drew the box), and is in pixels of the
+    original images. An image with an invalid row is left out of both tables, with a fault. If one reader has drawn two boxes
+    around a finding that an image can have only once (SINGLE), both are kept, but a fault counts the image. Raises
+    DatasetError if the table is missing or lacks a column.
     """
     source = DataFolder.of(folder)
     path = source.need_table(LABELS, how_to_get=HOW_TO_GET)

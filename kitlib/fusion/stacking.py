@@ -1,10 +1,10 @@
 """Checks the score tables of several learners and turns them into arrays for training and evaluating ensembles.
 
-A learner is a model that an ensemble combines. To be evaluated on a fold, an ensemble should be trained only on predictions
+A learner is a model that an ensemble combines. An ensemble that is evaluated on a fold should be trained only on predictions
 by models that were trained neither on this fold nor on the predicted image. Nested scores (`nested_scores` tables) allow
-this. Plain out-of-fold scores (`class_scores`, `study_scores`) do not: the ensemble is trained on the predictions for the
-other folds, and the models that made them were trained on the evaluated fold too. The ensemble itself never sees the
-predictions for the evaluated fold. Such an ensemble is called cross-fitted.
+this. Plain out-of-fold scores (`class_scores`, `study_scores`) do not allow it: the ensemble is trained on the predictions
+for the other folds, and the models that made these predictions were trained on the evaluated fold. Only the predictions for
+the evaluated fold are hidden from the ensemble. Such an ensemble is called cross-fitted.
 """
 
 import logging
@@ -43,10 +43,10 @@ class Stack:
 class LearnerScores:
     """Checked scores of all learners, as `gather` returns them.
 
-    `rows` has the columns id, model (the learner), outer and fold (the outer and inner fold that the model was not trained
-    on; if it is not nested, outer is -1), own (the fold that the id belongs to) and one probability per class. `answers` is
-    the ground truth, indexed by id, with the columns truth (class index), fold and patient. `key` is "image_id" or
-    "study_id": what ids are. `unanswered` is the number of ids in the folds that no learner has predicted.
+    `rows` has the columns `id`, `model` (the learner), `outer`, `fold`, `own` and a probability per class. The model was
+    trained neither on the outer fold `outer` (-1: not nested) nor on the inner fold `fold`. `own` is the id's fold.
+    `answers` is the ground truth, indexed by id, with the columns `truth` (class index), `fold` and `patient`. `key` is
+    "image_id" or "study_id": what ids are. `unanswered` is the number of ids in the folds that no learner has predicted.
     """
 
     rows: pd.DataFrame
@@ -71,7 +71,7 @@ class LearnerScores:
 
     @property
     def crosses(self) -> bool:
-        """Whether trained ensembles can be evaluated on these scores: they must be nested or have more than one fold."""
+        """Whether trained ensembles can be evaluated: this requires nested scores or more than one fold."""
         return self.protocol == NESTED or len(self.folds) > 1
 
     def test_stack(self, fold: int) -> Stack:
@@ -87,9 +87,9 @@ class LearnerScores:
     def training_stack(self, fold: int, stack_on: str = "out_of_fold") -> Stack:
         """Return the Stack for training an ensemble that is evaluated on `fold`: predictions for images of the other folds.
 
-        If `stack_on` is "out_of_fold", the predictions for an image are by models that were not trained on the image. If it
-        is "in_sample", they are by models that were trained on the image; the published method has this fault. Raises
-        FusionError if there are no such predictions.
+        If `stack_on` is "out_of_fold", the predictions for an image are by models that were not trained on the image. If
+        `stack_on` is "in_sample", they are by models that were trained on the image, as in FLANNEL's published method.
+        Raises FusionError if there are no such predictions.
         """
         rows = self.rows[self.rows["own"] != fold]
         if stack_on == "in_sample":
@@ -100,9 +100,9 @@ class LearnerScores:
             rows = rows[is_selected & (rows["fold"] == rows["own"])]
         if rows.empty:
             raise FusionError(
-                f"there are no {stack_on} scores to train the ensemble that is evaluated on fold {fold}. "
+                f"there are no {stack_on!r} scores to train the ensemble that is evaluated on fold {fold}. "
                 + (
-                    "Train the learners with the parameter in_sample, which predicts their training images too"
+                    "Train the learners with `in_sample`, so that they predict their training images too"
                     if stack_on == "in_sample"
                     else "At least one other fold must be predicted: train the learners on more folds"
                 )
@@ -110,7 +110,7 @@ class LearnerScores:
         return self._stack(rows, f"training scores for fold {fold}")
 
     def has_in_sample(self) -> bool:
-        """Return whether every learner's models of every fold in `folds` have predicted their own training images."""
+        """Return whether each learner has, for every fold, its model's scores for the model's own training images."""
         fold_column = "outer" if self.protocol == NESTED else "fold"
         trained = self.rows[self._trained_on()]
         available = set(zip(trained["model"], trained[fold_column], strict=True))
@@ -119,9 +119,9 @@ class LearnerScores:
     def full_stack(self, stack_on: str = "out_of_fold") -> Stack:
         """Return the Stack for training the final ensemble: predictions for the ids of all folds.
 
-        If `stack_on` is "in_sample", the predictions for an id are by models that were trained on it. Otherwise, they are by
-        models that were not trained on it. For each id, the first available kind is used: models that are not nested; models
-        whose outer fold contains the id; models whose inner fold contains the id.
+        If `stack_on` is "in_sample", the predictions for an id are by models that were trained on the id. Otherwise, they
+        are by models that were not trained on the id, of the first kind that is available for the id: models without an
+        outer fold, then models whose outer fold contains the id, then models whose inner fold contains the id.
         """
         rows = self.rows
         if stack_on == "in_sample":
@@ -142,7 +142,7 @@ class LearnerScores:
     def _stack(self, rows: pd.DataFrame, purpose: str) -> Stack:
         """Return the Stack of `rows`, averaged over all rows of the same id and learner.
 
-        Raises FusionError if a learner has no row for an id that another has. `purpose` describes the rows in the message.
+        Raises FusionError if a learner has no row for one of the ids in `rows`; `purpose` describes `rows` in the message.
         """
         classes = list(self.classes)
         mean = rows.groupby(["id", "model"])[classes].mean()
@@ -166,9 +166,9 @@ class LearnerScores:
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
     """Join and check the learners' scores in `tables`, all of one kind: `nested_scores`, `class_scores` or `study_scores`.
 
-    Learners keep the order of the tables. Raises FusionError if there are no scores; if learners have different classes or
-    folds; if an id has no fold, or not exactly one class in `labels`; if a score is NaN or given twice, or a row does not
-    sum to 1; and if a table that is not nested has scores for images that the model was trained on.
+    Learners keep the order of the tables. Raises FusionError in these cases: there are no scores; learners have different
+    classes or folds; an id has no fold, or not exactly one class in `labels`; a score is NaN or given twice; a row does not
+    sum to 1; a table that is not nested has scores for images that the model was trained on.
     """
     tables = [table for table in tables if len(table)]
     if not tables:
@@ -197,8 +197,8 @@ def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.Data
 def _check_kind(table: pd.DataFrame, key: str) -> tuple[pd.DataFrame, list[str]]:
     """Check one table of scores; return it with changed columns, and the names of its classes.
 
-    In the returned table, the id column `key` is called `id`. The new column plain is True unless the scores are nested. If
-    they are not nested, the new column outer is -1. Raises FusionError if the table lacks the column `key`.
+    In the returned table, the id column `key` is called `id`. The new column `plain` is False for `nested_scores`, otherwise
+    True. Plain scores get the column `outer`, with -1. Raises FusionError if the table lacks the column `key`.
     """
     if key not in table.columns:
         raise FusionError("scores of images and scores of studies cannot be stacked together; give runs of only one kind")
@@ -225,17 +225,17 @@ def _check_values(rows: pd.DataFrame, classes: list[str]) -> None:
     if is_duplicate.any():
         row = rows[is_duplicate].iloc[0]
         raise FusionError(
-            f"{row['model']} has two scores for {row['id']} in fold {row['fold']}; give only one run of this model, or "
-            "train one of the two with another model_name"
+            f"{row['model']!r} has two scores for {row['id']!r} in fold {row['fold']}; give only one run of this model, or "
+            "train the second run again with another `model_name`"
         )
     for fault, wrong in (
         ("NaN scores", rows[classes].isna().any(axis=1)),
-        ("scores that do not sum to 1, so its classes are not mutually exclusive", _is_not_one(rows[classes].sum(axis=1))),
+        ("scores that do not sum to 1, so the classes are not mutually exclusive", _is_not_one(rows[classes].sum(axis=1))),
     ):
         if wrong.any():
             row = rows[wrong].iloc[0]
             raise FusionError(
-                f"{row['model']} has {fault}: {int(wrong.sum())} rows; the first is {row['id']}, fold {row['fold']}"
+                f"{int(wrong.sum())} rows of {row['model']!r} have {fault}; the first is {row['id']!r} in fold {row['fold']}"
             )
 
 
@@ -253,8 +253,7 @@ def _ground_truth(
     missing = [name for name in classes if name not in labels.columns]
     if missing:
         raise FusionError(
-            f"the labels lack the learners' class(es) {', '.join(missing)}; give the run of notebook 10 that the learners "
-            "were trained on"
+            f"the labels lack the learners' classes {missing}; give the run of notebook 10 that the learners were trained on"
         )
     rows = images.merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     rows = rows.drop_duplicates(key).set_index(key)
@@ -275,8 +274,8 @@ def _ground_truth(
 def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
     """Raise FusionError if learners have different folds, or if a model has scores that would flatter it.
 
-    These are scores, not nested, for the model's own training images, and nested scores whose outer and inner fold are
-    equal: the epoch of such a model was chosen on the images that evaluate it.
+    Two kinds of scores flatter a model: plain scores for the model's own training images, and nested scores whose outer and
+    inner fold are equal, because the model's epoch was chosen on this fold.
     """
     folds_of = {name: set(map(tuple, rows.loc[rows["model"] == name, ["outer", "fold"]].to_numpy())) for name in learners}
     for name, model_folds in folds_of.items():
@@ -284,20 +283,21 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
         if differ:
             outer, fold = min(differ)
             with_scores, without_scores = (name, learners[0]) if (outer, fold) in model_folds else (learners[0], name)
+            place = f"fold {fold} (not nested)" if outer < 0 else f"outer fold {outer}, inner fold {fold}"
             raise FusionError(
-                f"{with_scores} has scores for outer fold {outer}, fold {fold} (outer -1: not nested), but {without_scores} "
-                "has none; train all learners on the same folds, and either all or none of them nested"
+                f"{with_scores!r} has scores for {place}, but {without_scores!r} has none; train all learners on the same "
+                "folds, and either all or none of them nested"
             )
     if ((rows["outer"] >= 0) & (rows["outer"] == rows["fold"])).any():
         raise FusionError(
-            "some nested scores have the same outer and inner fold: the model's epoch was chosen on the fold that evaluates "
-            "it. Train the model again with different folds"
+            "some nested scores have the same outer and inner fold, so the model is evaluated on the fold on which its "
+            "epoch was chosen. Train the model again with different folds"
         )
     in_sample = rows[rows["plain"] & (rows["fold"] != rows["own"])]
     if len(in_sample):
         row = in_sample.iloc[0]
         raise FusionError(
-            f"{row['model']}: {len(in_sample)} scores are for images that the model was trained on; the first is "
-            f"{row['id']} in fold {row['own']}, predicted by the model of fold {row['fold']}. Give the run of notebook "
-            "10 whose images and folds the models were trained on, or train them again"
+            f"{row['model']!r} has {len(in_sample)} scores for images that it was trained on; the first is {row['id']!r} "
+            f"in fold {row['own']}, predicted by the model of fold {row['fold']}. Give the run of notebook 10 that the "
+            "models were trained on, or train them again"
         )

@@ -17,8 +17,8 @@ class TestSplitScores:
     """Checked scores of test images, as `gather_test_split` returns them.
 
     `rows` is a `class_scores` table with one row per image, learner and fold. `means` holds one prediction per image and
-    learner: the mean over the learner's folds. Its column fold is ALL_FOLDS (-1). `left_out` is the number of images with
-    test scores that are excluded because their patient also has images in a fold.
+    learner: the mean over the learner's folds, with ALL_FOLDS (-1) in the column `fold`. `left_out` is the number of images
+    that have test scores but are excluded, because their patient also has images in a fold.
     """
 
     rows: pd.DataFrame
@@ -33,12 +33,12 @@ def gather_test_split(
     labels: pd.DataFrame,
     folds: pd.DataFrame,
 ) -> TestSplitScores | None:
-    """Join the learners' test scores and check them against their out-of-fold scores; return None if there are none.
+    """Join the test scores and check them against the out-of-fold scores; return None if there are no test scores.
 
     `tables` are the test scores, as `class_scores` tables; `learner_scores` are the out-of-fold scores. Images of patients
     who also have images in a fold are excluded, because models were trained or chosen on these patients. Raises FusionError
-    if learners, folds or classes are not those of the out-of-fold scores; if the models have predicted different images, or
-    images that are not in the "test" split; and if kitlib.fusion.stacking.gather raises FusionError for the test scores.
+    if test scores and out-of-fold scores have different learners, folds or classes; if the models have predicted different
+    images; if an image is not in the "test" split; and if kitlib.fusion.stacking.gather refuses the test scores.
     """
     tables = [check_table(table, "class_scores") for table in tables if len(table)]
     if not tables:
@@ -47,8 +47,8 @@ def gather_test_split(
     for table in tables:
         table_classes = class_columns(table, "class_scores")
         if set(table_classes) != set(classes):
-            difference = f"the classes {', '.join(table_classes)}, but its out-of-fold scores have {', '.join(classes)}"
-            raise FusionError(f"test images: {table['model'].iloc[0]} has {difference}; train this model again")
+            difference = f"the classes {table_classes}, but its out-of-fold scores have {classes}"
+            raise FusionError(f"test images: {table['model'].iloc[0]!r} has {difference}; train this model again")
     rows = pd.concat(tables, ignore_index=True)[["image_id", "model", "fold", *classes]]
     _check_models(rows, learner_scores)
     left_out, rows, test = _exclude_fold_patients(rows, images, folds)
@@ -56,7 +56,7 @@ def gather_test_split(
     if rows[classes].isna().any(axis=None):
         row = rows[rows[classes].isna().any(axis=1)].iloc[0]
         raise FusionError(
-            f"test images: {row['model']} has NaN scores; the first is for image {row['image_id']}. Train it again"
+            f"test images: {row['model']!r} has NaN scores, the first for {row['image_id']!r}; train this model again"
         )
     # The nested folds of a learner can be spread over several runs, which then have one row each per image and fold.
     rows = rows.groupby(["image_id", "model", "fold"], as_index=False, sort=False)[classes].mean()
@@ -81,8 +81,8 @@ def _check_models(rows: pd.DataFrame, learner_scores: LearnerScores) -> None:
         learner, fold = min(test_models ^ fold_models)
         has, lacks = ("test", "out-of-fold") if (learner, fold) in test_models else ("out-of-fold", "test")
         raise FusionError(
-            f"test images: {learner} has {has} scores of fold {fold} but no {lacks} scores; give runs that were all trained "
-            f"on one run of notebook 10, or train {learner} again"
+            f"test images: {learner!r} has {has} scores of fold {fold} but no {lacks} scores; give training runs that all "
+            f"used the same run of notebook 10, or train {learner!r} again"
         )
 
 
@@ -91,8 +91,8 @@ def _exclude_fold_patients(
 ) -> tuple[int, pd.DataFrame, set[str]]:
     """Exclude test images of patients who have images in a fold; `rows` are the test scores.
 
-    Returns the number of excluded images that have scores, the rows of all other images, and the ids of all other test
-    images. Raises FusionError for scores of images that are not in the "test" split.
+    Returns the number of excluded images that have scores, the remaining rows, and the ids of the test images that are not
+    excluded. Raises FusionError for scores of images that are not in the "test" split.
     """
     test = images[images["split"] == "test"] if "split" in images else images.iloc[:0]
     unknown = rows.loc[~rows["image_id"].isin(test["image_id"]) | rows["image_id"].isin(folds["id"]), "image_id"]
@@ -108,11 +108,11 @@ def _exclude_fold_patients(
 
 
 def _check_images(rows: pd.DataFrame) -> None:
-    """Raise FusionError if no image is left, or unless all models have predicted the same images."""
+    """Raise FusionError if `rows` is empty, or unless all models have predicted the same images."""
     if rows.empty:
         raise FusionError(
-            "test images: all patients with test scores also have images in the folds; set test_share of notebook 10 to "
-            "reserve test patients"
+            "test images: all patients with test scores also have images in the folds; set `test_share` in notebook 10 "
+            "to reserve test patients"
         )
     image_ids = rows.groupby(["model", "fold"], sort=False)["image_id"].agg(frozenset)
     (learner, fold), largest = max(image_ids.items(), key=lambda item: len(item[1]))
@@ -120,6 +120,6 @@ def _check_images(rows: pd.DataFrame) -> None:
         if ids != largest:
             first = min(ids ^ largest)
             raise FusionError(
-                f"test images: {name}, fold {number}, has {len(ids)} scores, but {learner}, fold {fold}, has "
-                f"{len(largest)}: only one of the two predicted {first}; train both with the same limit_validation"
+                f"test images: fold {number} of {name!r} has {len(ids)} scores, but fold {fold} of {learner!r} has "
+                f"{len(largest)}; only one of them has a score of {first!r}. Train both with the same `limit_validation`"
             )

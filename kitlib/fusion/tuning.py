@@ -35,8 +35,8 @@ def tune(judge: "Judge", rounds: int = 2) -> tuple[Any, pd.DataFrame]:
 
     The table's first row is for the default settings; then there is one row per step. A step tries several values of one
     setting, or of a few settings together, and keeps the best value if it raises the score by at least LEAST_GAIN (0.0001).
-    One step tries the calibration of box scores, which is fitted to the same images. A round consists of all steps. There
-    are at most `rounds` rounds, and none after a round without a gain. Box fusion is slow and tuned only in the first round.
+    One step tries a calibration of box scores that is fitted to the scored images. A round consists of all steps. There are
+    at most `rounds` rounds, and none after a round without a gain. Box fusion is slow and tuned only in the first round.
     `box_min_score` and `box_limit` are never tuned, because the boxes that they drop hardly affect the score. The final
     score is optimistic, because it is computed on the predictions on which the settings were chosen; see `cross_fit`.
     """
@@ -53,10 +53,10 @@ def judge_fixed(judge: "Judge", settings: Any) -> pd.DataFrame:
 def cross_fit(judge: "Judge", rounds: int = 2) -> pd.DataFrame:
     """Estimate the score of tuned settings on new images; return a table, one row per fold.
 
-    The columns are fold, images, default and cross_fitted. images is the number of images in the fold. cross_fitted is the
-    competition score (0..1) on these images with settings tuned on the other folds, and default is the score with untuned
-    settings. If there are fewer than two folds, the table is empty. Each fold is scored alone: confidences under different
-    settings have different scales and cannot be ranked together. `cross_fit` takes about as long as one `tune` per fold.
+    The columns are `fold`, `images` (number of images in the fold), `default` and `cross_fitted`. The last two are the
+    competition score (0..1) on the fold's images with untuned settings, and with settings tuned on the other folds. If there
+    are fewer than two folds, the table is empty. Each fold is scored alone, because confidences under different settings
+    have different scales and cannot be ranked together. `cross_fit` takes about as long as one `tune` per fold.
     """
     numbers, rows = sorted(set(judge.images["fold"])), []
     for fold in numbers if len(numbers) > 1 else []:
@@ -113,11 +113,11 @@ class Part:
 class Judge:
     """Computes the competition score of given out-of-fold predictions for any fusion settings.
 
-    `tables` are images, labels, boxes and folds of a run of notebook 10, and `masks` its masks or None. The score is
-    computed on the images in folds that every model has predicted. Images that no annotator looked at (`false_none`) are
-    left out. Raises FusionError if a prediction is not out-of-fold, if an image with detections is not in the coverage, if a
-    model predicts nothing that the competition asks for, if the competition asks for boxes or masks that no model predicts,
-    and if no image remains. The fused boxes of the latest settings (KEPT_FUSIONS) are kept in memory.
+    `tables` has the tables images, labels, boxes and folds of a prepared run (notebook 10); `masks` has its masks, or is
+    None. The score is computed on images that are in a fold, that every model has predicted and that an annotator has looked
+    at (not `false_none`). Raises FusionError if no such image remains, if a prediction is not out-of-fold, if an image with
+    detections is not in the coverage, if a model predicts nothing that the competition uses, or if no model predicts the
+    boxes or masks that a competition without study classes wants. Keeps the fused boxes of the last KEPT_FUSIONS settings.
     """
 
     def __init__(
@@ -185,9 +185,10 @@ class Judge:
         return self.competition.truth_of(images, self.labels, self.boxes, self.masks)
 
     def _match(self, row: np.ndarray, finding: Any, corners: np.ndarray) -> np.ndarray:
-        """Return an int array (n,): for each predicted box, the row of the true box in `self.boxes` that it matches, or -1.
+        """Return an int array (n,): for each predicted box, the row of its matching true box in `self.boxes`, or -1.
 
-        Boxes match only if they have the same image and finding. `row` (n,) is the row of each box's image in `self.images`.
+        Boxes match only if they have the same image and finding. The arguments describe the n predicted boxes; `row` is the
+        row of the image in `self.images`.
         """
         findings = pd.Index(pd.unique(self.boxes["finding"]))
         true_row = pd.Index(self.images["image_id"]).get_indexer(self.boxes["image_id"])
@@ -230,10 +231,10 @@ class Judge:
 
 
 def _box_grids(detectors: list[str], calibration: dict[str, tuple[float, float]], competition: Competition) -> list[Grid]:
-    """Return the tuning steps of box fusion, with the values to try. Each value takes ten times as long as in other steps.
+    """Return the tuning steps of box fusion, with the values to try. Trying a value is ten times slower than in other steps.
 
-    If there is one detector, only its calibration is tried. Calibration helps even without box fusion: when `none` changes
-    the box scores, and when the probability of `none` is computed from box scores.
+    With one detector, only its calibration is tried. Calibration can help even with one detector, because `none` may change
+    the box scores or be computed from them.
     """
     first: list[Grid] = [("calibration", _calibrate(calibration), ("fitted",))] if calibration else []
     if len(detectors) < 2:
@@ -292,13 +293,13 @@ def _check_wanted(predictions: ModelPredictions, competition: Competition) -> No
             helps = kind == "images" and helping and helping <= predicted
             if len(rows) and not predicted & classes and not helps:
                 raise FusionError(
-                    f"{model} predicts no class of {kind} that {competition.name} wants; valid classes of {kind} are: "
-                    f"{', '.join(sorted(classes)) or 'none'}. Leave out the run of {model}, or choose another competition"
+                    f"{model!r} predicts no class that {competition.name!r} has for {kind}; the classes for {kind} are: "
+                    f"{', '.join(sorted(classes)) or 'none'}. Remove the run of {model!r}, or change the competition"
                 )
 
 
 def _check_answers(predictions: ModelPredictions, competition: Competition) -> None:
-    """Raise FusionError if a competition without study classes wants boxes or masks, but no model predicts any."""
+    """Raise FusionError if no model predicts the boxes or masks that a competition without study classes wants."""
     has_boxes = len(predictions.detections) or (predictions.coverage is not None and len(predictions.coverage))
     for is_wanted, is_predicted, kind, notebook in (
         (competition.box_classes, has_boxes, "boxes", "40"),
@@ -317,8 +318,8 @@ def _scored_images(predictions: ModelPredictions, images: pd.DataFrame, folds: p
     if len(uncovered):
         row = uncovered.iloc[0]
         raise FusionError(
-            f"{len(uncovered)} detections are in images that the `coverage` table lacks; the first is in {row.image_id}, "
-            f"predicted by {row.model} of fold {row.fold}. Use the coverage of the same runs"
+            f"{len(uncovered)} detections are in images that the `coverage` table lacks; the first is in {row.image_id!r}, "
+            f"by {row.model!r} of fold {row.fold}. Use the `detections` and `coverage` tables of the same runs"
         )
     images = images.drop(columns="fold", errors="ignore").merge(folds.rename(columns={"id": "image_id"}), on="image_id")
     if "false_none" in images:

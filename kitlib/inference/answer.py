@@ -106,7 +106,7 @@ def read_any_model(folder: Path) -> AnsweringModel:
 
 def _describe_model(folder: Path, record: dict[str, Any]) -> AnsweringModel:
     if not 1 <= record["longest_side"] <= MAX_SIDE:
-        raise BundleError(f"{folder}: longest_side is {record['longest_side']}; expected 1 to {MAX_SIDE} pixels")
+        raise BundleError(f"{folder}: 'longest_side' is {record['longest_side']}; expected 1 to {MAX_SIDE} pixels")
     recipe = record["recipe"]
     return AnsweringModel(
         folder,
@@ -138,9 +138,9 @@ def fused_answer(
     yield. Each table in `coverage` (image_id, model, fold) lists the images that one detector has predicted. `images` has
     image_id, study_id, rows and columns. The answers are the result of `competition.decide`, for SIIM a `Fused`.
 
-    The ensemble's prediction replaces the predictions of its learners, the models that it combines. If a study lacks a
-    learner's prediction, it gets the unweighted mean of the other learners. If the ensemble fails, its learners are fused
-    like other models. The report notes both. The report is None if there is no ensemble, or if no study model has predicted.
+    The ensemble's prediction replaces those of its learners, the models that it combines. A study that lacks a learner's
+    prediction gets the unweighted mean of the other learners. If the ensemble fails, its learners are fused like other
+    models. The report notes the gap or the failure. It is None without an ensemble, or if no study model has predicted.
     """
     of_studies = [table for table in probabilities if set(STUDY_CLASSES) <= set(table.columns)]
     of_images = [table for table in probabilities if not set(STUDY_CLASSES) <= set(table.columns)]
@@ -185,8 +185,8 @@ def _predicted_outputs(record: dict[str, Any]) -> frozenset[str]:
     from_dict(family.recipe, record["recipe"])
     if family.answers == STUDIES and record["classes"] != list(OUTPUTS):
         raise BundleError(
-            f"the model's classes are {record['classes']}; expected {list(OUTPUTS)}. Train {record['model']} again, or "
-            "leave it out"
+            f"the model's classes are {record['classes']}; expected {list(OUTPUTS)}. Train {record['model']!r} again, or "
+            "remove this model"
         )
     if family.answers != STUDIES:
         return frozenset({family.answers})

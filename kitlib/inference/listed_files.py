@@ -33,12 +33,12 @@ def list_files(
     Each of `names` is an image file, a folder (all images below it are listed), or a table (CSV, TSV or Parquet) with image
     files in the column `file_column`, as paths relative to the table's folder.
 
-    In the result, `file` is the file as the caller wrote it: for an image file, the element of `names`; for a folder, the
+    In the result, `file` names the file as the caller did: for an image file, the element of `names`; for a folder, the
     element followed by the path below the folder; for a table, the cell. `path` is the path to read. `image_id` is the file
-    name without suffix; if it repeats, -2, -3 and so on is added. `study_id` is the first of these that exists: the value in
-    the table's column `study_column`, the StudyInstanceUID in the DICOM header, the image_id. Rows of one study are next to
-    each other. `error` says why the file cannot be used, or is "". Raises DatasetError if there is no image file, or if a
-    table cannot be read.
+    name without suffix; files of the same name get -2, -3 and so on added. `study_id` is the first of these that exists: the
+    value in the table's column `study_column`, the StudyInstanceUID in the DICOM header, the image_id. Rows of one study are
+    next to each other. `error` says why the file cannot be used, or is "". Raises DatasetError if there is no image file, or
+    if a table cannot be read.
     """
     given = [names] if isinstance(names, str | Path) else list(names)
     rows: dict[tuple[str, str], str] = {}  # (file, path) -> study_id from a table, or ""
@@ -82,7 +82,7 @@ def _find_images(folder: str) -> list[str]:
             found += [file] if is_image else []
             others += not is_image
     if others:
-        logger.info("%s: %d files are neither DICOM nor pictures; left out", folder, others)
+        logger.info("%s: %d files are neither DICOM nor pictures and are left out", folder, others)
     return found
 
 

@@ -33,11 +33,11 @@ Stream = Callable[[], Iterable[CachedXray]]  # each call returns a new iterator 
 class Answer:
     """The predictions of a system (models whose predictions are combined) for some images.
 
-    `fused` has the predictions of study models and detectors; boxes are in original pixels and may be of any findings.
-    `classes`, from classifiers, is a table with image_id and a column of probabilities 0..1 for each class. `masks`, from
-    segmenters, is a table of fused probability maps (kitlib.fusion.mask_maps). `runs` has the masks that a tuned fusion has
-    decided on: a dict that maps image_ids to run lengths (kitlib.xrays.run_lengths). What a system does not predict is None.
-    A lung segmenter predicts none of these four; its masks are read from `LoadedModels.segmenter`.
+    `fused` has the predictions of study models and detectors; its boxes are in original pixels. `classes`, from
+    classifiers, is a table with `image_id` and a column of probabilities 0..1 for each class. `masks`, from segmenters, is a
+    table of fused probability maps (kitlib.fusion.mask_maps). `runs` has the masks that a tuned fusion would submit: a dict
+    from image_id to the mask's runs (n, 2), see kitlib.xrays.run_lengths. What a system does not predict is None. The masks
+    of a lung segmenter are not in an Answer; `LoadedModels.segmenter` has them.
     """
 
     models: pd.DataFrame  # one row per model that has predicted: model, fold, seconds (without loading)
@@ -58,8 +58,8 @@ class Answer:
     def mask(self, image_id: str) -> np.ndarray | None:
         """Return an image's mask of all structures together, bool (rows, columns) of any size; None if it has no mask.
 
-        The mask is the one that a tuned fusion has decided on. Without a tuned fusion, it is True at pixels where a
-        structure's probability is at least 0.5 (MASK_LEVEL).
+        With a tuned fusion, the mask is the one in `runs`. Otherwise, it is True at pixels where the probability of any
+        structure is at least 0.5 (MASK_LEVEL).
         """
         if self.runs is not None:
             return draw_runs(self.runs[image_id]) if image_id in self.runs else None
@@ -100,9 +100,9 @@ class LoadedModels:
         """Predict `images` with `models`, some or all models of `system`; return the combined predictions.
 
         `images` is a table with the columns image_id, study_id, rows and columns, and must contain all images of each study.
-        Each call of `xrays` returns an iterator over their decoded copies. If a model fails, it is left out, and a remark
-        says so. If all models fail, the error of the last one is raised. Raises BundleError if an ensemble of classifiers is
-        damaged, or if its classes are not those of the models.
+        Each call of `xrays` returns an iterator over the decoded images. If a model fails, the answer lacks its predictions,
+        and `faults` has its error. If all models fail, the error of the last model is raised. Raises BundleError if an
+        ensemble of classifiers is damaged, or if its classes are not those of the models.
         """
         if "lungs" in system.answers:
             return self._segment(system, xrays)
@@ -122,7 +122,7 @@ class LoadedModels:
         """Return a table of class probabilities, with the columns image_id and the classes.
 
         First, an image's predictions by models with the same name and fold are averaged, as in notebooks 25 and 65. Then
-        the ensemble is applied; without an ensemble, folds and learners are averaged.
+        the system's ensemble combines them. Without an ensemble, they are averaged over folds, then over models.
         """
         classes = system.classes()
         scores = pd.concat([table.dropna() for table in asked.classes], ignore_index=True)
@@ -139,9 +139,9 @@ class LoadedModels:
     def _draw(
         self, system: System, asked: _Asked, images: pd.DataFrame
     ) -> tuple[pd.DataFrame, Mapping[str, np.ndarray] | None]:
-        """Return a table of fused probability maps, and a dict of the masks for the competition: run lengths by image_id.
+        """Return a table of fused probability maps, and a dict from image_id to the runs (n, 2) of the mask to submit.
 
-        Instead of the dict, returns None if the system has no competition, or if its competition has no masks.
+        The second result is None if the system has no competition, or if its competition has no masks.
         """
         predictions = ModelPredictions.of(mask_maps=concatenate(asked.mask_maps, "mask_maps"))
         merged, competition = merge(predictions, images, system.fusion), system.competition
@@ -168,7 +168,7 @@ class LoadedModels:
         return self._predictors[model.folder, lungs]
 
     def segmenter(self, system: System) -> CachedLungs:
-        """Return the system's lung segmenter, which caches the lungs of images decoded to the system's `longest_side`."""
+        """Return the system's lung segmenter; its cache is for images that were decoded to the system's `longest_side`."""
         key = system.lungs, system.longest_side
         return self._lungs.setdefault(key, CachedLungs(system.lungs, True, BATCH_SIZE, most=CACHED_LUNGS))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Counts(Protocol):
-    """Attributes of a Predictor that are read after each batch: its model and fold, and its counts since `predict` began."""
+    """The attributes of a Predictor that are read after each batch; the last three cover only the current `predict`."""
 
     model: str
     fold: int
@@ -70,7 +70,7 @@ class Model:
     def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
         """Add a batch's predictions, and update the counts, unless the model was dropped.
 
-        `predictor` has counted since this turn began; `before` has the counts from before this turn.
+        `predictor` holds the counts of the current turn, `before` those of the earlier turns.
         """
         if self.dropped:
             return
@@ -96,10 +96,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Turn:
-    """A model that is to predict now, and the seconds that it may take, `budget`.
+    """A model that is to predict now, and `budget`, the seconds that its turn may take.
 
-    If `may_stop` is True, the model is stopped after these seconds and keeps its predictions. Otherwise the model is dropped
-    as soon as it is expected to take longer.
+    If `may_stop` is True, the model is stopped when the budget is used up, and keeps its predictions. Otherwise the model is
+    dropped as soon as it is expected to exceed the budget.
     """
 
     model: Model

@@ -54,9 +54,9 @@ class Predictor:
     `views` are the forms in which an image is predicted, such as "full" or "flip" (keys of VIEWS; default: the recipe's
     views). The predictions for several views are combined: probabilities by their mean, boxes by weighted box fusion.
     `lungs` finds the lungs of a batch. It is called only if the recipe crops or blackens images by lung masks (see
-    kitlib.lungs.crop). If an image's lungs are not found, the whole image is used, with nothing blackened; a patch model
-    gets it as a single patch. Patch centres are derived from the image's id, so that predictions are reproducible. If a
-    batch overflows in half precision, it is predicted again in float32.
+    kitlib.lungs.crop). If an image's lungs are not found, the whole image is used without blackening, by a patch model as a
+    single patch. Patch centres are derived from the image's id, so that predictions are reproducible. If a batch overflows
+    in half precision, it is predicted again in float32.
 
     `seen` lists the image_ids of the predicted images. `lungs_missed` is the number of images whose lungs were not found,
     `overflowed` the number of images in batches that overflowed. Raises ValueError for unknown or repeated views, and for a
@@ -101,10 +101,10 @@ class Predictor:
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
         """Yield one table of predictions per batch, while a thread prefetches X-rays from `stream`.
 
-        Study models yield one row per image with the columns image_id, model, fold, the four classes and none; outputs that
-        were not trained are NaN. Other classifiers yield `class_scores` tables. Detectors yield `detections` tables, in
-        which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` are reset at the start. If `stream`
-        raises an error, this generator raises it. Closing the generator ends the thread.
+        Study models yield one row per image with the columns `image_id`, `model`, `fold`, the four classes and `none`;
+        outputs that were not trained are NaN. Other classifiers yield `class_scores` tables. Detectors yield `detections`
+        tables, in which images without boxes have no row. `seen`, `lungs_missed` and `overflowed` are reset at the start. If
+        `stream` raises an error, this generator raises it. Closing the generator ends the thread.
         """
         self.seen, self.lungs_missed, self.overflowed = [], 0, 0
         for batch in ahead(self._batches(stream)):
@@ -184,7 +184,7 @@ class Predictor:
         return self.network.overflows if self.family.answers == BOXES else self._overflowed_batches
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Yield for each view its canvases (n, side, side), and the n placements of the images on them before mirroring."""
+        """Yield each view's canvases (n, side, side) and the n images' placements, which disregard mirroring."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]
@@ -252,8 +252,8 @@ def load_predictor(
 ) -> AnyPredictor:
     """Return a predictor with a bundle's model on `device` (default: `pick_device`). For other parameters see Predictor.
 
-    For a segmenter of a structure that most images do not have, this is a MaskPredictor; it ignores `views` and `lungs`.
-    Raises BundleError if the bundle is damaged or contains a lung segmenter.
+    If the bundle's model segments a structure that most images do not have, returns a MaskPredictor, which ignores `views`
+    and `lungs`. Raises BundleError if the bundle is damaged or contains a lung segmenter.
     """
     record, state_dict = read_bundle(bundle_folder)
     device = device or pick_device()

@@ -45,8 +45,8 @@ PICTURE_SIDE = 1024  # pixels; smaller copies are enlarged, so that scores can b
 class _Part:
     """A group of decoded files. All files of a study are in the same group.
 
-    `files` are rows of the table of `list_files`, `outcomes` maps the image_id of each file that exists to the Outcome of
-    decoding, and `cache` has the decoded copies.
+    `files` has rows of the table that `list_files` returns. `outcomes` has the Outcome of decoding each existing file, keyed
+    by image_id. `cache` has the decoded copies.
     """
 
     files: pd.DataFrame
@@ -76,13 +76,13 @@ def predict(
     study_column: str = "study_id",
     workers: int = 0,
 ) -> pd.DataFrame:
-    """Predict image files with the models of a run; return a table with one row per file.
+    """Predict the images in files with the models of a run; return a table with one row per file.
 
-    `files` is one or more image files, folders of image files, or tables with the columns `file_column` and optionally
-    `study_column` (see `list_files`). `runs` is the run, or a folder that contains it (see `find_system`). For the columns
-    of the result, `pictures` and `workers` see `predict_parts`. If a file cannot be read, the column `error` says why.
-    Raises RunNotFound if the run does not exist, RunError if the run cannot predict, and DatasetError if there is no image
-    file.
+    `files` is one path or several paths. Each path is an image file, a folder of image files, or a table with the columns
+    `file_column` and optionally `study_column` (see `list_files`). `runs` is a run, or a folder of runs (see `find_system`).
+    For the columns of the result, `pictures` and `workers` see `predict_parts`. If a file cannot be read, the column `error`
+    says why. Raises RunNotFound if `runs` does not exist, RunError if no run can predict, and DatasetError if there is no
+    image file.
     """
     system = find_system(runs)
     listed = list_files(files, file_column, study_column)
@@ -95,14 +95,14 @@ def predict_parts(
     """Predict `files`, a table from `list_files`, in groups, and yield one table of predictions per group.
 
     The groups keep the memory use independent of the number of files. For the columns of the tables see `table_columns`.
-    Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries with finding, score, xmin, ymin, xmax and ymax in
-    pixels of the original image, sorted by score, the highest first; if no detector has predicted the image, it is empty
-    text. Other values that no model has predicted are NaN or empty. If the system is a lung segmenter, `lungs` says whether
+    Probabilities are 0..1. `boxes` is JSON text: a list of dictionaries, the highest score first, with the keys `finding`,
+    `score`, and in pixels of the original image `xmin`, `ymin`, `xmax` and `ymax`. If no detector has predicted an image,
+    `boxes` is "". Other values without a prediction are NaN or empty. If the system is a lung segmenter, `lungs` says if
     usable lungs were found, and `lung_area` is the share of the image that is lung. `warning` says what is unusual about the
     file, and which models failed; `error` says why there is no prediction.
 
-    If `pictures` is a folder, each image is drawn in IMAGE_ID.png in this folder, with its boxes of a score of 0.2 or more,
-    or with the outline of its lungs for a lung segmenter. The picture has the size of the image's decoded copy or is larger.
+    If `pictures` is a folder, each image is saved there as IMAGE_ID.png with its predicted boxes of score 0.2 or more. For a
+    lung segmenter, the lungs are outlined instead. The picture has the size of the image's decoded copy or is larger.
     A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the original image, with the value 255 inside the
     lungs or another structure (see Answer.mask). `workers` is the number of decoding processes; 0: one per core. Raises
     BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if files cannot be written.
@@ -137,9 +137,9 @@ def predict_parts(
 def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
-    The outputs of a lung segmenter are lungs, lung_area and boxes. The outputs of other systems are whichever of these the
-    models predict: the four study classes, `none`, the classes of classifiers, the structures of segmenters (each value is
-    the structure's highest probability in the image), boxes. Raises RunError if a class has the same name as another column.
+    The outputs of a lung segmenter are `lungs`, `lung_area` and `boxes`. Other systems have those of the following outputs
+    that their models predict: the four study classes, `none`, the classes of classifiers, the structures of segmenters (the
+    highest probability in the image), and `boxes`. Raises RunError if a class has the same name as another column.
     """
     answers = system.answers
     if "lungs" in answers:
@@ -150,7 +150,7 @@ def table_columns(system: System) -> list[str]:
         outputs += ["none"] if answers & FUSED else []
         if taken := sorted({*KEYS, *outputs, BOXES, WARNING, ERROR} & set(classes)):
             raise RunError(
-                f"{system.name} has a class called {taken[0]!r}, like another column of the table; rename the class"
+                f"{system.name}: the class {taken[0]!r} has the name of another column of the result; rename the class"
             )
         outputs += [*classes, *([BOXES] if "boxes" in answers else [])]
     return [*KEYS, *outputs, WARNING, ERROR]
@@ -199,9 +199,9 @@ class _Predicting:
 
 
 class _Segmenting:
-    """Callable that predicts a _Part with a lung segmenter, and writes masks and pictures to `pictures` unless it is None.
+    """Callable that predicts a _Part with a lung segmenter, and writes masks and outlined images to the folder `pictures`.
 
-    Returns a table of outputs, indexed by image_id, and no faults.
+    If `pictures` is None, nothing is written. Returns a table of outputs, indexed by image_id, and no faults.
     """
 
     def __init__(self, system: System, pictures: str | Path | None) -> None:

@@ -43,8 +43,8 @@ class ProcessSettings:
 class PredictionProcess:
     """Runs a process that predicts with one model after the other; `load` starts the process if it is not running.
 
-    `gpu` is the value of CUDA_VISIBLE_DEVICES in the process, "" for no GPU. `lungs` is the latest report of the process on
-    segmented lungs, None until a model that needs lungs has finished.
+    `gpu` is the value of CUDA_VISIBLE_DEVICES in the process, "" for no GPU. `lungs` is the latest LungsReport of the
+    process. It is None until a model has finished, and always None if `settings.lungs` is None.
     """
 
     def __init__(self, settings: ProcessSettings, gpu: str, deadline: Deadline) -> None:
@@ -74,8 +74,8 @@ class PredictionProcess:
     def receive(self, last_sent: Callable[[], float] = lambda: 0.0, limit_s: float | None = None) -> tuple[str, Any]:
         """Return the name and the content of the next message from the process.
 
-        `last_sent` returns the time.monotonic() value at which the process last got work to do. From then, or from this call
-        if it is later, the process may take `limit_s` seconds (default: 300). Raises the errors of `load`.
+        `last_sent` returns the time.monotonic() value at which the process last got work. The process may be silent for
+        `limit_s` seconds (default: 300) after this time and after the start of this call. Raises the errors of `load`.
         """
         limit_s = limit_s or STALLED_S
         began, connection, process = time.monotonic(), self._connection, self._process
@@ -116,7 +116,7 @@ class PredictionProcess:
 
 
 class RemotePredictor:
-    """A model that is loaded in a PredictionProcess; it has the attributes of a Predictor that a submission reads."""
+    """A model in a PredictionProcess, used like a Predictor; it has only the attributes that a submission reads."""
 
     def __init__(self, process: PredictionProcess, model: str, fold: int) -> None:
         self.process, self.model, self.fold = process, model, fold
@@ -126,7 +126,7 @@ class RemotePredictor:
         self._failure: Exception | None = None  # in the thread that sends image ids
 
     def predict(self, image_ids: Iterable[str], restore: Callable[[str], bool]) -> Generator[pd.DataFrame, None, None]:
-        """Predict the decoded images `image_ids`; yield one table of predictions per batch. A thread iterates over the ids.
+        """Predict images from the cache; yield one table of predictions per batch. A thread iterates over `image_ids`.
 
         If the decoded copy of an image cannot be read, `restore` decodes the image again and returns whether the copy can be
         read now. Raises the errors of `PredictionProcess.load`, and errors that iterating over `image_ids` raises. Closing
@@ -170,7 +170,7 @@ class RemotePredictor:
             self._send("end")
 
     def _send(self, what: str, content: Any = None) -> bool:
-        """Send a message and return True. If the prediction has ended, return False: the next model must not get it."""
+        """Send a message and return True. Return False if the prediction has ended: a message would reach the next model."""
         with self._sending:
             if not self._ended:
                 self.process.send(what, content)
@@ -178,7 +178,7 @@ class RemotePredictor:
             return not self._ended
 
     def _stop(self) -> None:
-        """Make the process stop predicting with this model, and discard the batches that it has already prepared."""
+        """Make the process stop predicting with this model, and discard the batches that the process has prepared."""
         began = time.monotonic()
         try:
             self.process.send("stop")
@@ -235,7 +235,7 @@ class _Connection:
 
 
 class _Inbox:
-    """Queues of what the parent sends for one model: ids of images to predict, and answers about images decoded again."""
+    """Queues of what the parent sends for one model: ids of images, and whether an unreadable image was decoded again."""
 
     def __init__(self) -> None:
         self.image_ids: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -248,7 +248,7 @@ class _Inbox:
         self.restored.put(False)
 
     def xrays(self, cache: XrayCache, connection: _Connection) -> Iterator[CachedXray]:
-        """Yield the decoded images, read from `cache`; the parent decodes an image again if its copy cannot be read."""
+        """Yield decoded images from `cache`. The parent decodes unreadable images again; if that fails, they are skipped."""
         while (image_id := self.image_ids.get()) is not None and not self.stopped:
             try:
                 yield cache.read(image_id)
@@ -259,7 +259,7 @@ class _Inbox:
 
 
 def _receive_all(connection: _Connection, loads: "queue.SimpleQueue[tuple[Path, _Inbox]]") -> None:
-    """Receive the parent's messages: put each model with a new inbox into `loads`, and its image ids into this inbox."""
+    """Receive the parent's messages: put each model with a new inbox into `loads`, and later messages into this inbox."""
     inbox = _Inbox()
     while True:
         try:

@@ -39,11 +39,11 @@ PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "masks", "l
 class System:
     """A set of models whose predictions are combined, by `fusion` and optionally by an `ensemble`.
 
-    The models predict any of "study", "none", "boxes", "classes" and "masks"; or there is one model, which predicts "lungs".
-    The models' predictions are merged with the settings `fusion`. If the run is a fusion that was tuned for a competition,
-    `competition` is this competition, and `settings` are the tuned settings. Settings for masks apply to all predictions,
-    those for boxes and classes only to the competition's submission. `name` is shown to users: the name of the run,
-    followed by the names of the runs that the run combines.
+    The set is either a single model that predicts "lungs", or models that predict any of "study", "none", "boxes", "classes"
+    and "masks". `fusion` has the settings with which predictions are merged. In a system of a fusion that was tuned for a
+    competition, `competition` is this competition, and `settings` are the tuned settings: the settings for masks apply to
+    all predictions, the settings for boxes and classes only to the competition's submission. `name` is shown to users: the
+    name of the run, followed by the names of the runs that the run combines.
     """
 
     name: str
@@ -81,7 +81,7 @@ class System:
 
     @property
     def fills_siim(self) -> bool:
-        """Whether the predictions fill rows of SIIM's submission: true of a fusion for SIIM, and of SIIM's study models."""
+        """Whether the predictions, such as those of a fusion for SIIM or of SIIM's study models, fill SIIM's submission."""
         if self.competition is not None:
             return self.competition is SIIM_COVID19
         return bool({"study", "none"} & self.answers) and set(self.findings) <= {ONE_FINDING} and self.answers <= FUSED
@@ -95,10 +95,9 @@ class System:
 def find_system(runs: str | Path) -> System:
     """Return the system of models of a run, or of the preferred run in a folder of runs.
 
-    `runs` is the path or the name of a run (see `find_run`), or a folder that contains runs. In a folder, a fusion is
-    preferred to an ensemble, an ensemble to other models, and all of these to a lung segmenter. Raises RunNotFound if `runs`
-    does not exist, and RunError if no finished run can predict, if there are several of the preferred kind, or if the lung
-    segmenter that the models need is not found.
+    `runs` is the path or the name of a run (see `find_run`), or a folder that contains runs. In a folder, the order of
+    preference is: fusion, ensemble, other models, lung segmenter. Raises RunNotFound if `runs` does not exist. Raises
+    RunError if no finished run can predict, if several rank first, or if the models' lung segmenter is not found.
     """
     root = Path(runs) if Path(runs).is_dir() else find_run(runs)
     run = root if is_run(root) or find_kind(root) else _choose_run(root)
@@ -107,7 +106,7 @@ def find_system(runs: str | Path) -> System:
     if kind not in PREDICTING:
         raise RunError(
             f"{run} is a run of {f'the kind {kind!r}' if kind else 'an unknown kind'}, which predicts nothing; give a run "
-            "of notebook 60 (a tuned fusion), 65, 40, 30, 25, 20, 14 or 12"
+            "of one of the notebooks 12, 14, 20, 25, 30, 40, 60 (a tuned fusion) and 65"
         )
     parameters = _read_parameters(run)
     system = read_system(run, kind, parameters, {})
@@ -116,9 +115,9 @@ def find_system(runs: str | Path) -> System:
         system = read_system(run, kind, parameters, find_segmenters((find_kind(folder), folder) for folder in folders))
         if system.lungs is None:
             raise RunError(
-                f"{system.name}: the models need the masks of the segmenter that found the lungs in their training, but no "
-                f"run next to {run} contains this segmenter; copy the run of notebook 14 that the training used (its "
-                f"parameter lungs_run) to {run.parent}"
+                f"{system.name}: the models need the masks of the segmenter that was used to train them, but no run next to "
+                f"{run} contains this segmenter; copy the run of notebook 14 that the training's parameter `lungs_run` "
+                f"names to {run.parent}"
             )
     return system
 
@@ -128,7 +127,7 @@ def read_system(run: Path, kind: str, parameters: Mapping[str, Any], segmenters:
 
     `kind` is the run's kind, one of PREDICTING, and `parameters` are the notebook's parameters in the run's record.
     `segmenters` maps digests of lung segmenters to bundles (see `find_segmenters`). Folds that are not trained yet are left
-    out. Raises RunError if `run` combines runs and one of them does not exist, or if there is no model, and BundleError or
+    out. Raises RunError if there is no model, or if a run that `run` combines does not exist. Raises BundleError or
     SettingsError if a file is invalid.
     """
     if kind in ("masks", "lungs", "applied lungs"):
@@ -169,9 +168,9 @@ def build_system(
 ) -> System:
     """Return a system called `name` of the models in the run folders `folders`.
 
-    If a `competition` is given, the system has all models whose predictions its submission can use, otherwise all study
-    models and detectors. `fusion` and `ensemble`, the folder of an ensemble's bundle or None, say how predictions are
-    combined. `segmenters` maps digests of lung segmenters to bundles. The system's `notes` say which bundles cannot be used,
+    If a `competition` is given, the system has every model that predicts what this competition's submission can use.
+    Otherwise, it has every study model and detector. The settings `fusion` and the bundle `ensemble` (a folder or None)
+    combine predictions. `segmenters` maps digests of lung segmenters to bundles. `notes` say which bundles are unusable,
     and why. Raises RunError if no bundle can be used, or if the models need masks from several segmenters.
     """
     models: dict[tuple[str, int], AnsweringModel] = {}
@@ -213,18 +212,18 @@ def find_segmenters(runs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
             if recorded_family(record, bundle).answers == LUNGS:
                 by_digest.setdefault(segmenter_digest(record), bundle)
         except BundleError as error:
-            logger.warning("the segmenter %s is left out: %s", bundle, error)
+            logger.warning("the lung segmenter %s cannot be read and is not used: %s", bundle, error)
     return by_digest
 
 
 def _build_classifiers(
     name: str, folders: Sequence[Path], fusion: SiimFusion, ensemble: Path | None, segmenters: Mapping[str, Path]
 ) -> System:
-    """Return a system of all classifiers in the run folders `folders`, of all folds, including nested folds.
+    """Return a system of the classifiers of all folds and nested folds in the run folders `folders`.
 
-    The arguments are those of `build_system`. The folds of a learner may be in several runs. Raises RunError if there is no
-    model, if a model is not a classifier, or if the classes differ. An unusable bundle is not left out but raises an error,
-    because the probabilities would differ without it.
+    The arguments are those of `build_system`. The folds of a learner may be in several runs. Raises RunError if a folder has
+    no model, if a model is not a classifier, or if the classes differ. A bundle that cannot be used raises an error, because
+    leaving out the bundle would change the probabilities.
     """
     by_run = [[read_any_model(bundle) for bundle in _bundles(folder)] for folder in folders]
     models = tuple(model for of_run in by_run for model in of_run)
@@ -256,7 +255,7 @@ def _bundles(run: Path) -> list[Path]:
 def _choose_run(root: Path) -> Path:
     """Return the folder of the preferred run below `root`; for the order of preference see `find_system`.
 
-    Raises RunError, which lists the runs, if no finished run can predict, or if there are several of the preferred kind.
+    Raises RunError with a list of the runs if no finished run can predict, or if several runs rank first.
     """
     kinds = {run: find_kind(run) for run in walk_runs(root)}
     finished = [run for run, kind in kinds.items() if kind in PREDICTING and (run / METRICS).is_file()]
@@ -268,7 +267,7 @@ def _choose_run(root: Path) -> Path:
             listing = "\n  ".join(f"{run} ({kinds[run]})" for run in chosen)
             raise RunError(f"{len(chosen)} runs in {root} can predict; give one, or fuse them (notebook 60):\n  {listing}")
     there = ", ".join(f"{run.relative_to(root)} ({kind or 'other'})" for run, kind in kinds.items()) or "no run"
-    raise RunError(f"{root} has no finished run that can predict, only: {there}; `make demo` trains some in runs/demo")
+    raise RunError(f"{root} has no finished run that can predict; found: {there}. `make demo` trains some in runs/demo")
 
 
 def _read_parameters(run: Path) -> dict[str, Any]:
@@ -283,16 +282,17 @@ def _read_parameters(run: Path) -> dict[str, Any]:
 def _named_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
     if not (names := parameters.get("runs")):
         raise RunError(
-            f"the parameter `runs` in {run / RECORD} is empty; it must list what {run} combines; repeat its notebook"
+            f"the parameter `runs` in {run / RECORD} must list the runs that {run} combines, but is empty; run the notebook "
+            f"that wrote {run} again"
         )
     return [_named_run(name, run) for name in names]
 
 
 def _named_run(name: object, run: Path) -> Path:
-    """Return the folder of the run `name`, which is a name or path in the parameters of the run in the folder `run`.
+    """Return the folder of a run to which the parameters of the run in `run` refer as `name`, a name or a path.
 
-    If `name` is an absolute path, a folder of this name next to `run` is preferred, because the runs may have been moved
-    together. Raises RunError if the run is not found.
+    If `name` is an absolute path, a folder with its last part next to `run` is preferred, because the runs may have been
+    moved together. Raises RunError if the folder is not found.
     """
     sibling = run.parent / Path(name).name if isinstance(name, str) and Path(name).is_absolute() else None
     folder = sibling if sibling is not None and sibling.is_dir() else named_folder(name, run)
@@ -306,7 +306,7 @@ def _folders_beside(run: Path) -> list[Path]:
 
 
 def _lungs_runs(run: Path, parameters: Mapping[str, Any]) -> list[Path]:
-    """Return the folders of the runs in the parameter lungs_run, of the run `run` and of the runs that `run` combines."""
+    """Return the folders that the parameter `lungs_run` states, in `run` and in each run that `run` combines."""
     trained = [run, *(_named_run(name, run) for name in parameters.get("runs") or [])]
     named = [named_folder(_read_parameters(folder).get("lungs_run"), folder) for folder in trained]
     return [folder for folder in named if folder is not None]

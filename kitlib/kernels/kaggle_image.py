@@ -47,9 +47,9 @@ def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> li
     known = len(before.keys() & after.keys())
     if known * 2 < len(before):
         raise KernelError(
-            f"{frozen} has {len(after)} packages, but only {known} of the {len(before)} in {image_list}, so it is not the "
-            "list of a Kaggle session; run `!pip list --format=freeze > /kaggle/working/freeze.txt` in a notebook on Kaggle "
-            "and give its output"
+            f"{frozen} is not from a Kaggle session: it has {len(after)} packages, but only {known} of the {len(before)} "
+            f"packages in {image_list}. Run `!pip list --format=freeze > /kaggle/working/freeze.txt` in a notebook on "
+            "Kaggle, and give the file freeze.txt"
         )
     heading = f"# Packages of Kaggle's image: pip's list of a session, read on {datetime.date.today()}.\n"
     pins = (f"{name}{'>=' if canonicalize_name(name) in UNTIED else '=='}{pin}\n" for name, pin in versions.items())
@@ -60,10 +60,10 @@ def refresh_image(frozen: str | Path, image_list: str | Path = IMAGE_LIST) -> li
 
 
 def list_changes(requirements: str | Path | None = None, image: Mapping[str, str] | None = None) -> list[str]:
-    """Return one message for each change that requirements.txt needs to agree with Kaggle's Docker image.
+    """Return one message for each package whose line in a requirements file disagrees with Kaggle's Docker image.
 
-    `requirements` is the path of another file to check instead. `image` maps canonical package names to versions (default:
-    those in kaggle_image.txt).
+    `requirements` is the path of the file (default: requirements.txt). `image` maps canonical package names to versions
+    (default: those in kaggle_image.txt).
     """
     path, image = Path(requirements or project_root() / "requirements.txt"), image_pins() if image is None else image
     starred = {
@@ -89,7 +89,7 @@ def list_changes(requirements: str | Path | None = None, image: Mapping[str, str
 
 
 def _read_frozen(path: Path) -> dict[str, str]:
-    """Return the package versions in pip's list, without local suffixes, keyed by package name as written in the list."""
+    """Return the versions, without local suffixes such as +cu128, in pip's list `path`, keyed by the names as written."""
     versions, unknown = {}, []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.strip() or line.startswith("#"):
@@ -108,7 +108,7 @@ def _read_frozen(path: Path) -> dict[str, str]:
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise KernelError(
-            f"{path}: lines without a version: {'; '.join(unknown[:5])}{more}; save the list with "
+            f"{path} has lines without a version: {'; '.join(unknown[:5])}{more}. Save the list with "
             "`pip list --format=freeze`, or write these lines as NAME==VERSION"
         )
     return versions

@@ -4,7 +4,8 @@ import ast
 import base64
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import kitlib
@@ -56,13 +57,16 @@ def _add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(entry, io.BytesIO(content))
 
 
-def _imported_names(source: str) -> Iterator[str]:
-    """Yield the kitlib names that a source imports: "module", or "module.name", where `name` may be a submodule."""
+@cache  # several kernels are often built from the same library
+def _imported_names(source: str) -> tuple[str, ...]:
+    """Return the kitlib names that a source imports: "module", or "module.name", where `name` may be a submodule."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "kitlib")
+            names += [alias.name for alias in node.names if alias.name.split(".")[0] == "kitlib"]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kitlib":
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
 
 
 def _find_module_file(name: str) -> str:

@@ -37,9 +37,9 @@ def push(
     Each dataset's status is checked every `poll_s` seconds, for at most `wait_s` seconds. The result is also written to
     `out`/pushed.json, which the later steps read. After a successful push, the pushed.json of the previous push is renamed
     to pushed-VERSION.json. `fused_run` is the folder of the run whose fusion settings the kernel uses; Kaggle's score is
-    later written there. `rules` is the name of the competition whose submission format the kernel writes; if it is empty,
-    that is the attached competition. Raises KernelError if the kernel is not built, if signing in fails, if Kaggle refuses a
-    dataset or the kernel, if a dataset is not ready in time, or if pushed.json is damaged.
+    later written there. `rules` is the name of the competition whose submission format the kernel writes; "" means the
+    attached competition. Raises KernelError if the kernel is not built, if signing in fails, if Kaggle refuses a dataset or
+    the kernel, if a dataset is not ready in time, or if pushed.json is damaged.
     """
     out = Path(out)
     metadata_path = out / "kernel" / "kernel-metadata.json"
@@ -136,7 +136,7 @@ def _has_same_files(client: KaggleClient, name: str, folder: Path) -> bool:
 def _wait_until_ready(client: KaggleClient, name: str, previous_version: int, wait_s: float, poll_s: float) -> None:
     """Wait until a version of the dataset `name` later than `previous_version` is ready.
 
-    Otherwise the pushed kernel would get the previous version. The status is checked every `poll_s` seconds. Raises
+    A kernel that is pushed earlier would get the previous version. The status is checked every `poll_s` seconds. Raises
     KernelError if Kaggle reports a failure, or after `wait_s` seconds.
     """
     status = ""
@@ -157,8 +157,8 @@ def _wait_until_ready(client: KaggleClient, name: str, previous_version: int, wa
     time.sleep(poll_s)
     if not poll(ask, wait_s, poll_s):
         raise KernelError(
-            f"{name} was uploaded, but is not ready after {wait_s:g} s (its status: {status or 'unknown'}), and the "
-            f"kernel was not pushed; see https://www.kaggle.com/datasets/{name} and push again"
+            f"{name} was uploaded, but is not ready after {wait_s:g} s (its status: {status or 'unknown'}); "
+            f"see https://www.kaggle.com/datasets/{name} and push again"
         )
 
 
@@ -185,7 +185,7 @@ def _push_kernel(client: KaggleClient, metadata: dict[str, Any], folder: Path) -
         complaints.append("no version number")
     if complaints:
         raise KernelError(
-            f"Kaggle started the kernel {name} (version {answer.version_number or 'unknown'}), but not as it was built; "
-            "correct this and push again:\n  " + "\n  ".join(complaints)
+            f"Kaggle started the kernel {name} (version {answer.version_number or 'unknown'}), but reported problems; "
+            "correct these and push again:\n  " + "\n  ".join(complaints)
         )
     return answer.url, answer.version_number

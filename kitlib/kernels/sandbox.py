@@ -1,8 +1,7 @@
 """Runs a command in a sandbox: private mounts, processes and network, and chosen folders at chosen paths.
 
-It uses Linux namespaces through util-linux's `unshare` and needs no Docker and, on systems where users may create
-namespaces, no root rights. This file is also the program that sets up the sandbox from inside. It therefore imports only the
-standard library.
+Uses Linux namespaces (util-linux's `unshare`), not Docker. If users may create namespaces, no root rights are needed. This
+file is also the program that sets up the sandbox from inside, and therefore imports only the standard library.
 """
 
 import ctypes
@@ -64,7 +63,7 @@ def no_sandbox_reason() -> str:
 
 @functools.cache
 def _find_unshare() -> tuple[list[str] | None, str]:
-    """Return the `unshare` command that works on this system and "", or None and the reason why none works."""
+    """Return (command, "") with an `unshare` command that works on this system, or (None, reason) if none works."""
     if not shutil.which("unshare"):
         return None, "the program `unshare` (package util-linux) is not installed"
     reason = ""
@@ -130,7 +129,7 @@ def _enter_sandbox(plan: dict[str, Any]) -> None:
 
 
 def _make_mount_point(source: str, root: Path, path: str | None = None) -> None:
-    """Create an empty folder or file, on which `source` can be mounted, at the path `path` or `source` below `root`."""
+    """Create an empty folder or file to mount `source` on. Its path below `root` is `path` or, by default, `source`."""
     target = root / (path or source)[1:]
     if os.path.isdir(source):
         target.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ def start_kernel(packed: str, wheels: str = "") -> Path:
 
     `packed` is the library, as base64 of a tar.bz2. The folder comes first on the import path of this process and of its
     child processes. `wheels` is the slug of the wheels dataset to install; if it is empty, the notebook installs its wheels
-    itself. Sets the environment variable KIT_STARTED, unless a rehearsal has set it: the time from which all deadlines
-    count, in seconds of time.monotonic(). Raises the errors of `install_wheels`.
+    itself. Unless a rehearsal has set the environment variable KIT_STARTED, sets it to time.monotonic(), in seconds. All
+    deadlines count from KIT_STARTED. Raises the errors of `install_wheels`.
     """
     os.environ.setdefault("KIT_STARTED", str(time.monotonic()))
     folder = Path(tempfile.mkdtemp(prefix="kit-"))

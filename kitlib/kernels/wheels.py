@@ -221,7 +221,7 @@ def _fetch_wheels(pins: Mapping[str, str], cache: Path, tags: frozenset[Tag], op
     absent_pins = [f"{name}=={version}" for name, version in pins.items() if name not in wheels]
     if absent_pins:
         available = ", ".join(sorted(wheel.name for wheel in cache.glob("*.whl")))
-        raise KernelError(f"pip downloaded other versions than {', '.join(absent_pins)}; {cache} contains: {available}")
+        raise KernelError(f"pip downloaded no usable wheel of {', '.join(absent_pins)}; wheels in {cache}: {available}")
     return sorted(wheels.values())
 
 

@@ -1,4 +1,4 @@
-"""The leaderboard: lists all runs below some folders, checks them and ranks their models.
+"""The leaderboard: lists all runs in given folders and their subfolders, checks the runs, and ranks their models.
 
 Does not belong here: training and prediction.
 """

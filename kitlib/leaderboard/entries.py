@@ -135,9 +135,11 @@ def _read_entry(
     remarks = dict.fromkeys(member.remark for member in group if member.remark)
     name = _join_names([member.name for member in group])
     entry = Entry(f"{name}: {model}" if model else name, group, "; ".join(remarks), model=model)
-    sources = list(group)
+    sources, missing = list(group), list[str]()
     if run.kind == "fusion":
-        sources = [source for name in run.metrics.get("runs", ()) if (source := _find_source(name, run, runs)) is not None]
+        found = {str(name): _find_source(name, run, runs) for name in run.metrics.get("runs", ())}
+        sources = [source for source in found.values() if source]
+        missing = [name for name, source in found.items() if not source]
     fingerprints = sorted({fold.get("data_fingerprint", "") for source in sources for fold in source.folds.values()})
     if run.kind == "prepared" and run.state == "finished":
         return _add_folds_fingerprint(entry, run)
@@ -154,6 +156,10 @@ def _read_entry(
             folds_digest, tables = prepared.find_for_nested(group)
             entry = replace(entry, folds_fingerprint=folds_digest, data_fingerprint=data_fingerprint(**tables))
         else:
+            if missing and not fingerprints:  # one of the fused runs is enough to find the prepared run
+                raise LeaderboardError(
+                    f"the runs that it fuses were not found: {', '.join(missing)}; add their folders to the listed folders"
+                )
             if len(fingerprints) != 1:
                 raise LeaderboardError(
                     f"its models have {len(fingerprints)} different data fingerprints instead of one: runs are missing, or "

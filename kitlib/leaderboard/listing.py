@@ -109,11 +109,11 @@ def list_run(folder: Path, name: str) -> ListedRun:
 def describe(runs: Sequence[ListedRun]) -> dict[str, Any]:
     """Return how one model was trained, from its runs, as a dictionary for one row of the leaderboard.
 
-    The keys are kind, model, state, recipe, `changes` (settings that differ from the recipe, and parameters that differ from
-    their defaults), folds, `cross_fitted` (the score of a fusion with settings tuned on the other folds), `kaggle_public`
-    and `kaggle_private` (Kaggle's scores of the last submission that used the run's fusion), started, wall_s,
-    `training_s` (seconds of all epochs in all sessions), memory_mb (in MB of 10^6 bytes, like gpu_memory_mb), gpu,
-    gpu_memory_mb, host and commit. A value that is not recorded is None or "".
+    The keys are `kind`, `model`, `state`, `recipe`, `changes` (settings that differ from the recipe, and parameters that
+    differ from their defaults), `folds`, `cross_fitted` (a fusion's score with settings tuned on the other folds),
+    `kaggle_public` and `kaggle_private` (Kaggle's scores of the last submission that used the run's fusion), `started`,
+    `wall_s`, `training_s` (seconds of all epochs in all sessions), `memory_mb` and `gpu_memory_mb` (peaks, in MB of 10^6
+    bytes), `gpu`, `host` and `commit`. A value that is not recorded is None or "".
     """
     first, trained = runs[0], {fold: metrics for run in runs for fold, metrics in run.folds.items()}
     records, folds = [run.record for run in runs], list(trained.values())
@@ -169,7 +169,7 @@ def _read_json(path: Path, remarks: list[str]) -> dict[str, Any]:
 
 
 def _read_plan_state(folder: Path, name: str) -> tuple[str, str]:
-    """Return the state and the remark of a run without results, read from the record of the last plan that started it."""
+    """Return the state and the remark of a run without results, as recorded by the last plan that started the run."""
     states = []
     for described in folder.parent.glob(".*/runs.json") if name else ():
         state = _read_json(state_file(described, name), [])
@@ -194,10 +194,10 @@ def _requested_folds(run: ListedRun) -> list[Any]:
 
 
 def _recipe_and_changes(run: ListedRun, folds: list[dict[str, Any]]) -> tuple[str, str]:
-    """Return two texts: the name of the run's recipe, and the settings that differ from it, such as "epochs=3, seed=2".
+    """Return two texts: the name of the run's recipe, and the differences from this recipe, such as "epochs=3, seed=2".
 
-    If the run's parameters do not include a recipe name, the name is that of the recipe whose fields are equal to those
-    used, or "not stated".
+    If the run's parameters do not name a recipe, the name is that of the published recipe with the same fields or, if there
+    is none, "not stated".
     """
     used = next((fold["recipe"] for fold in folds if isinstance(fold.get("recipe"), dict)), None)
     name = run.parameters.get("recipe", "")

@@ -1,5 +1,7 @@
 """Finds the prepared run (notebook 10) that the models of a run were trained on, and checks it by fingerprints."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from kitlib.bundle import data_fingerprint
@@ -17,23 +19,28 @@ class PreparedRuns:
     """
 
     def __init__(self, runs: list[ListedRun]) -> None:
-        self._unread = [run.folder for run in runs if run.kind == "prepared" and run.state == "finished"]
+        prepared = [run for run in runs if run.kind == "prepared" and run.state == "finished"]
+        self._unread = [run.folder.resolve() for run in prepared]
+        self._read: set[Path] = set()
         self._by_fingerprint: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
 
     def find(self, fingerprint: str, run: ListedRun) -> tuple[str, dict[str, pd.DataFrame]] | None:
         """Find the prepared run whose data have this `fingerprint`; return the fingerprint of its folds, and its tables.
 
-        Searches the run in the parameter `prepare_run` of `run`, even if it is not listed, and then the listed runs. Returns
-        None if no run matches.
+        Searches first the prepared run that the parameter `prepare_run` of `run` names (it need not be listed), then the
+        listed runs. Returns None if no prepared run matches.
         """
         named = named_folder(run.parameters.get("prepare_run"), run.folder)
         # The run in the parameter is read first, because it most likely matches and computing a fingerprint takes seconds.
-        self._unread.sort(key=lambda folder: named is None or folder.resolve() != named.resolve())
-        if named is not None and named not in self._unread:
-            self._unread.insert(0, named)
+        if named is not None and named.resolve() not in self._read:
+            self._unread.insert(0, named.resolve())
         while fingerprint not in self._by_fingerprint and self._unread:
+            folder = self._unread.pop(0)
+            if folder in self._read:
+                continue
+            self._read.add(folder)
             try:
-                tables = read_prepared(self._unread.pop(0))
+                tables = read_prepared(folder)
             except (OSError, ValueError):
                 continue  # the leaderboard has a row for that run, whose remark states the error
             self._by_fingerprint[data_fingerprint(**tables)] = data_fingerprint(folds=tables["folds"]), tables
@@ -42,10 +49,10 @@ class PreparedRuns:
     def find_for_nested(self, runs: tuple[ListedRun, ...]) -> tuple[str, dict[str, pd.DataFrame]]:
         """Find the prepared run that `runs` were trained on; return the fingerprint of its folds, and its tables.
 
-        `runs` are one run of an ensemble, or the runs with the nested folds of one model. Their networks were trained on
-        parts of the prepared run, so data fingerprints cannot find it. It is found by the parameter `prepare_run` of the
-        first of `runs`. Raises RunError if the prepared run does not exist, if the metrics of one of `runs` have another
-        fingerprint of the folds, or if a network's training data are not the prepared run's data minus its outer fold.
+        `runs` are one run of an ensemble, or all runs that trained nested folds of one model. Each network was trained on
+        only a part of the prepared run, so `find` cannot find it; the parameter `prepare_run` of the first of `runs` names
+        it. Raises RunError if the prepared run does not exist, if its folds have another fingerprint than those of one of
+        `runs`, or if a network's training data are not the prepared run's data minus the outer fold.
         """
         run = runs[0]
         folder = named_folder(run.parameters.get("prepare_run"), run.folder)
@@ -65,5 +72,5 @@ class PreparedRuns:
                     part = {**tables, "folds": folds[folds["fold"] != int(outer)]}
                     fingerprint_without[outer] = data_fingerprint(**part)
                 if metrics.get("data_fingerprint") != fingerprint_without[outer]:
-                    raise RunError(f"fold {name} of {trained.name} was not trained on {folder} without fold {outer}")
+                    raise RunError(f"fold {name} of {trained.name} has training data other than {folder} minus fold {outer}")
         return fingerprint, tables

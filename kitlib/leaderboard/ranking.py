@@ -90,7 +90,7 @@ def rank(entries: Iterable[Entry], samples: int = 200, seed: int = 0) -> Leaderb
     LeaderboardError if `samples` is below 1.
     """
     if samples < 1:
-        raise LeaderboardError(f"samples is {samples}; intervals need at least 1 bootstrap draw, a few hundred to be stable")
+        raise LeaderboardError(f"`samples` is {samples}; expected at least 1 bootstrap draw, a few hundred for stability")
     rankings: dict[tuple[str, int, str, str], list[tuple[Entry, pd.DataFrame, dict[str, Any]]]] = {}
     unranked = []
     for entry in entries:
@@ -122,26 +122,26 @@ def compare(
     """Compare two models on the images that both have predicted; return a table of their scores and differences.
 
     `first` and `second` are names of entries, or of runs in entries. The table has one row for the score and one for each of
-    its parts, with the columns figure (name of the score or part), first, second, difference (second minus first), low and
-    high (the paired 95 % bootstrap interval of the difference, over patients), and images (the number of images). Raises
-    LeaderboardError if a name is unknown, if a model has no score, or if the models share no images or no kind of
-    prediction. Unless `across_folds` is true, also raises it if the models were trained with different folds: training on
-    other patients changes the score too.
+    its parts, with the columns `figure` (name of the score or part), `first`, `second`, `difference` (second minus first),
+    `low` and `high` (the paired 95 % bootstrap interval of the difference, over patients), and `images` (the number of
+    images). Raises LeaderboardError if a name is unknown, if a model has no score, or if the models share no images or no
+    kind of prediction. Models with different folds are compared only if `across_folds` is true, otherwise LeaderboardError
+    is raised: training on other patients changes the score too.
     """
     entries = list(entries)
     (entry, predictions), (other_entry, other_predictions) = _find_entry(entries, first), _find_entry(entries, second)
     if entry.folds_fingerprint != other_entry.folds_fingerprint and not across_folds:
         raise LeaderboardError(
-            f"{entry.name} has folds {entry.folds_fingerprint[:SHORT]}, {other_entry.name} has folds "
-            f"{other_entry.folds_fingerprint[:SHORT]}: their scores are not comparable, because training on other patients "
-            "changes the score too; train both on the same prepared run, or set across_folds = True to compare them anyway"
+            f"{entry.name!r} has folds {entry.folds_fingerprint[:SHORT]}, but {other_entry.name!r} has folds "
+            f"{other_entry.folds_fingerprint[:SHORT]}. Their scores are not comparable, because the training patients "
+            "differ. Train both on the same prepared run, or set `across_folds = True` to compare them anyway"
         )
     shared = set(predictions.images["image_id"]) & set(other_predictions.images["image_id"])
     parts = [part for part in predictions.parts if part in other_predictions.parts]
     if not shared or not parts:
         raise LeaderboardError(
-            f"{entry.name} and {other_entry.name} cannot be compared: they share {len(shared)} images, and "
-            f"{entry.name} predicts {' and '.join(predictions.parts)}, {other_entry.name} "
+            f"{entry.name!r} and {other_entry.name!r} cannot be compared: they share {len(shared)} images; "
+            f"{entry.name!r} predicts {' and '.join(predictions.parts)}, and {other_entry.name!r} predicts "
             f"{' and '.join(other_predictions.parts)}"
         )
     images = predictions.images[predictions.images["image_id"].isin(shared)]
@@ -159,7 +159,7 @@ def compare(
 
 
 def _draw_scores(predictions: Predictions, tables: dict[str, pd.DataFrame], samples: int, seed: int) -> pd.DataFrame:
-    """Return a table with columns for `score` and its parts: first a row for all patients, then a row per bootstrap draw."""
+    """Return a table with the score and its parts as columns, and as rows: all patients, then each bootstrap draw."""
     if predictions.findings is not None:
         scores = predictions.findings.set_index("image_id").loc[predictions.images["image_id"]].reset_index()
         drawn = auc_draws(answers(scores, predictions.images, tables["labels"]), samples, seed)

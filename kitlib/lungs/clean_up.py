@@ -71,11 +71,11 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
 def clean_up_mask(xray: CachedXray, codes: np.ndarray, recipe: SegmenterRecipe) -> Cleaned:
     """Clean up the lungs of one image, and return their mask, frame and verdict.
 
-    `codes` is the label image that the network predicted, from `decode_maps`. On a canvas of 512 pixels a side, small
-    islands are removed, then the lungs are dilated and closed by 3 x 3 pixels. The result determines frame and verdict: the
-    lungs are rejected if the image is blank, if no lung is found, if their area is below a minimum (UNet + HRNet paper,
-    section 3.2), or if their frame is too narrow for two lungs. If the recipe has neither dilations nor closings, the
-    returned mask is the predicted mask; otherwise it is the cleaned mask.
+    `codes` is the network's label image, from `decode_maps`. The lungs are placed on a canvas of 512 pixels a side, small
+    islands are removed, and the lungs are dilated and closed by 3 x 3 pixels. These lungs determine frame and verdict. The
+    verdict rejects a blank image, an empty mask, an area below a minimum (UNet + HRNet paper, section 3.2), and a frame too
+    narrow for two lungs. If the recipe has neither dilations nor closings, the mask returned is the predicted one; otherwise
+    it is the mask after the clean-up.
     """
     shape, drawn = xray.pixels.shape, np.isin(codes, LUNG_CODES)
     canvas = PLACEMENTS[recipe.placement](xray.rows, xray.columns, CLEAN_SIDE)

@@ -1,4 +1,4 @@
-"""Auxiliary task of study classifiers: to predict a mask of the boxes. Contains the true mask, the decoder and the loss."""
+"""Auxiliary task of study classifiers: to predict a mask of the boxes. Defines the true mask, the decoder and the loss."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,10 +30,10 @@ def box_mask(boxes: torch.Tensor, cells: int, stride: int) -> torch.Tensor:
 
 
 def mask_loss(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return 0.6 x binary cross entropy + 0.4 x Dice loss, for logits and true masks 0..1, both (n, cells, cells).
+    """Return 0.6 x binary cross entropy + 0.4 x Dice loss. Both arguments are (n, cells, cells); `mask` is 0..1.
 
-    The weights are those of SIIM-COVID19's 1st place. With p the predicted and m the true values, the Dice loss over the
-    whole batch is 1 - (2 sum(p m) + 1) / (sum(p) + sum(m) + 1). Because of the added 1, the loss is 0 if the batch contains
+    The factors 0.6 and 0.4 are those of SIIM-COVID19's 1st place. With p = sigmoid(logits) and m = mask, the Dice loss of a
+    whole batch is 1 - (2 sum(p m) + 1) / (sum(p) + sum(m) + 1). Because of the added 1, the Dice loss is 0 if the batch has
     no boxes and the predicted mask is empty. Source: Milletari et al. 2016, section 3, without the squares.
     """
     logits = logits.float()

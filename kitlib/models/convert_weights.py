@@ -56,8 +56,8 @@ def convert_weights(source: str | Path, target: str | Path) -> list[str]:
     tensors = dict(_tensors(content)) if isinstance(content, _Shell) else {}
     if not tensors:
         raise BundleError(
-            f"{source} contains no pickled model, neither as a whole nor under the keys {', '.join(MODEL_KEYS)}; a state "
-            "dictionary needs no conversion: give the file itself as starting weights"
+            f"{source} is not a pickled model and has none under the keys {MODEL_KEYS}; a state dictionary needs no "
+            "conversion, so use the file itself as starting weights"
         )
     with replacing(target) as temporary_path:
         save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, temporary_path)

@@ -70,7 +70,7 @@ class DenseBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the features (n, growth x layers, rows, columns) that the layers add to x (n, channels, rows, columns)."""
+        """Return only the layers' outputs (n, growth x layers, rows, columns) for x (n, channels, rows, columns)."""
         features = [x]
         for layer in self.layers:
             features.append(layer(torch.cat(features, dim=1)))

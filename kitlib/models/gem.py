@@ -31,7 +31,7 @@ class GeM(nn.Module):
 def with_gem(backbone: Any) -> Any:
     """Replace the pooling of a timm network by GeM, and return the network.
 
-    Raises ValueError if the network does not pool feature maps (n, channels, rows, columns), such as a transformer.
+    Raises ValueError if the network, such as a transformer, does not pool feature maps (n, channels, rows, columns).
     """
     pools = [name for name, part in backbone.named_modules() if isinstance(part, SelectAdaptivePool2d)]
     if len(pools) != 1 or getattr(backbone.get_submodule(pools[0]).pool, "dim", (2, 3)) != (2, 3):

@@ -35,9 +35,9 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width
 
 
 class HalfPrecision:
-    """Base class of those parts of a detector that compute in half precision; they take nearly all of the time.
+    """Base class of a detector's half-precision parts, which take nearly all of its computing time.
 
-    The layers after them predict offsets and scores in float32, because bfloat16 coordinates would be off by four pixels.
+    The other layers, which predict offsets and scores, compute in float32: bfloat16 coordinates would be off by four pixels.
     """
 
     training: bool
@@ -61,9 +61,9 @@ class HalfPrecision:
 class Pyramid(HalfPrecision, nn.Module):
     """A timm backbone and a feature pyramid over its features; each map of the pyramid has `out_channels` channels.
 
-    `strides` lists the strides of the returned maps. The first is `finest`, 4 or 8. A further stride, up to 64, is included
-    only if its largest anchor is at most half as wide as the canvas; this anchor is `largest_anchor` strides wide. Even if
-    fewer maps are returned, the pyramid uses the backbone's features at all strides from `finest` to 32.
+    `strides` lists the strides of the returned maps: `finest` (4 or 8) and further strides up to 64. A map's largest anchor
+    is `largest_anchor` strides wide. A further map is returned only if its largest anchor is at most half as wide as the
+    canvas. Even if fewer maps are returned, the pyramid uses the backbone's features at all strides from `finest` to 32.
     """
 
     body: Any  # timm's networks have no common type that declares their common attributes
@@ -193,7 +193,7 @@ def _backbone(recipe: DetectorRecipe) -> Any:
 
 
 def _feature_indices(backbone: str, strides: list[int], finest: int) -> list[int]:
-    """Return the positions in `strides` of the features that the pyramid uses: from `finest` to 16 and, if it exists, 32.
+    """Return the positions in `strides` of the pyramid's input features: from `finest` to 16, and 32 if available.
 
     `strides` lists the strides of all features of `backbone`. Raises ValueError if 4, 8 or 16 is missing.
     """
@@ -203,9 +203,9 @@ def _feature_indices(backbone: str, strides: list[int], finest: int) -> list[int
 
 
 def _normalisation(body: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of each channel, by which pixels 0..1 are normalised.
+    """Return each channel's mean and standard deviation for normalising pixels 0..1.
 
-    They are those that timm records for the backbone `body`, averaged over the colours for grey input.
+    timm records these values for the backbone `body`; for grey input, they are averaged over the colours.
     """
     mean, std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
     if channels == len(mean):

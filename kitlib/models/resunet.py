@@ -61,5 +61,5 @@ class ResidualUnit(nn.Module):
         self.shortcut = nn.Conv2d(before, after, 1, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return features (n, after, rows / stride, columns / stride) for x (n, before, rows, columns)."""
+        """Map features `x` (n, before, rows, columns) to features (n, after, rows / stride, columns / stride)."""
         return self.path(x) + self.shortcut(x)

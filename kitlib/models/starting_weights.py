@@ -1,4 +1,4 @@
-"""Reads starting weights from a finished run or a file, and copies the tensors that fit into a network."""
+"""Reads starting weights from a finished run or a file, and copies into a network the tensors with its names and shapes."""
 
 import json
 import logging
@@ -51,13 +51,13 @@ def load_starting_weights(
 ) -> dict[str, list[str]]:
     """Copy the starting weights at `path` into `model` as far as they fit; return a dict of three lists of tensor names.
 
-    `loaded` lists the tensors that were copied, `random` the model's tensors that keep their random values (without counters
-    of batch norm), and `unused` the file's tensors that were not copied. The file may contain the whole model or, like
-    published weights, only the part of the model whose tensor names begin with `prefix`. Names with and without `prefix`,
-    names without the prefixes that training code adds, and for a timm backbone timm's own conversion are tried (see
-    kitlib.models.published_names); the variant with which most tensors fit is used. The tensors of `head` are loaded only if
-    all of them fit, because part of a head for other classes is useless. Tensors whose names begin with one of `left_out`
-    are never loaded.
+    "loaded" lists the tensors that were copied, "random" the model's tensors that keep their random values (without counters
+    of batch norm), and "unused" the file's tensors that were not copied. The file may contain the whole model or, like
+    published weights, only the part of the model whose tensor names begin with `prefix`. Several variants of the file's
+    names are tried: with `prefix` added, without the prefixes that training code adds and, for a timm backbone, as converted
+    by timm (see kitlib.models.published_names). The variant with which most tensors fit is used. The model's head is loaded
+    only if all its tensors fit, because part of a head for other classes is useless. Tensors whose names begin with one of
+    `left_out` are never loaded.
 
     If the model has grey input and the file's first convolution has 3 colours, the convolution's weights are summed over the
     colours (timm's rule). In the reverse case each colour gets a third of the weights, which assumes that all colours have
@@ -107,10 +107,10 @@ def load_starting_weights(
 
 
 def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBackbone) -> None:
-    """Raise BundleError if tensors of `model` keep random values although the recipe does not allow this.
+    """Raise BundleError if `model` has random tensors that the recipe does not allow.
 
-    `random_names` are the tensors that should have been loaded but keep random values. Names that begin with one of the
-    recipe's `random_parts` are allowed. The message lists the parts of the model to which the other tensors belong.
+    `random_names` are the names of tensors that should have been loaded but keep random values. The recipe allows names that
+    begin with one of its `random_parts`. The message lists the parts of the model that have forbidden random tensors.
     """
     missing = [name for name in random_names if not name.startswith(recipe.random_parts or ("\0",))]
     if not missing:
@@ -119,9 +119,9 @@ def check_random(random_names: Iterable[str], model: nn.Module, recipe: WithBack
     share = sum(sizes[name] for name in missing) / sum(sizes.values())
     parts = sorted({".".join(name.split(".")[:3]) for name in missing})
     raise BundleError(
-        f"{recipe.starting_weights} lacks {len(missing)} tensors of {recipe.backbone}, {share:.0%} of the model's values, "
-        f"which would stay random: {_shorten(parts)}. Use weights of exactly this network, or allow it with overrides "
-        f'{{"random_parts": ["{parts[0]}"]}}'
+        f"{recipe.starting_weights} lacks {len(missing)} tensors of {recipe.backbone}, {share:.0%} of the model's values. "
+        f"These parts would stay random: {_shorten(parts)}. Use weights of exactly this network, or allow random parts with "
+        f'overrides such as {{"random_parts": ["{parts[0]}"]}}'
     )
 
 

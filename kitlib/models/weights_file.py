@@ -1,4 +1,4 @@
-"""Reads published weights: .safetensors, .npz and PyTorch files, of which only tensors are unpickled, never objects."""
+"""Reads published weights: .safetensors, .npz and PyTorch files. Only tensors and plain containers are unpickled."""
 
 import zipfile
 from collections.abc import Mapping
@@ -45,8 +45,8 @@ def read_weights_file(path: str | Path) -> dict[str, torch.Tensor]:
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise BundleError(
-            f"{path} has {len(broken)} tensors with values that are infinite or not a number, such as {broken[0]}: the "
-            "training that wrote them diverged, or the file is damaged; fetch the file again, or use other weights"
+            f"{path} has NaN or infinite values in {len(broken)} tensors, such as {broken[0]!r}. The training diverged, or "
+            "the file is damaged. Fetch the file again, or use other weights"
         )
     return tensors
 
@@ -56,15 +56,15 @@ def _read_checkpoint(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile pickle may raise any error
         raise BundleError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or contains objects other than "
-            "tensors. Such pickles are never loaded, because they may run code. Where the model was made, save its state "
-            "dictionary: safetensors.torch.save_file(model.state_dict(), 'weights.safetensors'). For ultralytics' files, "
-            "see `python -m kitlib convert-weights --help`"
+            f"{path} cannot be read as weights ({type(error).__name__}). The file is damaged, or contains pickled objects, "
+            "which are never loaded, because they may run code. Where the model was made, save its state dictionary with "
+            "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')`. For ultralytics' files, see "
+            "`python -m kitlib convert-weights --help`"
         ) from error
 
 
 def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the dictionary of tensors in a checkpoint. Raises BundleError, which lists the keys, if there is none."""
+    """Return the dictionary of tensors in a checkpoint. If there is none, raises BundleError with the checkpoint's keys."""
     waiting, seen = [content], set()
     while waiting:
         mapping = waiting.pop(0)
@@ -75,10 +75,10 @@ def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
         tensors = {str(name): value.detach() for name, value in mapping.items() if isinstance(value, torch.Tensor)}
         if tensors:
             return tensors
-    keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
+    found = f"the keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise BundleError(
-        f"{path} contains no dictionary of tensors, only: {keys}; the file must be a dictionary of tensors, or have one "
-        f"under one of the keys {', '.join(STATE_KEYS)}"
+        f"{path} has no dictionary of tensors in a known place, only {found}; expected the tensors at the top level, or "
+        f"under one of the keys {', '.join(map(repr, STATE_KEYS))}"
     )
 
 
@@ -88,5 +88,5 @@ def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
-            f"{path} cannot be read as .npz ({error}); it must contain plain numeric arrays; pickles are never loaded"
+            f"{path} cannot be read as .npz ({error}). Save plain numeric arrays; pickled objects are never loaded"
         ) from error

@@ -58,7 +58,7 @@ class Network(DetectionModel):
     box_loss = BOX_LOSSES["yolo"][0]
 
     def init_criterion(self) -> Any:
-        """Return ultralytics' criterion; if `box_loss` is "giou", its box loss is replaced by GeneralisedIoU."""
+        """Return ultralytics' criterion; if `box_loss` is "giou", GeneralisedIoU replaces the criterion's box loss."""
         criterion = super().init_criterion()
         if self.box_loss == "giou":
             parts = [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
@@ -68,9 +68,9 @@ class Network(DetectionModel):
 
 
 class YoloDetector(nn.Module):
-    """YOLO for grey uint8 canvases of the recipe's size. It repeats each canvas over three channels, scaled to 0..1.
+    """YOLO for grey uint8 canvases of the recipe's size. Pixels are scaled to 0..1 and repeated over three channels.
 
-    `classes` are the findings that it detects.
+    `classes` are the findings to detect.
     """
 
     family = "yolo"
@@ -102,11 +102,11 @@ class YoloDetector(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixels: torch.Tensor) -> list[np.ndarray]:
-        """Detect boxes on canvases uint8 (n, side, side); return one float array (k, 6) per canvas, highest score first.
+        """Detect boxes; return one float array (k, 6) per canvas of `pixels`, uint8 (n, side, side), highest score first.
 
-        Columns are xmin, ymin, xmax, ymax in canvas pixels, the score 0..1 and the index of the box's class in `classes`; a
-        box with several likely classes has a row for each. k is at most `max_detections`. `side` must be the recipe's
-        `inference_size` or, if `inference_size` is 0, `image_size`. Raises ValueError for other sizes or types.
+        Columns are xmin, ymin, xmax, ymax in canvas pixels, the score 0..1 and the index of the box's class in `classes`. A
+        box with several likely classes has a row for each class. k is at most `max_detections`. `side` must be the recipe's
+        `inference_size`; if that is 0, the recipe's `image_size`. Raises ValueError for other sizes or types.
         """
         side = self.recipe.inference_size or self.recipe.image_size
         if pixels.dtype != torch.uint8 or tuple(pixels.shape[1:]) != (side, side):
@@ -189,7 +189,7 @@ def _architecture(recipe: DetectorRecipe) -> dict[str, Any]:
     if head not in HEADS:
         raise ValueError(
             f"the last layer of {name!r} is {head}, but the kit supports only {' and '.join(HEADS)} (RT-DETR, for example, "
-            "needs another training); choose a model such as yolov5lu, yolov8x or yolo11n"
+            "is trained differently); choose a model such as yolov5lu, yolov8x or yolo11n"
         )
     if recipe.width == 1:
         return architecture

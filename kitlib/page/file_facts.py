@@ -44,9 +44,9 @@ FOREIGN_FORMATS = {  # start of the file (a regular expression) -> what the file
 
 @dataclass(frozen=True)
 class FileFacts:
-    """The format of a file, and what its header states about the image; "" stands for what the header does not state.
+    """The format of an image file, and facts about the image. A text is "" if the file's header does not state the fact.
 
-    The ids only serve to tell studies and patients apart and must not be shown.
+    `study_id` and `patient_id` only serve to tell studies and patients apart. They must not be shown.
     """
 
     kind: str  # "DICOM", "PNG", "JPEG", "GIF" or "JSRT"

@@ -44,7 +44,7 @@ class Gallery:
     def __init__(self, run: str | Path, copies: DecodedCopies, page_size: int = 12) -> None:
         metrics, tables = read_metrics(run), read_prepared(run)
         if "longest_side" not in metrics:
-            raise RunError(f"{run} is not a run of notebook 10, because its metrics.json has no longest_side")
+            raise RunError(f"{run} is not a run of notebook 10, because its metrics.json lacks 'longest_side'")
         self.name, self.longest_side = Path(run).resolve().name, int(metrics["longest_side"])
         self.fingerprint = data_fingerprint(**tables)
         self.page_size = page_size
@@ -77,15 +77,15 @@ class Gallery:
         rows = self._choices[choice]
         pages = max(1, -(-len(rows) // self.page_size))
         if not 1 <= number <= pages:
-            raise ValueError(f"page {number} of {choice!r} does not exist; it has pages 1 to {pages}")
+            raise ValueError(f"page {number} does not exist; {choice!r} has pages 1 to {pages}")
         rows_of_page = rows.iloc[(number - 1) * self.page_size : number * self.page_size]
         return [self._tile(row) for row in rows_of_page.itertuples()], pages
 
     def open(self, image_id: str) -> OpenedStudy:
         """Return the whole study that the image `image_id` belongs to, with this image first.
 
-        Other images of the study that cannot be read are left out, with a remark. Raises UnreadableXray if the chosen image
-        cannot be read, and ValueError if it does not exist.
+        Other images of the study are left out and named in `remarks` if they cannot be read. Raises UnreadableXray if the
+        image `image_id` cannot be read, and ValueError if this image does not exist.
         """
         chosen = self._images[self._images["image_id"] == image_id]
         if chosen.empty:
@@ -119,7 +119,7 @@ class Gallery:
         )
 
     def _tile(self, row: Any) -> tuple[np.ndarray, str]:
-        """Return the thumbnail and the caption of one image; `row` is its row of `_describe_images`, from itertuples."""
+        """Return the thumbnail and the caption of one image; `row` is the image's row of `self._images`, a named tuple."""
         caption, count = list(row.true_classes), sum(row.boxes.values())
         if row.marked and count and len(self.findings) > 1:
             caption = [name for name in caption if name not in row.boxes]
@@ -181,8 +181,8 @@ class Gallery:
 def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedCopies) -> Gallery | None:
     """Return the Gallery of the prepared run with the data fingerprint `fingerprint`, or None if no such run can be read.
 
-    Searches the prepared runs in `listed`, and the prepared runs on which models in `listed` with this fingerprint were
-    trained. A prepared run that cannot be read is logged and left out.
+    Searches the prepared runs in `listed`, and those that were used by training runs with this fingerprint in `listed`.
+    A prepared run that cannot be read is logged and skipped.
     """
     trained = [run for run in listed if fingerprint in [fold.get("data_fingerprint") for fold in run.folds.values()]]
     folders = [named_folder(run.parameters.get("prepare_run"), run.folder) for run in trained]
@@ -199,12 +199,12 @@ def find_gallery(listed: Sequence[ListedRun], fingerprint: str, copies: DecodedC
 
 
 def _describe_images(tables: dict[str, pd.DataFrame], marked: bool) -> pd.DataFrame:
-    """Return the table `images` with four more columns: true_classes, fold, marked and boxes.
+    """Return the table `images` without `patient_id`, with the new columns `true_classes`, `fold`, `marked` and `boxes`.
 
-    true_classes is a tuple of the annotated classes. fold is the image's fold or, if it has none, that of another image of
-    the patient, otherwise NaN. marked says whether boxes were annotated on the image; the argument `marked` says this of the
-    data set. boxes is a Counter of the findings of the image's boxes. The column patient_id is removed. Rows are sorted by a
-    hash of the image_id: the order is always the same, and it mixes classes and patients.
+    `true_classes` is a tuple of the annotated classes. `fold` is the image's fold. An image without a fold gets the fold of
+    another image of the patient, otherwise NaN. The column `marked` says whether the image was annotated with boxes, the
+    argument `marked` whether the data set was. `boxes` is a Counter of the findings of the image's boxes. Rows are sorted by
+    a hash of the image id. This order is always the same, and mixes classes and patients.
     """
     images, folds = tables["images"], tables["folds"].set_index("id")["fold"]
     boxes = {name: Counter(found) for name, found in tables["boxes"].groupby("image_id")["finding"]}

@@ -1,4 +1,4 @@
-"""Filters requests to the page's server, so that only this computer's pages are served and nothing is sent elsewhere."""
+"""Filters the page's traffic: refuses requests from other sites, and keeps the browser from contacting other servers."""
 
 import json
 import os
@@ -38,12 +38,12 @@ MAX_EVENT_BYTES = 1_000_000
 
 
 class Guarded:
-    """ASGI middleware that rejects requests unless they come from this server's page, opened under a name of this computer.
+    """ASGI middleware that rejects requests unless Host is localhost or a loopback address, and Origin is absent or Host.
 
-    A page of another site can send requests from its own address (visible in the Origin header), or under a name of its own
-    that points to 127.0.0.1 (visible in the Host header). Both requests get status 403 and a sentence that says why. The
-    headers of each response keep the browser from contacting other servers, and tags with addresses of other servers are
-    removed from HTML.
+    A request of another site's page has that site's address in its Origin header or, if the site's name points to 127.0.0.1,
+    the site's name in its Host header. In both cases, the response has status 403 and a sentence that says why. The headers
+    of each response keep the browser from contacting other servers, and tags with addresses of other servers are removed
+    from HTML.
 
     Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app.
     Therefore a request gets status 403 if it has the path of a file outside `upload_folder` or the address of a file on

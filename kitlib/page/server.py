@@ -36,10 +36,10 @@ GRACE_S = 1.0  # time for the server to stop
 
 @contextlib.contextmanager
 def quiet_gradio() -> Iterator[Path]:
-    """Keep Gradio from contacting other servers, and yield the only folder it writes to, which is deleted at the end.
+    """Keep Gradio from contacting other servers. Yield the only folder Gradio writes to, and delete this folder at the end.
 
-    Enter this before gradio is imported. SIGTERM and a closed terminal also end the block: in the main thread they raise
-    SystemExit.
+    Enter this before gradio is imported. In the main thread, SIGTERM and a closed terminal raise SystemExit, which also
+    ends the block.
     """
     folder = Path(tempfile.mkdtemp(prefix="kit-page-"))
     paths = {"GRADIO_TEMP_DIR": folder / "files", "GRADIO_EXAMPLES_CACHE": folder / "examples"}
@@ -157,7 +157,7 @@ def address_to_open(host: str) -> str:
 
 
 class _Server(uvicorn.Server):
-    """A web server that, at shutdown, does not log an error for each open stream that it closes."""
+    """A web server that closes open streams at shutdown without logging errors."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Each open page has a stream that must be cut off, which uvicorn would log as an error.

@@ -64,18 +64,18 @@ def _read_runs(runs: Sequence[ListedRun], segmenters: Mapping[str, Path]) -> lis
             system = read_system(run.folder, run.kind, run.parameters, segmenters)
             systems.append(replace(system, name=run.name + system.name.removeprefix(run.folder.name)))
         except (OSError, ValueError) as error:
-            logger.warning("the %s run %s is left out: %s", run.kind, run.name, error)
+            logger.warning("the page does not offer the %s run %s: %s", run.kind, run.name, error)
     return systems
 
 
 def _draws_lungs(run: ListedRun) -> bool:
-    """Return False if the run's segmenters draw only structures that most images do not have, such as a pneumothorax."""
+    """Return False if the run segments only structures that are absent from most images, such as a pneumothorax."""
     structures = {name for fold in run.folds.values() for name in fold.get("recipe", {}).get("structures", ())}
     return not structures or not structures <= set(SPARSE_STRUCTURES)
 
 
 def _holds_one_of(run: ListedRun, segmenters: Mapping[str, Path]) -> bool:
-    """Return whether the run has trained one of the bundles in `segmenters`, not only applied it to images."""
+    """Return whether a bundle in `segmenters` is inside the run's folder, that is, was trained by this run."""
     return any(bundle.is_relative_to(run.folder) for bundle in segmenters.values())
 
 
@@ -87,7 +87,7 @@ def _probe(run: ListedRun) -> str:
 def _with_probes(system: System, finished: Sequence[ListedRun]) -> System:
     """Return `system` with a note on each probe that was trained on the same prepared run as a classifier of `system`.
 
-    A probe is a classifier that sees only a part of each image. The note states its mean validation score over the folds.
+    A probe is a classifier that sees only a part of each image. A note has the mean validation score over the folds.
     """
     trained_on = {model.data_fingerprint for model in system.models if "classes" in model.answers}
     notes = []

@@ -49,7 +49,7 @@ class View:
     def classes(self, image: OpenedImage) -> dict[str, float]:
         """Return the class probabilities keyed by class, or {} if no model predicts classes.
 
-        They are those of the study or, if the models classify single images, those of `image`.
+        The probabilities are for the study or, if the models classify single images, for `image`.
         """
         answer = self.answer
         if answer.fused is not None and self.system.fills_siim:
@@ -62,7 +62,7 @@ class View:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """The sorted findings that the models box or that are boxed in the study's prepared run; each gets a colour."""
+        """The sorted findings that get a colour: those that the models detect, and those annotated in the prepared run."""
         return tuple(sorted({*self.system.findings, *self.study.findings}))
 
     @property
@@ -114,7 +114,7 @@ class Viewer:
         return self._answer(view.study, self._system(system_name))
 
     def window(self, view: View, image: OpenedImage) -> Windowed:
-        """Return a DICOM image's values before windowing, from which the page draws it with any window centre and width.
+        """Return a DICOM image's values before windowing; `draw` can then apply any window centre and width to them.
 
         Raises PageError if the file is missing or not a DICOM file.
         """
@@ -186,9 +186,9 @@ class Viewer:
         )
 
     def bars(self, view: View, image: OpenedImage) -> str:
-        """Return HTML with bars for the class probabilities, `none` (no finding) and each structure's highest probability.
+        """Return HTML with one bar for each class, for `none` (no finding) and for each segmented structure.
 
-        For a lung segmenter, the HTML is a sentence with the share of the image that is lung.
+        A structure's bar shows its highest probability. A lung segmenter gets a sentence with the lungs' share of the image.
         """
         fused, classes, annotated = view.answer.fused, view.classes(image), view.study.true_classes
         if "lungs" in view.system.answers:
@@ -231,8 +231,8 @@ class Viewer:
     def files(self, view: View) -> tuple[Path | None, Path]:
         """Write the table of predictions and the JSON file to a new folder and return their paths; deletes old folders.
 
-        The table has rows of the submission, boxes, or the class probabilities of each image; its path is None if the models
-        only segment.
+        Depending on the models, the table has submission rows, boxes, or each image's class probabilities. If the models
+        only segment, there is no table, and its path is None.
         """
         answers = self.folder / "answers"
         answers.mkdir(parents=True, exist_ok=True)

@@ -55,13 +55,13 @@ def draw_picture(
 ) -> str:
     """Return HTML with a legend and one `<svg>`, whose coordinates are pixels of the original image of `rows` x `columns`.
 
-    `pixels` (uint8), `mask` (bool) and `heat` (float 0..1) are arrays (h, w) that show the whole image, each at any size. An
-    all-zero mask or heat map is not drawn. `boxes` (finding, score, xmin, ymin, xmax, ymax) are drawn if their score is at
-    least `threshold`, and listed in a table. The annotated boxes `truth` (finding, xmin, ymin, xmax, ymax) are always drawn.
-    Both tables are in original pixels. `findings` are the findings to which colours are assigned, by default those of the
-    two tables. The picture fills the width of its column, up to three quarters of the window's height. `caption` is plain
-    text, and `structure` is the name of what the mask shows. Raises ValueError if pixels, mask or heat have another type,
-    shape or range.
+    `pixels` (uint8), `mask` (bool) and `heat` (float 0..1) are arrays (h, w) of the whole image; their sizes may differ. An
+    all-zero mask or heat map is not drawn. Predicted `boxes` (finding, score, xmin, ymin, xmax, ymax) with a score of at
+    least `threshold` are drawn and listed below the picture. Annotated boxes `truth` (finding, xmin, ymin, xmax, ymax) are
+    always drawn. All boxes are in original pixels. Colours are assigned to `findings`, by default the findings of all boxes.
+    The picture fills the width of its column, up to three quarters of the window's height. `caption` is plain text, and
+    `structure` is the name of what the mask shows. Raises ValueError if `pixels`, `mask` or `heat` has another type, shape
+    or range.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or not pixels.size or rows < 1 or columns < 1:
         raise ValueError(
@@ -131,7 +131,7 @@ def draw_bars(
 
 def _bar(label: str, value: float, grey: bool, is_true: bool, meaning: str = "") -> str:
     if not 0 <= value <= 1:
-        raise ValueError(f"the probability of {label} is {value}; expected 0..1")
+        raise ValueError(f"the probability of {label!r} is {value}; expected 0..1")
     title = meaning or f"probability of {label}"
     title += (", its share of the training set" if grey else "") + (", the annotated class" if is_true else "")
     badge = '<span style="border:1px solid currentColor;border-radius:3px;padding:0 0.3em;font-size:0.75em">annotated</span>'
@@ -165,7 +165,7 @@ def _heat_png(heat: np.ndarray) -> np.ndarray:
 
 
 def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
-    """Return an SVG path, in original pixels, through the centres of the pixels at the mask's edges, including holes."""
+    """Return an SVG path, in original pixels, around the mask and its holes, through the centres of the edge pixels."""
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"expected a bool mask (h, w), got {mask.dtype} {mask.shape}")
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
@@ -176,7 +176,7 @@ def _outline_path(mask: np.ndarray, rows: int, columns: int) -> str:
 
 
 def _line_with_halo(element: str, geometry: str, name: str, colour: str = "") -> list[str]:
-    """Return the SVG of a wide dark line and a line on it in the style MARKS[name], to be visible on white and black."""
+    """Return SVG for a line in the style MARKS[name] on top of a wider dark line, to be visible on white and on black."""
     mark, drawn = (
         MARKS[name],
         'fill="none" vector-effect="non-scaling-stroke" stroke-linecap="round" stroke-linejoin="round"',
@@ -226,7 +226,7 @@ def _findings(table: pd.DataFrame) -> list[str]:
 
 
 def _table(boxes: pd.DataFrame | None) -> str:
-    """Return HTML with a table of the visible boxes, highest score first, that can be unfolded; "" if there are no boxes."""
+    """Return a collapsible HTML table of the visible `boxes`, highest score first, or "" if there are no boxes."""
     if boxes is None or boxes.empty:
         return ""
     rows = "".join(

@@ -48,11 +48,11 @@ Written = list[tuple[Planned, Any]]  # the images of a split, and what `draw` ha
 class _Layout:
     """How the phantoms of one competition are planned, drawn and written.
 
-    Each of `groups` maps labels that exclude each other to their shares of the images; the label "" means none of them. An
+    Each dict in `groups` maps mutually exclusive labels to their shares of the images; the label "" means none of them. An
     image gets one label from each group, independently of the other groups. `make_id` gets the split and 64 random
     hexadecimal digits and returns an image_id. `draw` gets a path, a planned image and a side length in pixels, writes the
-    file and returns what `tables` needs to know about it. `tables` returns the contents of the label files, keyed by file
-    name; `label_table` is the name of the label file whose test part is the ground truth.
+    image file and returns the image's annotations for `tables`. `tables` returns the contents of the label files, keyed by
+    file name. `label_table` is the name of one label file; its rows of the test images are the ground truth.
     """
 
     groups: tuple[dict[str, float], ...]
@@ -76,27 +76,27 @@ def write_challenge(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write `images` training and `test_images` test X-rays, all synthetic, in a competition's layout; return their folder.
+    """Write synthetic X-rays in a competition's layout, `images` for training and `test_images` for testing.
 
-    `name` is one of the four competitions below. The folder, FOLDER/SLUG, also has the competition's label tables. If there
-    are test images, it also has the sample submission, and the test images' labels are written to the folder `truth`, in the
-    format of the training labels. No patient is in both the training and the test set.
+    `name` is one of the four competitions below. The returned folder, FOLDER/SLUG, has the X-rays and the label tables. If
+    there are test images, it also has the sample submission, and the labels of the test images are written to the folder
+    `truth`, in the format of the training labels. No patient is in both the training and the test set.
 
-    vinbigdata: `train/*.dicom` with five of the 14 findings; three simulated readers (radiologists) draw boxes that differ a
-    little, and one of them misses some; the ground truth has the true boxes. rsna-pneumonia: `stage_2_train_images/*.dcm`
-    with the published shares of the classes, and the mapping to NIH's images. ranzcr-clip: `train/*.jpg` with tubes and
-    lines; the label of a line depends on the position of its tip. siim-acr: DICOM files with a pneumothorax in a quarter of
-    the images, always of 1024 x 1024 pixels, because the run lengths count these pixels.
+    "vinbigdata": `train/*.dicom` with five of the 14 findings; the boxes of three simulated radiologists differ a little,
+    and one radiologist misses some boxes; the ground truth has the true boxes. "rsna-pneumonia":
+    `stage_2_train_images/*.dcm` with the published shares of the classes, and the mapping to NIH's images. "ranzcr-clip":
+    `train/*.jpg` with tubes and lines; the label of a line depends on the position of its tip. "siim-acr": DICOM files of
+    1024 x 1024 pixels, the grid of the run lengths; a quarter of the images have a pneumothorax.
 
     `side` is the longer side in pixels (default: 320); RSNA's images are square. For the other parameters and errors see
-    `write_phantoms`. Raises ValueError for an unknown name, for siim-acr with another `side` than 1024, or for test images
+    `write_phantoms`. Raises ValueError for an unknown name, for "siim-acr" with a `side` other than 1024, or for test images
     without `truth`.
     """
     if name not in LAYOUTS:
         raise ValueError(f"unknown competition {name!r}; valid: {', '.join(LAYOUTS)}")
     layout, competition = LAYOUTS[name], find_competition(name)
     if layout.side and side not in (None, layout.side):
-        raise ValueError(f"side is {side}, but the images of {name} always have {layout.side} pixels a side; leave it out")
+        raise ValueError(f"`side` is {side}, but images of {name!r} always have {layout.side} pixels a side; omit `side`")
     if test_images and truth is None:
         raise ValueError("test images require `truth`, a folder for their labels")
     side = layout.side or side or DEFAULT_SIDE
@@ -207,7 +207,7 @@ def _draw_vinbigdata(path: Path, image: Planned, side: int) -> list[tuple[str, n
 
 
 def _vinbigdata_tables(written: Written) -> dict[str, Any]:
-    """Return {"train.csv": table}, with boxes by three readers for training images and true boxes for test images."""
+    """Return {"train.csv": table}: training images have boxes by three simulated radiologists, test images true boxes."""
     classes, rows = (*VINBIGDATA_FINDINGS, NO_FINDING), []
     for image, found in written:
         rng = np.random.default_rng([image.seed, 1])
@@ -234,9 +234,9 @@ SHOWN = {
 
 
 def _draw_rsna(path: Path, image: Planned, side: int) -> np.ndarray:
-    """Draw and write one image; return its boxes, (n, 4): x, y, width, height in pixels of the published 1024 x 1024 images.
+    """Draw and write one image; return its boxes, (n, 4): x, y, width, height, as if the image had 1024 x 1024 pixels.
 
-    The corners of the boxes are at whole pixels of the file. Only images of the class Lung Opacity have boxes.
+    Before this scaling, corners are at whole pixels of the written file. Only the class "Lung Opacity" has boxes.
     """
     rng, (shown,) = np.random.default_rng(image.seed), image.shows
     patient = draw_patient(np.random.default_rng(image.patient_seed))
@@ -251,7 +251,7 @@ def _draw_rsna(path: Path, image: Planned, side: int) -> np.ndarray:
 
 
 def _nih_names(written: Written) -> list[tuple[str, str]]:
-    """Return pairs of an image's id and its file name in NIH, which numbers the images of a patient from 000."""
+    """Return a pair (image id, NIH's file name) for each image; NIH numbers the images of a patient from 000."""
     counts: Counter[str] = Counter()
     names = []
     for image, _ in written:
@@ -261,7 +261,7 @@ def _nih_names(written: Written) -> list[tuple[str, str]]:
 
 
 def _rsna_tables(written: Written) -> dict[str, Any]:
-    """Return the label table, with one row per box as in the real set, the class table and the mapping to NIH's images."""
+    """Return the tables of labels and classes, both with a row per box as in RSNA's, and the mapping to NIH's images."""
     rows = [
         (image.image_id, *(box if box is not None else (None,) * 4), int(box is not None), *image.shows)
         for image, boxes in written
@@ -312,7 +312,7 @@ def _ranzcr_tables(written: Written) -> dict[str, Any]:
 
 
 def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
-    """Draw and write one image; return the run lengths of each pneumothorax in it: a list of none, one or two texts."""
+    """Draw and write one image; return the run lengths of each pneumothorax in it, as a list of 0 to 2 texts."""
     rng = np.random.default_rng(image.seed)
     patient = draw_patient(np.random.default_rng(image.patient_seed))
     sides = rng.permutation([-1, 1])[: 1 + int(rng.random() < 0.2)] if image.shows else ()
@@ -324,7 +324,7 @@ def _draw_siim_acr(path: Path, image: Planned, side: int) -> list[str]:
 
 
 def _siim_acr_tables(written: Written) -> dict[str, Any]:
-    """Return the table of run lengths, with one row per lesion, and the mapping to NIH's images, keyed by file name."""
+    """Return two tables, keyed by file name: the run lengths, with one row per lesion, and the mapping to NIH's images."""
     rows = [(image.image_id, runs) for image, lesions in written for runs in lesions or [EMPTY]]
     return {
         siim_acr.LABEL_TABLES[0]: pd.DataFrame(rows, columns=["ImageId", "EncodedPixels"]),

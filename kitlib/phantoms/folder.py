@@ -34,7 +34,7 @@ class PhantomFolder:
     """A folder of phantoms (synthetic X-rays), and a marker: a JSON file that records how the phantoms were made.
 
     `folder` contains only files of the data set's layout; `marker` is outside of it. `tables` are the names of files in
-    `folder` whose digest is recorded in the marker. The digest distinguishes phantoms from a real data set.
+    `folder`. The marker records one digest of these files, which distinguishes phantoms from a real data set.
     """
 
     folder: Path
@@ -111,7 +111,7 @@ def write_phantoms(
     """
     images, side = parameters.get("images", 0), parameters["side"]
     if images < least[0] or side < least[1]:
-        raise ValueError(f"expected at least {least[0]} images of {least[1]} pixels, got {images} images of {side}")
+        raise ValueError(f"expected images >= {least[0]} and side >= {least[1]}, got images = {images} and side = {side}")
     parameters = parameters | {"generator": hash_code(*code)}
     target = PhantomFolder(folder, folder.with_name(marker or f".{folder.name}.json"), tables)
     if target.is_made_with(parameters) and all(path.is_file() for path in other_files):

@@ -1,6 +1,6 @@
-"""Write phantoms in the layouts of data sets with lung masks: JSRT with SCR, Montgomery, Shenzhen, and V7's (Darwin).
+"""Write phantoms in the layouts of data sets with lung masks: JSRT with SCR, Montgomery, Shenzhen, V7's COVID-19 X-rays.
 
-The masks come from the drawing and follow each data set's own definition of the lungs.
+The masks are made from the drawn shapes and follow each data set's own definition of the lungs.
 """
 
 from collections.abc import Callable

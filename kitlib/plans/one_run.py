@@ -39,9 +39,9 @@ def read_planned_runs(runs_file: str | Path) -> dict[str, PlannedRun]:
 def state_file(runs_file: str | Path, name: str) -> Path:
     """Return the path of the JSON file that holds the state record of the run `name`.
 
-    The record's keys are state (running, done or failed), cell (the number of the notebook cell being executed), cells (how
-    many there are), epoch (for a training, the last line that it logged about an epoch), host, started and ended (Unix
-    times), and problem (an error message).
+    The record has the keys `state` ("running", "done" or "failed"), `cell` (number of the notebook cell being executed),
+    `cells` (number of all cells), `epoch` (last line about an epoch in the log of a training), `host`, `started` and `ended`
+    (Unix times), and `problem` (an error message).
     """
     return Path(runs_file).parent / "states" / f"{name}.json"
 
@@ -112,9 +112,9 @@ def _prepare_folder(run: PlannedRun) -> None:
             backup = run.folder.with_name(f"{run.name}.old-{previous_key}")
             shutil.rmtree(backup, ignore_errors=True)
             run.folder.rename(backup)
-            logger.warning("%s was done with other parameters or inputs; it was renamed to %s", run.folder, backup)
+            logger.warning("%s has a finished run with other parameters or inputs; it was renamed to %s", run.folder, backup)
         else:
-            logger.warning("%s was started with other parameters or inputs; deleting it and starting over", run.folder)
+            logger.warning("%s has an unfinished run with other parameters or inputs; deleting it to start over", run.folder)
             shutil.rmtree(run.folder)
     write_json(run.folder / RECORD, {"key": run.key, "run": run.as_json()})
 

@@ -32,9 +32,9 @@ class Step(Settings):
 
     Placeholders are replaced in any text. If `name` is a variable of the plan or a name in the step's own matrix, `{name}`
     becomes its value. `{run}` becomes the run's own folder. If `name` is another step, that step is executed first, and
-    `{name}` becomes the folder of its run. If both steps have matrices, this is the run with the same values for the names
-    that both matrices have. If the other step's matrix has further names, several runs match, and `{name}` becomes a list of
-    their folders; inside a list, the folders become items of that list.
+    `{name}` becomes the folder of its run. If some names are in the matrices of both steps, it is the run with the same
+    values for these names. If the matrix of the step `name` has further names, several runs match, and `{name}` becomes a
+    list of their folders; inside another list, the folders become items of that list.
     """
 
     notebook: str = ""  # the notebook's name in notebooks/, such as 30_train_study
@@ -154,13 +154,11 @@ class Plan:
         """Return the names of all runs of `steps`. Raises PlanError if one of `steps` does not exist."""
         selected, valid = set(steps), {run.step for run in self.planned.values()}
         if selected - valid:
-            raise PlanError(
-                f"{self.path} has no step {', '.join(sorted(selected - valid))}; it has: {', '.join(sorted(valid))}"
-            )
+            raise PlanError(f"{self.path} has no steps {sorted(selected - valid)}; its steps are {sorted(valid)}")
         return [name for name, run in self.planned.items() if run.step in selected]
 
     def with_needs(self, only: Iterable[str] = ()) -> list[str]:
-        """Return the names of the runs of the steps `only` (default: all) and of all runs that they need, in plan order.
+        """Return the names of the runs of the steps `only` (default: all) and of all runs that these need, in plan order.
 
         Raises PlanError if one of the steps does not exist.
         """
@@ -174,7 +172,7 @@ class Plan:
 
 
 class _FolderList(list):
-    """A list of the folders of several runs. If it is an item of another list, its folders take the item's place."""
+    """A list of the folders of several runs. Inside a plain list, `_fill` replaces it by its folders."""
 
 
 def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Plan:
@@ -188,7 +186,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
     plan_file = _read_file(path)
     unknown = sorted(set(changes or {}) - set(plan_file.variables))
     if unknown:
-        raise PlanError(f"{path} has no variable {', '.join(unknown)}; it has: {', '.join(plan_file.variables) or 'none'}")
+        raise PlanError(f"{path} has no variables {unknown}; its variables are {list(plan_file.variables)}")
     variables = plan_file.variables | dict(changes or {})
     if not (runs or plan_file.runs):
         raise PlanError(f"{path}: the key `runs` is missing; set it to a folder for the runs, such as runs/siim")
@@ -201,7 +199,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
             try:
                 run = _plan_run(name, steps, values, variables, folder, planned)
             except RecursionError as error:
-                raise PlanError(f"{path}, step {name}: a variable refers to itself") from error
+                raise PlanError(f"{path}, step {name}: a variable that the step uses refers to itself") from error
             except (ValueError, FileNotFoundError) as error:
                 raise PlanError(f"{path}, step {name}: {error}") from error
             planned[run.name] = run
@@ -209,7 +207,7 @@ def read_plan(path: str | Path, runs: str | Path | None = None, changes: Mapping
 
 
 def _read_file(path: Path, extending: tuple[Path, ...] = ()) -> _PlanFile:
-    """Return a plan file's content, added to that of the plan it extends; `extending` are the files that extend this one."""
+    """Return the plan file `path`, merged with the plan that it extends; `extending` are the files that extend `path`."""
     if not path.is_file():
         available = ", ".join(sorted(other.name for other in path.parent.glob("*.yaml"))) or "none"
         raise PlanError(f"{path} does not exist; plans in its folder: {available}")
@@ -252,7 +250,7 @@ def _parse_step(path: Path, name: str, values: Any, defaults: dict[str, Any]) ->
     except SettingsError as error:
         raise PlanError(f"{path}, step {name}: {error}") from error
     if bool(step.notebook) == bool(step.command):
-        raise PlanError(f"{path}, step {name}: expected exactly one of notebook and command")
+        raise PlanError(f"{path}, step {name}: expected exactly one of 'notebook' and 'command'")
     if step.command and step.parameters:
         raise PlanError(f"{path}, step {name}: a command has no parameters; write its arguments into the command")
     return step
@@ -264,7 +262,7 @@ def _check_names(path: Path, steps: dict[str, Step], variables: dict[str, Any]) 
     names += sorted({name for step in steps.values() for name in step.matrix})
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise PlanError(f"{path}: names used twice: {', '.join(repeated)}; steps, variables and matrix keys must differ")
+        raise PlanError(f"{path}: steps, variables, matrix keys and 'run' must have different names, but share {repeated}")
 
 
 def _find_names(step: Step, variables: dict[str, Any]) -> set[str]:
@@ -286,7 +284,7 @@ def _sort_steps(path: Path, steps: dict[str, Step], variables: dict[str, Any]) -
     for name, step in steps.items():
         missing = sorted(set(step.needs) - set(steps))
         if missing:
-            raise PlanError(f"{path}, step {name}: unknown step in needs: {', '.join(missing)}; valid: {', '.join(steps)}")
+            raise PlanError(f"{path}, step {name}: 'needs' contains unknown steps {missing}; the steps are {list(steps)}")
         names, valid = _find_names(step, variables), [*variables, *step.matrix, *steps, "run"]
         if unknown := sorted(names.difference(valid)):
             raise PlanError(f"{path}, step {name}: unknown placeholder {{{unknown[0]}}}; valid: {', '.join(valid)}")
@@ -308,7 +306,7 @@ def _expand_matrix(path: Path, name: str, matrix: dict[str, Any], variables: dic
         texts = [str(value) for value in values] if isinstance(values, list) else []
         if not texts or len(set(texts)) < len(texts) or not all(re.fullmatch(r"[\w.]+", text) for text in texts):
             raise PlanError(
-                f"{path}, step {name}: matrix {key} must be a list of different numbers or words, got {values!r}"
+                f"{path}, step {name}: the matrix key {key!r} needs a list of different numbers or words, got {values!r}"
             )
     return [dict(zip(matrix, combination, strict=True)) for combination in itertools.product(*matrix.values())]
 
@@ -321,10 +319,10 @@ def _plan_run(
     folder: Path,
     planned: dict[str, PlannedRun],
 ) -> PlannedRun:
-    """Return the run of the step `name` for `values`, one combination of the values in the step's matrix.
+    """Return the run of the step `name` for `values`, a dictionary from the matrix's names to one value per name.
 
     `folder` is the parent folder of the runs. `planned` has the runs planned so far, among them all runs of the steps that
-    `name` needs.
+    the step `name` needs.
     """
     step, run_name = steps[name], "-".join([name, *map(str, values.values())])
     runs_by_step = {
@@ -333,13 +331,13 @@ def _plan_run(
     names_used = _find_names(step, variables)
     for other in runs_by_step:
         if other in names_used and not runs_by_step[other]:
-            available = ", ".join(run for run in planned if planned[run].step == other)
-            raise PlanError(f"{run_name} needs a run of {other} with the same matrix values; available: {available}")
+            available = [run for run in planned if planned[run].step == other]
+            raise PlanError(f"{run_name!r} needs a run of {other!r} with the same matrix values; {other!r} has {available}")
 
     def fill_texts(folders: Mapping[str, str]) -> Any:
-        """Return a list of the step's parameters, command and result, with placeholders replaced.
+        """Return the parameters, the command and the result of `step` as a list, with placeholders replaced.
 
-        `folders` maps the names of runs to what replaces their placeholders.
+        `folders` maps the name of each run to the text that replaces placeholders of this run.
         """
         runs = {
             other: _FolderList(folders[run.name] for run in matching)
@@ -358,8 +356,8 @@ def _plan_run(
     if step.notebook:
         notebook = project_root() / "notebooks" / f"{step.notebook}.ipynb"
         if not notebook.is_file():
-            available = ", ".join(sorted(other.stem for other in notebook.parent.glob("*.ipynb")))
-            raise PlanError(f"the notebook {step.notebook!r} does not exist; available: {available}")
+            existing = ", ".join(sorted(other.stem for other in notebook.parent.glob("*.ipynb")))
+            raise PlanError(f"the notebook {step.notebook!r} does not exist; available: {existing}")
         parameters = {**parameters, "run_folder": folders[run_name]}
         check_parameters(notebook, parameters)
         check_recipe(read_parameters(notebook), parameters)
@@ -386,7 +384,7 @@ def _plan_run(
 def _matching_runs(
     planned: Iterable[PlannedRun], step: str, matrix: dict[str, Any], values: dict[str, Any]
 ) -> list[PlannedRun]:
-    """Return the runs of `step` whose values equal `values` for each name that `values` and the step's `matrix` share."""
+    """Return the runs of `step` with the same values as `values`, for all names in both `values` and the step's `matrix`."""
     shared = set(matrix) & set(values)
     candidates = [run for run in planned if run.step == step]
     return [run for run in candidates if all(run.values[key] == values[key] for key in shared)]
@@ -417,8 +415,8 @@ def _fill(value: Any, names: Mapping[str, Any]) -> Any:
 def _make_key(step: Step, texts: list[Any], needs: list[str]) -> str:
     """Return the run's key, 12 hexadecimal digits.
 
-    It is a hash of the step's notebook, of `texts` (the parameters, including the notebook's defaults, the command and the
-    result), and of `needs`, the keys of the runs that the run needs.
+    The key is a hash of the notebook's name, of `texts` (parameters, command and result), of the notebook's defaults for
+    other parameters, and of `needs`, the keys of the runs that this run needs. Parameters in WITHOUT_EFFECT do not count.
     """
     parameters, command, result = texts
     if step.notebook:

@@ -1,4 +1,4 @@
-"""Lists the scores that a plan's finished runs have written; shown after the plan's last run."""
+"""Makes a table of the scores of a plan's finished runs; the table is shown after the plan's last run."""
 
 import json
 import math
@@ -17,7 +17,7 @@ SCORES = {("score",): "score", ("out_of_fold", "score"): "out of fold", ("submis
 def describe_scores(plan: Plan) -> Table:
     """Return a table of the scores in the metrics.json files of the plan's finished runs.
 
-    It has one row per step and kind of score: how many runs have the score, its mean, and its range if they are several.
+    A row is about one score of one step: the number of runs with this score, the mean and, for several runs, the range.
     """
     table = Table("step", "score", "runs", "mean", "range", title=f"Scores of {plan.path}", box=SIMPLE)
     found: dict[tuple[str, str], list[float]] = {}

@@ -25,7 +25,7 @@ def starts_from_scratch(run: PlannedRun) -> bool:
 
 
 def describe_trainings(plan: Plan, names: Iterable[str]) -> str:
-    """Return a text on the trainings in the runs `names`: how many, which from scratch, and the published duration."""
+    """Return a text on the trainings in the runs `names`: their number, steps from scratch, and published duration."""
     names, states = list(names), plan.states()
     counts = {name: count_trainings(plan.planned[name]) for name in names}
     total, runs = sum(counts.values()), sum(map(bool, counts.values()))

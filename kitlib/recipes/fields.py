@@ -134,7 +134,7 @@ class WithBackbone(TrainingRecipe):
             )
         if self.masked and self.lungs != "masks":
             raise SettingsError(
-                f'masked is true, but lungs is {self.lungs!r}, which finds a frame but no mask; set lungs="masks"'
+                f'masked is True, but lungs is {self.lungs!r}, which finds a bounding box, not a mask; set lungs="masks"'
             )
         if self.trained_on == "lungs" and any(VIEWS[view][0] != "lungs" for view in self.views):
             raise SettingsError(
@@ -218,24 +218,24 @@ class ClassifierRecipe(WithBackbone, WithOcclusions, WithDistortions):
         super().__post_init__()
         if self.layer_decay != 1 and self.frozen_backbone and not self.unfreeze_every:
             raise SettingsError(
-                f"layer_decay is {self.layer_decay}, but the backbone stays frozen; set layer_decay=1 or unfreeze_every"
+                f"layer_decay is {self.layer_decay}, but the backbone stays frozen; set layer_decay=1, or unfreeze_every=1"
             )
         if self.canvas and self.canvas < self.image_size:
             raise SettingsError(
-                f"canvas is {self.canvas}, smaller than the image_size of {self.image_size} that is cropped from it; set a "
-                "larger canvas, or 0"
+                f"canvas is {self.canvas}, smaller than the crop, whose image_size is {self.image_size}; set a larger "
+                "canvas, or canvas=0 for no crop"
             )
         if self.probe == "border" and self.canvas > self.image_size:
             raise SettingsError(
-                f'probe is "border", but prediction crops the middle {self.image_size} pixels of a canvas of {self.canvas}, '
-                "which does not include the border; set canvas=0"
+                f'probe is "border", but prediction crops away the border: canvas is {self.canvas} and image_size is '
+                f"{self.image_size}; set canvas=0"
             )
         if self.probe == "border" and self.masked:
             raise SettingsError('probe is "border", but masked=True blackens everything outside the lungs; set masked=False')
         if self.probe == "outside_lungs" and (self.lungs != "masks" or self.masked):
             raise SettingsError(
-                f'probe is "outside_lungs", which requires lung masks and images that are not masked, but lungs is '
-                f'{self.lungs!r} and masked is {self.masked}; set lungs="masks" and masked=False'
+                'probe="outside_lungs" requires lungs="masks" and masked=False, but lungs is '
+                f"{self.lungs!r} and masked is {self.masked}"
             )
         if self.unfreeze_every and not self.frozen_backbone:
             raise SettingsError(
@@ -296,11 +296,11 @@ class FindingsRecipe(ClassifierRecipe):
         exclusive_fields += ["judged_by"] if self.judged_by != "auc" else []
         if self.multi_label and exclusive_fields:
             values = " and ".join(f"{name}={getattr(self, name)!r}" for name in exclusive_fields)
-            raise SettingsError(f"{values}: valid only if exactly one class is true; set multi_label=False")
+            raise SettingsError(f"{values} can be used only if exactly one class is true; set multi_label=False")
         if self.auxiliary and (self.backbone.partition(".")[0] != "inception_v3" or self.frozen_backbone):
             raise SettingsError(
                 f"auxiliary is {self.auxiliary}, but {'a frozen ' * self.frozen_backbone}{self.backbone} has no auxiliary "
-                "head, only a trainable inception_v3 has one; set auxiliary=0.0"
+                "head; set auxiliary=0.0, or use a trainable inception_v3"
             )
 
 
@@ -441,13 +441,11 @@ class SegmenterRecipe(WithDistortions):
             return
         if "lungs" in self.structures and {"left_lung", "right_lung"} & set(self.structures):
             raise SettingsError(
-                f"structures are {list(self.structures)}, but lungs includes both sides; use lungs, or left_lung and "
-                "right_lung"
+                f'structures are {list(self.structures)}, but "lungs" includes "left_lung" and "right_lung"; use '
+                'either "lungs" or these two'
             )
         if "lungs" not in self.structures and not {"left_lung", "right_lung"} <= set(self.structures):
-            raise SettingsError(
-                f"structures are {list(self.structures)}; expected them to include lungs, or left_lung and right_lung"
-            )
+            raise SettingsError(f'structures are {list(self.structures)}; add "lungs", or both "left_lung" and "right_lung"')
         if self.horizontal_flip and {"left_lung", "right_lung"} & set(self.structures):
             raise SettingsError(
                 f"horizontal_flip is {self.horizontal_flip}, but structures are {list(self.structures)}: a mirrored left "
@@ -512,4 +510,4 @@ class SparseSegmenterRecipe(SegmenterRecipe):
         if not sum(self.loss_weights):
             raise SettingsError("loss_weights are all 0; set the weight of binary cross entropy, Dice or focal loss above 0")
         if self.bottom > self.top:
-            raise SettingsError(f"bottom is {self.bottom}, above top, which is {self.top}; lower bottom or raise top")
+            raise SettingsError(f"bottom is {self.bottom}, but top is only {self.top}; set bottom to at most top")

@@ -25,7 +25,7 @@ def draws(predictions: Judged, samples: int = 1000, seed: int = 0) -> pd.DataFra
     Raises ValueError if it is below 1.
     """
     if samples < 1:
-        raise ValueError(f"samples is {samples}; it must be at least 1, and a few hundred for stable intervals")
+        raise ValueError(f"`samples` is {samples}; it must be at least 1, and a few hundred for stable intervals")
     patients, codes = np.unique(predictions.answers.patient, return_inverse=True)
     metrics = Metrics(predictions)
     tables = [metrics.for_weights(counts[:, codes]) for counts in _draw_counts(len(patients), samples, seed)]
@@ -50,10 +50,10 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Return the differences of each model's metrics from those of `reference`, on the images that all models predicted.
 
-    Both models of a pair get the same draws of patients. The columns are model, reference, name (of the metric), value, low,
-    high, sides and images. `sides` is a two-sided p-value: twice the smaller of the share of draws with a difference of at
-    most zero and the share with a difference of at least zero. To reuse earlier draws, pass them as `drawn`, a dict from
-    model to the table that `draws` returned, all with the same seed; `models` must then be the result of `on_shared_images`.
+    Both models of a pair get the same draws of patients. The columns are `model`, `reference`, `name` (the metric), `value`,
+    `low`, `high`, `sides` and `images`. `sides` is a two-sided p-value: twice the smaller of the share of draws with a
+    difference of at most zero and the share with a difference of at least zero. `drawn` has earlier draws to reuse: a table
+    from `draws` for each model, all with the same seed. With `drawn`, `models` must be the result of `on_shared_images`.
     Raises ValueError for an unknown reference, if `drawn` was computed for other models or images, if no image is shared, or
     if the models have different classes.
     """
@@ -64,11 +64,11 @@ def paired_differences(
         drawn = {name: draws(table, samples, seed) for name, table in shared.items()}
     elif set(drawn) != set(models) or len({len(table) for table in drawn.values()}) > 1:
         lengths = ", ".join(f"{len(table)} rows for {name}" for name, table in drawn.items())
-        raise ValueError(f"drawn has {lengths}; it must have the same number of rows for each of: {', '.join(models)}")
+        raise ValueError(f"`drawn` has {lengths}; each of these models needs the same number of rows: {', '.join(models)}")
     elif mismatched := [name for name, table in models.items() if len(table.truth) != len(shared[name].truth)]:
         raise ValueError(
-            f"draws of {', '.join(mismatched)} include images that not all models have predicted; "
-            "call on_shared_images before draws"
+            f"predictions of {', '.join(mismatched)} include images that not all models have predicted; "
+            "call `on_shared_images` before `draws`"
         )
     rows = []
     for name in models:
@@ -103,11 +103,11 @@ def append_to_published(
     by_fold: Mapping[str, pd.DataFrame] | None = None,
     level: float = 0.95,
 ) -> pd.DataFrame:
-    """Return a published table as text, followed by one row for each model in `drawn`, with intervals.
+    """Return a published table as text, followed by one row with intervals for each model in `drawn`.
 
-    `drawn` maps each model's name to the table that `draws` returned, and `by_fold`, if given, to the table that
-    `fold_table` returned. With `by_fold`, each model also gets a row with the mean and standard deviation over the folds
-    and, if the published table has rows for folds, a row for each fold. The columns are the published ones; the index levels
+    `drawn` maps each model's name to the table that `draws` returned, `by_fold` to the table that `fold_table` returned.
+    With `by_fold`, each model also gets a row with the mean and standard deviation over the folds. If the published table
+    has rows for folds, each model also gets a row per fold. The columns are those of the published table. The index levels
     are `from` ("published", "here", "here, fold 0" or "here, mean of folds") and `model`. A missing value is "-".
     """
     rows = {}

@@ -57,7 +57,7 @@ def model_curves(models: Mapping[str, Judged], class_name: str) -> Figure:
     lines = {}
     for name, predictions in models.items():
         if class_name not in predictions.classes:
-            raise ValueError(f"{name} has no class {class_name!r}; its classes: {', '.join(predictions.classes)}")
+            raise ValueError(f"{name!r} has no class {class_name!r}; its classes are {list(predictions.classes)}")
         index = predictions.classes.index(class_name)
         lines[name] = predictions.probabilities[:, index], predictions.truth == index
     return _curves({f"{class_name} against the others": lines})
@@ -99,10 +99,10 @@ def reliability_figure(models: Mapping[str, Judged]) -> Figure:
 
 
 def intervals_figure(intervals: pd.DataFrame, line: float | None = None) -> Figure:
-    """Draw one panel per metric and in it one line per model: a dot for the value and a bar for its interval.
+    """Draw one panel per metric, with a row per model: a dot for the value and a horizontal bar for its interval.
 
-    `intervals` has the columns model, name (of the metric), value, low and high. `line` is a reference value drawn across
-    each panel, such as 0 for differences or 0.5 for ROC AUC.
+    `intervals` has the columns `model`, `name` (of the metric), `value`, `low` and `high`. `line` is a reference value, such
+    as 0 for differences or 0.5 for ROC AUC; it is drawn as a vertical line in each panel.
     """
     names = list(dict.fromkeys(intervals["name"]))
     models = list(dict.fromkeys(intervals["model"]))
@@ -161,8 +161,8 @@ def _surest(predictions: Judged, indices: np.ndarray, count: int) -> list[int]:
 def _curves(rows: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Figure:
     """Draw ROC curves (left) and precision-recall curves (right) in one row of axes per entry of `rows`.
 
-    `rows` maps the title of each row to its lines, a dict from a line's name to a pair of arrays: scores, and the truth as
-    bool. A line whose truth is all True or all False is omitted.
+    `rows` maps a row's title to a dict, which maps the name of each curve to a pair of arrays: scores, and the truth as
+    bool. A curve whose truth is all True or all False is omitted.
     """
     figure = Figure(figsize=(9, 4.4 * len(rows)), layout="constrained")
     for (left, right), (title, lines) in zip(figure.subplots(len(rows), 2, squeeze=False), rows.items(), strict=True):

@@ -55,11 +55,11 @@ class Judged:
 
 
 def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> None:
-    """Raise DatasetError unless every image to train or test on has exactly one true class and `multi_label` is False.
+    """Raise DatasetError if `multi_label` is True, or if an image does not have exactly one true class.
 
-    Call it before training: `judged` could not evaluate a model trained on other images. `prepared` has the tables of a
-    prepared run; images in a fold or in the split "test" are checked. Does nothing if there are no classes, because training
-    raises an error for this.
+    Call it before training: `judged` could not evaluate the trained model. `prepared` has the tables of a prepared run; only
+    images in a fold or in the split "test" are checked. Without any classes, nothing is checked: training then raises its
+    own error.
     """
     images, labels = prepared["images"], prepared["labels"].set_index("id")
     is_used = images.image_id.isin(prepared["folds"].id) | (images["split"] == "test" if "split" in images else False)
@@ -73,7 +73,7 @@ def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> 
         )
         raise DatasetError(
             f"notebook 25 needs images with exactly one true class, but {problem}. Use notebook 20 for images with several "
-            "or unknown findings (prepare your own images with a list of columns as `labels`, instead of `label`)"
+            "or unknown findings. Prepare your own images for it with `labels` (a list of columns) instead of `label`"
         )
 
 
@@ -90,7 +90,7 @@ def judged(scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, sou
         raise ValueError("the `class_scores` table is empty")
     models = sorted(set(scores.model))
     if len(models) > 1:
-        raise ValueError(f"the scores are from several models ({', '.join(models)}); split them with by_model and pass one")
+        raise ValueError(f"the scores are from several models ({', '.join(models)}); pass one of the tables from `by_model`")
     absent = [name for name in class_columns(labels, "labels") if name not in scores]
     if absent:
         raise ValueError(f"the labels have classes that the scores lack: {absent}; the model cannot predict them")
@@ -230,11 +230,11 @@ def class_table(predictions: Judged) -> pd.DataFrame:
 
 
 def overall(predictions: Judged) -> dict[str, float]:
-    """Return the metrics of one model that are not for a single class, as a dict from name to value.
+    """Return the metrics of one model over all classes, as a dict from name to value.
 
-    For single labels, micro_f1 equals accuracy. papers_micro_f1 is the harmonic mean of macro precision and macro recall,
-    which the FLANNEL papers call micro-F1. ece is the expected calibration error. brier is the squared error summed over the
-    classes (0..2, Brier 1950). log_loss is the mean of `log_losses`, in nats.
+    Each image has a single class, so `micro_f1` equals `accuracy`. `papers_micro_f1` is the harmonic mean of macro precision
+    and macro recall, which the FLANNEL papers call micro-F1. `ece` is the expected calibration error. `brier` is the squared
+    error summed over the classes (0..2, Brier 1950). `log_loss` is the mean of `log_losses`, in nats.
     """
     return Metrics(predictions).for_weights(np.ones((1, len(predictions.truth)))).iloc[0][list(OVERALL_METRICS)].to_dict()
 
@@ -242,8 +242,8 @@ def overall(predictions: Judged) -> dict[str, float]:
 def log_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return an array (n,): for each image the negative natural logarithm of the true class's probability.
 
-    `probabilities` is an array (n, classes), `truth` (n,) holds the indices of the true classes. Probabilities below 1e-7
-    (LEAST) are raised to it, as in the temperature fit, so a probability of 0 (a vote can give it) has a loss of about 16.
+    `probabilities` is an array (n, classes), `truth` (n,) holds the indices of the true classes. A probability below LEAST
+    (1e-7), such as 0 for a class without votes, counts as LEAST, as in the temperature fit; its loss is about 16.
     """
     return -np.log(np.maximum(probabilities[np.arange(len(truth)), truth], LEAST))
 
@@ -290,9 +290,9 @@ def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataF
 def source_table(predictions: Judged) -> pd.DataFrame:
     """Return metrics with one row per source and class, first for all sources pooled, then for each source alone.
 
-    The columns are source, class, support (images of the class), of (images from the source) and the metrics of
-    `class_table`. Classes without images are omitted. Within one source, a model gains nothing from recognising the source.
-    If a source has a single class, specificity and the areas under curves are NaN.
+    The columns are `source`, `class`, `support` (number of images of the class), `of` (number of images from the source) and
+    the metrics of `class_table`. Classes without images are omitted. Within one source, a model gains nothing from
+    recognising the source. If a source has a single class, specificity and the areas under curves are NaN.
     """
     sources = predictions.source
     parts = {"pooled": predictions} | {str(name): predictions.rows(sources == name) for name in sorted(set(sources))}
@@ -310,11 +310,11 @@ def failures(
 ) -> pd.DataFrame:
     """Return a table with one row per class: how many of its images were predicted, and why the others were not.
 
-    `outside_folds` counts the images that are in no fold, because they were excluded or set aside for testing. The images in
-    folds are counted as `answered` if they have a prediction, otherwise as `unanswered`. If a `lungs` table is passed,
-    `lungs_not_found` counts the images in folds whose lungs were not found. The columns unanswered_share and
-    lungs_not_found_share are shares of the class's images in folds. If one class fails more often than another, the metrics
-    on the remaining images look better than they are.
+    `outside_folds` counts the images in no fold: they were excluded or set aside for testing. Among the images in folds,
+    `answered` counts those with a prediction and `unanswered` those without. If a `lungs` table is passed, `lungs_not_found`
+    counts the images in folds whose lungs were not found. `unanswered_share` and `lungs_not_found_share` are shares of the
+    class's images in folds. If one class fails more often than another, the metrics on the remaining images look better than
+    they are.
     """
     classes = class_columns(labels, "labels")
     truth = labels.set_index("id")[classes].reindex(images.study_id).to_numpy() >= 0.5
@@ -336,10 +336,10 @@ def _ratio(above: np.ndarray, below: np.ndarray, where_none: float = np.nan) -> 
 
 
 def calibrated(predictions: Judged) -> tuple[Judged, pd.Series]:
-    """Return predictions with each fold's probabilities scaled by the temperature fitted on the other folds.
+    """Return `predictions` after temperature scaling, and a Series of the temperatures, indexed by fold.
 
-    The second result has the temperature of each fold. The predicted classes do not change. Raises ValueError if all images
-    are in one fold.
+    The temperature of each fold is fitted on the other folds. The predicted classes do not change. Raises ValueError if all
+    images are in one fold.
     """
     scores = pd.DataFrame(predictions.probabilities, columns=list(predictions.classes)).assign(fold=predictions.answers.fold)
     scaled_scores, temperatures = cross_scaled(scores, predictions.classes, predictions.truth)
@@ -362,10 +362,10 @@ def calibration_table(models: Mapping[str, Judged]) -> pd.DataFrame:
 
 
 def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort the scores `values` of one class in descending order; return the arrays order, positive and ends for `_areas`.
+    """Sort the scores `values` of one class in descending order; return three arrays for `_areas`.
 
-    `order` has the indices that sort the scores. `positive` has, in this order, 1.0 for images of the class and 0.0 for
-    others. `ends` has the last position of each group of equal scores.
+    The first has the indices that sort the scores. The second has, in sorted order, 1.0 for images of the class and 0.0 for
+    others. The third has the last position of each group of equal scores.
     """
     order = np.argsort(-values, kind="stable")
     scores = values[order]
@@ -373,10 +373,10 @@ def _ranked(values: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _areas(weight: np.ndarray, order: np.ndarray, positive: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ROC AUC and the average precision of each draw, as two arrays (draws,).
+    """Return two arrays (draws,): the ROC AUC and the average precision of each draw.
 
     `weight` is an array (draws, n) that says how often each draw contains each image; the other arguments are the results of
-    `_ranked`. Both are NaN for a draw without images of the class; ROC AUC is also NaN for a draw without other images.
+    `_ranked`. Without images of the class in a draw, both metrics are NaN; without other images, only ROC AUC is NaN.
     """
     weight = weight[:, order]
     hits, calls = (np.cumsum(values, axis=1)[:, ends] for values in (weight * positive, weight))

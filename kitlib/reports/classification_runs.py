@@ -19,11 +19,11 @@ SAME_SCORE = 1e-6  # an ensemble's run contains a copy of its learners' scores, 
 def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: str = "folds") -> dict[str, pd.DataFrame]:
     """Return the predictions of training and ensemble runs: one `class_scores` table per model, keyed by the model's name.
 
-    If `split` is "folds", these are out-of-fold predictions. If it is "test", they are predictions for the test images that
-    were set aside, averaged over the models of all folds; their column `fold` is -1 (ALL_FOLDS). Models are in the order in
-    which they appear in `runs`. Runs that contain different folds of one model are merged; rows that an ensemble run repeats
-    are dropped. If two runs have different scores for an image under the same model name, they are kept as separate models
-    called "run: model". `folds` is the table of the prepared run. Raises RunError
+    If `split` is "folds", the tables have out-of-fold predictions. If `split` is "test", the tables have predictions for the
+    held-out test images, averaged over the models of all folds; the column `fold` is then -1 (ALL_FOLDS). Models are in the
+    order in which they appear in `runs`. Runs that contain different folds of one model are merged; rows that an ensemble
+    run repeats are dropped. If two runs have different scores for an image under the same model name, the table of each run
+    is kept under the name "run: model". `folds` is the table of the prepared run. Raises RunError
 
     - for an unknown split, or a run without such predictions
     - with "folds", for predictions that are not out-of-fold with respect to `folds`
@@ -65,10 +65,10 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
 def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Path, list[str]]:
     """Return the folder of the run's first bundle (trained model), and the ids of images that it was not trained on.
 
-    `tables` are the tables of the prepared run, keyed by name. If the run is nested (run/outer<k>/fold<n>/bundle), the
-    images are those of the outer fold k, which was held out. Otherwise they are those of the bundle's validation fold, on
-    which its epoch was chosen. Raises RunError if the run has no bundle, or if the bundle was not trained on these tables (a
-    nested bundle: on these tables without the outer fold).
+    `tables` are the tables of the prepared run, keyed by name. If the run is nested (run/outer<k>/fold<n>/bundle), the ids
+    are those of the outer fold k, which was held out. Otherwise the ids are those of the bundle's validation fold, on which
+    the epoch was chosen. Raises RunError if the run has no bundle, or if the bundle's data fingerprint is not that of
+    `tables`. For a nested run, this is the fingerprint of `tables` without the outer fold.
     """
     run = Path(run)
     records = sorted([*run.glob("outer*/fold*/bundle/model.json"), *run.glob("fold*/bundle/model.json")])
@@ -91,8 +91,7 @@ def unseen_bundle(run: str | Path, tables: dict[str, pd.DataFrame]) -> tuple[Pat
 def kept_models(runs: Iterable[str | Path], models: Iterable[str]) -> list[str]:
     """Return those of `models` (names from `read_class_scores`) whose trained model is saved in one of `runs`.
 
-    A training run saves its own model. A run of notebook 65 saves one ensemble, but not the learners, whose scores it
-    contains.
+    A training run saves its own model. A run of notebook 65 saves an ensemble, but only the scores of the learners.
     """
     kept, models = [], set(models)
     for run in map(Path, runs):
@@ -104,10 +103,10 @@ def kept_models(runs: Iterable[str | Path], models: Iterable[str]) -> list[str]:
 def choose_models(
     models: Iterable[str], reference: str, pictured: Iterable[str], kept: Iterable[str]
 ) -> tuple[str, list[str]]:
-    """Return the name of the reference model and the names of the models to draw, with defaults for empty arguments.
+    """Return the names of the reference model and of the models to show in figures, with defaults for empty arguments.
 
-    If `reference` is empty, it is the model `mean` of an ensemble, or the first model if there is none. If `pictured` is
-    empty, the models in `kept` are drawn (see `kept_models`), or the reference if there are none. Raises ValueError for a
+    The default of `reference` is the model `mean` of an ensemble, or the first model if no ensemble has a `mean`. The
+    default of `pictured` is `kept` (see `kept_models`), or the reference model if `kept` is empty. Raises ValueError for a
     name that is not in `models`.
     """
     models, pictured = list(models), list(pictured)
@@ -122,8 +121,7 @@ def choose_models(
 def protocol_of(folds: pd.DataFrame, folds_by: str) -> str:
     """Return a text that says how the out-of-fold predictions for `folds` were made.
 
-    `folds_by` is the value of that name in the prepared run's metrics.json. Raises RunError if it is not "patient",
-    "study" or "source".
+    `folds_by` comes from the prepared run's metrics.json. Raises RunError if it is not "patient", "study" or "source".
     """
     count = folds.fold.nunique()
     if folds_by in ("patient", "study"):
@@ -143,15 +141,15 @@ def _check_unseen(run: Path, table: pd.DataFrame, folds: pd.DataFrame, split: st
     if split == "test" and len(in_folds):
         first = in_folds.iloc[0]
         raise RunError(
-            f"{run}: {len(in_folds)} test predictions are for images in the folds; the first is for {first.image_id} by "
-            f"{first.model}. Use the prepared run that the model was trained on"
+            f"{run}: {len(in_folds)} test predictions are for images in the folds, such as that of model {first.model!r} "
+            f"for image {first.image_id!r}; use the prepared run that the model was trained on"
         )
 
 
 def _merge_parts(parts: list[pd.DataFrame]) -> pd.DataFrame | None:
     """Merge tables of one model's scores and drop repeated rows; return None if the tables contradict each other.
 
-    They do if their classes differ, or if their scores for the same image and fold differ.
+    Tables contradict each other if their classes differ, or if their scores for the same image and fold differ.
     """
     classes = class_columns(parts[0], "class_scores")
     if any(set(class_columns(part, "class_scores")) != set(classes) for part in parts):

@@ -25,10 +25,10 @@ def confusion(truth: Truth, studies: pd.DataFrame) -> pd.DataFrame:
 def class_report(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: int = 10) -> pd.DataFrame:
     """Return a table of metrics with one row for each study class and one for `none`.
 
-    The columns are class, positives, of (the number of studies or images), average_precision, roc_auc, brier and
-    calibration_error. `brier` is the Brier score and `calibration_error` the expected calibration error (`bins` equal bins,
-    weighted by their counts), both for one class against the others. If a class is true for all studies (images) or for
-    none, its undefined metrics are NaN.
+    The columns are `class`, `positives`, `of` (number of studies or, for the class `none`, of images), `average_precision`,
+    `roc_auc`, `brier` (Brier score) and `calibration_error` (expected calibration error, with `bins` equal bins weighted by
+    their counts); the last two are for one class against the others. Metrics are NaN if they are undefined, because the
+    class is always or never true.
     """
     calibration = reliability(truth, studies, nones, bins)
     rows = []
@@ -67,7 +67,7 @@ def reliability(truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, bins: 
 def precision_recall_curves(
     truth: Truth, studies: pd.DataFrame, nones: pd.DataFrame, detections: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """Return one table per class that occurs, with the columns recall and precision, keyed by `class (AP 0.123)`.
+    """Return a dict with one entry per class that occurs: key `CLASS (AP 0.123)`, value a table of recall and precision.
 
     Precision is VOC's envelope: at each recall, the highest precision at this or a higher recall.
     """
@@ -102,9 +102,9 @@ def bootstrap(
 ) -> pd.DataFrame:
     """Return percentile intervals of SIIM's score and its parts, with the columns name, value, low and high.
 
-    The names are the score, the six APs of which it is the mean, and opacity_boxed, the AP of opacity on images that have
-    boxes. Whole patients are drawn with replacement because images of one patient are not independent. `images` has the
-    columns image_id, study_id and patient_id. A class that does not occur in a draw is left out of the mean of that draw.
+    The names are `score`, the six scored classes (their APs, whose mean is the score) and `opacity_boxed` (the AP of opacity
+    on images with boxes). Whole patients are drawn with replacement, because images of one patient are not independent.
+    `images` has the columns image_id, study_id and patient_id. The score of a draw is the mean of the classes that occur.
     """
     draws = score_draws(truth, studies, nones, detections, images, samples, seed)
     low, high = np.nanquantile(draws.iloc[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -122,10 +122,10 @@ def score_draws(
 ) -> pd.DataFrame:
     """Return a table of SIIM's score and its parts: first a row for all patients, then one row per bootstrap draw.
 
-    The columns are those of SCORE_KEYS (see `bootstrap`), and whole patients are drawn. If `studies`, `nones` or
-    `detections` is None, the APs of its classes are NaN, and the score is the mean of the other APs. Predictions for the
-    same truth and seed get the same draws, so the difference of two such tables is a paired comparison. Raises ValueError
-    for an image or study of `truth` that `images` lacks.
+    The columns are those of SCORE_KEYS (see `bootstrap`). Each draw samples whole patients with replacement. If `studies`,
+    `nones` or `detections` is None, the APs of the classes in this table are NaN, and the score is the mean of the other
+    APs. All predictions for one truth and seed get the same draws, so the difference of two such tables is a paired
+    comparison. Raises ValueError if `images` lacks an image or a study of `truth`.
     """
     patient = images.set_index("image_id")["patient_id"].reindex(list(truth.image_ids))
     patient_of_study = images.drop_duplicates("study_id").set_index("study_id")["patient_id"].reindex(truth.labels["id"])
@@ -183,11 +183,11 @@ def _answers(
 
 
 def _in_order(table: pd.DataFrame, key: str, ids: pd.Series | tuple[str, ...], columns: list[str]) -> np.ndarray:
-    """Return the values of `columns` with one row per id, in the order of `ids`. Raises ValueError if a value is missing."""
+    """Return `columns` of the rows with the `key` values `ids`, in this order. Raises ValueError if a value is missing."""
     values = table.set_index(key)[columns].reindex(list(ids))
     if values.isna().any(axis=None):
         missing = values.index[values.isna().any(axis=1)][0]
-        raise ValueError(f"{key} {missing} of the ground truth has no predicted {', '.join(columns)}")
+        raise ValueError(f"{key} {missing} of the ground truth lacks a prediction of {', '.join(map(repr, columns))}")
     return values.to_numpy()
 
 
@@ -196,11 +196,11 @@ def detection_by_finding(
 ) -> pd.DataFrame:
     """Return detection metrics with one row per finding in `boxes`, and a last row `all findings` (totals and means).
 
-    The columns are finding, images (number of images with the finding), boxes (number of annotated boxes), average_precision
-    (VOC 2010), and, at the confidence with the highest F1 for the finding, recall, precision and confidence. Only boxes on
-    images in the column image_id of `images` count. A detection is a hit if its IoU with a box of the same finding is above
-    `overlap`. Detections of a finding without a box in these images are ignored. Values that are undefined, because there is
-    no detection, are NaN.
+    The columns are `finding`, `images` (number of images with the finding), `boxes` (number of annotated boxes),
+    `average_precision` (VOC 2010), `recall`, `precision` and `confidence`. The last three are for the confidence threshold
+    with the finding's highest F1, or NaN if it has no detection. Only boxes on images in the column image_id of `images`
+    count. A detection is a hit if its IoU with a box of the same finding is above `overlap`. Detections of a finding
+    without a box in these images are ignored. The last row has no confidence.
     """
     rows = []
     for name, (score, hit, of_finding, _) in _by_finding(boxes, detections, images, overlap).items():
@@ -222,7 +222,7 @@ def detection_by_finding(
 def finding_curves(
     boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float = OVERLAP
 ) -> dict[str, pd.DataFrame]:
-    """Return one table per finding in `boxes`, with the columns recall and precision, keyed by `finding (AP 0.123)`.
+    """Return a dict with one entry per finding in `boxes`: key `FINDING (AP 0.123)`, value a table of recall and precision.
 
     Precision is VOC's envelope: at each recall, the highest precision at this or a higher recall. The arguments are those of
     `detection_by_finding`.

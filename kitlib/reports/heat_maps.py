@@ -68,11 +68,11 @@ def heat_maps(network: Classifier, pixels: torch.Tensor, outputs: Sequence[int])
 
 
 def compute_heat(predictor: AnyPredictor, xrays: Iterable[CachedXray], class_names: Sequence[str]) -> list[Heat]:
-    """Return one heat map per X-ray, of the size of its cached image, for the class at the same position in `class_names`.
+    """Return a heat map, of the size of the cached image, for each pair of an X-ray and its class in `class_names`.
 
     Pixels that the model does not see, such as those outside a crop, have no heat. If the model averages several crops or
-    mirrored copies of an image, only the first, unmirrored one is used. Raises ValueError if the model is not a classifier
-    of whole images or lacks a class.
+    mirrored copies of an image, only the first, unmirrored one is used. Raises ValueError if the model lacks one of the
+    classes, or is not a classifier of whole images.
     """
     if (
         not isinstance(predictor, Predictor)
@@ -84,7 +84,7 @@ def compute_heat(predictor: AnyPredictor, xrays: Iterable[CachedXray], class_nam
         )
     unknown = sorted(set(class_names) - set(predictor.classes))
     if unknown:
-        raise ValueError(f"{predictor.model} has no class {unknown}; it has: {', '.join(predictor.classes)}")
+        raise ValueError(f"{predictor.model} has no class {unknown[0]!r}; its classes: {', '.join(predictor.classes)}")
     heats = []
     pairs = list(zip(xrays, class_names, strict=True))
     for start in range(0, len(pairs), predictor.fitted.size):
@@ -121,10 +121,10 @@ def inside_lungs(heats: Iterable[Heat], lungs: LungFinder) -> pd.DataFrame:
 
 
 def heat_summary(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return one row per model: means of heat_inside, area_inside and concentration, and the counts images and not_judged.
+    """Return a row per model: means of `heat_inside`, `area_inside` and `concentration`, and `images` and `not_judged`.
 
-    `tables` maps each model to the result of `inside_lungs`. `images` counts its rows, `not_judged` the rows without a
-    value.
+    `tables` maps each model to its table of `inside_lungs`. `images` is the number of rows of this table, `not_judged` the
+    number of rows with NaN.
     """
     rows = {name: {**table[COLUMNS[2:]].mean(), "images": len(table)} for name, table in tables.items()}
     summary = pd.DataFrame.from_dict(rows, orient="index")

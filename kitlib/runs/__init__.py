@@ -1,4 +1,4 @@
-"""Run folders: what a run records, what later runs read from its folder, and export to COCO and YOLO.
+"""Run folders: writes the records of a run, reads finished runs for later runs, and exports runs to COCO and YOLO.
 
 Does not belong here: training and prediction.
 """

@@ -73,7 +73,7 @@ def import_tables(source: str | Path, out: str | Path, file_format: str, run: st
     if file_format not in FORMATS:
         raise ValueError(f"unknown format {file_format!r}; available: {', '.join(FORMATS)}")
     if file_format == "yolo" and run is None:
-        raise ValueError("yolo requires a prepared run, whose image sizes convert the labels' fractions to pixels")
+        raise ValueError("the format 'yolo' requires a prepared run, because its labels are fractions of the image sizes")
     if run is None:
         tables = read_coco(source)
     else:

@@ -29,7 +29,7 @@ PREDICTED_TABLES = ("study_scores", "image_scores", "class_scores", "detections"
 class ExtraImages:
     """Additional training images, such as pseudo-labelled images or those of another data set; never used for validation.
 
-    `images`, `labels` and `boxes` are tables of these names (see `kitlib.tables`). The optional column `none` of `images` is
+    `images`, `labels` and `boxes` are tables of the same names in `kitlib.tables`. The optional column `none` of `images` is
     a soft target for training: the probability that the image has no opacity. `cache` reads the decoded images.
     """
 
@@ -59,8 +59,8 @@ def read_metrics(run: str | Path) -> dict[str, Any]:
     if not path.is_file():
         available = sorted(entry.name for entry in Path(run).glob("*")) if Path(run).is_dir() else "nothing (no such folder)"
         raise RunError(
-            f"{path} is missing: the run is not finished (run its notebook again to continue), or this is not its folder; "
-            f"{run} contains: {available}"
+            f"{path} is missing. If {run} is a run's folder, run its notebook again to finish the run; otherwise give a "
+            f"run's folder. {run} contains: {available}"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -82,9 +82,9 @@ def read_masks(run: str | Path) -> MaskStore | None:
 def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
     """Return the out-of-fold predictions in training runs: each model's predictions for the images in its held-out fold.
 
-    The folds of a model may come from several runs. In the result, the rows of the runs' `class_scores` tables are also in
-    `image_scores`. Raises RunError if a run has no predictions, if a run has detections but no table `coverage`, which lists
-    the predicted images, or if two runs have the same fold of the same model.
+    The folds of a model may come from several runs. Rows of a run's table `class_scores` are returned in `image_scores`. A
+    run with detections must have the table `coverage`, which lists the predicted images. Raises RunError if this table is
+    missing, if a run has no predictions, or if two runs have the same fold of the same model.
     """
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in PREDICTED_TABLES}
     run_of: dict[tuple[str | None, int], Path] = {}
@@ -113,18 +113,18 @@ def read_out_of_fold(runs: Iterable[str | Path]) -> ModelPredictions:
 
 
 def check_out_of_fold(table: pd.DataFrame, key: str, fold_of: pd.Series) -> None:
-    """Raise RunError unless all predictions in `table` are out of fold, that is, `fold` is the fold of the image or study.
+    """Raise RunError unless all predictions in `table` are out of fold.
 
-    `fold_of` is a series of folds, indexed by image or study id; `key` is the column of `table` with these ids. The model of
-    a fold was trained on all other folds, so only its predictions for that fold are out of fold.
+    The column `fold` of `table` must be the fold of the row's image or study: a fold's model was trained on all other folds.
+    `fold_of` is a series of folds, indexed by image or study id. `key` is the column of `table` with these ids.
     """
     wrong = table[table[key].map(fold_of) != table["fold"]]
     if len(wrong):
         first = wrong.iloc[0]
         raise RunError(
-            f"{len(wrong)} predictions are not out of fold; the first is for {first[key]} by model {first['model']} of fold "
-            f"{first['fold']}. Either this model was trained on {first[key]}, or the run was trained with other "
-            "folds than those of this prepared run"
+            f"{len(wrong)} predictions are not out of fold; the first is for {first[key]!r} by model {first['model']!r} of "
+            f"fold {first['fold']}. Either this model was trained on {first[key]!r}, or the run's folds differ from those "
+            "of the given prepared run"
         )
 
 
@@ -159,11 +159,11 @@ def read_test_split(
 
 
 def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the cross-fitted `study_scores` table of an ensemble, which replaces the table of the models that it combines.
+    """Return an ensemble's cross-fitted table `study_scores`, which replaces the argument `study_scores`.
 
     `run` is the ensemble's run (notebook 65), `study_scores` the table of the combined models. Raises RunError if the run is
-    not an ensemble of study models, or if it does not combine exactly the models in `study_scores`: fusion must be tuned on
-    the models that the submission will use.
+    not an ensemble of study models, or if the ensemble does not combine exactly the models in `study_scores`. Fusion must be
+    tuned on the models that the submission will use.
     """
     ensemble = read_ensemble(Path(run) / "ensemble")
     path = Path(run) / "tables" / "study_scores.parquet"
@@ -172,8 +172,8 @@ def read_study_ensemble(run: str | Path, study_scores: pd.DataFrame) -> pd.DataF
     others = sorted(set(study_scores["model"]) ^ set(ensemble.learners))
     if others:
         raise RunError(
-            f"the runs' study models and those that the ensemble {run} combines differ in: {', '.join(others)}; "
-            f"give the runs of exactly the models that it combines: {', '.join(ensemble.learners)}"
+            f"the ensemble {run} combines other study models than those of the given runs (difference: "
+            f"{', '.join(others)}). Give the runs of exactly these models: {', '.join(ensemble.learners)}"
         )
     return read_table("study_scores", path)
 
@@ -186,10 +186,10 @@ def read_models(
 ) -> pd.DataFrame:
     """Return a table of the trained models of `runs`, with the columns model, fold and bundle (the bundle's folder).
 
-    `folds` limits the table to the models of these folds; if it is empty, all are listed. `prepared` holds the tables of the
-    prepared run that all models were trained on, `extra` the additional images that some models were trained on. Raises
-    RunError if a run has no bundle, if no model remains, or if a model was trained on other data, because it is then unknown
-    which images it has seen.
+    If `folds` is not empty, only the models of these folds are listed. `prepared` holds the tables of the prepared run that
+    all models were trained on, `extra` the additional images that some models were trained on. Raises RunError if a run has
+    no bundle, or if no model remains. Also raises RunError if a model was trained on other data, because the images that the
+    model has seen are then unknown.
     """
     expected, known_extra = data_fingerprint(**prepared), [images.identity() for images in extra]
     chosen, rows = set(folds), []
@@ -206,13 +206,13 @@ def read_models(
                 )
             if metrics.get("extra") and metrics["extra"] not in known_extra:
                 raise RunError(
-                    f"{path}: the model was trained on extra images too; give the run that they came from, so that all "
+                    f"{path}: the model was trained on extra images too; give the run of the extra images, so that all "
                     "images that the model has seen are known"
                 )
             if not chosen or record["fold"] in chosen:
                 rows.append((record["model"], record["fold"], str(path.parent)))
     if not rows:
-        raise RunError(f"no model of folds {sorted(chosen)} in {', '.join(map(str, runs))}")
+        raise RunError(f"no model of folds {sorted(chosen)} in {', '.join(map(str, runs))}; give the runs of these folds")
     return pd.DataFrame(rows, columns=["model", "fold", "bundle"])
 
 
@@ -225,7 +225,7 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
     """
     run, metrics = Path(run), read_metrics(run)
     if "longest_side" not in metrics:
-        raise RunError(f"{run} is not a run of notebook 10 or 50: its metrics.json lacks longest_side")
+        raise RunError(f"{run} is not a run of notebook 10 or 50: its metrics.json lacks 'longest_side'")
     tables = {name: read_table(name, run / "tables" / f"{name}.parquet") for name in ("images", "labels", "boxes")}
     images = tables["images"]
     folds = run / "tables" / "folds.parquet"
@@ -251,9 +251,9 @@ def read_extra(run: str | Path, for_boxes: bool = False) -> ExtraImages:
 def read_answer(runs: str | Path | Iterable[str | Path], images: pd.DataFrame) -> Fused:
     """Return one model's out-of-fold predictions for `images`, fused with the default settings.
 
-    `runs` is the model's run, or the runs with its folds. Images and studies that the model has not predicted get
-    the class frequencies as placeholder predictions, which have `prior` true and `seen` false. Raises RunError in the same
-    cases as `read_out_of_fold`.
+    `runs` is the model's run, or several runs if each has some of the model's folds. Images and studies that the model has
+    not predicted get the class frequencies as placeholder predictions. Their column `prior` is True; in the table `nones`,
+    the column `seen` is False. Raises RunError in the same cases as `read_out_of_fold`.
     """
     predictions = read_out_of_fold([runs] if isinstance(runs, str | Path) else runs)
     return fuse(predictions.only(images["image_id"]), images, SiimFusion())
@@ -280,7 +280,7 @@ def read_fused(run: str | Path) -> Fused:
     for name in ("studies", "nones"):
         tables[name] = tables[name][~tables[name].prior].reset_index(drop=True)
     if "seen" not in tables["nones"]:
-        raise RunError(f"{run}/tables/nones.parquet lacks the column `seen`, because an older kitlib wrote it; fuse again")
+        raise RunError(f"{run}/tables/nones.parquet, from an older kitlib, lacks the column `seen`; run notebook 60 again")
     return Fused(**tables)
 
 
@@ -294,7 +294,7 @@ def judged_images(images: pd.DataFrame, fused: Fused) -> pd.DataFrame:
     judged = images[has_none & images["study_id"].isin(studies.loc[~studies["prior"], "study_id"])]
     if judged.empty:
         raise RunError(
-            f"no image has predictions for both `none` and its study's classes ({int(has_none.sum())} have a `none`); "
-            "add a study run with the same folds as the detectors to the runs to fuse"
+            f"no image has predictions for both `none` and its study's classes ({int(has_none.sum())} images have only "
+            "`none`); also fuse a run of study models with the same folds as the detectors"
         )
     return judged.reset_index(drop=True)

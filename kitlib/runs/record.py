@@ -60,8 +60,8 @@ HISTORY = ("In", "Out")
 def start_run(name: str | Path, values: Mapping[str, Any]) -> Path:
     """Create the folder of the run `name` and return it; write a new record.json into it and delete an old metrics.json.
 
-    `values` is a notebook's `globals()` before it computes anything. Values that JSON can represent are recorded as the
-    run's parameters, except those whose names are private or in capitals.
+    `values` is the result of `globals()` in a notebook that has not computed anything yet. Values that JSON can represent
+    are recorded as the run's parameters, except those whose names are private or in capitals.
     """
     folder = run_path(name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +104,9 @@ def process_record() -> dict[str, Any]:
     """Return a dictionary of this process's package versions, and its peak memory and GPU so far, in JSON types.
 
     Memory is in MB of 10^6 bytes. `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the peak of the
-    largest child process that has ended, or None if it is not above this process's peak: a child starts with its parent's
-    peak, so a lower peak of its own is not recorded. `gpu` is a text with the names of the GPUs that torch has used,
-    `peak_gpu_memory_mb` the peak memory of torch tensors on the GPU with the highest peak; both are None without such a GPU.
+    largest child process that has ended, or None if that peak is not above this process's: a child starts with its parent's
+    peak, which hides a lower peak. `gpu` is a text with the names of the GPUs that torch has used; `peak_gpu_memory_mb` is
+    the peak memory of torch tensors on the GPU with the highest peak. Both are None if torch has used no GPU.
     """
     peak, child_peak = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {

@@ -30,7 +30,7 @@ def dense_ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def roc_auc_of_ranks(ranks: np.ndarray, positive: np.ndarray, weight: np.ndarray | None = None) -> float:
-    """Return the `roc_auc` of scores whose ranks, `dense_ranks(scores)`, are given; fast for many different weights."""
+    """Return the same as `roc_auc`, but from `dense_ranks(scores)`; fast if the same scores are used with many weights."""
     positive = np.asarray(positive, dtype=float)
     weight = np.ones(len(positive)) if weight is None else weight
     positives = np.bincount(ranks, positive * weight)
@@ -70,7 +70,7 @@ def class_weights(label: np.ndarray) -> np.ndarray:
 def exclusive_scores(
     truth: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], judged_by: str
 ) -> dict[str, float]:
-    """Score the most probable class of each row, if classes exclude each other; return `score` and one value per class.
+    """Score the most probable of mutually exclusive classes in each row; return `score` and one value per class.
 
     `truth` and `probabilities` are (n, classes). Rows with NaN in `truth` are ignored. If `judged_by` is "macro_f1", the
     values are the F1 of each class, and `score` is their mean over the classes that occur in `truth`. Otherwise, the values
@@ -109,8 +109,8 @@ def most_probable(probabilities: np.ndarray) -> np.ndarray:
 def call_metrics(truth: np.ndarray, called: np.ndarray) -> dict[str, float]:
     """Return accuracy, precision, recall and F1 of yes-or-no predictions for several classes, keyed as in CALL_METRICS.
 
-    `truth` (n, classes) is 1, 0 or, if unknown, NaN; `called` (n, classes) is True where a class is predicted. Accuracy uses
-    only rows in which the truth of all classes is known: the share of these rows in which all classes are predicted rightly.
+    `truth` (n, classes) is 1, 0 or, if unknown, NaN; `called` (n, classes) is True where a class is predicted. Accuracy is
+    the share of rows with all classes predicted correctly, among the rows in which the truth of all classes is known.
     The other metrics are unweighted means over the classes that occur in `truth`. Each class is evaluated on the rows in
     which its truth is known. A metric is NaN if there are no such rows or classes.
     """

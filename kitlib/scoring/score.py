@@ -1,8 +1,8 @@
 """The score of SIIM-COVID: the unweighted mean of six average precisions (AP) of PASCAL VOC 2010.
 
-The six classes are four of studies, and `none` and `opacity` of images. The study classes and `none` are scored like boxes,
-with the one-pixel box `0 0 1 1`. The AP of a class that is absent from the truth is NaN and ignored in the mean; in the
-competition's tables all six classes are present.
+Four classes belong to studies; `none` and `opacity` belong to images. Predictions of `opacity` are boxes. All other
+predictions are scored like boxes, with the one-pixel box `0 0 1 1`. The AP of a class that is absent from the truth is NaN
+and ignored in the mean; in the competition's tables all six classes are present.
 """
 
 import ast
@@ -85,8 +85,8 @@ def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) ->
 def score_files(truth_folder: str | Path, submission: str | Path) -> dict[str, float]:
     """Score a submission.csv against the ground truth in `truth_folder`; return the dict that `score` returns.
 
-    Raises SubmissionError if the submission cannot be read, and ScoringError if the ground truth cannot be read or the
-    submission has other ids.
+    Raises SubmissionError if the submission cannot be read. Raises ScoringError if the ground truth cannot be read, or if
+    its ids are not those of the submission.
     """
     return score(read_truth(truth_folder), read_submission(submission))
 
@@ -116,7 +116,7 @@ def score(truth: Truth, submission: Submission) -> dict[str, float]:
     scores = _summary(precision, *opacity_precisions(opacities, hits, truth.boxes))
     absent = [label for label in SCORED_CLASSES if np.isnan(scores[label])]
     if absent:
-        logger.warning("the truth has no %s; the score is the mean over the other classes", " and no ".join(absent))
+        logger.warning("the truth lacks the classes %s; the score is the mean over the other classes", ", ".join(absent))
     return scores
 
 
@@ -136,10 +136,10 @@ def score_tables(
 
 
 def match_in_images(truth: Truth, image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return an int array (n,): for each predicted box, the row in `truth.boxes` of the box that it matches, or -1.
+    """Return an int array (n,): for each predicted box, the row in `truth.boxes` of the matched box, or -1 if there is none.
 
-    `boxes` (n, 4) are the predicted boxes, and `image` (n,) has the index in `truth.image_ids` of each box's image, or -1 if
-    the image is not in the truth.
+    `boxes` (n, 4) are the predicted boxes. `image` (n,) has the index in `truth.image_ids` of a predicted box's image, or -1
+    if the image is not in the truth.
     """
     return match_boxes(image, boxes, pd.Index(truth.image_ids).get_indexer(truth.boxes["image_id"]), truth.boxes[list(BOX)])
 
@@ -154,8 +154,8 @@ def score_matched(
 ) -> dict[str, float]:
     """Score predictions as `score_tables` does, for n detections that have already been matched to ground-truth boxes.
 
-    `image` (n,) has the index in `truth.image_ids` of each detection's image; detections with -1 are ignored. `score` (n,)
-    has the detections' scores, and `match` (n,) the row in `truth.boxes` of the box that each matches, or -1.
+    All arrays are (n,). `image` has the index in `truth.image_ids` of a detection's image; detections with -1 are ignored.
+    `score` has a detection's score. `match` has the row in `truth.boxes` of the matched box, or -1 if there is none.
     """
     studies = study_probabilities.set_index("study_id").reindex(truth.labels["id"])[list(STUDY_CLASSES)]
     nones = none_probabilities.set_index("image_id")["none"].reindex(list(truth.image_ids))

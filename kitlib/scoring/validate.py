@@ -46,11 +46,10 @@ def validate(sample: str | Path, submission: str | Path) -> list[Fault]:
 
 
 def validate_rows(ids: Sequence[str], submission: str | Path, source: str = "the sample submission") -> list[Fault]:
-    """Return all faults of SIIM-COVID's submission file, ordered by row, missing ids last; [] if Kaggle would accept it.
+    """Return all faults of SIIM-COVID's submission file, ordered by row, then missing ids; [] if Kaggle accepts the file.
 
     `ids` are the ids that the file must have. `source` is a text for messages that says where these ids are from. Rows, and
-    the groups in a prediction string, may have any order, and classes may be missing. If the file cannot be read, this is
-    the only fault.
+    the groups in a prediction string, may have any order, and classes may be missing. An unreadable file has a single fault.
     """
     return check_rows(submission, HEADER, ids, _parse_siim_row, source)[1]
 
@@ -62,12 +61,12 @@ def check_rows(
     parse: Callable[[str, list[str]], tuple[V, list[str]]],
     source: str = "the sample submission",
 ) -> tuple[dict[str, V], list[Fault]]:
-    """Read a submission file of any competition; return a dict from id to the row's value, and all faults.
+    """Read a submission file of any competition; return a dict from id to the parsed row, and all faults.
 
-    The file must have the header `header`, whose first column is the id, and the ids `ids`. `source` is a text for messages
-    that says where these ids are from. `parse` gets a row's id and its other cells, and returns the row's value and a
-    description of each fault. Faults are ordered by row, missing ids last. Use the values only if there are no faults;
-    otherwise some may be missing or wrong.
+    The file's header must be `header`, with the id first; the file's ids must be `ids`. `source` is a text for messages that
+    says where these ids are from. `parse` gets a row's id and its other cells, and returns the parsed row and a description
+    of each fault. Faults are ordered by row, then missing ids. Use the dict only if there are no faults; otherwise parsed
+    rows may be missing or wrong.
     """
     try:
         cells = read_cells(path)
@@ -105,15 +104,15 @@ def _parse_siim_row(submission_id: str, cells: list[str]) -> tuple[None, list[st
 
 
 def prediction_faults(text: str, level: str) -> list[str]:
-    """Return descriptions of all faults in a prediction string; `level`, "study" or "image", is what its row is about."""
+    """Return descriptions of all faults in a prediction string for a study or an image (`level` "study" or "image")."""
     return check_groups(text, LABELS[level], [label for label in LABELS[level] if label != "opacity"])[2]
 
 
 def check_groups(text: str, labels: Collection[str], boxless: Collection[str]) -> tuple[list[str], np.ndarray, list[str]]:
-    """Parse and check a prediction string; return the labels and numbers (n, 5) of `parse_prediction`, and all faults.
+    """Parse and check a prediction string; return its labels, its numbers (n, 5), and all faults (see `parse_prediction`).
 
     A label must be one of `labels`, a confidence must be in 0..1, and a box must be finite and have an area. Labels in
-    `boxless` must have the box 0 0 1 1. If there is a fault, the returned labels and numbers are empty.
+    `boxless` must have the box 0 0 1 1. If there is a fault, no labels and no numbers are returned.
     """
     nothing: tuple[list[str], np.ndarray] = ([], np.empty((0, 5)))
     if text.strip() in READ_AS_NAN:

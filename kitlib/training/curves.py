@@ -22,16 +22,16 @@ LOGGERS: dict[str, Callable[[Path, str], Logger]] = {
 def open_curves(kind: str, folder: Path, title: str) -> Iterator[Logger | None]:
     """Yield a Lightning logger of the kind "tensorboard", "wandb" or "mlflow" that writes to `folder`; None if `kind` is "".
 
-    The logger is closed at the end, so that the next model trained in this process starts a new logger run. Raises
-    TrainingError if the package named `kind` is not installed.
+    The logger is closed when the `with` block ends, so that the next model trained in this process does not continue the
+    same curves. Raises TrainingError if the package named `kind` is not installed.
     """
     if not kind:
         yield None
         return
     if importlib.util.find_spec(kind) is None:
         raise TrainingError(
-            f'curves is "{kind}", but the package {kind} is not installed; install it (.venv/bin/python -m pip install '
-            f"{kind}), or leave curves empty: tables/history.csv has the same metrics"
+            f'curves is "{kind}", but the package {kind!r} is not installed. Install it with `.venv/bin/python -m pip '
+            f'install {kind}`, or set curves="" and use tables/history.csv, which has the same metrics'
         )
     folder.mkdir(parents=True, exist_ok=True)
     curves = LOGGERS[kind](folder, title)

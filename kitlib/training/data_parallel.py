@@ -49,8 +49,8 @@ class Keys(Protocol):
 class SharedBatches(Sampler[list[Any]]):
     """Batch sampler that splits every batch among the processes that train together.
 
-    Of n processes, the process with rank r gets the keys at positions r, r + n, r + 2n, ... of each batch. `sampler` must
-    yield the same keys in the same order in every process. If the last batch is incomplete, it is dropped.
+    `sampler` must yield the same keys (see Keys) in the same order in every process. Of n processes, the process with rank r
+    gets the keys at positions r, r + n, r + 2n, ... of each batch. If the last batch is incomplete, it is dropped.
     """
 
     def __init__(self, sampler: Keys, batch_size: int) -> None:
@@ -145,13 +145,13 @@ def _check_can_share(recipe: TrainingRecipe, processes: int) -> None:
     if unfreeze_every := getattr(recipe, "unfreeze_every", 0):
         # DDP synchronises only the gradients of parameters that are trainable at the start.
         raise ValueError(
-            f"unfreeze_every is {unfreeze_every}: stages that unfreeze later cannot be trained by several processes; set "
-            "processes to 1"
+            f"`unfreeze_every` is {unfreeze_every}, but several processes cannot train stages of the backbone that are "
+            "unfrozen later; set `processes` to 1"
         )
     if family_of(recipe).one_process:
         raise ValueError(
-            f"a {family_of(recipe).name} cannot be trained by several processes; set processes to 1 and train folds side by "
-            "side, one per GPU"
+            f"a {family_of(recipe).name} cannot be trained by several processes; set `processes` to 1 and train several "
+            "folds at once, one per GPU"
         )
 
 

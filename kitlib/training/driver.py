@@ -18,9 +18,9 @@ def train_fold(task: Task, fold: int, run_folder: str | Path) -> TrainedFold | N
 
     Writes to `run_folder`: the bundle with the weights of the kept epoch, tables (among them the predictions), figures and,
     last, metrics.json. An interrupted run is resumed, with the same result as an uninterrupted run; for a finished run, the
-    results are only read. If several processes train together, the first returns the results, the others None. Raises
-    TrainingError if the folder contains a run with other data or settings, or if the memory is too small for a batch;
-    SessionOver at the task's deadline; ValueError, before anything is written, if the task cannot be trained.
+    results are only read. If several processes train a fold together, only rank 0 returns the results, and the others return
+    None. Raises TrainingError if the folder contains a run with other data or settings, or if the memory is too small for a
+    batch; SessionOver at the task's deadline; ValueError, before anything is written, if the task cannot be trained.
     """
     run_folder, task = Path(run_folder), task.checked()
     family = family_of(task.recipe)

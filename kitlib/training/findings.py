@@ -39,8 +39,8 @@ def check_findings(
     check_frozen(recipe, model_name)
     if not class_columns(labels, "labels"):
         raise DatasetError(
-            f"{model_name}: the prepared run has no labels; in notebook 10, give `label` or `labels` in columns, or set "
-            "class_folders"
+            f"{model_name}: the prepared run has no labels; in notebook 10, give `label` or `labels` in the parameter "
+            "`columns`, or set `class_folders`"
         )
     check_classes(recipe, class_columns(labels, "labels"))
     if "split" in images:
@@ -57,8 +57,8 @@ def check_findings(
         invalid = fully_labelled[(fully_labelled[classes].sum(axis=1) - 1).abs() > 1e-6]
         if len(invalid):
             raise ValueError(
-                f"{model_name}: multi_label is false, but {len(invalid)} rows of labels do not sum to 1; the first is for "
-                f'{invalid["id"].iloc[0]}. Correct them, or set overrides {{"multi_label": true}}'
+                f"{model_name}: `multi_label` is false, but {len(invalid)} rows of the table `labels` do not sum to 1; the "
+                f'first is for {invalid["id"].iloc[0]}. Correct them, or set overrides {{"multi_label": true}}'
             )
 
 
@@ -167,7 +167,7 @@ def findings_loss(
 
 
 class FindingsStrategy(Strategy):
-    """Strategy that trains a classifier of single images on one fold. Its classes are the columns of the `labels` table.
+    """Strategy that trains a classifier of single images on one fold. The classes are the columns of the `labels` table.
 
     Writes predictions for the validation fold to the table `class_scores`, and predictions for at most `limit_validation`
     images in the split "test" to `test_scores`. With the task's `in_sample`, it also writes predictions for the model's
@@ -204,7 +204,7 @@ class FindingsStrategy(Strategy):
         self.validation = self.examples(self.validation_images)
 
     def examples(self, images: pd.DataFrame, **options: Any) -> Labelled:
-        """Return a data set with one example per row of `images`; `options`, such as `augment`, go to its constructor."""
+        """Return a data set with one example per row of `images`, constructed with `options` such as `augment`."""
         tables = images, self.labels, self.boxes
         return XrayDataset(*tables, self.task.cache, self.recipe, lungs=self.task.lungs, **options)
 

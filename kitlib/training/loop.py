@@ -95,8 +95,8 @@ def make_optimizer(model: torch.nn.Module, recipe: TrainingRecipe) -> torch.opti
             decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") else recipe.weight_decay
             groups.setdefault((recipe.learning_rate * rate, decay), []).append(parameter)
     if unmatched_prefixes or not groups:
-        prefixes = " or ".join(sorted(unmatched_prefixes))
-        missing = f"whose name starts with {prefixes}" if prefixes else "that is not frozen"
+        unmatched = " or ".join(sorted(unmatched_prefixes))
+        missing = f"whose name starts with {unmatched}" if unmatched else "that is not frozen"
         raise ValueError(f"{type(model).__name__} has no parameter {missing}")
     parameter_groups = [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
     if recipe.optimizer == "sgd":

@@ -59,7 +59,7 @@ def check_other_source(home: pd.DataFrame, other: pd.DataFrame, name: str) -> No
         if len(shared):
             raise ValueError(
                 f"{name} is not an independent source: {len(shared)} of its images have the same {column} as images of the "
-                f"training set; the first {column} is {shared.iloc[0]!r}. Remove {name} from also_on"
+                f"training set; the first {column} is {shared.iloc[0]!r}. Remove {name!r} from `also_on`"
             )
 
 
@@ -74,9 +74,9 @@ def score_masks(
     """Segment images, compare the result with their ground-truth masks in `masks`, and return a `mask_scores` table.
 
     For each image, the table has one row for each of the recipe's structures and, if the segmenter is a LungSegmenter, one
-    for "lungs" (both sides together). Its columns are image_id, model, fold (always -1), structure, dice and jaccard. Masks
-    are scored as predicted, without clean-up. If `predicted_masks` is given, the predicted masks are added to this store.
-    If `predicted_maps` is given, a MaskPredictor's `mask_maps` tables are added to this list.
+    for "lungs" (left and right lung together). The columns are image_id, model, fold (always -1), structure, dice and
+    jaccard. Masks are scored as predicted, without clean-up. If `predicted_masks` is given, the predicted masks are added to
+    this store. If `predicted_maps` is given, a MaskPredictor's `mask_maps` tables are added to this list.
     """
     rows, pending = [], {}
     structures = dict.fromkeys([*segmenter.recipe.structures, *(["lungs"] if isinstance(segmenter, LungSegmenter) else [])])
@@ -166,8 +166,8 @@ class SegmenterStrategy(Strategy):
         ]
         if not any(np.isin(self.masks.read(image_id), codes).any() for image_id in self.images.image_id):
             raise MaskError(
-                f"no mask in {self.masks.folder} shows {' or '.join(self.recipe.structures)}; choose a recipe for what the "
-                "masks show, or prepare other data"
+                f"no mask in {self.masks.folder} shows {' or '.join(self.recipe.structures)}; choose a recipe with "
+                "structures that the masks show, or prepare other data"
             )
 
     @property
@@ -177,9 +177,9 @@ class SegmenterStrategy(Strategy):
     def start(self, model: Segmenter) -> str:
         """Load the recipe's `starting_weights` into `model`, and return a text that says what was loaded.
 
-        `starting_weights` is the bundle of a segmenter with the same network. If the network is an albunet, it may also be
-        the bundle of a classifier with the backbone resnet34, or a file of weights; then only the encoder is loaded. Returns
-        "from scratch" if `starting_weights` is empty. Raises BundleError if the weights do not fit.
+        `starting_weights` is the bundle of a segmenter with the same network. For an albunet, it may also be a classifier's
+        bundle with the backbone resnet34, or a file of weights; only the encoder is loaded from these two. Returns
+        "from scratch" if `starting_weights` is empty. Raises BundleError if the weights do not fit the network.
         """
         name = self.recipe.starting_weights
         if not name:

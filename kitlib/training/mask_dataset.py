@@ -59,11 +59,11 @@ class MaskDataset(Examples):
         return {"pixels": torch.from_numpy(pixels), "truth": torch.from_numpy(truth), "index": index}
 
     def sampler(self, seed: int) -> EpochSampler:
-        """Return the sampler that yields the keys of the training examples.
+        """Return the sampler that yields the keys (epoch, index) of the training examples.
 
-        It is an EpochSampler, which draws all images alike, or, if the recipe's `positives` is not empty, a
-        PositivesSampler, which draws a given share of images that show the recipe's structure. In the latter case, raises
-        MaskError if all images show the structure or if none does.
+        If the recipe's `positives` is empty, the sampler is an EpochSampler, which yields each image once per epoch.
+        Otherwise, it is a PositivesSampler, in which a given share of the images shows the recipe's structure. Raises
+        MaskError if a PositivesSampler is needed, but all images show the structure or none does.
         """
         if not self.positives:
             return super().sampler(seed)
@@ -72,7 +72,7 @@ class MaskDataset(Examples):
         if has.all() or not has.any():
             raise MaskError(
                 f"{'all' if has.all() else 'none'} of the {len(self)} training images show a {name}; prepare images with "
-                'it and without it, or set overrides {"positives": []}, which trains on all images alike'
+                f'and without a {name}, or set overrides {{"positives": []}} to use each image once per epoch'
             )
         return PositivesSampler(has, self.positives, self.recipe.epochs, seed)
 
@@ -93,12 +93,12 @@ class MaskDataset(Examples):
 
 
 class PositivesSampler(EpochSampler):
-    """Sampler of the keys (epoch, index) of training examples; a given share of the drawn images shows a structure.
+    """Sampler of the keys (epoch, index) of training examples; a given share of each epoch's images shows a structure.
 
-    `has_structure`, bool (n,), is True for images with the structure. `shares` are the shares of such images in the first
-    and the last of `epochs` epochs; in between, the share changes linearly. All epochs have the same length: at the lower
-    share, an epoch contains each image with the structure once. Within an epoch, the images with the structure are drawn
-    equally often, up to a difference of one; so are the images without it.
+    `has_structure`, bool (n,), is True for images with the structure. `shares` contains this share for the first and for
+    the last of `epochs` epochs; in between, the share changes linearly. All epochs have the same length. An epoch with the
+    lower of the two shares contains each image with the structure once. Within an epoch, all images with the structure
+    occur equally often, up to a difference of one; so do all images without the structure.
     """
 
     def __init__(self, has_structure: np.ndarray, shares: tuple[float, ...], epochs: int, seed: int) -> None:

@@ -23,7 +23,7 @@ class PatchDataset(Examples):
     """Data set of lung patches: one example per row of `images`, in the same order.
 
     With `augment`, examples are for training: dicts with the keys of an `XrayDataset` example. `pixels`, uint8 (side, side),
-    is one lung patch, `none` is NaN (unknown), and there are no boxes. The patch's centre and its augmentation depend on
+    is one lung patch; the value of `none` is NaN, that of `boxes` empty. The patch's centre and its augmentation depend on
     `seed` and the key (epoch, index) alone.
 
     Without `augment`, examples are for validation: dicts with `label`, `index`, `canvas` and `centres`. `canvas`, uint8
@@ -111,7 +111,7 @@ class PatchCanvasCache:
         )
 
     def get(self, index: int) -> PatchCanvas | None:
-        """Return the canvas of image `index`, whose pixels must not be changed, or None if it is not cached."""
+        """Return the canvas of image `index`, or None if no canvas is cached. The canvas's pixels must not be changed."""
         cached = self.canvases.get(index) if index < len(self.masks) else None
         if cached is None:
             return None

@@ -16,8 +16,8 @@ from kitlib.training.loop import RecipeTraining
 class PyramidDetectorTraining(RecipeTraining):
     """Lightning module that trains and validates a Faster R-CNN or RetinaNet on batches from an `XrayDataset`.
 
-    `score(predictions, ground_truth)` returns the validation scores, keyed by name. Both arguments are lists with one array
-    per image: predicted boxes with their scores and classes (k, 6), ground-truth boxes with their classes (m, 5).
+    `score(predictions, ground_truth)` returns the validation scores, keyed by name. `predictions` has one array (k, 6) per
+    image: boxes, scores and classes. `ground_truth` has one array (m, 5) per image: boxes and classes.
     """
 
     model: PyramidDetector

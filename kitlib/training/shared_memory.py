@@ -44,11 +44,11 @@ def suitable_workers() -> int:
 
 
 def workers_that_fit(workers: int, bytes_per_worker: int, free_bytes: Callable[[], float] = free_shared_memory) -> int:
-    """Return `workers`, or, with a warning, the smaller number of workers whose batches fit into /dev/shm.
+    """Return `workers` if their batches fit into /dev/shm; otherwise warn, and return the number of workers that fit.
 
     `bytes_per_worker` is the size of the batches that each worker prefetches. With fewer workers, training has the same
-    result but takes longer. Workers whose batches do not fit would be killed, or training would wait 10 minutes
-    (BATCH_TIMEOUT_S) for them and fail. Folds that train side by side also use /dev/shm, but this function counts only one
+    result but takes longer. With too many workers, the workers would be killed, or training would fail after waiting 10
+    minutes (BATCH_TIMEOUT_S) for a batch. Folds that train side by side also use /dev/shm, but this function counts only one
     fold.
     """
     needed, free = workers * bytes_per_worker, free_bytes() if workers else math.inf

@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 def leave_out_rejected(tables: Mapping[str, pd.DataFrame], lungs: StoredLungs | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drop images without usable lungs; return the remaining rows of the `folds` table, and a table of counts.
 
-    Such images cannot be masked, so a model would see them unmasked among masked images. If one class has more of them, this
-    gives the class away. The counts have one row per class and a row "all", with the columns class, images and dropped.
+    Such images cannot be masked. If they stayed unmasked and one class had more of them, a model could recognise this class
+    by the missing mask. The counts have one row per class and a row "all", with the columns `class`, `images` and `dropped`.
     `tables` are the tables of a prepared run. Raises ValueError if `lungs` is None.
     """
     if lungs is None:
-        raise ValueError("drop_rejected requires lungs_run, the run of notebook 14 that judged the lungs")
+        raise ValueError("`drop_rejected` requires `lungs_run`, the run of notebook 14 that judged the lungs")
     folds, images = tables["folds"], tables["images"]
     in_folds = images[images.image_id.isin(folds.id)]
     dropped = in_folds[~in_folds.image_id.isin(list(lungs.frames))]
@@ -49,17 +49,19 @@ def split(
     images_by_id = images.set_index("image_id", drop=False)
     missing = folds.loc[~folds.id.isin(images_by_id.index), "id"]
     if len(missing):
-        raise ValueError(f"{len(missing)} images in folds are not in the `images` table; the first is {missing.iloc[0]}")
+        raise ValueError(f"{len(missing)} ids in `folds` are not in the `images` table; the first is {missing.iloc[0]!r}")
     usable = folds[~folds.id.map(images_by_id.false_none).astype(bool)] if "false_none" in images.columns else folds
     parts = []
-    for is_selected, limit in ((usable.fold != fold, limit_train), (usable.fold == fold, limit_validation)):
+    for purpose, is_selected, limit in (
+        ("training", usable.fold != fold, limit_train),
+        ("validation", usable.fold == fold, limit_validation),
+    ):
         part = images_by_id.loc[usable.id[is_selected]].reset_index(drop=True)
         if limit is not None:
             part = _sample_patients(part, limit, seed)
         if part.empty:
             raise ValueError(
-                f"fold {fold} leaves no images for training or for validation; available folds: {sorted(set(usable.fold))}, "
-                f"limit: {limit}"
+                f"fold {fold} leaves no images for {purpose} (limit: {limit}); available folds: {sorted(set(usable.fold))}"
             )
         parts.append(part)
     return parts[0], parts[1]
@@ -76,10 +78,10 @@ def with_extra(
     """Add the images in `extra` to the training images; return tables of images, labels and boxes, and a cache.
 
     The tables and the cache contain the training images and the extra images. Extra images that no annotator looked at
-    (`false_none`) are left out. The classes are the columns of `labels`; if the extra labels lack a class, it is NaN
-    (unknown) for the extra images. If `extra` is None, returns `train_images`, `labels`, `boxes` and `cache` unchanged.
-    Raises ValueError if no extra image remains, if an extra image has the image_id, study_id or patient_id of a validation
-    image, or if it has the image_id or study_id of a training image.
+    (`false_none`) are left out. The classes are the columns of `labels`; a class that the extra labels lack is NaN (unknown)
+    for the extra images. If `extra` is None, returns `train_images`, `labels`, `boxes` and `cache` unchanged. Raises
+    ValueError if no extra image remains. Also raises ValueError if an extra image has the image_id or study_id of a training
+    or validation image, or the patient_id of a validation image.
     """
     if extra is None:
         return train_images, labels, boxes, cache

@@ -48,7 +48,8 @@ class Strategy(ABC):
         unused = [name for name in OPTIONAL_INPUTS if getattr(task, name) not in (None, False) and name not in self.uses]
         if unused:
             raise ValueError(
-                f"{task.model_name}: a {type(task.recipe).__name__} cannot use {', '.join(unused)}; remove this input"
+                f"{task.model_name}: a {type(task.recipe).__name__} cannot use the task's {', '.join(map(repr, unused))}; "
+                "remove these inputs"
             )
         if isinstance(task.recipe, WithBackbone):
             check_finder(task.recipe, task.lungs, task.model_name)
@@ -85,9 +86,9 @@ class Strategy(ABC):
         """Return the Lightning module that trains and validates `model`."""
 
     def fit(self, model: Any, device: torch.device) -> FitResult:
-        """Train `model`, and return the history and the kept epoch.
+        """Train `model`; return the training history and the number of the epoch whose weights are kept.
 
-        Afterwards `model` is on the CPU and has the weights of the kept epoch. Raises SessionOver if another epoch would not
+        Afterwards `model` is on the CPU and has the weights of this epoch. Raises SessionOver if the next epoch would not
         end before the task's deadline.
         """
         task, train, validation = self.task, self.training_batches(), self.validation_batches()
@@ -96,7 +97,7 @@ class Strategy(ABC):
 
     @cached_property
     def workers(self) -> int:
-        """Number of processes that load batches: the task's `workers` or a suitable number, reduced to fit into /dev/shm."""
+        """Number of processes that load batches: the task's `workers` or a default, or fewer if /dev/shm is too small."""
         training = self.train.example_bytes * min(self.recipe.batch_size, len(self.train))
         validation = self.validation.example_bytes * min(self.validation_batch, len(self.validation))
         workers = self.task.workers if self.task.workers >= 0 else suitable_workers()
@@ -121,9 +122,9 @@ class Strategy(ABC):
         """Predict the held-out images with the run's bundle, write the predictions, and return counts for metrics.json."""
 
     def complete(self, device: torch.device) -> int:
-        """Write the predictions that the task requests and a finished run lacks; the base class has nothing to write.
+        """Write the predictions that the task requests but a finished run lacks; the base class writes nothing.
 
-        Returns the number of predicted images in which no usable lungs were found; 0 if the model does not use lungs.
+        Returns the number of predicted images without a usable lung mask; 0 if the model does not use lungs.
         """
         return 0
 
@@ -151,10 +152,10 @@ def check_classes_differ(task: Task, images: pd.DataFrame, labels: pd.DataFrame)
     if (label.min() < label.max()).any():  # min and max ignore NaN
         return
     always = ", ".join(name for name in label if (label[name] > 0).any()) or "none of the classes"
-    limit = f", or raise limit_train, which is {task.limit_train}" if task.limit_train is not None else ""
+    limit = f", or raise `limit_train`, which is {task.limit_train}" if task.limit_train is not None else ""
     raise DatasetError(
         f"{task.model_name}: all {len(images)} training images have the same labels ({always}), so there is nothing to "
-        f"learn, and any accuracy would be 1.0; in notebook 10, add images of another class with `pool`{limit}"
+        f"learn. Add images of another class with `pool` in notebook 10{limit}"
     )
 
 

@@ -28,14 +28,14 @@ KINDS = {"test_scores": "class_scores", "training_scores": "class_scores"}
 class Task:
     """Everything that is needed to train one model on any fold: data, recipe, seed, limits and deadline.
 
-    `tables` contains the tables images, labels, boxes and folds of a run of notebook 10; `cache` reads its decoded images.
-    `limit_train` and `limit_validation` cap the number of training and validation images, keeping or dropping whole
-    patients. `extra` has additional images, which are used only for training and to which the limits do not apply. `lungs`
-    are stored lungs, for a recipe whose field `lungs` is "masks"; `masks` are the ground truth for a segmenter. With
-    `in_sample`, a findings classifier also predicts its own training images. `workers` is the number of processes that load
-    batches; -1 lets `kitlib.training.shared_memory.suitable_workers` choose it. Training raises ValueError if the model
-    family cannot use `extra`, `lungs`, `masks` or `in_sample`. With `resume`, an interrupted run continues; without it, the
-    run starts over.
+    `tables` contains the tables "images", "labels", "boxes" and "folds" of a run of notebook 10; `cache` reads this run's
+    decoded images. `limit_train` and `limit_validation` cap the number of training and validation images, keeping or
+    dropping whole patients. `extra` has additional images, which are used only for training and to which the limits do not
+    apply. `lungs` are stored lungs, for a recipe whose field `lungs` is "masks"; `masks` are the ground truth for a
+    segmenter. With `in_sample`, a findings classifier also predicts its own training images. `workers` is the number of
+    processes that load batches; -1 lets `kitlib.training.shared_memory.suitable_workers` choose it. Training raises
+    ValueError if the model family cannot use `extra`, `lungs`, `masks` or `in_sample`. With `resume`, an interrupted run
+    continues; without it, the run starts over.
     """
 
     tables: Mapping[str, pd.DataFrame]
@@ -56,17 +56,17 @@ class Task:
     def checked(self) -> "Task":
         """Return a copy of the task whose tables have been checked and converted by `kitlib.tables.check_table`.
 
-        Raises ValueError if `workers` is below -1, or if the keys of `tables` are not images, labels, boxes and folds;
-        TableError if a table is invalid.
+        Raises ValueError if `workers` is below -1, or if the keys of `tables` are not "images", "labels", "boxes" and
+        "folds". Raises TableError if a table is invalid.
         """
         if self.workers < -1:
-            raise ValueError(f"workers is {self.workers}; expected -1 or more")
+            raise ValueError(f"`workers` is {self.workers}; expected -1 or more")
         if set(self.tables) != set(TABLES):
-            raise ValueError(f"tables are {', '.join(self.tables)}; expected {', '.join(TABLES)}")
+            raise ValueError(f"the keys of `tables` are {list(self.tables)}; expected {list(TABLES)}")
         return dataclasses.replace(self, tables={name: check_table(self.tables[name], name) for name in TABLES})
 
     def identity(self, fold: int) -> dict[str, Any]:
-        """Return a dict in JSON types that describes everything that determines the weights of the model for `fold`."""
+        """Return a dict, in JSON types, of all inputs on which the weights of the model for `fold` depend."""
         start = self.recipe.starting_weights
         return {
             "model": self.model_name,
@@ -93,10 +93,10 @@ class Task:
 class TrainedFold:
     """Results of one finished fold, as read from its run folder.
 
-    `tables` contains the model's predictions, keyed by file name without extension: study_scores and image_scores of a study
-    classifier; class_scores and test_scores of a findings classifier; detections and coverage of a detector; mask_scores of
-    a segmenter. They are for images that the model was not trained on. Only training_scores, which a findings classifier
-    writes on request, is for its training images. `metrics` is the content of metrics.json, `history` has one row per epoch.
+    `tables` contains the model's predictions, keyed by file stem: `study_scores` and `image_scores` of a study classifier;
+    `class_scores` and `test_scores` of a findings classifier; `detections` and `coverage` of a detector; `mask_scores` of a
+    segmenter. These predictions are for images that the model was not trained on. On request, a findings classifier also
+    writes `training_scores` for its training images. `metrics` is read from metrics.json; `history` has one row per epoch.
     """
 
     run_folder: Path

@@ -72,12 +72,12 @@ def train_folds(
     """
     folds, gpus = list(folds), torch.cuda.device_count()
     if processes > 1 and at_once > 1:
-        raise ValueError(f"at_once is {at_once} and processes is {processes}: use only one of them and set the other to 1")
+        raise ValueError(f"`at_once` is {at_once} and `processes` is {processes}, but only one of the two may exceed 1")
     if processes < 1 or at_once < 0:
-        raise ValueError(f"expected at_once of at least 0 and processes of at least 1, got {at_once} and {processes}")
+        raise ValueError(f"`at_once` is {at_once} and `processes` is {processes}; expected at least 0 and at least 1")
     available = sorted(set(task.tables["folds"]["fold"].tolist()))
     if unknown := sorted(set(folds) - set(available)):
-        raise ValueError(f"the prepared run has no fold {', '.join(map(str, unknown))}; set folds to some of {available}")
+        raise ValueError(f"the prepared run has no fold {', '.join(map(str, unknown))}; choose from {available}")
     side_by_side = min(len(folds), at_once or (max(1, gpus) if processes == 1 else 1))
     if not task.resume:
         for fold in folds:

@@ -1,4 +1,4 @@
-"""Decodes every X-ray once, in parallel, and caches a reduced copy of it on disk, together with the original size."""
+"""Decodes every X-ray once, in parallel; stores its pixels (8 bits, reduced) on disk, together with the original size."""
 
 import errno
 import hashlib
@@ -52,7 +52,7 @@ DECODING = 4
 
 @dataclass(frozen=True)
 class CachedXray:
-    """The reduced copy of one decoded X-ray, and the size of the original image."""
+    """One decoded X-ray, reduced to the cache's `longest_side`, and the size of the original image."""
 
     image_id: str
     pixels: np.ndarray  # uint8 (height, width), longest side at most the cache's `longest_side`, aspect ratio preserved
@@ -61,7 +61,7 @@ class CachedXray:
 
 
 class DecodedXrays(Protocol):
-    """Interface of classes that return decoded X-rays by image id, each with at most `longest_side` pixels a side."""
+    """Interface of a store of decoded X-rays, which are read by image id and have at most `longest_side` pixels a side."""
 
     longest_side: int
 
@@ -70,16 +70,17 @@ class DecodedXrays(Protocol):
 
 
 class XrayCache:
-    """Cache of decoded X-rays, each with at most `longest_side` pixels a side, in a subfolder of `folder`.
+    """Cache of decoded X-rays, 8 bits and at most `longest_side` pixels a side, in a subfolder of `folder`.
 
-    Each image is one safetensors file (an entry), written atomically. `pack` turns all entries into one tar archive, which
-    this class can read too; images that are decoded after packing are written to a scratch folder. The name of the subfolder
-    contains `longest_side` and the decoder's version, so entries of other sizes or versions are never used. `decode` reuses
-    an image's entry if the file's size, modification time and sampled bytes (see `source_of`) are unchanged and the entry's
-    checksum is right, even if the file's path has changed. Each XrayCache object verifies the checksum of an entry only
-    once. With `only_projections`, decoding fails for files that are not projection X-rays, such as CT; without it, their
-    Outcome has a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an
-    archive cannot be read.
+    Each image is one safetensors file (an entry), written atomically. `pack` puts all entries into one tar archive, which
+    this class can read too; a new XrayCache then writes further images to a scratch folder. The name of the subfolder
+    contains `longest_side` and the decoder's version, so entries of other sizes or versions are never used.
+
+    `decode` reuses an entry if its checksum is right and the image file's size, modification time and sampled bytes (see
+    `source_of`) are unchanged; the file may have moved. `read` verifies the checksum of an entry only the first time.
+    Files that are not projection X-rays, such as CT, cannot be decoded if `only_projections`; otherwise they are decoded,
+    with a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an archive
+    cannot be read.
     """
 
     def __init__(self, folder: str | Path, longest_side: int = 1024, only_projections: bool = False):
@@ -100,14 +101,14 @@ class XrayCache:
         timeout_s: float | Callable[[], float] = 20.0,
         pool: ProcessPool | None = None,
     ) -> Generator[Outcome, None, None]:
-        """Decode `images` (columns image_id and path) and yield one Outcome per image, in order of completion.
+        """Decode `images` (columns image_id and path) into the cache; yield one Outcome per image, in order of completion.
 
-        Files are decoded in `workers` processes (default: all usable cores), only a few files ahead of the consumer. An
-        image has a failed Outcome, without affecting the other images, if its file takes longer than `timeout_s` seconds (a
-        number, or a function called for each file), crashes its worker or needs gigabytes of memory, or if its image_id
-        cannot be a file name. Stopping the iteration stops the workers; those of a `pool` (from `decoding_pool`) stay open
-        for the next call. Raises CacheError if the cache cannot be written; RuntimeError if the pool is stopped; ValueError
-        for missing columns or an image_id that occurs twice.
+        Files are decoded in `workers` processes (default: one per usable core), only a few files ahead of the consumer. A
+        bad image has a failed Outcome and does not affect the other images: its file is unreadable, takes longer than
+        `timeout_s` seconds (a number, or a function called for each file), crashes its process or needs gigabytes of memory,
+        or its image_id cannot be a file name. If the iteration is stopped, the processes stop too; only the processes of a
+        `pool` (from `decoding_pool`) stay for the next call. Raises CacheError if the cache cannot be written; RuntimeError
+        if the pool is stopped; ValueError for missing columns or an image_id that occurs twice.
         """
         ids, paths = self._check_images(images)
         self._remove_abandoned()
@@ -154,7 +155,7 @@ class XrayCache:
         if image_id not in self:
             other_versions = ", ".join(sorted(path.name for path in self.folder.parent.glob("*px_*") if path != self.folder))
             hint = (
-                f"; copies of another size or decoder version are in {other_versions}: prepare the run again"
+                f"; images of another size or decoder version are in {other_versions}: prepare the run again"
                 if other_versions
                 else ""
             )
@@ -166,7 +167,7 @@ class XrayCache:
         return CachedXray(image_id, pixels, int(facts["rows"]), int(facts["columns"]))
 
     def put(self, xray: CachedXray) -> None:
-        """Write `xray`, such as an edited copy, to the cache without a source file; replaces the image's existing entry."""
+        """Write `xray`, for example an edited image, as its image's cache entry; an existing entry is replaced."""
         facts = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
         write_entry(self._entry_path(xray.image_id), xray.pixels, facts)
 
@@ -216,7 +217,10 @@ class XrayCache:
         return self.folder / f"{image_id}.safetensors"
 
     def _cached_outcome(self, image_id: str, path: str) -> Outcome | None:
-        """Return an Outcome with status "cached" if the entry was decoded from the unchanged file `path`, else None."""
+        """Return an Outcome with status "cached" if the image has a valid entry and the file `path` is unchanged; else None.
+
+        Unchanged means that `source_of` returns the same as when the entry was written.
+        """
         entry = self._entry_path(image_id)
         try:
             _, facts = self._read_entry(entry)
@@ -232,7 +236,7 @@ class XrayCache:
         """Wait until at least one task has finished, remove all finished tasks from `running` and yield their outcomes.
 
         `running` maps each task to the image id and the time limit in seconds. Raises CacheError if an entry cannot be
-        written; RuntimeError if `pool` is stopped, because its tasks then never finish.
+        written; RuntimeError if `pool` is stopped.
         """
         while not (finished := wait(running, timeout=1, return_when=FIRST_COMPLETED).done):
             if not pool.active:

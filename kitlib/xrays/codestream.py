@@ -69,9 +69,9 @@ def find_syntax(frame: bytes, stated: str) -> str:
 
 
 def jpeg_segments(frame: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the pair (low byte of the marker, position) for each segment of a JPEG before its first scan.
+    """Yield each segment of a JPEG before its first scan: low byte of the segment's marker, and position of the marker.
 
-    Raises ValueError where a segment should start and there is none.
+    Raises ValueError if there is no marker where a segment should start.
     """
     position = 2
     while True:
@@ -115,7 +115,7 @@ def _jpeg(frame: bytes, allowed_kinds: tuple[int, ...]) -> FrameHeader:
         if (kind in range(0xC0, 0xD0) and kind not in (0xC4, 0xC8, 0xCC)) or kind == 0xF7:
             if kind not in allowed_kinds or header:
                 allowed = ", ".join(map(hex, allowed_kinds))
-                raise ValueError(f"JPEG frame of kind {kind:#x}; expected exactly one frame, of kind {allowed}")
+                raise ValueError(f"unexpected JPEG frame of kind {kind:#x}; expected a single frame, of kind {allowed}")
             precision, rows, columns, samples = struct.unpack_from(">BHHB", _read_bytes(frame, position + 4, 6), 0)
             header = FrameHeader(rows, columns, samples, precision, has_end_marker=END in frame[-64:])
     if not header:
@@ -143,7 +143,7 @@ def _jpeg_2000(frame: bytes) -> FrameHeader:
 
 
 def has_component_transform(frame: bytes) -> bool:
-    """Return whether a JPEG 2000 frame states a multiple component transform (RCT or ICT), which its decoder undoes."""
+    """Return whether a JPEG 2000 frame has a colour transform (RCT or ICT); decoders undo such a transform."""
     position = frame.find(b"\xff\x52", max(0, frame.find(b"\xff\x4f\xff\x51")))
     return position >= 0 and frame[position + 8 : position + 9] == b"\x01"
 
@@ -151,8 +151,8 @@ def has_component_transform(frame: bytes) -> bool:
 def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
     """Raise ValueError if a JPEG 2000 frame has more than MAX_BLOCKS code-blocks or precincts.
 
-    `position` is the first byte after the size segment; `rows` and `columns` are the image's size. The limit is needed
-    because a decoder allocates a hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
+    `position` is the first byte after the size segment; `rows` and `columns` are the image's size. There is a limit because
+    a decoder allocates a hundred bytes or more for each block, and a block may be as small as 4 x 4 pixels.
     """
     position = frame.find(b"\xff\x52", position, position + 4096)
     if position < 0:

@@ -14,11 +14,11 @@ IDS = {(1, 2, 3): YCBCR, tuple(b"RGB"): RGB, tuple(b"rgb"): RGB}
 def find_colour_space(frame: bytes, syntax: str, photometric: str) -> str:
     """Return RGB or YCBCR, the colour space of the samples that the decoder returns for a compressed colour frame.
 
-    `photometric` is the PhotometricInterpretation of the header, which a JPEG or JPEG 2000 may contradict. In a JPEG, the
-    first of these decides: the Adobe marker (APP14), the component ids (1, 2, 3 are YCbCr; R, G, B are RGB), a JFIF marker
-    (YCbCr), `photometric`. In a lossless JPEG, which is usually not transformed, ids 1, 2, 3 and JFIF do not count. A JPEG
-    2000 decoder undoes the frame's colour transform, so its samples are RGB; only if the frame has no transform and
-    `photometric` is YBR_FULL, they are YCbCr.
+    `photometric`, the PhotometricInterpretation of the DICOM header, decides unless the frame contradicts it:
+    - JPEG: the first of these that exists decides: an Adobe marker (APP14); the component ids (1, 2, 3: YCbCr; R, G, B:
+      RGB); a JFIF marker (YCbCr). A lossless JPEG usually has no colour transform, so its ids 1, 2, 3 and JFIF are ignored.
+    - JPEG 2000: RGB, because the decoder undoes a colour transform; YCbCr only if the frame has no colour transform and
+      `photometric` is YBR_FULL.
     """
     stated = YCBCR if photometric.startswith("YBR") else RGB
     if syntax in JPEG_2000_SYNTAXES:
@@ -27,7 +27,7 @@ def find_colour_space(frame: bytes, syntax: str, photometric: str) -> str:
 
 
 def without_transform(frame: bytes) -> bytes:
-    """Return a copy of the JPEG `frame` that decoders decode without any colour transform, whatever its colour space."""
+    """Return the JPEG `frame` with other markers, so that decoders return its samples without a colour transform."""
     parts, end = [frame[:2], NO_TRANSFORM], 2
     for kind, position in jpeg_segments(frame):
         end = position + 2 + int.from_bytes(frame[position + 2 : position + 4], "big")

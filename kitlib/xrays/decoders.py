@@ -1,7 +1,7 @@
-"""Chooses a decoder for each transfer syntax: imagecodecs (as a pydicom plug-in) where it is faster and gives equal pixels.
+"""Chooses one decoder for each transfer syntax, so that training and test images are decoded in the same way.
 
-Exactly one decoder is used for each syntax, so that training and test images are decoded in the same way. If imagecodecs is
-not installed, pydicom's usual plug-ins are the fallback.
+The decoder is imagecodecs (as a pydicom plug-in) if it is installed, is faster than pydicom's usual plug-ins and gives the
+same pixels; otherwise it is one of the usual plug-ins.
 """
 
 import importlib.util
@@ -41,9 +41,9 @@ def is_available(uid: str) -> bool:
 
 
 def decode_frame(frame: bytes, runner: DecodeRunner) -> np.ndarray:
-    """Return the pixels of one compressed frame. pydicom prescribes the function's parameters.
+    """Return the pixels of one compressed frame, uint8 or uint16: (rows, columns) or, in colour, (rows, columns, 3).
 
-    The pixels are uint8 or uint16, with shape (rows, columns) for grey images and (rows, columns, 3) for colour images.
+    pydicom calls the function and prescribes its parameters; `runner` states the transfer syntax.
     """
     import imagecodecs
 

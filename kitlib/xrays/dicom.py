@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def _raises_unreadable_xray(read: Callable[[str | Path], T]) -> Callable[[str | Path], T]:
-    """Return a wrapper of `read`, a function that reads a file; it raises UnreadableXray in place of any other error."""
+    """Return `read`, a function that reads a file, wrapped so that UnreadableXray replaces every other error."""
 
     @wraps(read)
     def wrapper(path: str | Path) -> T:
@@ -50,15 +50,14 @@ class Xray:
 
 @_raises_unreadable_xray
 def decode_xray(path: str | Path) -> Xray:
-    """Decode a DICOM file; returns an Xray with pixels for display, and warnings about the file.
+    """Decode the first frame of a DICOM file; return an Xray with pixels for display, and warnings about the file.
 
-    Applies the modality LUT and the VOI LUT, inverts MONOCHROME1 images, then maps minimum..maximum to 0..255. Only the
-    first frame, the first VOI LUT and the first window are used; a VOI LUT is preferred to a window. PresentationLUTShape
-    INVERSE belongs to MONOCHROME1 and is ignored. Pixels with PixelPaddingValue are black and do not affect the minimum or
-    maximum. Colour images are converted to luma. A constant image becomes black. Invalid header elements are ignored, with a
-    warning. Float values that are not finite become black. A PALETTE COLOR image is read if its palette is grey. Images of
-    other modalities, such as CT, are read, with a warning (see kitlib.xrays.modality). Raises UnreadableXray if the file
-    cannot be read as an X-ray.
+    Applies the modality LUT, then the first VOI LUT or, if there is none, the first window; inverts MONOCHROME1 images; then
+    maps minimum..maximum to 0..255. PresentationLUTShape is ignored: its value INVERSE only repeats MONOCHROME1. Padding
+    (PixelPaddingValue) and float values that are not finite become black, and do not affect the minimum and maximum. A
+    constant image becomes black. Colour images are converted to luma. PALETTE COLOR is read if the palette is grey. Invalid
+    header elements are ignored, with a warning. Images of other modalities, such as CT, are decoded, with a warning (see
+    kitlib.xrays.modality). Raises UnreadableXray if the file cannot be read as an X-ray.
     """
     elements, syntax = read_elements(path)
     return _show(elements, read_stored(elements, syntax))
@@ -89,10 +88,10 @@ def read_header(path: str | Path) -> XrayHeader:
 
 
 def show_stored(patterns: np.ndarray, elements: Elements) -> Xray:
-    """Return an Xray, with pixels for display, for stored grey values that were extracted from a DICOM file.
+    """Convert stored grey values that were extracted from a DICOM file to an Xray, which has pixels for display.
 
-    `patterns` has the stored values, uint16 (rows, columns), for example from a 16-bit PNG; `elements` has the DICOM header.
-    Raises ValueError, or any exception of pydicom, if `elements` are invalid or have a palette of colours.
+    `patterns` are the stored values, uint16 (rows, columns), for example from a 16-bit PNG; `elements` is the DICOM header.
+    Raises ValueError, or any exception of pydicom, if the header is invalid or has a colour palette.
     """
     return _show(elements, read_stored_array(elements, patterns))
 
@@ -121,7 +120,7 @@ def _luma(patterns: np.ndarray) -> np.ndarray:
 
 
 def _through_palette(elements: Elements, stored: StoredFrame) -> StoredFrame:
-    """Return a PALETTE COLOR frame with its indices replaced by the palette's greys. Raises ValueError if it has colours."""
+    """Return a PALETTE COLOR frame with its indices replaced by greys. Raises ValueError if the palette has colours."""
     colours = apply_color_lut(values_of(stored.patterns, stored.bits, stored.signed), elements.dataset)
     if (colours != colours[..., :1]).any():
         raise ValueError("PALETTE COLOR with a palette of colours; expected grey values, or a palette of greys")

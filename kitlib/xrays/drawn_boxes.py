@@ -31,11 +31,11 @@ def finding_colours(findings: Iterable[str]) -> dict[str, str]:
 
 
 def place_labels(boxes: np.ndarray, widths: Iterable[float], height: float, rows: float, columns: float) -> np.ndarray:
-    """Return the left end of each label's baseline, (n, 2) as x and y, in pixels of a picture of `rows` x `columns`.
+    """Return where to write the label of each box: x and y of the left end of its baseline, (n, 2), in pixels.
 
-    `boxes` (n, 4) has the box of each label, the most important first; `widths` are the widths of the labels, and `height`
-    is the height of their letters, all in pixels. A label is above its box, or inside the box if there is no room above it.
-    A label that would cover an earlier label moves down to the first free line; if no line is free, it is not moved.
+    The picture has `rows` x `columns` pixels. `boxes` (n, 4) are ordered, the most important first. `widths` has the width
+    of each label and `height` is the height of the letters, in pixels. A label is above its box or, if there is no room,
+    inside the box. If it would cover an earlier label, it moves down to the first free line, if there is one.
     """
     places: list[tuple[float, float, float]] = []
     for (xmin, ymin, *_), width in zip(boxes, widths, strict=True):
@@ -65,9 +65,9 @@ def draw_boxes(
     score. Boxes with a score below `min_score` are not drawn; boxes without a score are always drawn. If `image` is a
     resized copy of the image that the boxes belong to, pass the original size (rows, columns) as `size`.
 
-    Boxes are orange. If there are several findings, each has a colour and its boxes are labelled with its name; boxes
-    without a score are then dashed. The colours depend on `findings`, all findings of the run, or on those of `boxes` if
-    `findings` is empty. Raises ValueError if `image` has another shape or type, or if a box lacks a coordinate.
+    `findings` are all findings of the run; by default, the findings in `boxes`. If there is only one finding, all boxes are
+    orange. If there are several, each finding has a colour, its boxes are labelled with its name, and boxes without a score
+    are dashed. Raises ValueError if `image` has another shape or type, or if a box lacks a coordinate.
     """
     if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
         raise ValueError(f"expected an image of uint8 (rows, columns), got {image.dtype} {image.shape}; use read_xray")
@@ -78,7 +78,7 @@ def draw_boxes(
     all_boxes = list(_as_dictionaries(boxes))
     for box in all_boxes:
         if missing := [side for side in BOX if side not in box]:
-            raise ValueError(f"a box lacks {', '.join(missing)}; it has the keys {', '.join(map(str, box))}")
+            raise ValueError(f"a box lacks the keys {missing}; it has the keys {list(box)}")
     colours = finding_colours(findings or {str(box["finding"]) for box in all_boxes if "finding" in box})
     shown = [box for box in all_boxes if float(box.get("score", 1.0)) >= min_score]
     shown.sort(key=lambda box: float(box.get("score", 1.0)), reverse=True)

@@ -17,9 +17,9 @@ USUAL_QUANTILE, USUAL_FILES = 0.1, 10
 class FileLimits:
     """Decides how many seconds each file may take to decode: at most `longest_s`, less after many slow files.
 
-    `seconds` is the time for the whole work, which includes decoding `files` files in `workers` processes. A single file
-    that takes nearly `longest_s` does no harm, but a thousand of them would use up all the time. Call `next_limit` before
-    each file and `count` with each Outcome.
+    A single file that takes nearly `longest_s` does no harm, but a thousand such files would use up all the time. `files` is
+    the number of files, `workers` the number of decoding processes. `seconds` is the time for all work, not only for
+    decoding. Call `next_limit` before each file and `count` with each Outcome.
     """
 
     def __init__(self, longest_s: float, seconds: float, workers: int, files: int) -> None:

@@ -238,10 +238,11 @@ def parse(file: BinaryIO, source: bytes = b"") -> tuple[Elements, str]:
 
 
 def _inflate(raw: bytes) -> bytes:
-    """Return `raw`, a file's content, unchanged, or, if the file is deflated, its inflated dataset without the meta group.
+    """Return `raw`, the content of a DICOM file, inflated if the file is deflated, otherwise unchanged.
 
-    In the DICOM standard, the inflated dataset is Explicit VR Little Endian. pydicom would inflate without a limit, to up to
-    a thousand times the file's size. Raises ValueError if the result exceeds MAX_FILE_BYTES or the meta group has no length.
+    The inflated content is the dataset without the meta group, in Explicit VR Little Endian, as the standard requires.
+    pydicom would inflate without a limit, to up to a thousand times the file's size. Raises ValueError if the result exceeds
+    MAX_FILE_BYTES or the meta group has no length.
     """
     if DeflatedExplicitVRLittleEndian.encode() not in raw[:2048]:
         return raw

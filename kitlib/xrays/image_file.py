@@ -76,14 +76,14 @@ def decode_file(path: str | Path) -> Xray:
 
 
 def decode_image(path: str | Path) -> Xray:
-    """Decode a PNG, JPEG, GIF or raw JSRT file; returns an Xray with 8-bit grey pixels, and warnings about the file.
+    """Decode a PNG, JPEG, GIF or raw JSRT file; return an Xray with 8-bit grey pixels, and warnings about the file.
 
-    8-bit values are unchanged, 16-bit values are reduced to the upper eight of the 8, 10, 12, 14 or 16 bits in use, colour
-    is converted to luma, and alpha is ignored. If the DICOM header of a 16-bit grey PNG is in a JSON file next to it (see
-    kitlib.xrays.json_header), the header's display transforms are applied, as to a DICOM file; an invalid header is ignored,
-    with a warning. JSRT's raw values are reduced to the upper eight of their twelve bits and inverted, so that air is dark.
-    The grey range is not stretched, because the data set's authors have already chosen it. Raises UnreadableXray if the file
-    is damaged or truncated.
+    Colour is converted to luma, and alpha is ignored. 8-bit values are unchanged. In a 16-bit image, the largest value tells
+    whether 8, 10, 12, 14 or 16 bits are used; the upper eight of these bits are kept. JSRT's 12-bit values are also reduced
+    to the upper eight bits, and inverted, so that air is dark. The grey range is not stretched, because the data set's
+    authors have already chosen it. If a JSON file next to a 16-bit grey PNG has the original's DICOM header (see
+    kitlib.xrays.json_header), the PNG is displayed as this header says; an invalid header is ignored, with a warning. Raises
+    UnreadableXray if the file is damaged or truncated.
     """
     if _is_jsrt(path):
         return Xray(_decode_jsrt(path), ())
@@ -118,10 +118,10 @@ def decode_image(path: str | Path) -> Xray:
 
 
 def open_image(path: str | Path, with_pixels: bool = True) -> Image.Image:
-    """Open a PNG, JPEG or GIF file as a Pillow image without decoding its pixels.
+    """Open a PNG, JPEG or GIF file as a Pillow image, whose pixels are not decoded yet.
 
-    With `with_pixels`, the file is read into memory, so that the pixels can be decoded later. Raises UnreadableXray if the
-    file cannot be opened, or if its header states no pixels or more than MAX_SAMPLES pixels.
+    Pass False as `with_pixels` if only the header is needed; the file is then not read into memory. Raises UnreadableXray if
+    the file cannot be opened, or if the number of pixels in its header is not in 1..MAX_SAMPLES.
     """
     try:
         name = image_format(path)

@@ -14,7 +14,7 @@ TAGS = frozenset(f"{Tag(keyword):08X}" for keyword in KEYWORDS if keyword not in
 
 
 def json_header_path(path: str | Path) -> Path | None:
-    """Return the JSON file next to the PNG file `path` that has the same name, or None if there is no such file."""
+    """Return `path` with the suffix .json; None if `path` is not a PNG file, or if there is no such JSON file."""
     header = Path(path).with_suffix(".json")
     return header if Path(path).suffix.lower() == ".png" and header.is_file() else None
 

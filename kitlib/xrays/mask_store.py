@@ -30,12 +30,13 @@ def decode_grey(png: bytes) -> np.ndarray:
 
 
 class MaskStore:
-    """Store of masks by image_id. A mask is a label image, uint8 (height, width), with a code of MASK_CODES at each pixel.
+    """Store of masks by image_id. A mask is a label image, uint8 (height, width): each pixel is the code of a structure.
 
-    A mask has the size of the image's decoded copy. Masks are read from `folder`, to which `add` writes, and from the
-    folders `others`, such as those of a model's other folds. Each `add` writes one new file atomically, so that an
-    interrupted stage can continue after the last file. Many masks share a file, because Kaggle handles outputs of thousands
-    of files badly; files are memory-mapped, so memory use stays low. Raises MaskError if a file is damaged.
+    The codes are those of MASK_CODES, and 0 outside all structures. A mask has the size of the image's decoded copy (the
+    X-ray decoded to 8 bits and reduced). Masks are read from `folder` and from the folders `others`, for example those of a
+    model's other folds; `add` writes to `folder`. Each `add` writes one new file atomically, so that an interrupted stage
+    can continue after the last file. Many masks share a file, because Kaggle handles outputs of thousands of files badly;
+    files are memory-mapped, so memory use stays low. Raises MaskError if a file is damaged.
     """
 
     def __init__(self, folder: str | Path, *others: str | Path) -> None:
@@ -93,7 +94,8 @@ class MaskStore:
         for image_id, codes in masks.items():
             if codes.ndim != 2 or not codes.size or codes.min() < 0 or codes.max() > max(MASK_CODES.values()):
                 raise ValueError(
-                    f"the mask for image {image_id!r} is not a label image; expected (rows, columns) of codes {MASK_CODES}"
+                    f"the mask for image {image_id!r} is not a label image; expected (rows, columns) of codes {MASK_CODES}, "
+                    f"got shape {codes.shape} and values {np.unique(codes)[:5].tolist()}"
                 )
         if not masks:
             return

@@ -18,8 +18,8 @@ NOT_AN_XRAY = "not a projection X-ray"  # all warnings of this module start with
 def modality_warnings(elements: Elements) -> list[str]:
     """Return a list with a warning if a file is not a projection X-ray, according to its Modality; otherwise [].
 
-    Any Modality in PROJECTIONS is a projection X-ray. If the Modality is in UNSPECIFIC, the SOP Class decides, if it is a
-    standard one.
+    A Modality in PROJECTIONS means a projection X-ray. A Modality in UNSPECIFIC, such as secondary capture, does not say
+    what was imaged; the SOP Class then decides, but a SOP Class that is not of the DICOM standard gives no warning.
     """
     modality = elements.text("Modality").upper()
     if modality in PROJECTIONS:

@@ -1,7 +1,7 @@
 """Masks as text: relative run lengths, as in SIIM-ACR Pneumothorax Segmentation.
 
-A mask is written as pairs of numbers, `gap run gap run ...`: the pixels from the end of the previous run to the next run,
-and the pixels of that run. Pixels are numbered from 0 down the columns of the image. `-1` is an empty mask.
+A mask is written as pairs of numbers, `gap run gap run ...`: a gap is the number of pixels since the previous run, a run
+the number of mask pixels that follow. Pixels are numbered from 0 down the columns of the image. `-1` is an empty mask.
 """
 
 import re
@@ -17,12 +17,15 @@ NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 def encode_mask(mask: np.ndarray) -> str:
-    """Return the run lengths of a mask (rows, columns) as text; all values but 0 are inside. An empty mask gives EMPTY."""
+    """Return a mask (rows, columns), 0 outside and any other value inside, as text of run lengths; "-1" if it is empty."""
     return encode_runs(runs_of(mask))
 
 
 def encode_runs(runs: np.ndarray) -> str:
-    """Return runs (n, 2), which must be sorted and not overlap, as text of run lengths; EMPTY if there are no runs."""
+    """Return `runs` as text of run lengths; "-1" if there are no runs.
+
+    `runs` (n, 2) has the first pixel of each run and the pixel after its last, sorted and without overlap.
+    """
     return " ".join(map(str, np.diff(runs.ravel(), prepend=0))) if len(runs) else EMPTY
 
 
@@ -42,7 +45,10 @@ def decode_mask(text: str, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
 
 
 def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.ndarray:
-    """Return the boolean mask (rows, columns) of runs (n, 2), which may overlap and have any order."""
+    """Return the boolean mask (rows, columns) that is True in `runs`.
+
+    `runs` (n, 2) has the first pixel of each run and the pixel after its last. Runs may overlap and have any order.
+    """
     pixels = np.zeros(rows * columns, dtype=bool)
     for start, end in runs:
         pixels[start:end] = True
@@ -50,9 +56,10 @@ def draw_runs(runs: np.ndarray, rows: int = SIDE, columns: int = SIDE) -> np.nda
 
 
 def parse_runs(text: str, pixels: int = SIDE * SIDE) -> tuple[np.ndarray, list[str]]:
-    """Return the runs in `text`, (n, 2): each run's first pixel and the pixel after its last; and a list of problems.
+    """Return the runs (n, 2) of the mask that the run lengths in `text` describe, and a list of the problems of `text`.
 
-    `pixels` is the number of pixels of the image. If there is any problem, no runs are returned.
+    A run is a row: its first pixel, and the pixel after its last. `pixels` is the number of pixels of the image. If there is
+    any problem, no runs are returned.
     """
     words = text.split()
     if words == [EMPTY]:

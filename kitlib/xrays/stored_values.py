@@ -45,7 +45,7 @@ class StoredFrame:
 
 
 def read_stored(elements: Elements, syntax: str) -> StoredFrame:
-    """Return the first frame of a DICOM file, from its `elements` and from `syntax`, the transfer syntax that it states.
+    """Return the first frame of a DICOM file. `syntax` is the transfer syntax that the file states.
 
     Raises ValueError if the pixel data are invalid, or any exception that the decoder raises.
     """
@@ -127,10 +127,9 @@ def read_stored(elements: Elements, syntax: str) -> StoredFrame:
 
 
 def read_stored_array(elements: Elements, patterns: np.ndarray) -> StoredFrame:
-    """Return a StoredFrame of `patterns`, uint16 (rows, columns), bit patterns that were extracted from a DICOM file.
+    """Return the StoredFrame of bit patterns that were extracted from a DICOM file. `patterns` is uint16 (rows, columns).
 
-    `elements` has the header of this file. Raises InvalidElement if an element that says what the patterns mean is not a
-    number.
+    `elements` has the header of this file. Raises InvalidElement if an element that must be a number is not a number.
     """
     warnings: list[str] = []
     photometric = _read_photometric(elements, 1, warnings)
@@ -140,7 +139,7 @@ def read_stored_array(elements: Elements, patterns: np.ndarray) -> StoredFrame:
 
 
 def _read_photometric(elements: Elements, samples: int, warnings: list[str]) -> str:
-    """Return PhotometricInterpretation; if it is invalid, return MONOCHROME2 for one sample or RGB for three.
+    """Return PhotometricInterpretation; if it is invalid, MONOCHROME2 for one sample per pixel or RGB for three.
 
     An invalid value adds a warning to `warnings`.
     """
@@ -174,10 +173,10 @@ def _find_bits(
     frame_header: FrameHeader | None = None,
     syntax: str = "",
 ) -> StoredFrame:
-    """Return the StoredFrame of grey bit patterns (rows, columns), after checking which of their bits contain the value.
+    """Return the StoredFrame of grey bit patterns (rows, columns), after checking which bits of a pattern contain its value.
 
     `frame_header` is the header of a compressed frame that was decoded with the transfer syntax `syntax`, None for other
-    pixel data. Whatever contradicts the DICOM header adds a warning to `warnings`.
+    pixel data. If the patterns or the frame header contradict the DICOM header, a warning is added to `warnings`.
     """
     bits = bits_stored
     padding = _read_padding(elements, 8 * patterns.itemsize, signed, warnings)
@@ -202,7 +201,7 @@ def _find_bits(
 def _read_bits_allocated(elements: Elements, frame_header: FrameHeader | None, bytes_per_value: int) -> int:
     """Return BitsAllocated; if it is absent, 8 or 16, derived from the frame's precision or from `bytes_per_value`.
 
-    Raises ValueError if it is not 8 or 16 (or 32, without a frame header), or is smaller than the frame's precision.
+    Valid are 8, 16 and, without a frame header, 32. Raises ValueError for other numbers or a higher frame precision.
     """
     wide = frame_header.precision > 8 if frame_header else bytes_per_value >= 2
     allocated = elements.whole("BitsAllocated", 16 if wide else 8)
@@ -238,10 +237,10 @@ def _read_float_padding(elements: Elements, prefix: str) -> tuple[float, float] 
 
 
 def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
-    """Return the transfer syntax of pixel data that are not encapsulated: `syntax`, the stated one, unless it is wrong.
+    """Return the transfer syntax of pixel data that are not encapsulated: usually `syntax`, which the file states.
 
-    It is wrong if it is a syntax for compressed data, but the data are as long as `values` uncompressed values. The result
-    is then Explicit VR Little Endian.
+    If `syntax` is a compressed one, but the data have the length of uncompressed data, the result is Explicit VR Little
+    Endian. `values` is the number of values in all frames.
     """
     allocated, length = elements.whole("BitsAllocated", 16), len(elements.raw("PixelData"))
     is_plain = syntax in COMPRESSED and 0 <= length - values * allocated // 8 <= 1
@@ -251,15 +250,16 @@ def _plain_syntax(elements: Elements, syntax: str, values: int) -> str:
 def _check_length(length: int, expected: int) -> list[str]:
     """Return a list with a warning if uncompressed pixel data are a little too long, otherwise an empty list.
 
-    `length` and `expected` are in bytes. Raises ValueError if the data are too long by more than the share MAX_EXTRA,
-    because the rows, columns, samples or bits in the header are then wrong.
+    `length` and `expected` are in bytes. Raises ValueError if `length` exceeds `expected` by more than 10 % (MAX_EXTRA): the
+    rows, columns, samples, frames or bits in the header are then wrong.
     """
     extra = length - expected
     if extra <= 1:  # data of odd length are padded
         return []
     if extra > MAX_EXTRA * expected:
         raise ValueError(
-            f"the pixel data have {length} bytes, but the header describes {expected}; the header's size or bits are wrong"
+            f"the pixel data have {length} bytes, but the header describes {expected}; Rows, Columns, SamplesPerPixel, "
+            "NumberOfFrames or BitsAllocated is wrong"
         )
     return [f"the pixel data have {extra} bytes more than the header describes; they are ignored"]
 
@@ -287,10 +287,10 @@ def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: li
 
 
 def is_padding(patterns: np.ndarray, frame_bits: int, bits: int, signed: bool, padding: tuple[float, float]) -> np.ndarray:
-    """Return a bool array (n,) that says which of the bit patterns or float values (n,) mean padding.
+    """Return a bool array (n,) that says which of the bit patterns or float values in `patterns` (n,) mean padding.
 
-    A pattern means padding if its value, read from its low `bits` or from all of its `frame_bits`, is in the range `padding`
-    (lowest and highest value).
+    `padding` is the lowest and the highest value that mean padding. A pattern means padding if the value of its low `bits`
+    or the value of all its `frame_bits` is in this range.
     """
     lowest, highest = padding
     values, whole = values_of(patterns, bits, signed), values_of(patterns, frame_bits, signed)
@@ -300,7 +300,7 @@ def is_padding(patterns: np.ndarray, frame_bits: int, bits: int, signed: bool, p
 def _exceeds(elements: Elements, patterns: np.ndarray, bits_stored: int, padding: tuple[int, int] | None) -> bool:
     """Return whether any bit pattern other than padding needs more than `bits_stored` bits.
 
-    Always False if the file has overlays, which may use the other bits.
+    Always False if the file has overlays, because overlays may use the higher bits.
     """
     if not int(patterns.max()) >> bits_stored or any(tag in elements for tag in OVERLAYS):
         return False
@@ -320,8 +320,8 @@ def _find_shift(
 ) -> int:
     """Return by how many bits to shift uncompressed or RLE bit patterns to the right, according to HighBit; usually 0.
 
-    HighBit is ignored if it is invalid, or if the values are in the low bits and therefore contradict it. The shift is then
-    0, and a warning is added to `warnings`.
+    HighBit is ignored if it is invalid, or if the values are in the low bits already. In both cases the shift is 0, and a
+    warning is added to `warnings`.
     """
     allocated, high_bit = 8 * patterns.itemsize, elements.whole("HighBit", bits_stored - 1)
     shift = high_bit + 1 - bits_stored

@@ -1,9 +1,9 @@
 """Maps stored values to 8-bit grey for display: modality LUT, VOI LUT or window, inversion.
 
 The formulas are those of DICOM PS3.3 C.11.1 and C.11.2, in pydicom's order of operations, so that the results equal those of
-`apply_modality_lut` and `apply_voi_lut` bit for bit. Two differences are intended: a negative RescaleSlope does not invert
-the window (in pydicom, the output range is then reversed), and an 8-bit LUT may have more than 256 entries (in pydicom, the
-index wraps around).
+`apply_modality_lut` and `apply_voi_lut` bit for bit. Two differences are intended. A negative RescaleSlope does not invert
+the window; in pydicom, such a slope reverses the window's output range. An 8-bit LUT may have more than 256 entries; in
+pydicom, the index wraps around.
 """
 
 from dataclasses import dataclass, field
@@ -102,7 +102,7 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
     `values` are the distinct values that occur in the image; `counts` (n,) is the number of pixels with each value. After
     the transforms, the minimum becomes 0, the maximum 255, and fractions are truncated (as in `(255 * x).astype(uint8)`). If
     there is only one value, its grey is 0. A transform that maps all values to one grey is ignored. A VOI LUT or window is
-    also ignored if it makes more than the share ONE_END of the pixels black, or white, although their stored values differ.
+    also ignored if it makes nearly all pixels (a share above ONE_END) black, or white, although their stored values differ.
     """
     stored = values.astype(np.float64)
     if len(values) < 2:
@@ -129,7 +129,7 @@ def to_grey(values: np.ndarray, display: Display, counts: np.ndarray | None = No
 
 
 def _shows_one_end(shown: np.ndarray, counts: np.ndarray | None) -> bool:
-    """Return whether more than the share ONE_END of the pixels became black, or white, although their stored values differ.
+    """Return whether a share above ONE_END of all pixels is black, or is white, although their stored values differ.
 
     `shown` (n,) is the grey of each stored value, `counts` (n,) the number of pixels with this value.
     """
@@ -188,7 +188,7 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
         return None
     item = items[0]
     if "LUTDescriptor" not in item:
-        raise InvalidElement(f"invalid {keyword} without LUTDescriptor")
+        raise InvalidElement(f"invalid {keyword} (LUTDescriptor is missing)")
     order = "<" if item.is_little_endian("LUTDescriptor") else ">"
     described = np.frombuffer(bytes(item.raw("LUTDescriptor")[:6]).ljust(6, b"\0"), dtype=f"{order}u2")
     length, first, bits = int(described[0]) or 2**16, int(described[1]), int(described[2])
@@ -197,11 +197,11 @@ def _lut(elements: Elements, keyword: str, signed: bool) -> Lut | None:
         first = int(np.int16(np.uint16(first)))
     raw = item.raw("LUTData")
     if not 8 <= bits <= 16:
-        raise InvalidElement(f"invalid {keyword} with {bits} bits per entry")
+        raise InvalidElement(f"invalid {keyword} ({bits} bits per entry, expected 8..16)")
     if len(raw) >= 2 * length:
         entries = np.frombuffer(raw[: 2 * length], dtype=f"{order}u2")
     elif bits == 8 and len(raw) >= length:  # two entries per 16-bit word
         entries = np.frombuffer(raw[:length], dtype=np.uint8)
     else:
-        raise InvalidElement(f"invalid {keyword} with {length} entries in {len(raw)} bytes")
+        raise InvalidElement(f"invalid {keyword} ({len(raw)} bytes are too few for {length} entries)")
     return Lut(first, entries.astype(np.float64), bits)

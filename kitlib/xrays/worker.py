@@ -81,10 +81,10 @@ def source_of(path: str) -> dict[str, str]:
     """Return a dict that identifies a file's content: size, modification time, and a digest of three samples of 64 KiB.
 
     The keys are source_bytes, source_mtime_ns and source_samples, as in the metadata of a cache entry. The samples are the
-    beginning, the middle and the end of the file. They are needed because images unpacked from one archive can have the same
-    size and time; they contain the header with its ids, and pixels. For a PNG with a JSON file of its DICOM header, the
-    digest includes that file. Hashing the whole file would take as long as decoding it. Raises OSError if the file cannot be
-    read or is not a regular file.
+    beginning, the middle and the end of the file, so they contain the ids in the header, and pixels. Size and time alone do
+    not suffice, because they can be the same for images unpacked from one archive. Hashing the whole file would take as long
+    as decoding it. If a PNG has its DICOM header in a JSON file, the digest includes the JSON file. Raises OSError if the
+    file cannot be read or is not a regular file.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise OSError("not a regular file")

@@ -53,7 +53,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_names():
         ({"metric": 0.5}, "Competition.metric is 0.5; expected a function"),
         ({"time_limit_hours": 0}, "Competition.time_limit_hours is 0; expected a finite number above 0 or null"),
         ({"mask_classes": ()}, "siim-acr has no classes; set study_classes"),
-        ({"box_classes": ("a", "b", "a")}, "box_classes of siim-acr has a class twice: a"),
+        ({"box_classes": ("a", "b", "a")}, "box_classes of siim-acr contains 'a' more than once"),
     ],
 )
 def test_an_invalid_competition_is_refused(change, problem):

@@ -177,7 +177,7 @@ def test_boxes_of_other_findings_are_left_out(name, tmp_path):
         competition.write(files[-1], IDS, fuse(each, tables["images"], competition.settings(), competition))
     assert files[0].read_bytes() == files[1].read_bytes()
     odd = {"detections": strange.assign(model="odd"), "coverage": predictions.coverage.assign(model="odd")}
-    with pytest.raises(FusionError, match=f"odd predicts no class of boxes that {name} wants"):
+    with pytest.raises(FusionError, match=f"'odd' predicts no class that '{name}' has for boxes"):
         Judge(competition, dataclasses.replace(predictions, **odd), tables)
 
 

@@ -361,7 +361,7 @@ def test_a_class_that_is_published_and_lost_is_an_error(tmp_path):
     assert faults["row"].tolist() == ["bacterial"] and faults.problem[0].startswith("none of the 60 images has this class")
     copy(tmp_path / "train" / "NORMAL", tmp_path / "train" / "bacteria")
     with pytest.raises(
-        KitError, match=r"class 'bacterial': none of the 60 images .*, and 50% of the image files are not used"
+        KitError, match=r"Class 'bacterial': none of the 60 images .*, and 50% of the image files are not used"
     ):
         read_dataset("kermany", tmp_path, progress=False)
 

@@ -66,9 +66,9 @@ def test_mask_sets_of_one_convention_are_pooled_and_others_refused(parts, tmp_pa
     assert set(data.masks.image_id) == {image_id for each in single for image_id in each.masks.image_id}
     assert data.labels.id.tolist() == data.images.study_id.tolist() and data.labels.notna().all(axis=None)
     assert (data.published["images"], data.published["masks"]) == (138 + 662, 138 + 566)
-    with pytest.raises(ValueError, match=r"several conventions, .*: montgomery lung_fields, darwin with_heart; pool"):
+    with pytest.raises(ValueError, match=r"several conventions, .*: montgomery lung_fields, darwin with_heart\. Pool"):
         read_mask_pool({name: sets[name] for name in ("montgomery", "darwin")}, progress=False)
-    with pytest.raises(ValueError, match="kermany has no masks; without classes, pool joins only sets with lung masks"):
+    with pytest.raises(ValueError, match="kermany has no masks; a pool without classes requires masks in every data set"):
         read_mask_pool({"kermany": parts["kermany"]}, progress=False)
 
 
@@ -144,5 +144,5 @@ def test_a_diagnosis_can_be_limited():
     again = limit_diagnoses(images[::-1].reset_index(drop=True), {"COVID-19": 5}, seed=1)
     assert set(again.image_id) == set(few.image_id) != set(limit_diagnoses(images, {"COVID-19": 5}, seed=2).image_id)
     for wrong in ({"viral": 5}, {"COVID-19": -1}, {"COVID-19": 2.5}):
-        with pytest.raises(ValueError, match="expected a whole number of images of one of: COVID-19, normal"):
+        with pytest.raises(ValueError, match=r"'at_most' has (the diagnosis 'viral', but|-1 for|2\.5 for)"):
             limit_diagnoses(images, wrong)

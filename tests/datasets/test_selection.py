@@ -35,5 +35,5 @@ def test_a_source_keeps_whole_patients_up_to_its_limit_whatever_the_order():
         assert len(chosen) == IMAGES.patient_id.isin(chosen.patient_id).sum()  # no patient is split
         assert set(limit_sources(IMAGES[::-1], {"x": 3}, seed).image_id) == set(kept.image_id)
     assert limit_sources(IMAGES, {}, 0).equals(IMAGES)
-    with pytest.raises(ValueError, match="most_of: no image is from z; available sources: x, y"):
+    with pytest.raises(ValueError, match=r"'most_of' has the sources \['z'\], but the images have \['x', 'y'\]"):
         limit_sources(IMAGES, {"z": 1}, 0)

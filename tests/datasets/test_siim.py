@@ -216,7 +216,7 @@ def test_rows_files_and_studies_that_do_not_match_are_reported(layout):
         "orphan_image": "study 's8' has no usable row",
         "wrong": "does not end in _image",
         "c_image": "occurs again",
-        "liar_image": "disagree",
+        "liar_image": "contradicts the column 'boxes'",
         "s7_study": "1 for exactly one class",
         "s6_study": "no usable image",
     }.items():
@@ -367,7 +367,7 @@ def test_no_sample_and_no_usable_test_file_are_an_error_that_shows_one(layout):
     rename_all(layout / "test", lambda path: layout / "test" / path.name)
     (layout / "sample_submission.csv").unlink()
     message = (
-        r"no file of the form <study>/<series>/<image>\.dcm.*no row; there are 4 faults.*test/e\.dcm e: is not in the form"
+        r"no file of the form <study>/<series>/<image>\.dcm.*The first of 4 faults: .*test/e\.dcm e: is not in the form"
     )
     with pytest.raises(DatasetError, match=message):
         read_test(layout, progress=False)

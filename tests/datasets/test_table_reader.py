@@ -153,15 +153,15 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         (
             "Image,Class\nx0,A\n",
             {"columns": {"file": "image"}},
-            "has no column 'image', which .* columns gives for file; the clo",
+            "has no column 'image', which .* `columns` gives for file; the clo",
         ),
         ("Image,Class\nx0,A\n", {"columns": {"fiel": "Image"}}, "Columns has no field 'fiel'; it has: file, patient"),
         ("Image,Image\nx0,A\n", {"columns": {"file": "Image"}}, "has 2 columns 'Image'"),
         ("Image,Class\nx0,A,B\n", {}, "a line has more cells than the first"),
         ("Image,Class\n", {}, "has no row below its first line"),
-        ("", {"table": "labels.csv", "columns": NAMED}, "has no file 'labels.csv', .* table names; it has: book.xlsx"),
+        ("", {"table": "labels.csv", "columns": NAMED}, "has no file 'labels.csv' .*; available tables: book.xlsx"),
         ("", {"table": "book.xlsx", "columns": NAMED}, "save its sheet as `CSV UTF-8`"),
-        ("", {"columns": NAMED}, "the parameter columns has file, label, but table is not set"),
+        ("", {"columns": NAMED}, "the parameter `columns` has file, label, but `table` is not set"),
         (
             "Image,Mass\nx0,yes\n",
             {"columns": {"file": "Image", "labels": ["Mass"]}},
@@ -170,11 +170,11 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,view\nx0,1\n", {"columns": {"file": "Image", "labels": ["view"]}}, "has the name of a column of the kit"),
         ("Image,Class\nx0,A\n", {"columns": {**NAMED, "labels": ["Class"]}}, "names 'Class' twice"),
         ("Image,Class,x\nx0,A,1\n", {"columns": {**NAMED, "xmin": "x"}}, "boxes need xmin, ymin, xmax, ymax"),
-        ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and columns has labels"),
+        ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and `columns` has label or labels"),
         ("Image,Class\nx0,A\n", {"class_names": {"C": "D"}}, "class_names renames 'C', but the classes are 'A'"),
         ("Image,Class\nx0,A\n", {"mask_folder": "masks"}, "give a folder and one of lung_fields, with_heart"),
         ("Image,Class\nx0,A\n", {"mask_folder": "m", "mask_convention": "with_heart"}, "no folder 'm' .* lie in: images"),
-        ("Image,Class\nx0,A\n", {"boxes_table": "b.csv"}, "boxes_table is set, but columns has no box"),
+        ("Image,Class\nx0,A\n", {"boxes_table": "b.csv"}, "boxes_table is set, but `columns` has no box"),
         ("Image,Class,s\nx0,A,test\n", {"columns": {**NAMED, "split": "s"}}, "no image is for training.* leave `split` out"),
         ("Image,Class\nx0,A\nnope,B\n", {}, "no image of the class 'B' can be used, .* have no file; left out"),
         ("", {"class_folders": True}, "all 6 images lie in the folder 'images'"),
@@ -330,7 +330,7 @@ def test_own_images_are_pooled_with_published_ones(tmp_path):
         "COVID-19": 2, "normal": 2, "viral": 2
     }  # fmt: skip
     assert pool.images.patient_id.str.startswith(("radiography-", "kermany-")).all()
-    with pytest.raises(ValueError, match="rename them by class_names"):
+    with pytest.raises(ValueError, match="rename your classes to diagnoses by `class_names`"):
         read_pool(parts, "three", False, **WITH_MASKS)
     with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images: set dataset"):
         read_pool({"kermany": parts["kermany"]}, "three", False, **own)

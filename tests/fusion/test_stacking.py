@@ -66,9 +66,9 @@ def test_plain_scores_are_cross_fitted():
     np.testing.assert_allclose(gathered.test_stack(1).probabilities[:, 0, 0], [0.3, 0.4])
     np.testing.assert_allclose(gathered.training_stack(1).probabilities[:, 0, 0], [0.1, 0.2, 0.5, 0.6])
     np.testing.assert_allclose(gathered.full_stack().probabilities[:, 0, 0], table.sick)
-    with pytest.raises(FusionError, match=r"no in_sample scores .* fold 1"):
+    with pytest.raises(FusionError, match=r"no 'in_sample' scores .* fold 1"):
         gathered.training_stack(1, "in_sample")
-    with pytest.raises(FusionError, match=r"no out_of_fold scores .* more folds"):
+    with pytest.raises(FusionError, match=r"no 'out_of_fold' scores .* more folds"):
         gather([plain("one").head(2)], *PREPARED).training_stack(0)
 
 
@@ -112,19 +112,19 @@ def test_ids_that_no_learner_has_predicted_are_counted():
     ("tables", "message"),
     [
         ([], "no learner has scores"),
-        ([plain("one"), plain("one")], "one has two scores for a in fold 0; give only one run"),
+        ([plain("one"), plain("one")], "'one' has two scores for 'a' in fold 0; give only one run"),
         (
             [plain("one").rename(columns={"well": "other"}), plain("two")],
             "two has the classes sick, well, but one has other, sick",
         ),
-        ([plain("one"), plain("two", np.r_[np.nan, np.ones(5)])], "two has NaN scores: 1 rows; the first is a, fold 0"),
-        ([plain("one").assign(well=0.9)], "one has scores that do not sum to 1, .*: 6 rows"),
+        ([plain("one"), plain("two", np.r_[np.nan, np.ones(5)])], "1 rows of 'two' have NaN scores; the first is 'a'"),
+        ([plain("one").assign(well=0.9)], "6 rows of 'one' have scores that do not sum to 1, "),
         ([plain("one").assign(image_id=list("abcdeX"))], "1 ids have scores but no fold; the first is X"),
-        ([plain("one"), plain("two").head(4)], "one has scores for outer fold -1, fold 2 .* but two has none"),
-        ([plain("one"), nested("two")], "two has scores for outer fold|one has scores for outer fold"),
+        ([plain("one"), plain("two").head(4)], "'one' has scores for fold 2 .not nested., but 'two' has none"),
+        ([plain("one"), nested("two")], "'one' has scores for fold 0 .not nested., but 'two' has none"),
         (
             [plain("one").assign(fold=[1, 0, 1, 1, 2, 2])],
-            "1 scores are for images that the model was trained on; the first is a in fold 0",
+            "'one' has 1 scores for images that it was trained on; the first is 'a' in fold 0",
         ),
         (
             [nested("one").query("fold == (outer + 1) % 3").assign(fold=lambda table: table.outer)],
@@ -150,5 +150,5 @@ def test_a_learner_without_an_image_is_named():
 def test_labels_of_overlapping_or_other_classes_are_refused():
     with pytest.raises(FusionError, match="1 ids do not have exactly one of the classes sick, well; the first is b"):
         gather([plain("one")], IMAGES, LABELS.assign(sick=1).assign(well=[0, 1, 0, 0, 0, 0]), FOLDS)
-    with pytest.raises(FusionError, match=r"labels lack the learners' class\(es\) well"):
+    with pytest.raises(FusionError, match=r"labels lack the learners' classes \['well'\]"):
         gather([plain("one")], IMAGES, LABELS.drop(columns="well"), FOLDS)

@@ -66,16 +66,16 @@ def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_ar
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ([ONE], "two has out-of-fold scores of fold 0 but no test scores"),
-        ([ONE, TWO, TWO.assign(fold=1)], "two has test scores of fold 1 but no out-of-fold scores"),
-        ([ONE, TWO.head(2)], "two, fold 0, has 2 scores, but one, fold 0, has 3: only one of the two predicted v"),
+        ([ONE], "'two' has out-of-fold scores of fold 0 but no test scores"),
+        ([ONE, TWO, TWO.assign(fold=1)], "'two' has test scores of fold 1 but no out-of-fold scores"),
+        ([ONE, TWO.head(2)], "fold 0 of 'two' has 2 scores, but fold 0 of 'one' has 3; only one of them has a score of 'v'"),
         ([ONE, TWO.replace({"image_id": {"v": "b"}})], "1 ids with test scores are not in the test split; the first is b"),
         ([ONE, TWO.replace({"image_id": {"v": "X"}})], "1 ids with test scores are not in the test split; the first is X"),
         (
             [ONE, TWO.rename(columns={"well": "fine"})],
-            "two has the classes sick, fine, but its out-of-fold scores have sick, well",
+            r"'two' has the classes \['sick', 'fine'\], but its out-of-fold scores have \['sick', 'well'\]",
         ),
-        ([ONE, TWO.assign(sick=np.nan)], "two has NaN scores; the first is for image t"),
+        ([ONE, TWO.assign(sick=np.nan)], "'two' has NaN scores, the first for 't'"),
         ([ONE, TWO.assign(sick=0.5)], "two has scores that do not sum to 1"),
         ([table.assign(image_id="w").head(1) for table in (ONE, TWO)], "all patients with test scores also have images in"),
     ],

@@ -209,7 +209,7 @@ def test_predictions_of_a_model_that_saw_the_image_are_refused(oof):
     with pytest.raises(FusionError, match="which was trained on it"):
         tune(siim_judge(**{**oof, **trained_on}))
     with pytest.raises(
-        FusionError, match=r"144 detections .* `coverage` table lacks; the first is in i00, predicted by good of fold 1"
+        FusionError, match=r"144 detections .* `coverage` table lacks; the first is in 'i00', by 'good' of fold 1"
     ):
         tune(siim_judge(**{**oof, "detections": trained_on["detections"]}))
 

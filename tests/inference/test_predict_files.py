@@ -334,7 +334,7 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
     refused = {
         "gone": (RunNotFound, "no run 'gone'"),
         runs / "prepare": (RunError, "kind 'prepared', which predicts nothing"),
-        tmp_path / "nothing": (RunError, "no finished run that can predict, only: no run"),
+        tmp_path / "nothing": (RunError, "no finished run that can predict; found: no run"),
         tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
         tmp_path / "untrained": (RunError, "no trained classifiers .* in: .*untrained$"),
         tmp_path / "half": (RunError, "no trained classifiers .* in: [^,]*untrained$"),

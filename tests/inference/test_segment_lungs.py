@@ -25,7 +25,7 @@ from kitlib.lungs.clean_up import (
     remove_islands,
 )
 from kitlib.models.segmenter import Segmenter
-from kitlib.recipes.fields import SegmenterRecipe
+from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
 from kitlib.xrays.cache import CachedXray
@@ -146,6 +146,19 @@ def test_a_pixel_has_the_structure_of_the_largest_probability():
     maps = np.stack([two_lungs(image) * np.uint8(255 * shares[name]) for name in recipe.structures])
     codes = decode_maps(maps, letterbox(512, 512, 512), image.pixels.shape, recipe)
     assert np.array_equal(codes, two_lungs(image) * MASK_CODES["left_lung"])
+
+
+def test_of_a_sparse_segmenter_pixels_above_both_thresholds_have_the_structures_code():
+    """`top` decides whether the image has the structure, `bottom` which pixels belong to it."""
+    image, recipe = xray(64, 64, 64, 64), SparseSegmenterRecipe(top=0.7, bottom=0.4, least_area=0.001)
+    maps = np.full((1, 64, 64), 20, np.uint8)
+    maps[0, 10:30, 10:30] = 150  # 0.59
+    place = letterbox(64, 64, 64)
+    assert not decode_maps(maps, place, (64, 64), recipe).any()
+    maps[0, 15:25, 15:25] = 230  # 0.90
+    codes = decode_maps(maps, place, image.pixels.shape, recipe)
+    assert codes.dtype == np.uint8 and set(np.unique(codes)) == {0, MASK_CODES["pneumothorax"]}
+    assert (codes[11:29, 11:29] > 0).all() and np.count_nonzero(codes) == 400
 
 
 def test_empty_masks_single_lungs_specks_and_blank_images_are_not_plausible():

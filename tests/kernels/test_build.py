@@ -399,7 +399,7 @@ def test_two_bundles_of_one_name_are_refused(tmp_path, wheel):
 def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path, parameters={"batchsize": 4}))
     valid = "batch_size, competition, weights, wheels, time_limit_s"
-    with pytest.raises(KernelError, match=f"no parameter batchsize; it has: {valid}"):
+    with pytest.raises(KernelError, match=f"no parameter 'batchsize'; it has: {valid}"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
@@ -665,10 +665,10 @@ def test_the_competition_is_injected_if_the_notebook_has_the_parameter(tmp_path,
 @pytest.mark.parametrize("key", ["parameters", "rehearsal"])
 def test_parameters_of_a_rehearsal_are_checked_like_the_others(tmp_path, wheel, key):
     with pytest.raises(
-        KernelError, match=f"{key}: train.ipynb has no parameter epoch; it has: epochs, prepare_run, run_folder"
+        KernelError, match=f"{key}: train.ipynb has no parameter 'epoch'; it has: epochs, prepare_run, run_folder"
     ):
         training(tmp_path, wheel, **{key: {"epoch": 1}})
-    with pytest.raises(KernelError, match=rf"{key}: train.ipynb: epochs must be a whole number, got 'ten'"):
+    with pytest.raises(KernelError, match=rf"{key}: train.ipynb: 'epochs' must be a whole number, got 'ten'"):
         training(tmp_path, wheel, **{key: {"epochs": "ten"}})
 
 

@@ -70,7 +70,7 @@ def test_a_line_without_a_version_is_an_error(tmp_path, image_list, line, messag
 
 def test_a_list_of_another_machine_is_refused(tmp_path, image_list):
     (tmp_path / "own.txt").write_text("torch==2.10.0\npandas==2.3.3\n")
-    with pytest.raises(KernelError, match=r"has 2 packages, but only 2 of the \d+ in .*pip list --format=freeze >"):
+    with pytest.raises(KernelError, match=r"has 2 packages, but only 2 of the \d+ packages in .*pip list --format=freeze >"):
         refresh_image(tmp_path / "own.txt", image_list)
 
 

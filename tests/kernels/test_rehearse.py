@@ -474,7 +474,7 @@ def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
     with pytest.raises(KernelError, match=r"inputs .* are missing: .*siim-covid19-detection, for .* in competition_sources"):
         rehearse(*kernel, tmp_path / "inputs", 60)
     (tmp_path / "inputs" / "siim-covid19-detection").mkdir()
-    with pytest.raises(KernelError, match=r"siim-covid19-detection has neither sample_submission\.csv"):
+    with pytest.raises(KernelError, match=r"siim-covid19-detection has neither ids in sample_submission\.csv"):
         rehearse(*kernel, tmp_path / "inputs", 60)
 
 

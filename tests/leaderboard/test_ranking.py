@@ -110,7 +110,7 @@ def test_runs_of_different_folds_are_neither_ranked_together_nor_compared_unaske
     groups = ", ".join(leaderboard.table.dropna(subset="ranking").folds_fingerprint.unique())
     assert f"The models use 2 different sets of folds ({groups}): scores of models with" in leaderboard.summary()
     with pytest.raises(
-        LeaderboardError, match=r"one has folds \w{8}, other has folds \w{8}: .*not comparable.*across_folds = True"
+        LeaderboardError, match=r"'one' has folds \w{8}, but 'other' has folds \w{8}\. .*not comparable.*across_folds = True"
     ):
         compare(entries, "one", "other")
     across = compare(entries, "one", "other", across_folds=True, samples=20).set_index("figure")
@@ -177,7 +177,7 @@ def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
     leaderboard = board(tmp_path)
     remarks = leaderboard.table.set_index("name").remark
     assert leaderboard.rankings() == {} and (leaderboard.table.state == "finished").all()
-    assert "16 predictions are not out of fold; the first is for study000 by model" in remarks["in_sample"]
+    assert "16 predictions are not out of fold; the first is for 'study000' by model" in remarks["in_sample"]
     assert "the prepared run that it was trained on" in remarks["elsewhere"] and "was not found" in remarks["elsewhere"]
     assert remarks["damaged"].startswith("no score: ") and "metrics.json says 0.1250" in remarks["damaged"]
     assert "its folds cannot be read" in remarks["broken_prepare"]
@@ -188,7 +188,7 @@ def test_a_run_that_cannot_be_scored_has_a_remark_that_says_why(tmp_path):
         compare(entries, "in_sample", "elsewhere")
     with pytest.raises(LeaderboardError, match="unknown run 'study'; runs with a score: none"):
         compare(entries, "study", "elsewhere")
-    with pytest.raises(LeaderboardError, match="samples is 0"):
+    with pytest.raises(LeaderboardError, match="`samples` is 0"):
         rank(entries, 0)
 
 
@@ -234,7 +234,9 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
     assert compared.set_index("figure").difference[["score", "negative", "none"]].tolist() == [0, 0, 0]
     assert "opacity" not in set(compared.figure)
     write_json(fuse / "metrics.json", {"runs": ["gone"], "score": 0.9})
-    assert "its models have 0 different data fingerprints" in board(tmp_path).table.set_index("name").remark["fuse"]
+    assert "the runs that it fuses were not found: gone; add" in board(tmp_path).table.set_index("name").remark["fuse"]
+    write_json(fuse / "metrics.json", {"runs": ["gone", "study"], "score": 0.9})
+    assert board(tmp_path).table.set_index("name").score["fuse"] == pytest.approx(0.875)
 
 
 def test_findings_are_judged_by_their_mean_roc_auc(tmp_path):
@@ -383,4 +385,4 @@ def test_nested_models_of_other_data_have_no_score(tmp_path):
     prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
     nested_run(tmp_path / "learner", "learner", 0)
     remark = board(tmp_path).table.set_index("name").remark["learner"]
-    assert "fold 0/1 of learner was not trained on" in remark
+    assert "fold 0/1 of learner has training data other than" in remark

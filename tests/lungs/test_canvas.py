@@ -121,6 +121,11 @@ def test_a_border_is_a_tenth_of_the_side(side, edge):
     assert (shown[edge:-edge, edge:-edge] == 0).all() and (shown[:edge] == 200).all()
 
 
+def test_the_border_of_a_wide_image_is_a_tenth_of_either_side():
+    shown = keep_border(np.full((40, 100), 200, np.uint8))
+    assert (shown[4:-4, 10:-10] == 0).all() and (shown == 0).sum() == 32 * 80
+
+
 def test_no_pixel_of_the_lungs_reaches_a_probe_that_does_not_look_at_them():
     small, other = SmallXrays(8), SmallXrays(8)
     finder, recipe = Finder(["image003"]), override(STILL, lungs="masks", probe="outside_lungs", placement="stretch")
@@ -176,10 +181,8 @@ def test_prediction_sees_what_training_is_judged_on(changes):
 
 
 def test_a_border_probe_is_refused_if_the_canvas_or_mask_hides_the_border():
-    with pytest.raises(
-        SettingsError, match="the middle 224 pixels of a canvas of 336, which does not include the border; set canvas=0"
-    ):
+    with pytest.raises(SettingsError, match="crops away the border: canvas is 336 and image_size is 224; set canvas=0"):
         override(FindingsRecipe(), probe="border", canvas=336)
-    with pytest.raises(SettingsError, match="masked blackens everything outside the lungs; set masked=False"):
+    with pytest.raises(SettingsError, match="masked=True blackens everything outside the lungs; set masked=False"):
         override(FindingsRecipe(), probe="border", lungs="masks", masked=True)
     assert read_canvas({"image_size": 32}, 64) == read_canvas(override(StudyRecipe(), image_size=64))

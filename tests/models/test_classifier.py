@@ -278,9 +278,9 @@ def test_one_logit_equals_the_softmax_of_the_logit_and_0():
         (
             {"one_logit": True, "class_weights": True, "multi_label": True},
             COVID,
-            "one_logit=True and class_weights=True: valid only if exactly one class is true; set multi_label=False",
+            "one_logit=True and class_weights=True can be used only if exactly one class is true; set multi_label=False",
         ),
-        ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1': valid only if"),
+        ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1' can be used only if"),
         ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, but test_resnet has no .* trainable inception_v3"),
         ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "but a frozen inception_v3 has no"),
     ],

@@ -148,7 +148,7 @@ def test_a_loaded_model_is_the_same_and_ready_to_predict():
         ({"views": ["full", "flip"]}, "views is .*; expected a list of 1 items: 'full'"),
         ({"probe": "border"}, "probe is 'border'; expected ''"),
         ({"canvas": 0}, "canvas is 0; expected a whole number of at least 8"),
-        ({"canvas": 31}, "canvas is 31, smaller than the image_size of 32"),
+        ({"canvas": 31}, "canvas is 31, smaller than the crop, whose image_size is 32"),
     ],
 )
 def test_settings_that_do_not_apply_to_patches_are_refused(changes, message):

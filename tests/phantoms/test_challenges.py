@@ -121,7 +121,7 @@ def test_a_pneumothorax_is_darker_than_the_mirrored_lung(tmp_path):
 def test_unknown_names_other_sides_and_a_missing_truth_are_refused(tmp_path):
     for name, sizes, message in (
         ("siim", {}, "unknown competition 'siim'; valid: vinbigdata"),
-        ("siim-acr", {"side": 512}, "side is 512, but the images of siim-acr always have 1024"),
+        ("siim-acr", {"side": 512}, "`side` is 512, but images of 'siim-acr' always have 1024"),
         ("ranzcr-clip", {"test_images": 5}, "test images require `truth`"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -151,5 +151,5 @@ def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(written, tmp_
     with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_challenge(tmp_path, "rsna-pneumonia", **SMALL)
     for wrong in ({"images": 2}, {"side": 31}):
-        with pytest.raises(ValueError, match="at least 3 images of 32 pixels"):
+        with pytest.raises(ValueError, match="images >= 3 and side >= 32"):
             write_challenge(tmp_path / "other", "rsna-pneumonia", **(SMALL | wrong))

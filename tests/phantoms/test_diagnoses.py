@@ -109,7 +109,7 @@ def test_the_same_parameters_give_the_same_bytes(written, tmp_path):
 
 
 def test_too_small_sizes_unknown_layouts_and_real_data_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least 24 images of 32 pixels"):
+    with pytest.raises(ValueError, match="images >= 24 and side >= 32"):
         write_diagnoses(tmp_path, "covid_chestxray", seed=0, images=23, side=64)
     with pytest.raises(ValueError, match="'nih'; valid: kermany"):
         write_diagnoses(tmp_path, "nih", **SMALL)

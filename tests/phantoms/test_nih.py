@@ -123,7 +123,7 @@ def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(written, tmp_
     with pytest.raises(FileExistsError, match="files that are not phantoms"):
         write_nih(tmp_path, **SMALL)
     for wrong in ({"images": 15}, {"side": 31}):
-        with pytest.raises(ValueError, match="at least 16 images of 32 pixels"):
+        with pytest.raises(ValueError, match="images >= 16 and side >= 32"):
             write_nih(tmp_path / "other", **(SMALL | wrong))
 
 

@@ -70,7 +70,7 @@ def test_a_variable_is_the_list_of_a_matrix(tmp_path):
     path = write_plan(tmp_path, variables={"data": "siim", "folds": [0, 2]}, steps=steps)
     assert list(read_plan(path).planned) == ["prepare", "study-0", "study-2", "fuse"]
     assert list(read_plan(path, changes={"folds": [4]}).planned) == ["prepare", "study-4", "fuse"]
-    with pytest.raises(PlanError, match="matrix fold must be a list of different numbers or words, got 4"):
+    with pytest.raises(PlanError, match="matrix key 'fold' needs a list of different numbers or words, got 4"):
         read_plan(path, changes={"folds": 4})
 
 
@@ -132,14 +132,14 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
         ({"published_time": 72}, "a plan.published_time is 72; expected a string"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpu": 1}}}, "step x: Step has no field 'gpu'; it has: notebook"),
         ({"steps": {"x": {"notebook": "10_prepare", "gpus": "two"}}}, "Step.gpus is 'two'; expected a whole number"),
-        ({"steps": {"x": {}}}, "step x: expected exactly one of notebook and command"),
+        ({"steps": {"x": {}}}, "step x: expected exactly one of 'notebook' and 'command'"),
         ({"steps": {"x": {"command": ["true"], "parameters": {"a": 1}}}}, "step x: a command has no parameters"),
         ({"steps": {"x": {"notebook": "11_prepare"}}}, "notebook '11_prepare' does not exist; available: 10_prepare, 1"),
         (
             {"steps": {"x": {"notebook": "10_prepare", "parameters": {"fold": 1}}}},
-            "no parameter fold; it has: n_folds, dataset",
+            "no parameter 'fold'; it has: n_folds, dataset",
         ),
-        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "seed must be a whole number, got 'x'"),
+        ({"steps": {"x": {"notebook": "10_prepare", "parameters": {"seed": "x"}}}}, "'seed' must be a whole number, got"),
         (
             {"steps": {"x": {"notebook": "30_train_study", "parameters": {"overrides": {"image_sise": 64}}}}},
             "StudyRecipe has no field 'image_sise'",
@@ -150,26 +150,26 @@ def test_a_folder_that_no_plan_has_made_is_not_touched(tmp_path):
         ),
         (
             {"steps": {"x": {"command": ["true"], "needs": ["y"]}}},
-            "unknown step in needs: y; valid: prepare, study, fuse, x",
+            "'needs' contains unknown steps ['y']; the steps are ['prepare', 'study', 'fuse', 'x']",
         ),
         ({"steps": {"x": {"command": ["{y}"]}, "y": {"command": ["{x}"]}}}, "steps need each other: "),
-        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": [0, 0]}}}}, "matrix fold must be a list of different"),
-        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix fold must be a list of different"),
+        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": [0, 0]}}}}, "matrix key 'fold' needs a list of"),
+        ({"steps": {"x": {"command": ["true"], "matrix": {"fold": ["a b"]}}}}, "matrix key 'fold' needs a list of"),
         (
             {"steps": {"x": {"command": ["true"], "matrix": {"fold": "{no}"}}}},
-            "must be a list of different numbers or words",
+            "needs a list of different numbers or words",
         ),
-        ({"steps": {"data": {"command": ["true"]}}}, "names used twice: data; steps, variables and matrix keys must differ"),
+        ({"steps": {"data": {"command": ["true"]}}}, "matrix keys and 'run' must have different names, but share ['data']"),
         ({"steps": {"X": {"command": ["true"]}}}, "invalid step name 'X'"),
         (
             {"steps": {"x": {"command": ["{study}"], "matrix": {"fold": [1, 2]}}}},
-            "step x: x-2 needs a run of study with the same matrix values; available: study-0, study-1",
+            "step x: 'x-2' needs a run of 'study' with the same matrix values; 'study' has ['study-0', 'study-1']",
         ),
         (
             {"steps": {"x": {"command": ["true"], "matrix": {"fold": [2]}, "needs": ["study"]}}},
-            "step x: x-2 needs a run of study with the same matrix values; available: study-0, study-1",
+            "step x: 'x-2' needs a run of 'study' with the same matrix values; 'study' has ['study-0', 'study-1']",
         ),
-        ({"variables": {"data": "{data}"}}, "step prepare: a variable refers to itself"),
+        ({"variables": {"data": "{data}"}}, "step prepare: a variable that the step uses refers to itself"),
         ({"steps": {"x": {"command": ["true"], "threads": 0}}}, "Step.threads is 0; expected a whole number of at least 1"),
         ({"steps": {"x": {"command": ["true"], "gpus": -1}}}, "Step.gpus is -1; expected a whole number of at least 0"),
         ({"steps": {"x": {"command": ["true"], "memory_gb": 0}}}, "Step.memory_gb is 0; expected a finite number above 0"),
@@ -214,9 +214,9 @@ def test_missing_files_variables_and_steps_are_errors(tmp_path):
     path = write_plan(tmp_path)
     with pytest.raises(PlanError, match=r"demo\.yaml does not exist; plans in its folder: plan\.yaml"):
         read_plan(tmp_path / "demo.yaml")
-    with pytest.raises(PlanError, match="has no variable side; it has: data"):
+    with pytest.raises(PlanError, match=r"has no variables \['side'\]; its variables are \['data'\]"):
         read_plan(path, changes={"side": 3})
-    with pytest.raises(PlanError, match="has no step report; it has: fuse, prepare, study"):
+    with pytest.raises(PlanError, match=r"has no steps \['report'\]; its steps are \['fuse', 'prepare', 'study'\]"):
         read_plan(path).runs_of_steps(["report"])
 
 

@@ -69,7 +69,7 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
             {"schedule": "plateau", "warmup_epochs": 1.0},
             r"plateau', which has no warm-up, but warmup_epochs is 1\.0; set warmup_epochs=0",
         ),
-        ({"masked": True}, "masked is true, but lungs is 'darkness'"),
+        ({"masked": True}, "masked is True, but lungs is 'darkness'"),
         ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model trained on crops cannot predict whole images"),
     ],
 )
@@ -105,10 +105,10 @@ def test_settings_that_fit_together_are_accepted(fields):
         ),
         ({"structures": ["lung"]}, r"structures is \['lung'\]; expected a list, each item one of 'lungs'"),
         ({"structures": ["heart", "heart"]}, r"structures is \['heart', 'heart'\]; .*, at least one, none repeated"),
-        ({"structures": ["lungs", "left_lung"]}, "lungs includes both sides; use lungs, or left_lung and right"),
+        ({"structures": ["lungs", "left_lung"]}, '"lungs" includes "left_lung" and "right_lung"; use either'),
         ({"cutouts": 2}, "SegmenterRecipe has no field 'cutouts'; it has: starting_weights"),
         ({"backbone": "resnet50"}, "SegmenterRecipe has no field 'backbone'"),
-        ({"structures": ("heart",)}, "expected them to include lungs, or left_lung and right_lung"),
+        ({"structures": ("heart",)}, 'add "lungs", or both "left_lung" and "right_lung"'),
         ({"horizontal_flip": 0.5, "structures": ("heart", "left_lung", "right_lung")}, "a mirrored left lung"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_segmenter_refuses_invalid_and_unknown_fields(fields, message):
         ({"positives": [0.5]}, r"positives is \[0.5\]; expected the shares of images .*, such as \[0.8, 0.4\], or \[\]"),
         ({"positives": [0.5, 0.0]}, "positives is .*; expected a list, each item a finite number above 0 and at most 1"),
         ({"loss_weights": [0, 0, 0]}, "loss_weights are all 0"),
-        ({"bottom": 0.8}, "bottom is 0.8, above top, which is 0.75"),
+        ({"bottom": 0.8}, "bottom is 0.8, but top is only 0.75"),
     ],
 )
 def test_a_segmenter_of_a_sparse_structure_refuses_what_it_does_not_use(fields, message):

@@ -85,11 +85,11 @@ def test_precomputed_draws_give_the_same_differences():
         paired_differences(models, "mean", drawn=drawn), paired_differences(models, "mean", 10, seed=3)
     )
     with pytest.raises(
-        ValueError, match="drawn has 11 rows for mean; it must have the same number of rows for each of: mean, turned"
+        ValueError, match="`drawn` has 11 rows for mean; each of these models needs the same number of rows: mean, turned"
     ):
         paired_differences(models, "mean", drawn={"mean": drawn["mean"]})
     models["turned"] = judged(other[1:], images, labels)
-    with pytest.raises(ValueError, match="draws of mean include images that not all models have predicted"):
+    with pytest.raises(ValueError, match="predictions of mean include images that not all models have predicted"):
         paired_differences(models, "mean", drawn=drawn)
 
 
@@ -97,5 +97,5 @@ def test_a_class_that_does_not_occur_has_no_interval():
     scores, images, labels = tables(30, shares=(0.5, 0.5, 0))
     table = intervals(draws(judged(scores, images, labels), 20)).set_index("name")
     assert table.loc["f1 normal"].isna().all() and table.loc["f1 macro"].notna().all()
-    with pytest.raises(ValueError, match="samples is 0"):
+    with pytest.raises(ValueError, match="`samples` is 0"):
         draws(judged(scores, images, labels), 0)

@@ -49,7 +49,7 @@ def test_curves_name_their_areas_and_omit_undefined_ones():
     assert labels == expected + [f"{name} (AP {table.pr_auc[name]:.3f})" for name in CLASSES]
     lonely = predictions.rows(predictions.truth == 0)
     assert model_curves({"m": lonely}, "viral").axes[0].get_legend() is None
-    with pytest.raises(ValueError, match=r"m has no class 'Mass'; its classes: COVID-19, viral, normal"):
+    with pytest.raises(ValueError, match=r"'m' has no class 'Mass'; its classes are \['COVID-19', 'viral', 'normal'\]"):
         model_curves({"m": predictions}, "Mass")
 
 

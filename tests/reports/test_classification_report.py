@@ -182,7 +182,7 @@ def test_inconsistent_scores_and_labels_are_refused():
         judged(scores, images, labels.assign(**dict.fromkeys(CLASSES, 1.0)))
     with pytest.raises(ValueError, match=r"classes that the scores lack: \['normal'\]"):
         judged(scores.drop(columns="normal"), images, labels)
-    with pytest.raises(ValueError, match=r"from several models \(m, n\); split them with by_model"):
+    with pytest.raises(ValueError, match=r"from several models \(m, n\); pass one of the tables from `by_model`"):
         judged(pd.concat([scores, scores.assign(model="n")]), images, labels)
     with pytest.raises(ValueError, match=r"no image was predicted by all of these models: a, b"):
         halves = {"a": scores[:5], "b": scores[5:]}

@@ -72,7 +72,7 @@ def test_the_folds_of_a_model_may_come_from_several_runs(tmp_path):
 
 def test_a_run_that_is_unfinished_or_of_another_kind_is_named(tmp_path):
     run = make_run(tmp_path / "run", "study", image_scores=SCORES)
-    with pytest.raises(RunError, match=r"metrics\.json is missing: .*no such folder"):
+    with pytest.raises(RunError, match=r"metrics\.json is missing\. .*no such folder"):
         read_metrics(tmp_path / "nothing")
     with pytest.raises(RunError, match="has no tables of predictions"):
         read_out_of_fold([make_run(tmp_path / "prepare", None)])
@@ -99,7 +99,7 @@ def test_judged_images_have_predictions_of_none_and_of_the_study_classes():
     detections = pd.DataFrame(columns=["image_id", "score", *BOX])
     # `b` has placeholder study classes, `c` a placeholder none, and the study of `d` no row at all.
     assert judged_images(images, Fused(studies, nones, detections))["image_id"].tolist() == ["a"]
-    with pytest.raises(RunError, match=r"\(3 have a `none`\); add a study run with the same folds"):
+    with pytest.raises(RunError, match=r"\(3 images have only `none`\); also fuse a run of study models"):
         judged_images(images, Fused(studies.assign(prior=True), nones, detections))
 
 
@@ -127,7 +127,7 @@ def test_a_fused_answer_comes_back_without_priors(tmp_path):
     fused = read_fused(tmp_path)
     assert fused.studies["study_id"].tolist() == ["s"] and fused.nones["image_id"].tolist() == ["b"]
     tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
-    with pytest.raises(RunError, match=r"nones\.parquet lacks the column `seen`.*; fuse again"):
+    with pytest.raises(RunError, match=r"nones\.parquet, .* lacks the column `seen`; run notebook 60 again"):
         read_fused(tmp_path)
 
 
@@ -244,5 +244,5 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     ensemble = make_run(tmp_path / "ensemble", "mean", study_scores=scores.assign(model="mean"))
     write_ensemble(ensemble / "ensemble", Ensemble("mean", "mean", ("one", "two"), STUDY_CLASSES, "study_id"))
     assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
-    with pytest.raises(RunError, match=r"those that the ensemble .* combines differ in: two; give the runs of .*: one, two"):
+    with pytest.raises(RunError, match=r"\(difference: two\)\. Give the runs of exactly these models: one, two"):
         read_study_ensemble(ensemble, one)

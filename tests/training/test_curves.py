@@ -36,7 +36,7 @@ def written(folder) -> list[str]:
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_a_missing_package_is_an_error_that_names_it(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    message = rf'curves is "{kind}".*pip install {kind}\), or leave curves empty'
+    message = rf'curves is "{kind}".*pip install {kind}`, or set curves=""'
     with pytest.raises(TrainingError, match=message), open_curves(kind, tmp_path / "curves", "title"):
         pass
     assert not (tmp_path / "curves").exists()

@@ -143,7 +143,7 @@ def test_exclusive_classes_have_probabilities_that_sum_to_one(tmp_path):
     several = SmallFindings(32)
     several.labels.loc[0, FINDINGS] = 1.0
     with pytest.raises(
-        ValueError, match=r'1 rows of labels do not sum to 1; the first is for study000\. .*"multi_label": true'
+        ValueError, match=r'1 rows of the table `labels` do not sum to 1; the first is for study000\. .*"multi_label": true'
     ):
         train(tmp_path / "several", several, recipe=override(RECIPE, multi_label=False))
 
@@ -187,7 +187,7 @@ def test_a_class_without_images_is_reported_and_left_out_of_the_score(tmp_path):
 
 
 def test_settings_that_do_not_fit_the_classes_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"judged_by='macro_f1': valid only if .* set multi_label=False"):
+    with pytest.raises(ValueError, match=r"judged_by='macro_f1' can be used only if .* set multi_label=False"):
         train(tmp_path, recipe=override(RECIPE, judged_by="macro_f1"))
     small = SmallFindings(32)
     small.labels["Edema"] = 0.0
@@ -358,9 +358,9 @@ def test_training_images_with_the_same_labels_are_refused(tmp_path, multi_label)
     small, recipe = SmallFindings(), override(RECIPE, multi_label=multi_label)
     small.labels = small.labels.assign(**{"Mass": 1.0, "No Finding": 0.0})
     # The fold that is validated on has the other half of the images; the limit leaves a patient of one class.
-    with pytest.raises(DatasetError, match=r"all 16 training images have the same labels \(Mass\).* in notebook 10"):
+    with pytest.raises(DatasetError, match=r"all 16 training images have the same labels \(Mass\).* `pool` in notebook 10"):
         train(tmp_path, small, recipe)
-    with pytest.raises(DatasetError, match=r"all 4 training images .* raise limit_train, which is 4"):
+    with pytest.raises(DatasetError, match=r"all 4 training images .* raise `limit_train`, which is 4"):
         train(tmp_path, SmallFindings(), recipe, limit_train=4)
     small.labels = small.labels[["id"]]
     with pytest.raises(DatasetError, match="the prepared run has no labels; in notebook 10, give `label`"):

@@ -42,9 +42,9 @@ def test_limits_keep_patients_whole(limit, seed):
 
 def test_an_impossible_split_raises_an_error_that_lists_the_folds():
     small = SmallXrays(16)
-    with pytest.raises(ValueError, match=r"fold 7 leaves no images.*available folds: \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"fold 7 leaves no images for validation .*available folds: \[0, 1\]"):
         split(small.images, small.fold_table, 7, seed=0)
-    with pytest.raises(ValueError, match="1 images in folds are not in the `images` table; the first is image000"):
+    with pytest.raises(ValueError, match="1 ids in `folds` are not in the `images` table; the first is 'image000"):
         split(small.images[1:], small.fold_table, 0, seed=0)
 
 

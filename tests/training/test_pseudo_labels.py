@@ -190,9 +190,12 @@ def test_fusion_settings_shape_the_labels_and_the_classes_add_to_one():
     assert (found.labels["negative"] / found.labels["typical"]).tolist() == pytest.approx(ratio.tolist())
 
 
-def test_thresholds_that_cross_are_refused():
-    with pytest.raises(ValueError, match=r"0 <= low <= kept <= high <= 1, got 0\.4, 0\.3, 0\.5"):
-        pseudo_labels(predictions(), IMAGES, empty_table("coverage"), PLAIN, low=0.4)
+def test_thresholds_may_be_equal_or_at_the_ends_but_not_cross():
+    for low, kept, high in ((0, 0, 0), (0, 0.3, 1), (1, 1, 1)):
+        pseudo_labels(predictions(), IMAGES, empty_table("coverage"), PLAIN, low=low, kept=kept, high=high)
+    for low, kept, high in ((0.4, 0.3, 0.5), (0.1, 0.6, 0.5), (-0.1, 0.3, 0.5), (0.1, 0.3, 1.1)):
+        with pytest.raises(ValueError, match=rf"0 <= low <= kept <= high <= 1, got {low}, {kept}, {high}"):
+            pseudo_labels(predictions(), IMAGES, empty_table("coverage"), PLAIN, low=low, kept=kept, high=high)
 
 
 def test_an_image_that_was_not_predicted_is_left_out():

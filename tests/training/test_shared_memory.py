@@ -78,5 +78,5 @@ def test_the_cores_are_divided_among_the_trainings_that_feed_gpus(
         strategy = StudyStrategy(small_task(SmallXrays(16), recipe, workers=given), 0, tmp_path)
         strategy.make_examples()
         assert strategy.workers == expected
-    with pytest.raises(ValueError, match=r"workers is -2; expected -1 or more"):
+    with pytest.raises(ValueError, match=r"`workers` is -2; expected -1 or more"):
         small_task(SmallXrays(16), recipe, workers=-2).checked()

@@ -18,5 +18,5 @@ def test_images_without_lungs_leave_the_folds_and_are_counted_by_class(tmp_path)
     assert counts.loc["all"].tolist() == [8, 3]
     expected = small.labels.set_index("id").loc[small.images.study_id[:3], ill].sum()
     assert counts.loc[ill, "dropped"] == expected
-    with pytest.raises(ValueError, match="drop_rejected requires lungs_run"):
+    with pytest.raises(ValueError, match="`drop_rejected` requires `lungs_run`"):
         leave_out_rejected(tables, None)

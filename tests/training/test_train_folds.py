@@ -93,7 +93,7 @@ def with_folds(task, count):
 
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_fold_that_does_not_exist_is_refused_before_any_training(tmp_path, at_once):
-    with pytest.raises(ValueError, match=r"the prepared run has no fold 7, 9; set folds to some of \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"the prepared run has no fold 7, 9; choose from \[0, 1\]"):
         train_folds(task(), [0, 9, 7], tmp_path, at_once=at_once)
     assert list(tmp_path.iterdir()) == []
 
@@ -211,11 +211,11 @@ class OneEpoch(Deadline):
 
 
 def test_trainings_that_processes_cannot_share_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at_once is 2 and processes is 2: use only one"):
+    with pytest.raises(ValueError, match="`at_once` is 2 and `processes` is 2, but only one"):
         train_folds(task(), [0, 1], tmp_path, at_once=2, processes=2)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)
-    with pytest.raises(ValueError, match="stages that unfreeze later cannot be trained by several processes"):
+    with pytest.raises(ValueError, match="several processes cannot train stages of the backbone that are unfrozen later"):
         train_folds(task(override(ALONE, frozen_backbone=True, unfreeze_every=2)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="a yolo cannot be trained by several processes"):
         train_folds(task(DetectorRecipe(family="yolo", batch_size=4)), [1], tmp_path, processes=2)

@@ -182,8 +182,8 @@ def test_a_negative_slope_inverts_the_grey_once(tmp_path):
         ({"RescaleSlope": "0", "RescaleIntercept": "5"}, "RescaleSlope 0.0"),
         ({"VOILUTSequence": lut(0, np.arange(5), 33)}, "33 bits"),
         ({"VOILUTSequence": lut(0, np.full(4096, 7), 12)}, "one grey"),
-        ({"VOILUTSequence": lut(None, np.arange(5), 12)}, "without LUTDescriptor"),
-        ({"ModalityLUTSequence": lut(None, np.arange(5), 12)}, "without LUTDescriptor"),
+        ({"VOILUTSequence": lut(None, np.arange(5), 12)}, "LUTDescriptor is missing"),
+        ({"ModalityLUTSequence": lut(None, np.arange(5), 12)}, "LUTDescriptor is missing"),
         ({"ModalityLUTSequence": lut(0, np.full(4096, 7), 12)}, "one value"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_short_lut_is_ignored(tmp_path):
     broken[0].LUTData = broken[0].LUTData[:100]
     xray = decode_xray(write(tmp_path / "x.dcm", stored, bits_stored=12, extra={"VOILUTSequence": broken}))
     np.testing.assert_array_equal(xray.pixels, read_xray(write(tmp_path / "p.dcm", stored, bits_stored=12)))
-    assert "with 4096 entries in 100 bytes" in xray.warnings[0]
+    assert "100 bytes are too few for 4096 entries" in xray.warnings[0]
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])

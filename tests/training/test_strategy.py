@@ -1,0 +1,56 @@
+"""What all families' strategies do alike before training: they augment the training images by the seed, and no others."""
+
+import numpy as np
+import pytest
+import torch
+
+from kitlib.settings import override
+from kitlib.training.driver import _strategies
+from kitlib.training.strategy import without_images
+from tests.small_masks import RECIPE as MASKS_RECIPE
+from tests.small_masks import SmallMasks
+from tests.small_tasks import small_task
+from tests.small_xrays import RECIPE as STUDY_RECIPE
+from tests.small_xrays import SmallXrays
+from tests.training.test_detector import FASTER_RCNN
+from tests.training.test_findings import RECIPE as FINDINGS_RECIPE
+from tests.training.test_findings import SmallFindings
+
+# Each recipe has at least one augmentation that changes every image.
+SHIFTED = {"rotate_degrees": 20.0}
+RECIPES = {
+    "study": override(STUDY_RECIPE, **SHIFTED),
+    "findings": override(FINDINGS_RECIPE, **SHIFTED),
+    "faster_rcnn": override(FASTER_RCNN, **SHIFTED),
+    "segmenter": override(MASKS_RECIPE, **SHIFTED),
+}
+
+
+def make_strategy(family, folder, seed):
+    options = {"seed": seed}
+    if family == "segmenter":
+        small = SmallMasks(folder / "masks")
+        options["masks"] = small.masks
+    else:
+        small = SmallFindings() if family == "findings" else SmallXrays()
+    strategy = _strategies()[family](small_task(small, RECIPES[family], **options).checked(), 1, folder / "run")
+    strategy.make_examples()
+    return strategy
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_training_images_are_augmented_by_the_seed_and_validation_images_never(family, tmp_path):
+    first, again, other = (make_strategy(family, tmp_path / str(number), seed) for number, seed in enumerate((3, 3, 4)))
+
+    def pixels(strategy, part, epoch):
+        return torch.stack([getattr(strategy, part)[epoch, index]["pixels"] for index in range(4)])
+
+    assert torch.equal(pixels(first, "train", 1), pixels(again, "train", 1))
+    assert not torch.equal(pixels(first, "train", 1), pixels(other, "train", 1))
+    assert not torch.equal(pixels(first, "train", 1), pixels(first, "train", 2))
+    assert torch.equal(pixels(first, "validation", 1), pixels(other, "validation", 2))
+
+
+def test_a_class_has_images_if_a_label_is_at_least_one_half():
+    label = np.array([[0, 0.5, np.nan, 0.4], [1, 0, np.nan, 0.49]])
+    assert without_images(label, ["a", "b", "c", "d"]) == ["c", "d"]
