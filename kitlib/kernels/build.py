@@ -33,11 +33,9 @@ from kitlib.kernels.spec import KernelSpec
 from kitlib.kernels.wheels import check_wheels, image_pins
 from kitlib.lungs.crop import needs_masks
 from kitlib.lungs.finders import segmenter_digest
-from kitlib.models.families import BOXES, CLASSES, LUNGS, MASKS, STUDIES, recorded_family
+from kitlib.models.families import LUNGS, STUDIES, recorded_family
 from kitlib.paths import project_root
 
-# What the models of a family predict -> the kind of the model in weights.json.
-KINDS = {STUDIES: "study", BOXES: "detector", CLASSES: "classifier", MASKS: "segmenter"}
 # Kaggle refuses a larger notebook.
 NOTEBOOK_BYTES = 1_000_000
 # Kaggle refuses a larger dataset.
@@ -188,11 +186,10 @@ def _write_weights(spec: KernelSpec, folder: Path) -> None:
                 f"{'names a run with another segmenter or mask clean-up' if segmenter else 'is empty'}; set `lungs` to the "
                 "run of notebook 14 that was the parameter `lungs_run` in training"
             )
-        kind = KINDS[family.answers]
         if family.answers == STUDIES and record["recipe"].get("outputs") != "none":
             study_models.add(record["model"])
         recorded = ("family", "model", "fold", "precision", "weights_sha256", "record_sha256")
-        manifest.append({"folder": name, "kind": kind} | {key: record[key] for key in recorded})
+        manifest.append({"folder": name} | {key: record[key] for key in recorded})
     if spec.fusion:
         fusion = project_root() / spec.fusion
         if not fusion.is_file():

@@ -184,7 +184,7 @@ class KernelSpec(Settings):
         folders: dict[Path, None] = {}
         for entry in self.runs:
             root = Path(entry).anchor or project_root()
-            matches = sorted(Path(root).glob(str(Path(entry).relative_to(Path(entry).anchor)).rstrip("/") + "/bundle"))
+            matches = sorted(Path(root).glob(f"{Path(entry).relative_to(Path(entry).anchor)}/bundle"))
             if not matches:
                 raise KernelError(f"runs: no folder {entry!r} below {root} contains `bundle`; train the model first")
             folders |= dict.fromkeys(match.resolve() for match in matches)

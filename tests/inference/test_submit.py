@@ -84,7 +84,7 @@ def weights(tmp_path_factory) -> Path:
             "validation": {},
         }
         save_bundle(folder / f"small-fold{fold}", model.state_dict(), record)
-        bundles.append({"folder": f"small-fold{fold}", "kind": "study", "model": "small", "fold": fold})
+        bundles.append({"folder": f"small-fold{fold}", "model": "small", "fold": fold})
     (folder / "weights.json").write_text(json.dumps({"bundles": bundles}))
     write_settings(SiimFusion(), folder / "fusion.json")
     return folder

@@ -8,6 +8,8 @@ import random
 import re
 import sys
 import tarfile
+import tempfile
+import time
 from pathlib import Path
 
 import nbformat
@@ -26,7 +28,7 @@ from kitlib.inference import install_wheels
 from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import build_kernel
-from kitlib.kernels.pack_library import find_needed_files
+from kitlib.kernels.pack_library import find_needed_files, pack_library
 from kitlib.kernels.spec import read_spec
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.parameters import read_parameters
@@ -135,6 +137,22 @@ def test_parameters_are_injected_as_papermill_does(tmp_path, wheel):
     assert cells[2].source == PARAMETERS
 
 
+def test_a_built_notebook_runs_with_any_jupyter_and_without_the_outputs_of_its_source(tmp_path, wheel):
+    path = make_submission(tmp_path / "spec", "print(1)")
+    source = nbformat.read(tmp_path / "spec" / "submit.ipynb", as_version=4)
+    source.metadata = {"kernelspec": {"name": "my-venv", "display_name": "mine", "language": "python"}, "widgets": {}}
+    source.cells[-1].update(outputs=[nbformat.v4.new_output("stream", text="private")], execution_count=7)
+    nbformat.write(source, tmp_path / "spec" / "submit.ipynb")
+    build_kernel(read_spec(path), tmp_path / "out", [wheel])
+    notebook = built_notebook(tmp_path / "out")
+    # The kernel that Jupyter always has; papermill starts no notebook that does not name its kernel and language.
+    assert [papermill.utils.nb_kernel_name(notebook), papermill.utils.nb_language(notebook)] == ["python3", "python"]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in cells] == [[]] * len(cells)
+    assert {cell.execution_count for cell in cells} == {None}
+    assert "widgets" not in notebook.metadata
+
+
 def embedded(kernel: Path) -> str:
     return built_notebook(kernel).cells[0].source.split('"""')[-2]
 
@@ -161,6 +179,7 @@ def test_the_modules_that_the_notebook_imports_are_packed_and_unpacked(tmp_path,
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
         monkeypatch.setenv(name, "")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = kernel_start.start_kernel(packed)
     sources = Path(kitlib.__file__).parent.parent
     assert all((folder / name).read_bytes() == (sources / name).read_bytes() for name in names[:-1])
@@ -173,6 +192,24 @@ def test_the_modules_that_the_notebook_imports_are_packed_and_unpacked(tmp_path,
         "time_limit_s",
         "batch_size",
     }
+
+
+def test_starting_a_kernel_keeps_what_was_set_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("KIT_ROOT", "elsewhere")
+    monkeypatch.setenv("PYTHONPATH", "/before")
+    monkeypatch.setenv("KIT_STARTED", "12.5")  # by a rehearsal
+    packed = pack_library([], {"kitlib/data.txt": b"data"})
+    first = kernel_start.start_kernel(packed)
+    assert (first / "kitlib" / "data.txt").read_bytes() == b"data"
+    assert [os.environ["KIT_STARTED"], os.environ["PYTHONPATH"]] == ["12.5", f"{first}{os.pathsep}/before"]
+    for name in ("KIT_STARTED", "PYTHONPATH"):
+        monkeypatch.delenv(name)
+    before = time.monotonic()
+    second = kernel_start.start_kernel(packed)
+    assert second != first and [os.environ["PYTHONPATH"], os.environ["KIT_ROOT"]] == [str(second)] * 2
+    assert before <= float(os.environ["KIT_STARTED"]) <= time.monotonic()
 
 
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -201,14 +238,14 @@ def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, whe
     best = make_run(tmp_path / "runs" / "detector", "yolo11s", 3, "yolo")
     (tmp_path / "fusion.json").write_text('{"opacity_power": 0.5}')
     spec = make_submission(
-        tmp_path / "spec", runs=[str(best), str(runs[0].parent / "study*"), str(best)], fusion=str(tmp_path / "fusion.json")
+        tmp_path / "spec", runs=[f"{best}/", str(runs[0].parent / "study*"), str(best)], fusion=str(tmp_path / "fusion.json")
     )
     build_kernel(read_spec(spec), tmp_path / "out", [wheel])
     listed = json.loads((tmp_path / "out/weights/weights.json").read_text())["bundles"]
-    assert [(entry["folder"], entry["kind"], entry["family"], entry["fold"]) for entry in listed] == [
-        ("yolo11s-fold3", "detector", "yolo", 3),
-        ("effnet-fold0", "study", "study", 0),
-        ("effnet-fold1", "study", "study", 1),
+    assert [(entry["folder"], entry["family"], entry["fold"]) for entry in listed] == [
+        ("yolo11s-fold3", "yolo", 3),
+        ("effnet-fold0", "study", 0),
+        ("effnet-fold1", "study", 1),
     ]
     for entry in listed:
         weights = tmp_path / "out/weights" / entry["folder"] / "weights.safetensors"
@@ -226,15 +263,19 @@ def test_fusion_settings_are_read_before_they_are_copied(tmp_path, wheel, conten
     with pytest.raises(KernelError, match=r"^fusion: "):
         build_kernel(spec, tmp_path / "out", [wheel])
     assert not (tmp_path / "out/weights").exists()
+    (tmp_path / "fusion.json").unlink()
+    with pytest.raises(KernelError, match=r"^fusion: .*fusion\.json does not exist; run notebook 60 first"):
+        build_kernel(spec, tmp_path / "out", [wheel])
 
 
 def test_a_notebook_is_a_notebook_of_the_project_or_beside_the_yaml_file(tmp_path):
     spec = make_submission(tmp_path / "spec")
     (tmp_path / "private.ipynb").write_text("{}")
-    with_notebook = {**yaml.safe_load(spec.read_text()), "notebook": str(tmp_path / "private.ipynb")}
-    spec.write_text(yaml.safe_dump(with_notebook))
-    with pytest.raises(KernelError, match=r"private\.ipynb is outside the project and this YAML file's folder"):
-        read_spec(spec)
+    with_notebook = yaml.safe_load(spec.read_text())
+    for path in (tmp_path / "private.ipynb", tmp_path / "spec" / ".." / "private.ipynb"):
+        spec.write_text(yaml.safe_dump(with_notebook | {"notebook": str(path)}))
+        with pytest.raises(KernelError, match=r"private\.ipynb is outside the project and this YAML file's folder"):
+            read_spec(spec)
     (tmp_path / "spec" / "notes.txt").write_text("my notes")
     spec.write_text(yaml.safe_dump(with_notebook | {"notebook": str(tmp_path / "spec" / "notes.txt")}))
     with pytest.raises(KernelError, match=r"notes\.txt is not a notebook"):
@@ -247,6 +288,21 @@ def test_a_damaged_bundle_is_refused(tmp_path, wheel):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(BundleError, match="SHA-256"):
         build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[str(run)])), tmp_path / "out", [wheel])
+
+
+def test_a_run_without_a_models_record_is_refused(tmp_path, wheel):
+    run = make_run(tmp_path / "run")
+    (run / "bundle" / "model.json").unlink()
+    with pytest.raises(BundleError, match=r"model\.json"):
+        build_kernel(read_spec(make_submission(tmp_path / "spec", runs=[str(run)])), tmp_path / "out", [wheel])
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../wheels/effnet", "/effnet", ".effnet", "eff net", "effnet\n", ""])
+def test_a_model_whose_name_cannot_be_a_folders_is_refused(tmp_path, wheel, name):
+    runs = [str(make_run(tmp_path / "run", name))]
+    with pytest.raises(KernelError, match=r"the model name .* cannot be a folder name; use letters"):
+        build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs)), tmp_path / "out", [wheel])
 
 
 def test_a_backbone_in_a_submission_is_refused(tmp_path, wheel):
@@ -262,6 +318,7 @@ def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
     fields = {"method": "mean", "learners": ("one", "two"), "classes": STUDY_CLASSES, "key": "study_id"}
     write_ensemble(tmp_path / "stack" / "ensemble", Ensemble("mean", **fields))
     write_ensemble(tmp_path / "images" / "ensemble", Ensemble("mean", **fields | {"key": "image_id"}))
+    write_ensemble(tmp_path / "lines" / "ensemble", Ensemble("mean", **fields | {"classes": ("ett", "cvc")}))
     stack = str(tmp_path / "stack")
     build_kernel(read_spec(make_submission(tmp_path / "spec", runs=runs, ensemble=stack)), tmp_path / "out", [wheel])
     weights = tmp_path / "out" / "weights"
@@ -273,6 +330,8 @@ def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
             {"runs": runs, "ensemble": str(tmp_path / "images")},
             r"images/ensemble predicts negative, .* give an ensemble of study",
         ),
+        ({"runs": runs, "ensemble": str(tmp_path / "lines")}, "lines/ensemble predicts ett, cvc for each study_id; give"),
+        ({"runs": runs[2:], "ensemble": stack}, "combines one, two, but `runs` has the study models none; change"),
         (
             {"runs": runs, "ensemble": str(tmp_path / "gone")},
             r"ensemble: .*gone/ensemble does not exist; give a run of notebook 65",
@@ -344,11 +403,12 @@ def test_an_unknown_parameter_is_refused_with_the_valid_ones(tmp_path, wheel):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
-def test_a_parameter_that_a_kernel_key_sets_is_refused(tmp_path, wheel):
-    spec = read_spec(make_submission(tmp_path, parameters={"time_limit_s": 4}))
-    with pytest.raises(
-        KernelError, match="parameters: time_limit_s cannot be set as a parameter; change the kernel's own keys"
-    ):
+@pytest.mark.parametrize("key", ["parameters", "rehearsal"])
+@pytest.mark.parametrize("parameter", [{"time_limit_s": 4.0}, {"weights": "x"}, {"wheels": "x"}, {"competition": "x"}])
+def test_a_parameter_that_a_kernel_key_sets_is_refused(tmp_path, wheel, key, parameter):
+    spec = read_spec(make_submission(tmp_path, **{key: parameter}))
+    (name,) = parameter
+    with pytest.raises(KernelError, match=f"{key}: {name} cannot be set as a parameter; change the kernel's own keys"):
         build_kernel(spec, tmp_path / "out", [wheel])
 
 
@@ -398,7 +458,6 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
         ({"accelerator": "T4"}, "accelerator 'T4' is unknown; valid: NvidiaTeslaT4, NvidiaL4, NvidiaL4X1, .*, none"),
         ({"docker_image": "gcr.io/kaggle-images/python:v170"}, r"is not NAME@sha256:DIGEST; .*kaggle kernels pull -m"),
         ({"owner": "Some Body"}, "owner 'Some Body' is not a Kaggle user name"),
-        ({"time_limit_hours": 13}, r"time_limit_hours is 13\.0"),
         ({"time_limit_hours": "nine"}, "time_limit_hours is 'nine'; expected a finite number"),
         ({"runs": [1, 2]}, r"runs is \[1, 2\]; expected a list, each item a string"),
     ],
@@ -406,6 +465,64 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
 def test_a_submission_is_read_strictly(tmp_path, keys, message):
     with pytest.raises(KernelError, match=message):
         read_spec(make_submission(tmp_path, **keys))
+
+
+@pytest.mark.parametrize(("hours", "valid"), [(-1, False), (0, False), (0.25, True), (12, True), (12.5, False)])
+def test_a_session_lasts_at_most_twelve_hours(tmp_path, hours, valid):
+    """Kaggle's limit."""
+    path = make_submission(tmp_path, time_limit_hours=hours)
+    if valid:
+        assert read_spec(path).time_limit_s == hours * 3600
+    else:
+        with pytest.raises(KernelError, match=f"time_limit_hours is {float(hours)}; it must be above 0 and at most 12"):
+            read_spec(path)
+
+
+def named(length):
+    return {"title": "a" * length, "slug": "a" * length}
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "shortest", "longest"),
+    [
+        (make_training, lambda length: named(length) | {"wheels": "shared-wheels"}, 6, 50),
+        (make_training, named, 6, 50 - len(" wheels")),  # the title of the kernel's own wheels
+        (make_submission, lambda length: named(length) | {"wheels": "shared-wheels"}, 6, 50 - len(" weights")),
+        (make_training, lambda length: {"wheels": "a" * length}, 6, 50),
+        (make_training, lambda length: {"dataset_sources": [f"somebody-else/{'a' * length}"]}, 3, 50),
+        (make_training, lambda length: {"kernel_sources": ["a" * length]}, 5, 50),
+        (make_training, lambda length: {"competition": "a" * length}, None, 100),
+    ],
+    ids=["title", "title of wheels", "title of weights", "wheels", "dataset", "kernel", "competition"],
+)
+def test_names_are_as_long_as_kaggle_allows(tmp_path, make, keys, shortest, longest):
+    """Kaggle allows titles of 6 to 50 characters; its client requires 3 for an attached dataset and 5 for a kernel."""
+    for length in filter(None, (shortest, longest)):
+        read_spec(make(tmp_path, **keys(length)))
+    for length in (*([shortest - 1] if shortest else []), longest + 1):
+        with pytest.raises(KernelError, match=r" has \d+ characters, but Kaggle allows"):
+            read_spec(make(tmp_path, **keys(length)))
+
+
+@pytest.mark.parametrize(
+    ("make", "keys", "slug"),
+    [
+        (make_submission, {"dataset_sources": ["else/siim-covid19-detection"]}, "siim-covid19-detection"),
+        (make_submission, {"dataset_sources": ["small-test-kernel-weights"]}, "small-test-kernel-weights"),
+        (make_submission, {"dataset_sources": ["small-test-kernel-wheels"]}, "small-test-kernel-wheels"),
+        (make_training, {"kernel_sources": ["else/shared-wheels"], "wheels": "shared-wheels"}, "shared-wheels"),
+        (make_training, {"dataset_sources": ["one/data-set", "two/data-set"]}, "data-set"),
+        (make_training, {"model_sources": ["one/a/b/c/1", "two/a/b/c/1"]}, "a/b/c/1"),
+    ],
+)
+def test_two_inputs_of_one_slug_are_refused(tmp_path, make, keys, slug):
+    with pytest.raises(KernelError, match=f"two inputs have the slug {slug}, but"):
+        read_spec(make(tmp_path, **keys))
+
+
+def test_a_training_has_no_weights_dataset_whose_slug_an_input_could_have(tmp_path):
+    sources = ("small-test-kernel-weights",)
+    assert read_spec(make_training(tmp_path, dataset_sources=list(sources))).dataset_sources == sources
 
 
 def test_a_missing_file_is_an_error_that_lists_the_available_ones(tmp_path):
@@ -572,11 +689,10 @@ def test_rehearsal_parameters_are_not_built_into_the_kernel(tmp_path, wheel):
 
 
 @pytest.mark.parametrize("folder", ["/elsewhere/study", "../study", ""])
-def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder):
-    keys = {"parameters": {"run_folder": folder}}
-    for changed in (keys, {"rehearsal": keys["parameters"]}, {**keys, "rehearsal": {"run_folder": "study"}}):
-        with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only files below /kaggle/working"):
-            training(tmp_path, wheel, **changed)
+@pytest.mark.parametrize(("key", "other"), [("parameters", "rehearsal"), ("rehearsal", "parameters")])
+def test_a_run_that_kaggle_would_not_keep_is_refused(tmp_path, wheel, folder, key, other):
+    with pytest.raises(KernelError, match=r"run_folder is .*, but Kaggle keeps only files below /kaggle/working"):
+        training(tmp_path, wheel, **{key: {"run_folder": folder}, other: {"run_folder": "kept"}})
 
 
 def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
@@ -603,6 +719,11 @@ def test_every_shipped_notebook_can_be_built_as_a_kernel(tmp_path, wheel):
             {"model_sources": ["timm/resnext"]},
             "model_sources: 'timm/resnext' is not OWNER/MODEL/FRAMEWORK/VARIATION/VERSION",
         ),
+        *(
+            ({"model_sources": [source]}, f"model_sources: '{source}' is not OWNER/MODEL/FRAMEWORK/VARIATION/VERSION")
+            for source in ("a/b/c/d/latest", "a//c/d/1", "a/b/c/d/1/e", "a/b/c/1")
+        ),
+        ({"ensemble": "runs/stack"}, "runs, fusion, ensemble and lungs need a notebook with a parameter `weights`"),
         ({"kernel_sources": ["a/b/c"]}, "kernel_sources: 'a/b/c' is neither SLUG .an input of the kernel's owner. nor"),
         ({"dataset_sources": [7]}, r"dataset_sources is \[7\]; expected a list, each item a string"),
         ({"dataset_sources": ["some body/data"], "kernel_sources": ["one/data-set", "two/data-set"]}, "the slug data-set"),

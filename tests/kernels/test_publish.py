@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 def test_a_publication_has_each_folds_bundle_and_a_card_of_what_was_measured(tmp_path, run, monkeypatch):
-    folder = write_publication([run], tmp_path / "out", "My NIH backbones", "me", "CC-BY-NC-4.0")
+    folder = write_publication([run], tmp_path / "new" / "out", "My NIH backbones", "me", "CC-BY-NC-4.0")
     assert json.loads((folder / "dataset-metadata.json").read_text()) == {
         "title": "My NIH backbones",
         "id": "me/my-nih-backbones",
@@ -55,16 +55,45 @@ def test_a_publication_has_each_folds_bundle_and_a_card_of_what_was_measured(tmp
     assert read_bundle(bundle)[0]["fold"] == 1
 
 
+def test_a_run_of_one_model_is_published_with_what_is_known_of_it(tmp_path):
+    run = tmp_path / "runs" / "single"
+    save_bundle(run / "bundle", WEIGHTS, RECORD | {"recipe": asdict(StudyRecipe(starting_weights=""))})
+    (run / "metrics.json").write_text("{}")
+    folder = write_publication([run], tmp_path / "out", "A" * 50, "me", "other", "Trained last night.")
+    assert read_bundle(folder / "single")[0]["fold"] == RECORD["fold"]
+    assert {path.name for path in folder.iterdir()} == {"single", "README.md", "dataset-metadata.json"}
+    card = (folder / "README.md").read_text()
+    lines = card.splitlines()
+    assert lines[:3] == [f"# {'A' * 50}", "", "Trained last night."]
+    assert "Licence: see the data sets and starting weights below." in card
+    for line in ("| folds | one model |", "| starting weights | none |", "| recipe | unknown, overrides {} |"):
+        assert line in lines
+    assert "the prepared run `unknown`" in card
+
+
 def test_what_cannot_be_published_leaves_no_folder(tmp_path, run):
-    def refused(error, message, runs=(run,), title="My NIH backbones", licence="other"):
+    def refused(error, message, runs=(run,), title="My NIH backbones", licence="other", owner="me"):
         with pytest.raises(error, match=message):
-            write_publication(runs, tmp_path / "out", title, "me", licence)
+            write_publication(runs, tmp_path / "out", title, owner, licence)
         assert not (tmp_path / "out").exists()
 
     refused(KernelError, "licence is 'mine'; valid: CC0-1.0", licence="mine")
-    refused(KernelError, "title of 6 to 50 characters", title="NIH")
+    for title in ("A" * 5, "A" * 51):
+        refused(KernelError, "the title must have 6 to 50 characters", title=title)
+    refused(KernelError, "the owner must be a Kaggle user name", owner="")
+    refused(KernelError, "no run was given", runs=[])
     refused(KernelError, "two runs are called nih", runs=[run, run])
     (tmp_path / "empty").mkdir()
     refused(RunError, "metrics.json is missing", runs=[tmp_path / "empty"])
+    (tmp_path / "empty" / "metrics.json").write_text("{}")
+    refused(KernelError, "empty has no bundle", runs=[run, tmp_path / "empty"])
     edit_record(run / "fold1" / "bundle", weights_sha256="0" * 64)
     refused(BundleError, "SHA-256")
+
+
+def test_a_folder_that_exists_is_not_replaced(tmp_path, run):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(KernelError, match="out exists; give a new folder"):
+        write_publication([run], tmp_path / "out", "My NIH backbones", "me", "other")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

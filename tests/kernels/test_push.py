@@ -8,6 +8,7 @@ import pytest
 from kitlib.errors import KernelError
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.push import push, push_dataset
+from kitlib.kernels.pushed import read_pushed
 from kitlib.kernels.spec import read_spec
 from tests.small_kernels import make_submission, make_training, make_wheel
 
@@ -33,6 +34,8 @@ def test_datasets_are_created_then_the_kernel_is_pushed(kaggle, out):
     result = pushed(out)
     assert (result.version, result.url) == (3, f"https://www.kaggle.com/code/{KERNEL}")
     assert result.datasets == {WHEELS: "created", WEIGHTS: "created"}
+    assert (result.kernel, result.bundles, result.competition) == (KERNEL, ("effnet-fold0",), "siim-covid19-detection")
+    assert (result.fused_run, result.rules, result.status) == ("", "", "") and read_pushed(out) == result
     wheels, weights = kaggle.requests("CreateDataset")
     assert [wheels["title"], wheels["licenseName"], wheels["isPrivate"]] == ["Small test kernel wheels", "other", True]
     assert sorted(file["token"] for file in weights["files"]) == ["token of effnet-fold0.zip", "token of weights.json"]
@@ -88,7 +91,8 @@ def test_a_publication_is_a_private_dataset_of_the_tokens_owner(kaggle, out, tmp
 def test_a_kernel_without_weights_pushes_its_wheels_alone(kaggle, tmp_path):
     spec = read_spec(make_training(tmp_path / "spec", kernel_sources=["earlier-kernel"], internet=True))
     build_kernel(spec, tmp_path / "out", [make_wheel(tmp_path / "wheels", "kit_extra", "1.2")])
-    assert pushed(tmp_path / "out").datasets == {WHEELS: "created"}
+    result = pushed(tmp_path / "out")
+    assert (result.datasets, result.bundles, result.competition) == ({WHEELS: "created"}, (), "")
     (kernel,) = kaggle.requests("SaveKernel")
     assert kernel["kernelDataSources"] == ["somebody/earlier-kernel"]
     assert kernel["enableInternet"] is True

@@ -1,24 +1,31 @@
+import base64
+import csv
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import timm
+import yaml
 from typer.testing import CliRunner
 
 import build_kernel as command_line
 from kitlib.atomic import write_json
 from kitlib.bundle import save_bundle
 from kitlib.errors import KernelError
-from kitlib.kernels import kaggle_environment, sandbox
+from kitlib.kernels import kaggle_environment, launch, sandbox
 from kitlib.kernels import rehearse as rehearsals
 from kitlib.kernels.build import build_kernel
+from kitlib.kernels.launch import papermill_options
 from kitlib.kernels.rehearse import rehearse, run_with_limit
 from kitlib.kernels.sandbox import no_sandbox_reason
 from kitlib.kernels.spec import read_spec
@@ -306,6 +313,161 @@ def test_a_valid_file_without_a_models_predictions_does_not_pass(tmp_path, compe
     assert rehearse(*kernel, allow_placeholders=True).passed
 
 
+@pytest.fixture
+def prepare(monkeypatch, tmp_path):
+    """A function that prepares a rehearsal; it returns the folders that the kernel gets, by their path below /kaggle/input.
+
+    The kernel itself is not started.
+    """
+
+    def prepared(spec, out, inputs, **keys):
+        notebooks = []
+        monkeypatch.setattr(rehearsals, "stand_in_command", lambda notebook, _: notebooks.append(notebook) or ([], {}))
+        monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
+        monkeypatch.setattr(rehearsals, "run_with_limit", lambda *_: notebooks.append(read(notebooks[0])) or (1, 0.0))
+        rehearse(spec, out, inputs, 60, **keys)
+        return notebooks[1]
+
+    def read(notebook):
+        return {at: (folder, sorted(path.name for path in folder.iterdir())) for at, folder in notebook.inputs.items()}
+
+    return prepared
+
+
+@pytest.mark.parametrize(
+    ("layout", "mount_points"),
+    [
+        ("plain", ["siim-covid19-detection", "pictures", "weights-of-me", "resnext/pytorch/small/1", "earlier-kernel"]),
+        (
+            "nested",
+            [
+                "competitions/siim-covid19-detection",
+                "datasets/other/pictures",
+                "datasets/somebody/weights-of-me",
+                "models/timm/resnext/pytorch/small/1",
+                "notebooks/somebody/earlier-kernel",
+            ],
+        ),
+    ],
+)
+def test_inputs_are_mounted_where_kaggle_mounts_them(tmp_path, competition, wheel, prepare, layout, mount_points):
+    """At their slug, or at their kind, owner and slug: both occur on Kaggle."""
+    keys = {"dataset_sources": ["other/pictures", "weights-of-me"], "kernel_sources": ["earlier-kernel"]}
+    kernel = built(tmp_path / "kernel", wheel, **keys, model_sources=["timm/resnext/pytorch/small/1"])
+    inputs = tmp_path / "inputs"
+    folders = ["siim-covid19-detection", "pictures", "weights-of-me", "resnext/pytorch/small/1", "earlier-kernel"]
+    for folder in folders[1:]:
+        (inputs / folder).mkdir(parents=True)
+    (inputs / folders[0]).symlink_to(competition / "inputs" / folders[0])
+    expected = {at: inputs / folder for at, folder in zip(mount_points, folders, strict=True)}
+    prefix = "datasets/somebody/" if layout == "nested" else ""
+    expected |= {f"{prefix}small-test-kernel-{part}": kernel[1] / part for part in ("weights", "wheels")}
+    assert {at: folder for at, (folder, _) in prepare(*kernel, inputs, layout=layout).items()} == expected
+
+
+def test_wheels_of_another_python_are_replaced_by_wheels_of_the_same_versions(tmp_path, wheel, prepare, monkeypatch):
+    spec, out = built(tmp_path / "kernel", wheel, make=make_training)
+    make_wheel(out / "wheels", "the_two", "2.5", tag="cp27-cp27mu-manylinux1_x86_64")
+    own, asked = [make_wheel(tmp_path / "own", name, "1.2") for name in ("kit_extra", "the_two")], []
+    monkeypatch.setattr(rehearsals, "local_wheels", lambda pins: asked.append(pins) or own)
+    (tmp_path / "inputs").mkdir()
+    ((folder, files),) = prepare(spec, out, tmp_path / "inputs").values()
+    assert asked == [{"kit-extra": "1.2", "the-two": "2.5"}]
+    assert files == [path.name for path in own]
+    assert folder != out / "wheels" and not folder.exists()  # it was temporary
+
+
+def test_a_rehearsal_sets_all_parameters_of_the_kernel(tmp_path):
+    """papermill replaces the whole cell of injected parameters, if there are any for rehearsals."""
+    keys = {"parameters": {"prepare_run": "siim", "epochs": 30}}
+    assert papermill_options(read_spec(make_training(tmp_path, **keys))) == []
+    option, text = papermill_options(read_spec(make_training(tmp_path, **keys, rehearsal={"epochs": 1})))
+    assert option == "--parameters_base64"
+    assert yaml.safe_load(base64.b64decode(text)) == {"prepare_run": "siim", "epochs": 1}
+
+
+def test_an_unisolated_kernel_gets_links_to_its_inputs_and_only_the_gpus_variables(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "no_sandbox_reason", lambda: "not permitted")
+    for name in ("CUDA_VISIBLE_DEVICES", "HF_TOKEN", "PYTHONPATH", "PIP_INDEX_URL"):
+        monkeypatch.setenv(name, "set")
+    (tmp_path / "one").mkdir()
+    files = {"path": tmp_path / "kernel.ipynb", "executed": tmp_path / "executed.ipynb", "working": tmp_path / "out"}
+    inputs, temporary = {"data": tmp_path / "one", "notebooks/me/earlier": tmp_path / "one"}, tmp_path / "temporary"
+    notebook = launch.BuiltNotebook(**files, inputs=inputs, options=["--option"], temporary_folder=temporary)
+    command, environment = launch.stand_in_command(notebook, tmp_path / "packages")
+    root = Path(environment["KIT_KAGGLE_ROOT"])
+    assert {name: (root / "input" / name).resolve() for name in inputs} == {name: tmp_path / "one" for name in inputs}
+    assert (root / "working").resolve() == tmp_path / "out"
+    assert command[1:5] == ["-m", "papermill", str(files["path"]), str(files["executed"])] and command[-1] == "--option"
+    assert Path(command[0]).is_relative_to(temporary) and environment["PATH"].startswith(f"{Path(command[0]).parent}:")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "set"
+    assert not {"HF_TOKEN", "PYTHONPATH", "PIP_INDEX_URL"} & set(environment)
+    for folder in (environment["HOME"], environment["TMPDIR"]):
+        assert Path(folder).is_dir() and Path(folder).is_relative_to(temporary)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_container_gets_the_gpus_only_if_the_kernel_uses_them(tmp_path, monkeypatch, gpu):
+    monkeypatch.setattr(launch.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
+    files = {"path": tmp_path / "kernel.ipynb", "executed": tmp_path / "executed.ipynb", "working": tmp_path / "out"}
+    notebook = launch.BuiltNotebook(**files, inputs={"a:b": tmp_path / "a, b"}, options=[], temporary_folder=tmp_path)
+    command, _ = launch.docker_command(notebook, "some/image", "its-name", gpu)
+    options = command[: command.index("some/image")]
+    assert ("--gpus=all" in options) is gpu and {"--network=none", "--pull=never", "--rm", "--name=its-name"} <= set(options)
+    mounts = [next(csv.reader([value])) for option, value in itertools.pairwise(options) if option == "--mount"]
+    read_only = {row[2].removeprefix("target=") for row in mounts if row[3:] == ["readonly"]}
+    assert read_only == {"/kaggle/input/a:b", "/rehearsal/kernel.ipynb"}
+    assert ["type=bind", f"source={tmp_path / 'a, b'}", "target=/kaggle/input/a:b", "readonly"] in mounts
+
+
+@pytest.mark.parametrize("internet", [True, False])
+def test_a_kernel_with_internet_is_rehearsed_without_and_told_so(tmp_path, wheel, prepare, caplog, internet):
+    kernel = built(tmp_path / "kernel", wheel, make=make_training, internet=internet)
+    (tmp_path / "inputs").mkdir()
+    prepare(*kernel, tmp_path / "inputs")
+    assert ("On Kaggle this kernel has internet access" in caplog.text) is internet
+
+
+def test_a_kernel_that_was_not_built_is_not_rehearsed(tmp_path):
+    with pytest.raises(KernelError, match=r"kernel-metadata\.json does not exist; build the kernel first"):
+        rehearse(read_spec(make_training(tmp_path)), tmp_path / "out", tmp_path, 60)
+
+
+@isolated
+def test_a_sandbox_mounts_files_and_folders_anywhere_and_keeps_python(tmp_path):
+    for name in ("root", "writable", "folder", "hidden"):
+        (tmp_path / name).mkdir()
+    for name in ("file.txt", "folder/file.txt"):
+        (tmp_path / name).write_text(name)
+    code = """
+import os, shutil, sys
+assert open("/new/place/a.txt").read() == "file.txt" and open("/other/new/place/file.txt").read() == "folder/file.txt"
+assert not os.path.exists(sys.argv[1]) or os.listdir(sys.argv[1]) == []
+for path in ("/new/place/a.txt", "/other/new/place/more", "/new/more"):
+    try:
+        open(path, "w")
+    except OSError:
+        pass
+    else:
+        raise AssertionError(path)
+shutil.copy("/new/place/a.txt", "copy.txt")
+"""
+    (tmp_path / "hidden" / "secret").write_text("secret")
+    command = sandbox.sandbox_command(
+        # Python's own folder is hidden too, as it is if it lies in the project.
+        [os.path.realpath(sys.executable), "-I", "-c", code, str(tmp_path / "hidden")],
+        tmp_path / "root",
+        read_only={"/new/place/a.txt": tmp_path / "file.txt", "/other/new/place": tmp_path / "folder"},
+        writable={"/out/put": tmp_path / "writable"},
+        hidden=[sys.base_prefix, tmp_path / "hidden"],
+        folder="/out/put",
+    )
+    completed = subprocess.run(command, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr
+    assert (tmp_path / "writable" / "copy.txt").read_text() == "file.txt"
+
+
 def test_inputs_without_the_competition_are_refused(tmp_path, wheel):
     kernel = built(tmp_path, wheel)
     (tmp_path / "inputs").mkdir()
@@ -474,6 +636,55 @@ def test_a_package_at_another_version_than_the_images_is_an_error(tmp_path):
     with pytest.raises(KernelError, match=f"pandas {version} .the image has 1.0.0."):
         kaggle_environment.link_kaggle_packages(tmp_path / "stand-in", {"pandas": "1.0.0"})
     assert not (tmp_path / "stand-in").exists()
+
+
+@pytest.fixture
+def image(tmp_path, monkeypatch):
+    """An image with Typer alone, at the installed version; few packages are installed."""
+    few = [importlib.metadata.distribution(name) for name in ("pip", "papermill", "ipykernel", "typer")]
+    monkeypatch.setattr(kaggle_environment.importlib.metadata, "distributions", lambda: few)
+    (tmp_path / "requirements.txt").write_text("")
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    return {"typer": few[-1].version}
+
+
+def linked(folder) -> Path:
+    """Return a file in the stand-in, and assert that it has the content of the installed one."""
+    (package,) = folder.glob("*.dist-info")
+    installed = Path(importlib.metadata.distribution("typer").locate_file(package.name)) / "METADATA"
+    assert (package / "METADATA").read_bytes() == installed.read_bytes()
+    return package / "METADATA"
+
+
+def test_the_stand_in_is_made_again_only_for_other_packages(tmp_path, image):
+    folder = tmp_path / "new" / "stand-in"
+    assert kaggle_environment.link_kaggle_packages(folder, image) == folder
+    file = linked(folder)
+    (folder / "mark").touch()
+    kaggle_environment.link_kaggle_packages(folder, image)
+    assert (folder / "mark").exists() and linked(folder) == file
+    kaggle_environment.link_kaggle_packages(folder, image | {"typer": "0.0.1"})
+    assert not (folder / "mark").exists() and not file.exists()
+
+
+def test_packages_are_copied_where_they_cannot_be_linked(tmp_path, image, monkeypatch):
+    def refuse(*_):
+        raise OSError("this file system has no hard links")
+
+    monkeypatch.setattr(kaggle_environment.os, "link", refuse)
+    assert linked(kaggle_environment.link_kaggle_packages(tmp_path / "stand-in", image)).stat().st_nlink == 1
+
+
+def test_dependencies_are_those_that_are_installed_and_needed_here():
+    requires = {
+        "root": ["Branch.One>=1", "leaf; python_version > '3'", "other; extra == 'more'", "other; sys_platform == 'x'"],
+        "branch-one": ["root", "absent"],  # a circle
+        "leaf": None,
+        "other": [],
+    }
+    installed = {name: SimpleNamespace(requires=values) for name, values in requires.items()}
+    assert kaggle_environment.find_dependencies(["root", "missing"], installed) == {"root", "branch-one", "leaf"}
+    assert kaggle_environment.find_dependencies([], installed) == set()
 
 
 def test_a_tool_at_another_version_than_the_images_is_left_out(tmp_path):

@@ -115,7 +115,7 @@ def test_the_rules_of_a_copy_of_the_data_are_kept_with_the_version(finished, run
     notebook = str(make_notebook(tmp_path / "copy" / "rules.ipynb", "print(1)", parameters=parameters))
     kernel = make_submission(tmp_path / "copy", notebook=notebook, **copy)
     code, printed = run("--push", kernel=kernel)
-    assert code == 2 and "unknown competition 'copy-of-siim-acr'" in printed and "in the parameter `rules`" in printed
+    assert code == 2 and "unknown competition 'copy-of-siim-acr'" in printed and "set the parameter `rules`" in printed
     rows = b"patientId,PredictionString\na,0.5 0 0 9 9\nb,\n"
     finished.output["submission.csv"], finished.competition_files = rows, {"stage_2_sample_submission.csv": rows}
     kernel = make_submission(tmp_path / "copy", notebook=notebook, parameters={"rules": "rsna-pneumonia"}, **copy)

@@ -1,5 +1,8 @@
 import importlib.metadata
+import itertools
+import re
 import subprocess
+import zipfile
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +32,7 @@ def test_an_unpinned_package_is_named(tmp_path):
 
 def test_a_package_that_the_image_has_is_refused(monkeypatch):
     monkeypatch.setattr(wheels, "INFERENCE", ("torch",))
-    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; remove it"):
+    with pytest.raises(KernelError, match=r"image has torch 2\.10\.0; remove torch from "):
         inference_pins()
 
 
@@ -46,6 +49,12 @@ def test_the_installed_packages_suit_the_image(tmp_path):
 def test_requirements_may_be_met_by_the_image_or_by_another_wheel(tmp_path):
     one = make_wheel(tmp_path, "one", "1.0", ["numpy>=2.0", "Pandas (>=2,<3)", "The.Two==2.5"])
     check_wheels([one, make_wheel(tmp_path, "the_two", "2.5")], IMAGE)
+    # A wheel replaces the image's version; a pre-release in the image counts as a version.
+    new = make_wheel(tmp_path, "new", "1.0", ["numpy>=3"])
+    check_wheels([new, make_wheel(tmp_path, "numpy", "3.1")], IMAGE)
+    check_wheels([one, make_wheel(tmp_path, "the_two", "2.5")], IMAGE | {"numpy": "2.5.0rc1"})
+    with pytest.raises(KernelError, match=r"one requires numpy>=2\.0, but an attached wheel has numpy 1\.9"):
+        check_wheels([one, make_wheel(tmp_path, "the_two", "2.5"), make_wheel(tmp_path, "numpy", "1.9")], IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +126,29 @@ def test_only_wheels_for_the_images_python_and_system(tmp_path, tag, fits):
 
 
 def test_a_wheel_for_another_python_version_is_refused(tmp_path):
+    check_wheels([make_wheel(tmp_path, "one", "1.0", python=">=3.12,<3.13")], IMAGE)
     with pytest.raises(KernelError, match=r"requires Python <3\.12"):
         check_wheels([make_wheel(tmp_path, "one", "1.0", python="<3.12")], IMAGE)
+
+
+def test_all_faults_of_all_wheels_are_listed(tmp_path):
+    files = [make_wheel(tmp_path, name, "1.0", ["absent-a", "absent-b"], python="<3") for name in ("two", "one")]
+    files.append(make_wheel(tmp_path, "three", "1.0", tag="cp27-none-any"))
+    with pytest.raises(KernelError) as raised:
+        check_wheels(files, IMAGE)
+    named = [re.match(r"  ([a-z]+)", line)[1] for line in str(raised.value).splitlines()[1:]]
+    assert named == [*["one"] * 3, "three", *["two"] * 3]
+
+
+def test_a_wheel_has_one_metadata_file(tmp_path):
+    vendored = make_wheel(tmp_path, "one", "1.0", modules={"one/_vendor/two-2.dist-info/METADATA": "Requires-Dist: absent"})
+    check_wheels([vendored], IMAGE)
+    with pytest.raises(KernelError, match="has 2 METADATA files, expected one"):
+        check_wheels([make_wheel(tmp_path, "one", "1.0", modules={"two-2.dist-info/METADATA": ""})], IMAGE)
+    with zipfile.ZipFile(tmp_path / "two-1.0-py3-none-any.whl", "w") as empty:
+        empty.writestr("two.py", "")
+    with pytest.raises(KernelError, match="has 0 METADATA files, expected one"):
+        check_wheels([tmp_path / "two-1.0-py3-none-any.whl"], IMAGE)
 
 
 def test_source_distributions_are_refused(tmp_path):
@@ -153,7 +183,11 @@ def test_wheels_are_downloaded_once(tmp_path, monkeypatch):
     assert kaggle_wheels(pins, tmp_path) == expected
     assert kaggle_wheels(pins, tmp_path) == expected
     assert len(pip.calls) == 1
-    assert {"--no-deps", "--only-binary=:all:", "one==1.0", "the-two==2.5", "manylinux_2_28_x86_64"} <= set(pip.calls[0])
+    assert {"--no-deps", "--only-binary=:all:", "one==1.0", "the-two==2.5"} <= set(pip.calls[0])
+    # pip chooses wheels for Kaggle's Python and system, not for those that it runs on.
+    options = {("--python-version", "3.12"), ("--implementation", "cp"), ("--platform", "manylinux_2_28_x86_64")}
+    options |= {("--abi", "cp312"), ("--abi", "abi3"), ("--abi", "none")}
+    assert options <= set(itertools.pairwise(pip.calls[0]))
 
 
 def test_only_missing_wheels_are_downloaded_and_other_versions_ignored(tmp_path, monkeypatch):
@@ -164,7 +198,7 @@ def test_only_missing_wheels_are_downloaded_and_other_versions_ignored(tmp_path,
     files = local_wheels({"one": "1.0", "two": "2.5"}, tmp_path)
     assert [path.name for path in files] == ["one-1.0-py3-none-any.whl", "two-2.5-py3-none-any.whl"]
     assert pip.calls[0][-1] == "two==2.5"
-    assert "one==1.0" not in pip.calls[0]
+    assert not {"one==1.0", "--platform", "--python-version"} & set(pip.calls[0])
 
 
 @pytest.mark.parametrize("fitting", ["cp312-cp312-manylinux_2_28_x86_64", "cp312-abi3-manylinux2014_x86_64", "py3-none-any"])
@@ -185,3 +219,11 @@ def test_pips_error_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(wheels.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(KernelError, match=r"one==1\.0:\n.*No matching distribution"):
         kaggle_wheels({"one": "1.0"}, tmp_path)
+
+
+def test_wheels_for_kaggle_and_for_this_python_are_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    monkeypatch.setattr(wheels.subprocess, "run", FakePip({"one": "1.0"}))
+    (kaggle,), (local,) = kaggle_wheels({"one": "1.0"}), local_wheels({"one": "1.0"})
+    assert kaggle.parent == tmp_path / "build" / "wheels"
+    assert local.parent.parent == kaggle.parent.parent and local.parent != kaggle.parent

@@ -132,7 +132,7 @@ def test_the_highest_score_is_on_top():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ValueError, match="a box lacks ymin, ymax"):
+    with pytest.raises(ValueError, match=r"a box lacks the keys \['ymin', 'ymax'\]"):
         draw_boxes(IMAGE, [{"xmin": 1, "xmax": 2}])
     for image in (IMAGE.astype(float), IMAGE[..., None], IMAGE[:0]):
         with pytest.raises(ValueError, match="expected an image of uint8"):
