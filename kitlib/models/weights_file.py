@@ -64,17 +64,24 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the dictionary of tensors in a checkpoint. Raises BundleError, which lists the keys, if there is none."""
-    waiting, seen = [content], set()
+    """Return the dictionary of tensors in a checkpoint. Raises BundleError, which lists the keys, if there is none.
+
+    Tensors beside an entry of STATE_KEYS, such as a loss, are returned only if no such entry contains tensors.
+    """
+    waiting, seen, beside = [content], set(), {}
     while waiting:
         mapping = waiting.pop(0)
         if not isinstance(mapping, Mapping) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
-        waiting += [mapping[key] for key in STATE_KEYS if isinstance(mapping.get(key), Mapping)]
+        entries = [mapping[key] for key in STATE_KEYS if isinstance(mapping.get(key), Mapping)]
         tensors = {str(name): value.detach() for name, value in mapping.items() if isinstance(value, torch.Tensor)}
-        if tensors:
+        if tensors and not entries:
             return tensors
+        waiting += entries
+        beside = beside or tensors
+    if beside:
+        return beside
     keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
     raise BundleError(
         f"{path} contains no dictionary of tensors, only: {keys}; the file must be a dictionary of tensors, or have one "
