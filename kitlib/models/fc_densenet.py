@@ -49,7 +49,8 @@ class FCDenseNet103(nn.Module):
         new_features = self.bottleneck(x)
         for larger, block in zip(self.larger, self.up, strict=True):
             finer = skipped.pop()
-            x = torch.cat([_crop_centre(larger(new_features), *finer.shape[-2:]), finer], dim=1)
+            rows, columns = finer.shape[-2:]
+            x = torch.cat([larger(new_features)[..., :rows, :columns], finer], dim=1)
             new_features = block(x)
         return self.last(torch.cat([x, new_features], dim=1))
 
@@ -85,8 +86,3 @@ def _transition_down(channels: int) -> nn.Sequential:
         nn.Dropout2d(DROPOUT),
         nn.MaxPool2d(2),
     )
-
-
-def _crop_centre(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    top, left = (x.shape[-2] - rows) // 2, (x.shape[-1] - columns) // 2
-    return x[..., top : top + rows, left : left + columns]

@@ -23,9 +23,8 @@ class GeM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # float32, because the third power of a feature above 40 overflows half precision.
-        with torch.autocast(x.device.type, enabled=False):
-            mean = x.float().clamp(min=LEAST).pow(self.gem_power).mean(dim=(2, 3), keepdim=not self.flatten)
-            return mean.pow(1 / self.gem_power)
+        mean = x.float().clamp(min=LEAST).pow(self.gem_power).mean(dim=(2, 3), keepdim=not self.flatten)
+        return mean.pow(1 / self.gem_power)
 
 
 def with_gem(backbone: Any) -> Any:

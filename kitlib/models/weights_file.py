@@ -64,17 +64,24 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the dictionary of tensors in a checkpoint. If there is none, raises BundleError with the checkpoint's keys."""
-    waiting, seen = [content], set()
+    """Return the dictionary of tensors in a checkpoint. If there is none, raises BundleError with the checkpoint's keys.
+
+    Tensors next to one of STATE_KEYS, such as a loss, are returned only if no mapping under STATE_KEYS has tensors.
+    """
+    waiting, seen, beside = [content], set(), {}
     while waiting:
         mapping = waiting.pop(0)
         if not isinstance(mapping, Mapping) or id(mapping) in seen:
             continue
         seen.add(id(mapping))
-        waiting += [mapping[key] for key in STATE_KEYS if isinstance(mapping.get(key), Mapping)]
+        entries = [mapping[key] for key in STATE_KEYS if isinstance(mapping.get(key), Mapping)]
         tensors = {str(name): value.detach() for name, value in mapping.items() if isinstance(value, torch.Tensor)}
-        if tensors:
+        if tensors and not entries:
             return tensors
+        waiting += entries
+        beside = beside or tensors
+    if beside:
+        return beside
     found = f"the keys {list(content)[:8]}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
     raise BundleError(
         f"{path} has no dictionary of tensors in a known place, only {found}; expected the tensors at the top level, or "

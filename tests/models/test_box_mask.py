@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 
-from kitlib.models.box_mask import box_mask, mask_loss
+from kitlib.models.box_mask import WIDTH, MaskDecoder, box_mask, mask_loss
 
 CELLS, STRIDE = 8, 4
 SIDE = CELLS * STRIDE
@@ -75,3 +76,26 @@ def test_a_rough_mask_costs_less_than_none_and_a_batch_without_a_box_can_cost_0(
     rough = functional.pad(torch.ones(1, 4, 4), (1, 3, 1, 3))
     assert mask_loss(rough * 8 - 4, mask) < mask_loss(torch.full_like(mask, -4.0), mask)
     assert mask_loss(torch.full((1, 8, 8), -30.0), torch.zeros(1, 8, 8)).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_decoder_is_a_pyramid_with_one_output():
+    # A 1 x 1 and a 3 x 3 convolution per map (Lin et al. 2017), then a single score per cell.
+    pyramid = sum((channels + 1) * WIDTH + (9 * WIDTH + 1) * WIDTH for channels in (3, 5))
+    decoder = MaskDecoder([3, 5], [1, 2], 8)
+    assert sum(each.numel() for each in decoder.parameters()) == pyramid + WIDTH + 1
+    assert decoder([torch.zeros(2, 3, 6, 6), torch.zeros(2, 5, 3, 3)], 7).shape == (2, 7, 7)
+
+
+def test_the_decoder_resizes_all_maps_to_the_same_places_and_sums_them():
+    decoder = MaskDecoder([WIDTH, WIDTH], [1, 2], 8)
+    decoder.pyramid = nn.Identity()
+    nn.init.constant_(decoder.last.weight, 1 / WIDTH)
+    nn.init.zeros_(decoder.last.bias)
+
+    def columns(cells):
+        """Return a map (1, WIDTH, cells, cells) whose values are the columns of the cells' centres, -1/2..1/2."""
+        return ((torch.arange(cells) + 0.5) / cells - 0.5).expand(1, WIDTH, cells, cells)
+
+    # Values below 0 are cut off. The coarse map does not reach the centres at the border.
+    expected = 2 * columns(8)[:, 0].clamp(min=0)
+    torch.testing.assert_close(decoder([columns(8), columns(4)], 8)[..., :-1], expected[..., :-1], atol=1e-6, rtol=0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import DropPath
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -235,6 +236,27 @@ def test_unfrozen_stages_have_their_own_learning_rate():
     frozen = override(RECIPE, frozen_backbone=True)
     assert StudyClassifier(override(frozen, unfreeze_every=1, unfrozen_rate=0.2)).rates() == {"backbone.": 0.2}
     assert StudyClassifier(frozen).rates() == StudyClassifier(RECIPE).rates() == {}
+    # Halved per stage from the head towards the input, five stages, and multiplied by the rate of unfrozen stages.
+    model = StudyClassifier(override(frozen, unfreeze_every=1, unfrozen_rate=0.2, layer_decay=0.5))
+    for index, names in enumerate(model.stages):
+        expected = 0.2 * 0.5 ** (5 - index)
+        assert [model.rates()[f"backbone.{name}"] for name in names] == [pytest.approx(expected)] * len(names)
+    assert sum(map(len, model.stages)) == len(model.rates())
+
+
+def test_frozen_stages_drop_nothing_in_training_and_unfreezing_keeps_the_mode():
+    options = {"drop_path_rate": 0.9}
+    model = StudyClassifier(
+        override(RECIPE, backbone="test_convnext", frozen_backbone=True, unfreeze_every=1, backbone_options=options)
+    )
+    drops = {name: part for name, part in model.backbone.named_modules() if isinstance(part, DropPath)}
+    assert {name[:8] for name in drops} == {"stages.1", "stages.2", "stages.3"}
+    for epoch, dropping in ((0, set()), (1, {"stages.3"}), (2, {"stages.2", "stages.3"})):
+        model.train().unfreeze(epoch)
+        assert {name[:8] for name, part in drops.items() if part.training} == dropping
+        assert model.training and model.head[2].training
+        model.eval().unfreeze(epoch)
+        assert not any(part.training for part in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -312,6 +334,10 @@ def test_the_mask_decoder_does_not_change_the_logits_and_prediction_does_not_run
     logits, mask = model.with_mask(x)
     stride = 16 if backbone == "test_vit" else 8  # all maps of a vision transformer have the same size
     assert mask.shape == (2, 64 // stride, 64 // stride) and model.mask_decoder.stride == stride
+    # Of the maps, all of strides 8, 16 and 32; of the six maps of stride 16 of the transformer, the deepest.
+    strides = [info["reduction"] for info in model.backbone.feature_info]
+    assert [strides[index] for index in model.mask_decoder.indices] == ([16] if backbone == "test_vit" else [8, 16, 32])
+    assert model.mask_decoder.indices[-1] == len(strides) - 1
     model.mask_decoder.register_forward_hook(lambda *_: pytest.fail("the decoder was computed"))
     assert torch.allclose(model(x), logits, atol=1e-5)
 
@@ -392,7 +418,13 @@ def test_a_loaded_model_needs_all_of_its_weights_and_no_starting_weights():
     record = {
         "family": "study",
         "classes": OUTPUTS,
-        "recipe": {"backbone": "test_resnet", "image_size": 32, "hidden": 16, "starting_weights": "/gone"},
+        "recipe": {
+            "backbone": "test_resnet",
+            "image_size": 32,
+            "hidden": 16,
+            "starting_weights": "/gone",
+            "random_parts": ["backbone.layer4"],
+        },
     }
     model = load_network(record, weights, torch.device("cpu"))
     assert not model.training

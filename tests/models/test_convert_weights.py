@@ -32,6 +32,7 @@ class Whole(nn.Module):
     def __init__(self):
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+        self.register_buffer("window", torch.ones(2), persistent=False)
         self.loaded = 0
 
     def __setstate__(self, state):
@@ -44,6 +45,17 @@ def test_a_model_pickled_whole_is_read_without_its_class(tmp_path):
     names = convert_weights(tmp_path / "whole.pt", tmp_path / "w.safetensors")
     assert any(name.endswith("Whole") for name in names)
     assert load_file(tmp_path / "w.safetensors").keys() == model.state_dict().keys()
+
+
+def test_the_moving_average_comes_first_and_whole_numbers_stay_whole(tmp_path):
+    models = {name: nn.Sequential(nn.BatchNorm1d(2)).half() for name in ("model", "ema")}
+    models["ema"][0].bias.data += 0.5
+    models["ema"][0].num_batches_tracked += 7
+    torch.save(models, tmp_path / "both.pt")
+    convert_weights(tmp_path / "both.pt", tmp_path / "w.safetensors")
+    tensors = load_file(tmp_path / "w.safetensors")
+    assert tensors["0.bias"].tolist() == [0.5, 0.5] and tensors["0.bias"].dtype == torch.float32
+    assert tensors["0.num_batches_tracked"].item() == 7 and tensors["0.num_batches_tracked"].dtype == torch.int64
 
 
 class Bomb:

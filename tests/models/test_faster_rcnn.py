@@ -1,5 +1,7 @@
 """Faster R-CNN: its input, its predictions, its losses and its starting weights."""
 
+from operator import attrgetter
+
 import numpy as np
 import pytest
 import timm
@@ -251,6 +253,42 @@ def test_the_ciou_loss_is_that_of_the_decoded_boxes():
     assert losses[0]["loss_box_reg"].item() != pytest.approx(expected, abs=1e-2)
     with pytest.raises(ValueError, match="valid for a faster_rcnn: smooth_l1, ciou"):
         FasterRCNNDetector(override(RECIPE, box_loss="giou"))
+
+
+def test_the_ciou_loss_changes_nothing_else():
+    settings = {"nms_iou": 0.2, "max_detections": 3, "min_score": 0.3, "box_samples": 6}
+    plain, complete = (FasterRCNNDetector(override(RECIPE, box_loss=each, **settings)).eval() for each in ("", "ciou"))
+    complete.load_state_dict(plain.state_dict())
+    for boxes, same in zip(plain.predict(NOISE), complete.predict(NOISE), strict=True):
+        np.testing.assert_array_equal(boxes, same)
+    for path in (
+        *("score_thresh", "nms_thresh", "detections_per_img", "proposal_matcher.high_threshold"),
+        *("proposal_matcher.low_threshold", "fg_bg_sampler.batch_size_per_image", "fg_bg_sampler.positive_fraction"),
+    ):
+        found, expected = (attrgetter(path)(each.model.roi_heads) for each in (complete, plain))
+        assert found == expected, path
+
+
+def test_the_recipe_limits_the_regions_of_the_second_stage():
+    torch.manual_seed(0)
+    detector, regions, rows = FasterRCNNDetector(override(RECIPE, image_size=128, box_samples=6)), [], []
+    detector.model.rpn.register_forward_hook(lambda _, given, out: regions.append([len(each) for each in out[0]]))
+    detector.model.roi_heads.box_head.register_forward_hook(lambda _, given, out: rows.append(len(out)))
+    pixels = torch.randint(0, 256, (2, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    detector.train().losses(pixels, [torch.tensor([[8.0, 8, 40, 40]])] * 2, [torch.tensor([0])] * 2)
+    detector.predict(pixels)
+    assert regions == [[20, 20]] * 2  # of the best 20 of each of two maps, or twice as many in training
+    assert rows == [2 * 6, 2 * 20]  # 6 regions per image are drawn for the loss
+
+
+@pytest.mark.parametrize(("side", "maps"), [(128, 2), (1024, 4)])
+def test_boxes_are_pooled_from_all_maps_but_the_one_that_is_pooled_itself(side, maps):
+    model = FasterRCNNDetector(override(RECIPE, image_size=side)).model
+    assert model.roi_heads.box_roi_pool.featmap_names == [str(number) for number in range(maps)]
+    # What takes part in no prediction is frozen: the convolutions of unused maps.
+    unused = model.backbone.fpn.layer_blocks[maps:]
+    assert len(unused) == 4 - maps and not any(each.requires_grad for each in unused.parameters())
+    assert sum(not each.requires_grad for each in model.parameters()) == len(list(unused.parameters()))
 
 
 @pytest.mark.parametrize("box_loss", ["", "ciou"])

@@ -24,6 +24,15 @@ def test_gem_is_the_mean_for_the_power_1_and_near_the_maximum_for_a_large_one():
             torch.testing.assert_close(pool(features), expected, rtol=0.02, atol=1e-5)
 
 
+def test_features_in_half_precision_do_not_overflow_and_negative_ones_count_as_0():
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        # 100 ** 3 is above 65,504, the largest number in float16.
+        assert GeM()(torch.full((1, 1, 2, 2), 100, dtype=torch.float16)).item() == pytest.approx(100, rel=1e-4)
+        features = torch.tensor([-5.0, 3, 3, 3, 3, -1, 3, 3]).view(1, 1, 2, 4)
+        found = GeM(flatten=False)(features)
+    assert found.shape == (1, 1, 1, 1) and found.item() == pytest.approx((6 * 27 / 8) ** (1 / 3), rel=1e-4)
+
+
 @pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet", "convnext_atto", "densenet121"])
 def test_a_network_with_gem_learns_the_power(backbone):
     model = FindingsClassifier(override(RECIPE, backbone=backbone, pooling="gem"), ["Mass"])

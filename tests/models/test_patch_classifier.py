@@ -9,7 +9,7 @@ import torch
 from kitlib.errors import SettingsError
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.families import load_network
-from kitlib.models.patch_classifier import PatchClassifier
+from kitlib.models.patch_classifier import CHUNKS, PatchClassifier
 from kitlib.models.patches import cut_patches, join_centres, mean_softmax
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
@@ -125,6 +125,16 @@ def test_a_smaller_chunk_moves_fewer_canvases_to_the_gpu(monkeypatch):
     torch.testing.assert_close(network.image_probabilities(canvases, where), whole, atol=1e-12, rtol=0)
     # 7, 1 and 5 patches: 13 are of three canvases, the first 7 of one, the last 6 of two.
     assert moved == [3, 1, 2]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("pixels", "expected"), [(4 * 32**2, [4, 4, 4, 1]), (32**2 - 1, [1] * 13)])
+def test_the_first_chunk_holds_the_devices_number_of_pixels_and_at_least_one_patch(monkeypatch, pixels, expected):
+    monkeypatch.setitem(CHUNKS, "cpu", pixels)
+    network, seen = model(), []
+    network.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    network.patch_logits(*drawn())
+    assert seen == expected
 
 
 def test_a_loaded_model_is_the_same_and_ready_to_predict():

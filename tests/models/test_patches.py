@@ -12,6 +12,7 @@ from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import Lungs
 from kitlib.models.patches import centres, cut_patches, image_seed, join_centres, mean_softmax, patch_canvas, votes
 from kitlib.recipes.fields import PatchRecipe
+from kitlib.settings import override
 from kitlib.xrays.cache import CachedXray
 
 RECIPE = PatchRecipe(canvas=64, image_size=16)
@@ -79,24 +80,35 @@ def test_votes_are_shares_and_a_tie_goes_to_the_first_class():
 
 
 @settings(max_examples=50)
-@given(st.integers(0, 9999), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(2, 5))
-def test_shares_sum_to_one_and_do_not_depend_on_the_patches_order(seed, patches, classes):
+@given(st.integers(0, 9999), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(2, 5))
+def test_shares_sum_to_one_do_not_depend_on_the_patches_order_and_are_nan_without_patches(seed, patches, classes):
     rng = np.random.default_rng(seed)
     which = torch.from_numpy(np.repeat(np.arange(len(patches)), patches))
     found = torch.from_numpy(rng.dirichlet(np.ones(classes), len(which))).float()
     order = torch.from_numpy(rng.permutation(len(which)))
     for score in (votes, mean_softmax):
         rows = score(found, which, len(patches))
-        torch.testing.assert_close(rows.sum(dim=1), torch.ones(len(patches), dtype=torch.float64), atol=1e-6, rtol=0)
-        torch.testing.assert_close(score(found[order], which[order], len(patches)), rows, atol=1e-12, rtol=0)
+        has_patches = torch.tensor(patches) > 0
+        assert rows[~has_patches].isnan().all()
+        sums = rows[has_patches].sum(dim=1)
+        torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-6, rtol=0)
+        again = score(found[order], which[order], len(patches))
+        torch.testing.assert_close(again, rows, atol=1e-12, rtol=0, equal_nan=True)
     # Each share times the number of patches is a whole number.
     counted = votes(found, which, len(patches)) * torch.tensor(patches)[:, None]
-    torch.testing.assert_close(counted, counted.round(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(counted, counted.round(), atol=1e-9, rtol=0, equal_nan=True)
 
 
 def test_joined_centres_name_their_canvas():
     found = join_centres([np.array([[5, 6]]), np.array([[1, 2], [3, 4]])])
     assert found.tolist() == [[0, 5, 6], [1, 1, 2], [1, 3, 4]] and found.dtype == torch.int64
+
+
+def placed(image, changes, side):
+    """Return the image with adjusted grey levels on a canvas of `side` pixels."""
+    grey = adjust_grey(image.pixels, changes.get("equalise", True), changes.get("gamma", 0.5))
+    place = PLACEMENTS[changes.get("placement", "stretch")](image.rows, image.columns, side)
+    return place.image(grey, bicubic=changes.get("resize") == "bicubic")
 
 
 def xray(rows=128, columns=96):
@@ -107,30 +119,46 @@ def xray(rows=128, columns=96):
     return CachedXray("a", pixels, rows, columns), mask
 
 
-def test_the_canvas_is_the_adjusted_image_and_black_outside_of_the_mask():
+OTHER = {"placement": "letterbox", "resize": "bicubic", "equalise": False, "gamma": 2.0}
+
+
+@pytest.mark.parametrize("changes", [{}, OTHER])
+def test_the_canvas_is_the_adjusted_image_and_black_outside_of_the_mask(changes):
     image, mask = xray()
-    found = patch_canvas(image, Lungs(np.zeros(4), mask), RECIPE)
-    whole = PLACEMENTS["stretch"](128, 96, 64).image(adjust_grey(image.pixels, True, 0.5))
-    assert found.mask[:, :32].all() and not found.mask[:, 32:].any()  # half of 64 columns
-    np.testing.assert_array_equal(found.pixels, np.where(found.mask, whole, 0))
+    found = patch_canvas(image, Lungs(np.zeros(4), mask), override(RECIPE, **changes))
+    np.testing.assert_array_equal(found.pixels, np.where(found.mask, placed(image, changes, 64), 0))
+    if not changes:
+        assert found.mask[:, :32].all() and not found.mask[:, 32:].any()  # half of 64 columns
+    else:  # 128 x 96 pixels become 64 x 48, between margins of 8 columns
+        assert found.mask[:, 8:32].all() and found.mask.sum() == 64 * 24
     assert found.centres(5, 0).shape == (5, 2) and found.mask[tuple(found.centres(50, 0).T)].all()
 
 
+@pytest.mark.parametrize("changes", [{}, OTHER])
 @pytest.mark.parametrize("case", ["not found", "empty", "tiny", "small image"])
-def test_an_image_without_usable_lungs_is_a_single_patch(case):
+def test_an_image_without_usable_lungs_is_a_single_patch(case, changes):
     image, mask = xray(*(14, 90) if case == "small image" else ())
     if case in ("empty", "tiny"):
         mask[:] = False
         mask[:4, :4] = case == "tiny"  # 16 of 64 x 48 pixels are 0.5 %; at least 1 % is required
-    found = patch_canvas(image, Lungs(None) if case == "not found" else Lungs(np.zeros(4), mask), RECIPE)
+    recipe = override(RECIPE, **changes)
+    found = patch_canvas(image, Lungs(None) if case == "not found" else Lungs(np.zeros(4), mask), recipe)
     assert found.mask is None and found.pixels.shape == (64, 64)
     (patch,) = cut_patches(torch.from_numpy(found.pixels)[None], join_centres([found.centres(9, 0)]), 16)
-    whole = PLACEMENTS["stretch"](image.rows, image.columns, 16).image(adjust_grey(image.pixels, True, 0.5))
-    np.testing.assert_array_equal(patch.numpy(), whole)
+    np.testing.assert_array_equal(patch.numpy(), placed(image, changes, 16))
 
 
 def test_a_mask_of_just_enough_lungs_is_used():
     image, mask = xray()
     mask[:] = False
     mask[:9, :4] = True  # on the canvas 9 x 5 of 64 x 64 pixels, 1.1 %
+    assert patch_canvas(image, Lungs(np.zeros(4), mask), RECIPE).mask is not None
+
+
+def test_lungs_of_exactly_the_least_share_and_an_image_as_large_as_a_patch_are_used():
+    image, mask = xray()  # the lungs fill half of the canvas
+    for least, used in ((0.5, True), (0.51, False)):
+        found = patch_canvas(image, Lungs(np.zeros(4), mask), override(RECIPE, least_lungs=least))
+        assert (found.mask is not None) == used
+    image, mask = xray(90, 16)
     assert patch_canvas(image, Lungs(np.zeros(4), mask), RECIPE).mask is not None

@@ -5,12 +5,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.ops import box_iou
 
 from kitlib.device import computing_in
 from kitlib.errors import BundleError
 from kitlib.models.families import load_network
 from kitlib.models.retinanet import RetinaNetDetector
-from kitlib.recipes.fields import DetectorRecipe
+from kitlib.recipes.fields import BOX_LOSSES, DetectorRecipe
 from kitlib.settings import override
 
 RECIPE = DetectorRecipe(
@@ -47,6 +48,30 @@ def test_predictions_are_boxes_of_the_canvas_best_first_and_limited():
         assert boxes.shape == (7, 6)  # an untrained network gives each anchor a score of about 0.01
         assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 64).all() and (boxes[:, :2] < boxes[:, 2:4]).all()
         assert (np.diff(boxes[:, 4]) <= 0).all() and boxes[:, 4] == pytest.approx(0.01, abs=0.005)
+
+
+def test_the_recipe_limits_the_boxes_before_and_after_their_suppression():
+    torch.manual_seed(0)
+    detector = RetinaNetDetector(override(RECIPE, image_size=128, proposals=9, nms_iou=1.0, max_detections=99)).eval()
+    pixels = torch.randint(0, 256, (2, 128, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    # Two maps; every anchor has a score above 0.001. No two boxes have an IoU above 1.
+    assert [len(boxes) for boxes in detector.predict(pixels)] == [18, 18]
+    strict = RetinaNetDetector(override(detector.recipe, proposals=99, nms_iou=0.2)).eval()
+    for boxes in strict.predict(pixels):
+        overlaps = box_iou(*[torch.from_numpy(boxes[:, :4])] * 2).fill_diagonal_(0)
+        assert len(boxes) > 7 and overlaps.max() <= 0.2 + 1e-5
+
+
+@pytest.mark.parametrize("box_loss", BOX_LOSSES["retinanet"])
+def test_the_box_loss_is_the_recipes(box_loss):
+    torch.manual_seed(0)
+    chosen, plain = RetinaNetDetector(override(RECIPE, box_loss=box_loss)), RetinaNetDetector(RECIPE)
+    plain.load_state_dict(chosen.state_dict())
+    box = [torch.tensor([[8.0, 8, 40, 24]])] * 3
+    loss, default = (each.train().losses(NOISE, box, [torch.tensor([0])] * 3) for each in (chosen, plain))
+    assert loss["classification"].item() == pytest.approx(default["classification"].item(), rel=1e-5)
+    is_default = box_loss == BOX_LOSSES["retinanet"][0]
+    assert (loss["bbox_regression"].item() == pytest.approx(default["bbox_regression"].item(), rel=1e-5)) == is_default
 
 
 def test_losses_fall_towards_a_perfect_box_and_accept_images_without_boxes(detector):

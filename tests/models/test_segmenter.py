@@ -1,6 +1,7 @@
 """Segmenters: the networks agree with their papers' tables, the losses with numpy; images may have any size."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_fc_densenet_accepts_any_sides_of_at_least_32_pixels(sides):
     assert given_sides == [tuple(max(32, side) for side in sides)]
 
 
-def test_fc_densenet_crops_up_sampled_maps_to_the_middle():
+def test_fc_densenet_crops_up_sampled_maps_to_the_size_of_the_skipped_ones():
     network = FCDenseNet103(1, 0.0625).eval()
     enlarged, skipped, joined = [], [], []
     for larger, up, smaller in zip(network.larger, network.up, network.smaller, strict=True):
@@ -147,10 +148,55 @@ def test_fc_densenet_crops_up_sampled_maps_to_the_middle():
     with torch.inference_mode():
         network(torch.randn(1, 1, 33, 47))
     for whole, finer, both in zip(enlarged, reversed(skipped), joined, strict=True):
-        # n pixels become 2 n + 1, which are cropped to 2 n or 2 n + 1: either begins at the first pixel.
+        # n pixels become 2 n + 1, of which a crop of 2 n or 2 n + 1 in the middle begins at the first.
         rows, columns = finer.shape[-2:]
         assert {whole.shape[-2] - rows, whole.shape[-1] - columns} <= {0, 1}
         assert torch.equal(both, torch.cat([whole[..., :rows, :columns], finer], dim=1))
+
+
+def enlarged_twofold(x):
+    """Enlarge (n, channels, rows, columns) bilinearly: half pixels lie a quarter of a pixel from a pixel's centre."""
+    for axis in (2, 3):
+        size = x.shape[axis]
+        before, after = (np.take(x, np.clip(np.arange(size) + step, 0, size - 1), axis) for step in (-1, 1))
+        halves = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=axis + 1)
+        x = halves.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+    return x
+
+
+@pytest.mark.parametrize("make", [ResUNet, AlbuNet])
+def test_maps_are_enlarged_bilinearly_and_joined_with_those_from_the_way_down(make):
+    torch.manual_seed(0)
+    network, maps = make(1, 0.0625).eval(), {}
+    down = network.down if make is ResUNet else [getattr(network.encoder, f"layer{number}") for number in (1, 2, 3, 4)]
+    up = network.up if make is ResUNet else [network.middle, *network.up, network.last_up]
+    for part in (*down, *up):
+        part.register_forward_hook(lambda part, given, out: maps.update({part: (given[0].numpy(), out.numpy())}))
+    with torch.inference_mode():
+        network(torch.randn(1, 1, 64, 128))
+    if make is ResUNet:  # each map is enlarged, then joined
+        for number, (below, unit) in enumerate(pairwise([down[-1], *up])):
+            wanted = [enlarged_twofold(maps[below][1]), maps[down[2 - number]][1]]
+            np.testing.assert_allclose(maps[unit][0], np.concatenate(wanted, axis=1), rtol=1e-5, atol=1e-4)
+    else:  # each map is joined, then enlarged
+        skipped = [maps[layer][1] for layer in down]
+        pooled = skipped[-1].reshape(1, 512, 1, 2, 2, 2).max(axis=(3, 5))
+        np.testing.assert_allclose(maps[up[0]][0], enlarged_twofold(pooled), rtol=1e-5, atol=1e-4)
+        for below, block in pairwise(up):
+            joined = [maps[below][1], *([skipped.pop()] if skipped else [])]
+            wanted = enlarged_twofold(np.concatenate(joined, axis=1))
+            np.testing.assert_allclose(maps[block][0], wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_unets_convolutions_start_with_hes_weights():
+    # He et al. 2015, eq. 10: variance 2 / (inputs of a unit); Ronneberger et al., section 3.
+    torch.manual_seed(0)
+    layers = [each for each in UNet(1, 0.5).modules() if isinstance(each, nn.Conv2d)]
+    for layer in layers:
+        assert not layer.bias.any()
+        if layer.weight.numel() > 2000:
+            assert layer.weight.var().item() == pytest.approx(2 / layer.weight[0].numel(), rel=0.15)
+    assert len(layers) == 19
 
 
 @pytest.mark.parametrize("loss", ["dice", "cross_entropy"])
@@ -312,8 +358,11 @@ def test_albunet_is_a_resnet34_and_its_blocks():
     expected = resnet + sum(convolution(a, b) + convolution(b, c) for a, b, c in blocks)
     assert parameters(network) == expected + convolution(32, 32) + convolution(32, 1, 1) == 34_598_625
     model = Segmenter(SparseSegmenterRecipe(width=0.1)).eval()
+    seen = []
+    model.network.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape[-2:])))
     with torch.inference_mode():
         assert model(torch.zeros(1, 1, 70, 50)).shape == (1, 1, 70, 50)
+    assert seen == [(128, 64)]  # the smallest map is pooled from stride 32 to stride 64
 
 
 def test_thresholds_decide_on_the_labels_of_a_sparse_structure():

@@ -17,6 +17,7 @@ from kitlib.errors import BundleError
 from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.families import family_of
 from kitlib.models.faster_rcnn import FasterRCNNDetector
+from kitlib.models.published_names import without_prefixes
 from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
 from kitlib.paths import find_starting_weights
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, StudyRecipe
@@ -180,7 +181,7 @@ def published_forms(folder, network, tensors):
     return {path.name: path for path in (hub, *folder.glob("*.*"))}
 
 
-@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_vit", "test_convnext"])
 def test_every_published_form_of_a_backbone_loads_wholly(tmp_path, backbone):
     torch.manual_seed(0)
     published = timm.create_model(backbone, num_classes=1000)
@@ -249,14 +250,57 @@ def test_weights_that_are_not_finite_or_not_weights_are_refused(tmp_path):
     assert read_starting_weights(tmp_path / "second.pth").keys() == WEIGHTS.keys()
     (tmp_path / "hostile.pth").write_bytes(b"\x80\x02)R.")
     torch.save(nn.Linear(2, 2), tmp_path / "object.pth")
+    torch.save([torch.ones(2)], tmp_path / "list.pth")
+    torch.save(torch.ones(2), tmp_path / "tensor.pth")
+    endless = {"epoch": 3}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "endless.pth")
     for name, message in {
         "nan.pth": r"NaN or infinite values in 1 tensors, such as 'a'\. ",
         "none.pth": r"no dictionary of tensors in a known place, only the keys \['epoch', 'optimizer'\]",
+        "list.pth": "in a known place, only a list",
+        "tensor.pth": "in a known place, only a Tensor",
+        "endless.pth": r"in a known place, only the keys \['epoch', 'state_dict'\]",
         "hostile.pth": r"cannot be read as weights \(\w+Error\)",
         "object.pth": "cannot be read as weights .* pickled objects, which are never loaded",
     }.items():
         with pytest.raises(BundleError, match=message):
             read_starting_weights(tmp_path / name)
+
+
+def test_weights_are_found_in_a_checkpoint_and_the_moving_average_comes_first(tmp_path):
+    trained, average, loss = {"a": torch.zeros(2)}, {"a": torch.ones(2)}, torch.tensor(0.3)
+    for name, (content, expected) in {
+        "only": (trained, trained),
+        "entry": ({"best_loss": loss, "state_dict": trained}, trained),
+        "inner": ({"model": {"step": loss, "state_dict": trained}}, trained),
+        "timm": ({"state_dict": trained, "state_dict_ema": average}, average),
+        "script": ({"model": trained, "model_ema": average}, average),
+        "empty": ({"model": {"depth": 3}, "a": average["a"]}, average),
+        "counts": ({"weights": {"a": average["a"], "steps": torch.tensor([7])}}, average | {"steps": torch.tensor([7])}),
+    }.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        found = read_starting_weights(tmp_path / f"{name}.pth")
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
+def test_prefixes_are_removed_one_by_one_and_never_merge_two_tensors():
+    def variants(*names):
+        return [sorted(each) for each in without_prefixes(dict.fromkeys(names, torch.ones(1)))]
+
+    # A name without the prefix stays.
+    assert variants("module.model.a", "b") == [["b", "module.model.a"], ["b", "model.a"], ["a", "b"]]
+    assert variants("module.a", "a") == [["a", "module.a"]]
+    assert variants("features.a") == [["features.a"]]
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "vgg11", "densenet121"])
+def test_weights_of_another_network_fit_nowhere(tmp_path, backbone):
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    with torch.device("meta"):
+        model = FindingsClassifier(FindingsRecipe(backbone=backbone, channels=3, hidden=8), ["Mass"])
+    with pytest.raises(BundleError, match=r"no tensor of .* fits the model"):
+        load_starting_weights(model, tmp_path / "vit.safetensors")
 
 
 @pytest.mark.parametrize("mount", ["weights", "datasets/me/weights", "models/me/weights/pytorch/small/1"])

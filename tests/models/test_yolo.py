@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torchvision.ops import box_convert
 
 from kitlib.errors import BundleError
 from kitlib.models.families import load_network
@@ -92,6 +93,20 @@ def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(monkeypatch):
     found = detector.predict(NOISE)
     assert detector.overflows == 1
     np.testing.assert_allclose(np.concatenate(found), [[15, 15, 25, 25, 0.5, 0]] * 3)
+
+
+@pytest.mark.parametrize("end2end", [False, True])
+def test_boxes_are_clipped_to_the_canvas_and_kept_from_the_least_score_on(end2end):
+    # Centre, size and score: at the border, a sliver, at a corner, outside, at the least score and below it.
+    rows = [(0, 10, 20, 10, 0.9), (64, 40, 8, 8, 0.75), (70, 70, 16, 16, 0.5), (80, 30, 9, 9, 0.4), (20, 40, 8, 8, 0.25)]
+    raw = torch.tensor([*rows, (40, 20, 8, 8, 0.2)])
+    if end2end:  # corners, score and class
+        raw = torch.cat([box_convert(raw[:, :4], "cxcywh", "xyxy"), raw[:, 4:], torch.zeros(len(raw), 1)], dim=1)
+    network = Fixed((raw if end2end else raw.T).expand(3, -1, -1))
+    network.end2end = end2end
+    expected = [[0, 5, 10, 15, 0.9, 0], [60, 36, 64, 44, 0.75, 0], [62, 62, 64, 64, 0.5, 0], [16, 36, 24, 44, 0.25, 0]]
+    for found in YoloDetector(override(RECIPE, min_score=0.25), model=network).predict(NOISE):
+        np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("backbone", ["yolov5nu", "yolo11n", "yolov10n", "yolo26n"])  # the last two need no suppression
@@ -182,6 +197,8 @@ detector = YoloDetector(DetectorRecipe(family="yolo", backbone="yolo11n", image_
 assert len(detector.predict(torch.zeros(2, 64, 64, dtype=torch.uint8))) == 2
 heavy = {"pytorch_lightning", "albumentations", "polars", "matplotlib.pyplot"} & set(sys.modules)
 assert not heavy, heavy
+from ultralytics.utils import SETTINGS
+assert not SETTINGS["sync"]  # ultralytics' telemetry
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("YOLO_")}
     clean |= {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
