@@ -68,7 +68,8 @@ def _find_state(content: Any, path: Path) -> dict[str, torch.Tensor]:
 
     Tensors next to one of STATE_KEYS, such as a loss, are returned only if no mapping under STATE_KEYS has tensors.
     """
-    waiting, seen, beside = [content], set(), {}
+    waiting, seen = [content], set()
+    beside: dict[str, torch.Tensor] = {}
     while waiting:
         mapping = waiting.pop(0)
         if not isinstance(mapping, Mapping) or id(mapping) in seen:

@@ -322,5 +322,5 @@ def test_weights_are_attached_by_name(tmp_path, monkeypatch, mount):
     save_file(WEIGHTS, tmp_path / mount / "c.safetensors")
     with pytest.raises(BundleError, match=r"must hold one weights file, but it has 2: a\.safetensors, c\.safetensors"):
         find_starting_weights(f"weights{inner}")
-    with pytest.raises(BundleError, match=r"weights/d\.pth does not exist"):
+    with pytest.raises(BundleError, match=r"weights/d\.pth' does not exist"):
         find_starting_weights("weights/d.pth")
