@@ -19,8 +19,9 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
     """Return a dict from the path of each mask file to two tuples: the folders above `mask_folder`, and those below it.
 
     `mask_folder` is the name of a folder, or a path of several such as `annotations/masks`; case is ignored. There may be
-    several folders of this name, as in CLASS/masks, and it may be one of the data set's additional folders. Raises
-    DatasetError if there is no such folder with files of MASK_SUFFIXES.
+    several folders of this name, as in CLASS/masks, also within one another, as in archives that repeat a folder, and it
+    may be one of the data set's additional folders. Raises DatasetError if there is no such folder with files of
+    MASK_SUFFIXES.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}
@@ -29,7 +30,7 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
         folders = tuple(folded(name) for name in (*beside[:1], *source.name(path).split("/")[:-1]))
         starts = [start for start in range(len(folders)) if folders[start : start + len(wanted)] == wanted]
         if starts and path.suffix.lower() in MASK_SUFFIXES:
-            found[path] = (folders[: starts[-1]], folders[starts[-1] + len(wanted) :])
+            found[path] = (folders[: starts[0]], folders[starts[-1] + len(wanted) :])
     if not found:
         available = sorted(
             {source.name(path).rpartition("/")[0] for path in source.paths if path.suffix.lower() in MASK_SUFFIXES}

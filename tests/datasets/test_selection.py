@@ -21,6 +21,10 @@ def test_children_are_left_out_and_unknown_ages_kept_and_counted():
     kept, counts = leave_out_young(IMAGES, 18)
     assert kept.image_id.tolist() == ["b", "c", "d", "g", "h"]
     assert counts.to_numpy().tolist() == [["x", "COVID-19", 2, 1, 0], ["x", "normal", 4, 2, 1], ["y", "normal", 2, 0, 1]]
+    # A data set without diagnoses is counted by source alone.
+    kept, counts = leave_out_young(IMAGES.drop(columns="diagnosis"), 18)
+    assert kept.image_id.tolist() == ["b", "c", "d", "g", "h"]
+    assert counts.to_numpy().tolist() == [["x", 6, 3, 1], ["y", 2, 0, 1]]
     with pytest.raises(ValueError, match="all 8 images are of patients younger than 99"):
         leave_out_young(IMAGES.assign(age=7.0), 99)
     with pytest.raises(ValueError, match="states no ages; set least_age to 0"):

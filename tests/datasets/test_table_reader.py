@@ -17,6 +17,7 @@ from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.pool import read_mask_pool, read_pool
 from kitlib.datasets.registry import compare_with_published, read_dataset
+from kitlib.datasets.table_images import LONGEST_ID, make_image_ids
 from kitlib.datasets.table_reader import read_own
 from kitlib.errors import DatasetError, KitError, SettingsError
 from kitlib.phantoms.diagnoses import write_diagnoses
@@ -108,6 +109,26 @@ def test_a_cell_of_another_folder_names_no_file(folder):
         read(folder, "Image,Class\nother/x0.png,A\n")
 
 
+def test_sexes_and_ages_that_are_unknown_are_counted(folder):
+    text = "Image,Class,s,y\nx0,A,male,40\nx1,B,F,0\nx2,A,x,131\nx3,B,,old\nx4,A,m,\nx5,B,f,130\n"
+    data = read(folder, text, {**NAMED, "sex": "s", "age": "y"})
+    assert data.images.sex.tolist() == ["M", "F", "", "", "M", "F"]
+    np.testing.assert_array_equal(data.images.age, [40, 0, np.nan, np.nan, np.nan, 130])
+    # A blank cell is no fault. The text counts the others: x2 alone for the sex; x2 and x3 for the age.
+    sex, age = (pair for pair in problems(data) if "is unknown" in pair[1])
+    assert sex[0] == "x2" and "and 0 others" in sex[1] and "the sex is unknown" in sex[1]
+    assert age[0] == "x2" and "and 1 others" in age[1] and "the age is unknown" in age[1]
+
+
+def test_a_long_name_becomes_an_id_that_fits_into_a_file_name():
+    longest = "n" * LONGEST_ID
+    names = [f"a/{longest}.png", f"a/{longest}1.png", f"{'a' * 100}/{'b' * 100}/1.png", f"{'a' * 100}/{'c' * 100}/1.png"]
+    ids = make_image_ids(pd.Series([*names, "a/short.png"])).tolist()
+    assert ids[0] == longest and ids[4] == "short" and len(set(ids)) == 5 and max(map(len, ids)) == LONGEST_ID
+    # What tells a name from its neighbours is usually its end.
+    assert f"{longest[:100]}1-" in ids[1] and f"{'b' * 100}-1-" in ids[2] and f"{'c' * 100}-1-" in ids[3]
+
+
 def test_names_that_repeat_get_their_folders_as_ids(tmp_path):
     for name in ("a/x.png", "b/x.png", "b/y.png", "a-x.png"):
         write_image(tmp_path / "mine" / name)
@@ -169,6 +190,12 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ),
         ("Image,view\nx0,1\n", {"columns": {"file": "Image", "labels": ["view"]}}, "has the name of a column of the kit"),
         ("Image,Class\nx0,A\n", {"columns": {**NAMED, "labels": ["Class"]}}, "names 'Class' twice"),
+        (
+            "Image,Class,Mass\nx0,A,1\n",
+            {"columns": {**NAMED, "labels": ["Mass"]}},
+            "'Class' and labels: .*'Mass'.*; keep `label`",
+        ),
+        ("Image,Mass\nx0,0\nnope,1\n", {"columns": {"file": "Image", "labels": ["Mass"]}}, "the class 'Mass' can be used"),
         ("Image,Class,x\nx0,A,1\n", {"columns": {**NAMED, "xmin": "x"}}, "boxes need xmin, ymin, xmax, ymax"),
         ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and columns has labels"),
         ("Image,Class\nx0,A\n", {"class_names": {"C": "D"}}, "class_names renames 'C', but the classes are 'A'"),
@@ -200,6 +227,11 @@ def test_several_labels_may_be_unknown(folder):
     assert "have in Mass another value than 0, 1 and blank ('-1'); their label is unknown" in texts
     assert "are studies whose images disagree on Mass; their label is unknown" in texts
     assert "have no study; each is a study of its own" in texts
+
+
+def test_a_class_that_no_row_has_is_no_lost_class(folder):
+    data = read(folder, "Image,Mass,Nodule\nx0,1,0\nx1,0,\n", {"file": "Image", "labels": ["Mass", "Nodule"]})
+    np.testing.assert_array_equal(data.labels[["Mass", "Nodule"]], [[1, 0], [0, np.nan]])
 
 
 def test_a_study_of_two_classes_is_left_out(folder):
@@ -316,6 +348,34 @@ def test_masks_may_lie_beside_with_names_of_their_own(folder, tmp_path):
     assert data.masks.image_id.tolist() == ["x0", "x1", "x2", "x3"] and len(data.images) == 6
     texts = " ".join(data.faults.problem)
     assert "are masks without an image of their name" in texts and "have no mask" in texts
+
+
+@pytest.mark.parametrize(
+    ("masks", "image_of"),
+    [
+        # The folders above the folder of masks are above the image, too.
+        (("A/masks/1.png", "B/masks/1.png"), {"A/masks/1.png": "A/images/1.png", "B/masks/1.png": "B/images/1.png"}),
+        # Those below it are the last ones of the image's path.
+        (("masks/A/images/1.png",), {"masks/A/images/1.png": "A/images/1.png"}),
+        (("masks/B/images/1_mask.png",), {"masks/B/images/1_mask.png": "B/images/1.png"}),
+        # An archive may repeat the folder.
+        (("A/masks/masks/1.png", "masks/1.png"), {"A/masks/masks/1.png": "A/images/1.png"}),
+        (("masks/masks/B/images/1.png",), {"masks/masks/B/images/1.png": "B/images/1.png"}),
+        (("B/masks/1.png", "masks/1.png", "C/masks/1.png"), {"B/masks/1.png": "B/images/1.png"}),
+    ],
+)
+def test_folders_tell_which_of_several_images_of_one_name_a_mask_is_of(tmp_path, masks, image_of):
+    folder = tmp_path / "mine"
+    for name in ("A/images/1.png", "B/images/1.png", *masks):
+        write_image(folder / name)
+    data = read_own(folder, False, mask_folder="masks", mask_convention="lung_fields")
+    images = data.images.set_index("image_id").path
+    pairs = zip(data.masks.path, images[data.masks.image_id], strict=True)
+    assert {tuple(Path(path).relative_to(folder).as_posix() for path in pair) for pair in pairs} == set(image_of.items())
+    unclear = data.faults[data.faults.problem.str.contains("several images have")]
+    left = sorted(set(masks) - set(image_of))
+    assert unclear["row"].tolist() == left[:1]
+    assert not left or f"and {len(left) - 1} other files" in unclear.problem.item()
 
 
 def test_own_images_are_pooled_with_published_ones(tmp_path):
