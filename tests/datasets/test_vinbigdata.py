@@ -99,6 +99,15 @@ def test_an_invalid_row_costs_its_image_alone(tmp_path, image_id, cells, is_vali
     assert [row for _, row, problem in source.faults.rows if "left out" in problem] == ([] if is_valid else [image_id])
 
 
+@pytest.mark.parametrize("size", ["", "d,0,100\n", "d,120,x\n"])
+def test_a_copy_of_unknown_size_is_left_out_with_its_boxes(folder, size):
+    sizes = "image_id,dim0,dim1\na,120,100\nb,120,100\n" + size
+    (folder / "train_meta.csv").write_text(sizes)
+    data = read_vinbigdata(folder, progress=False)
+    assert data.images.image_id.tolist() == data.labels.id.tolist() == ["a", "b"] and set(data.boxes.image_id) == {"a"}
+    assert data.faults["row"][data.faults.file == "train_meta.csv"].tolist() == ["d"]
+
+
 def test_a_copy_without_sizes_or_columns_says_what_is_missing(folder):
     (folder / "train_meta.csv").unlink()
     with pytest.raises(DatasetError, match=r"train_meta\.csv is missing.*dim0 and dim1"):
