@@ -38,6 +38,8 @@ def test_a_source_keeps_whole_patients_up_to_its_limit_whatever_the_order():
         assert 1 <= len(chosen) <= 3 and (kept.source == "y").sum() == 2
         assert len(chosen) == IMAGES.patient_id.isin(chosen.patient_id).sum()  # no patient is split
         assert set(limit_sources(IMAGES[::-1], {"x": 3}, seed).image_id) == set(kept.image_id)
+        assert limit_sources(IMAGES, {"x": 6, "y": 2}, seed).equals(IMAGES)  # all images of x and y
+        assert set(limit_sources(IMAGES, {"x": 0}, seed).source) == {"y"}
     assert limit_sources(IMAGES, {}, 0).equals(IMAGES)
     with pytest.raises(ValueError, match="most_of: no image is from z; available sources: x, y"):
         limit_sources(IMAGES, {"z": 1}, 0)
