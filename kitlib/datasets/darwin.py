@@ -165,7 +165,9 @@ def _find_patients(
     if metadata:
         table = read_csv(metadata, ("patientid", "filename"))
         ieee_patients = {
-            listed_id(name): f"ieee8023-{patient}" for name, patient in zip(table.filename, table.patientid, strict=True)
+            listed_id(name): f"ieee8023-{patient}"
+            for name, patient in zip(table.filename, table.patientid.str.strip(), strict=True)
+            if patient
         }
     else:
         faults.add(METADATA, "", "the file is missing; images of one patient with COVID-19 may fall into several folds")
@@ -177,7 +179,7 @@ def _find_patients(
         ]
         matches = (KERMANY_PATIENT.match(name) for name in names)
         fallback = next((f"kermany-{(match[1] or match[2]).lower()}" for match in matches if match), f"darwin-{image_id}")
-        patients[image_id] = next((ieee_patients[name] for name in names if ieee_patients.get(name)), fallback)
+        patients[image_id] = next((ieee_patients[name] for name in names if name in ieee_patients), fallback)
     return patients
 
 

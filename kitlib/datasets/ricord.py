@@ -38,10 +38,10 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
         parts = Path(source.name(path)).with_suffix("").parts
         # The deepest match is used, because the folder above the patients may have a similar name.
         matches = [(index, match) for index, match in enumerate(map(PATIENT.match, parts)) if match]
-        index, match = matches[-1] if matches else (0, None)
-        if match is None:
+        if not matches:
             outside.append(source.name(path))
             continue
+        index, match = matches[-1]
         patient = match[1].upper().replace("_", "-")
         rest = (parts[index][match.end() :].strip("-_"), *parts[index + 1 :])
         image_id = "-".join((patient, *filter(None, rest)))

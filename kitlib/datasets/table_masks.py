@@ -19,8 +19,8 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
     """Return a dict from each mask file's path to two tuples: names of the folders above, and of those below, `mask_folder`.
 
     `mask_folder` is the name of a folder, or a path such as `annotations/masks`; case is ignored. Several folders may have
-    this name, as in CLASS/masks. The data set's additional folders are searched, too. Raises DatasetError if no folder of
-    this name contains PNG, JPEG or GIF files.
+    this name, as in CLASS/masks, also within one another. The data set's additional folders are searched, too. Raises
+    DatasetError if no folder of this name contains PNG, JPEG or GIF files.
     """
     wanted = tuple(folded(mask_folder).strip("/").split("/"))
     found = {}
@@ -29,7 +29,7 @@ def find_mask_files(source: DataFolder, mask_folder: str) -> MaskFiles:
         folders = tuple(folded(name) for name in (*beside[:1], *source.name(path).split("/")[:-1]))
         starts = [start for start in range(len(folders)) if folders[start : start + len(wanted)] == wanted]
         if starts and path.suffix.lower() in MASK_SUFFIXES:
-            found[path] = (folders[: starts[-1]], folders[starts[-1] + len(wanted) :])
+            found[path] = (folders[: starts[0]], folders[starts[-1] + len(wanted) :])
     if not found:
         available = sorted(
             {source.name(path).rpartition("/")[0] for path in source.paths if path.suffix.lower() in MASK_SUFFIXES}

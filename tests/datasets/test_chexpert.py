@@ -79,6 +79,15 @@ def test_a_broken_row_is_one_fault_and_the_others_are_read(tmp_path, line, probl
     (told,) = data.faults.itertuples(index=False)
     assert problem in told.problem or "damaged" in path
     assert len(data.images) == (5 if "old" in line else 4) and data.labels.loc[0, "Edema"] == 0
+    assert data.labels.id.tolist() == data.images.image_id.tolist()
+
+
+def test_the_order_of_the_rows_and_the_strokes_of_windows_do_not_matter(tmp_path):
+    write(tmp_path, GOOD)
+    expected = read_chexpert(tmp_path, progress=False)
+    write(tmp_path, [line.replace("/", "\\") for line in GOOD[::-1]], files=[])
+    data = read_chexpert(tmp_path, progress=False)
+    assert data.images.equals(expected.images) and data.labels.equals(expected.labels) and data.faults.empty
 
 
 def test_the_archive_may_be_a_folder_and_missing_tables_or_images_are_an_error(tmp_path):

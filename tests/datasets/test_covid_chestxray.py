@@ -99,6 +99,29 @@ def test_what_is_left_out_is_listed(tmp_path):
     assert read_covid_chestxray(tmp_path, progress=False).faults.row.tolist()[-1] == "0"
 
 
+def test_a_file_is_one_image_however_its_name_is_written(tmp_path):
+    write(tmp_path, [{"filename": "x.png"}, {"filename": "y.png", "finding": "SARS"}])
+    rows = [
+        {"filename": "x.png"},
+        {"filename": "X.PNG", "finding": "SARS"},
+        {"filename": "../images/y.png", "finding": "SARS"},
+    ]
+    pd.DataFrame([ROW | row for row in rows]).to_csv(tmp_path / "metadata.csv", index=False)
+    data = read_covid_chestxray(tmp_path, progress=False)
+    assert data.images[["image_id", "diagnosis"]].to_numpy().tolist() == [["x", "COVID-19"], ["y", "viral"]]
+    assert data.faults["row"].tolist() == ["X.PNG"] and "the first row is used" in data.faults.problem.item()
+
+
+def test_blanks_and_capitals_in_names_of_columns_do_not_matter(tmp_path):
+    expected = read_covid_chestxray(write(tmp_path, [{"offset": "3"}, {}]), progress=False)
+    table = pd.read_csv(tmp_path / "metadata.csv", dtype=str)
+    table.rename(columns=lambda name: f" {name.title()} ").map(lambda cell: f" {cell}", na_action="ignore").to_csv(
+        tmp_path / "metadata.csv", index=False
+    )
+    data = read_covid_chestxray(tmp_path, progress=False)
+    assert data.images.equals(expected.images) and data.labels.equals(expected.labels) and data.faults.empty
+
+
 def test_a_missing_piece_names_itself(tmp_path):
     with pytest.raises(DatasetError, match=r"metadata\.csv is missing.*git clone"):
         read_covid_chestxray(tmp_path, progress=False)

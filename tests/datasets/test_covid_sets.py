@@ -50,11 +50,14 @@ def test_covidx_lists_of_four_columns(tmp_path):
 
 
 def test_covidx_older_lists_and_several(tmp_path):
-    (tmp_path / "train.txt").write_text("patientid filename class\n1 a.png normal\n2 b.jpg COVID-19\n")
+    (tmp_path / "train.txt").write_text("patientid filename class\n1 a.png normal\n\n \n2 b.jpg COVID-19\n")
     (tmp_path / "test.txt").write_text("1 a.png normal\n")
     for name in ("train/a.png", "train/b.jpg", "test/a.png"):
         save(tmp_path / name)
-    images = read_covidx(tmp_path, progress=False).images
+    data = read_covidx(tmp_path, progress=False)
+    images = data.images
+    # The names of columns and blank lines are no images; the only fault is that NIH's patients are unknown.
+    assert data.faults.file.tolist() == [MAPPING]
     # One name in two parts is two images, whose ids have the part; the patient is one, which a data sheet flags as a leak.
     assert sorted(images.image_id) == ["b", "test-a.png", "train-a.png"]
     assert images.patient_id.value_counts()["covidx-covidx-1"] == 2 and set(images.source) == {"covidx"}
@@ -226,6 +229,64 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
         match=r"others.* neither its folders nor the names of the tables say .* BIMCV-COVID19\+, .*like covid19_neg",
     ):
         read_bimcv(tmp_path / "in", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("folder", "table", "kept"),
+    [
+        ("covid19_posi", "labels", "S1"),
+        ("covid19_neg", "labels", "S2"),
+        ("covid19_posi/covid19_neg", "labels", "S2"),  # the nearest folder decides
+        ("covid19_neg/covid19_posi", "labels", "S1"),
+        ("covid19_neg/posi_or_neg", "labels", "S2"),  # a name that states both states nothing
+        ("images", "labels_covid19_posi", "S1"),
+        ("images", "labels_covid19_neg", "S2"),
+    ],
+)
+def test_a_report_of_bimcv_that_contradicts_its_set_costs_the_image(tmp_path, folder, table, kept):
+    """S1 has a report of COVID 19, which only the positive set may have, and S2 one of other changes."""
+    for name in ("sub-S1_ses-E1_vp-ap_cr", "sub-S2_ses-e2_vp-pa_dx", "chest"):
+        save(tmp_path / "in" / folder / f"{name}.png")
+    reports = "ReportID\tLabels\nses-e1\t['COVID 19', 'normal']\nE2\t['normal', 'scar']\n"
+    (tmp_path / "in" / f"{table}.tsv").write_text(reports)
+    # Of two rows for a participant, the first counts.
+    people = "participant\tage\tgender\nsub-S1\t[64, 65]\tM\nsub-s2\t[30]\tF\nsub-S1\t[1]\tF\nsub-S2\t[1]\tM\n"
+    (tmp_path / "in" / "participants.tsv").write_text(people)
+    data = read_bimcv(tmp_path / "in", progress=False)
+    columns = ["patient_id", "diagnosis", "sex", "age"]
+    expected = {"S1": ["bimcv-S1", "COVID-19", "M", 64], "S2": ["bimcv-S2", "other", "F", 30]}
+    assert data.images[columns].to_numpy().tolist() == [expected[kept]]
+    unnamed, left_out = data.faults.itertuples(index=False)
+    assert unnamed.row == f"{folder}/chest.png" and "left out" in unnamed.problem
+    assert left_out.row[:6] == ("sub-S2" if kept == "S1" else "sub-S1") and "left out" in left_out.problem
+    # The names of tables matter only if no folder states the set; they must not contradict one another.
+    (tmp_path / "in" / f"other_{'neg' if kept == 'S1' else 'posi'}.tsv").write_text("a\n")
+    if folder == "images":
+        with pytest.raises(DatasetError, match="neither its folders nor the names of the tables say"):
+            read_bimcv(tmp_path / "in", progress=False)
+    else:
+        assert len(read_bimcv(tmp_path / "in", progress=False).images) == 1
+
+
+@pytest.mark.parametrize("patient", ["419639-000082", "SITE2-000105", "site2_000105", "17"])
+def test_ricords_patient_is_in_a_folder_or_begins_a_files_name(tmp_path, patient):
+    number = patient.upper().replace("_", "-")
+    for name in (f"MIDRC-RICORD-1C-{patient}/a/1-1.png", f"midrc_ricord_1c_{patient}_b-1.png"):
+        save(tmp_path / "MIDRC-RICORD-1C-99" / name)  # the folder that holds all has a name like a patient's
+    data = read_ricord(tmp_path, progress=False)
+    assert data.images.image_id.tolist() == [f"{number}-a-1-1", f"{number}-b-1"] and data.faults.empty
+    assert set(data.images.patient_id) == {f"ricord-{number}"}
+
+
+@pytest.mark.parametrize("view", ["LL", "rl", "LLD", "RLD", "LAT", "Lateral"])
+def test_lateral_views_of_ricord_are_left_out(tmp_path, view):
+    for name, stated in (("1", "PA"), ("2", view), ("3", "")):
+        path = tmp_path / f"MIDRC-RICORD-1C-{name}" / "1-1.dcm"
+        path.parent.mkdir()
+        pixels = np.full((20, 24), 90, np.uint8)
+        write_xray(path, pixels, transfer_syntax="1.2.840.10008.1.2.1", extra={"ViewPosition": stated})
+    data = read_ricord(tmp_path, progress=False)
+    assert data.images.image_id.tolist() == ["1-1-1", "3-1-1"] and data.faults["row"].tolist() == ["2-1-1"]
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,20 @@ def test_images_are_found_by_the_name_of_their_source_and_of_the_annotation(darw
     assert images.patient_id["person9_bacteria_2"] == "kermany-person9" and images.patient_id["965400"] == "ieee8023-7"
 
 
+def test_an_image_whose_patient_is_blank_is_its_own_patient(darwin):
+    (darwin.root / "metadata.csv").write_text("patientid,filename\n,x.png\n ,y.png\n7 ,z.png\n")
+    for name in "xyz":
+        darwin.image(f"{name}.png")
+    patients = darwin.read().images.set_index("image_id").patient_id
+    assert patients[["x", "y", "z"]].tolist() == ["darwin-x", "darwin-y", "ieee8023-7"]
+
+
+def test_a_side_may_have_256_pixels(darwin):
+    darwin.image("least.png", (256, 256))
+    darwin.image("narrow.png", (400, 255))
+    assert darwin.read().images.image_id.tolist() == ["00000001", "00000002", "least"]
+
+
 def test_images_and_masks_without_annotations(tmp_path):
     folder = Folder(tmp_path)
     for number in range(4):

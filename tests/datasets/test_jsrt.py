@@ -87,6 +87,19 @@ def test_images_without_masks_are_counted(layout):
     assert data.faults.problem.tolist() == ["and 1 other images have no mask"]
 
 
+@pytest.mark.parametrize("kept", [["heart"], ["heart", "left lung"], ["heart", "left lung", "right lung"]])
+def test_masks_of_the_heart_alone_are_an_error(layout, kept):
+    for structure in set(AREAS) - set(kept):
+        for folder in layout.glob(f"scratch/*/masks/{structure}"):
+            folder.rename(layout / "scratch" / f"{folder.parts[-3]} {structure} unused")
+    if kept == ["heart"]:
+        with pytest.raises(DatasetError, match="masks of the heart, but none in folders named 'left lung' or 'right lung'"):
+            read_jsrt(layout, progress=False)
+    else:
+        masks = read_jsrt(layout, progress=False).masks
+        assert set(masks.structure) == {structure.replace(" ", "_") for structure in kept} and len(masks) == 3 * len(kept)
+
+
 def test_a_missing_piece_names_itself_and_where_it_is_got(layout):
     (layout / "scratch").rename(layout.parent / "elsewhere")
     data = read_jsrt(layout, progress=False)

@@ -108,6 +108,53 @@ def test_findings_are_of_the_list_and_no_finding_stands_alone(layout, findings, 
         assert set(row[row == 1].index) == set(findings.split("|"))
 
 
+@pytest.mark.parametrize(
+    ("cell", "age", "is_told"),
+    [
+        *[("58", 58, False), ("058Y", 58, False), ("", np.nan, False)],
+        *[("011M", 0, False), ("012D", 0, False)],  # months and days, in the first release
+        *[("412", np.nan, True), ("x", np.nan, True), ("5 M", np.nan, True)],
+    ],
+)
+def test_ages_are_in_years(layout, cell, age, is_told):
+    path = layout / "Data_Entry_2017.csv"
+    path.write_text(path.read_text().replace("1,58,M,AP", f"1,{cell},M,AP"))
+    data = read_nih(layout, progress=False)
+    np.testing.assert_array_equal(data.images.age, [58, age, 81])
+    assert data.images.sex.tolist() == ["M", "M", "F"]
+    assert data.faults["row"][data.faults.problem.str.contains("the age is unknown")].tolist() == ["00000001_001"] * is_told
+
+
+def test_a_table_without_ages_and_sexes_is_read(layout):
+    path = layout / "Data_Entry_2017.csv"
+    path.write_text(path.read_text().replace("Patient Age,Patient Gender", "a,b"))
+    data = read_nih(layout, progress=False)
+    assert set(data.images.sex) == {""} and data.images.age.isna().all()
+    assert not data.faults.problem.str.contains("age is unknown").any()
+
+
+def test_of_rows_with_one_image_the_first_counts_and_a_file_without_a_row_is_told(layout):
+    expected = read_nih(layout, progress=False)
+    path = layout / "Data_Entry_2017.csv"
+    path.write_text(path.read_text() + "\n" + ROWS[0].replace("Cardiomegaly|Emphysema", "Mass").replace(",1,58", ",7,58"))
+    Image.fromarray(np.zeros((30, 40), np.uint8)).save(layout / "images_002" / "images" / "00000009_000.png")
+    data = read_nih(layout, progress=False)
+    assert data.images.equals(expected.images) and data.labels.equals(expected.labels)
+    new = data.faults[~data.faults.problem.isin(expected.faults.problem)]
+    assert new["row"].tolist() == ["00000001_000", "00000009_000"]
+    assert "the first row is used" in new.problem.iloc[0] and "and 0 other files have no row" in new.problem.iloc[1]
+
+
+def test_the_table_of_boxes_may_be_missing_but_not_lack_columns(layout):
+    path = layout / "BBox_List_2017.csv"
+    path.write_text("Image Index,Finding Label,x,y,w\n00000002_000.png,Mass,1,2,3\n")
+    with pytest.raises(DatasetError, match=r"has the columns .*; x, y, width or height is missing"):
+        read_nih(layout, progress=False)
+    path.unlink()
+    data = read_nih(layout, progress=False)
+    assert data.boxes.empty and path.name in data.faults.file.tolist() and len(data.images) == 3
+
+
 def test_test_images_are_in_no_fold(layout):
     for name in ("00000005_000", "00000006_000"):
         Image.fromarray(np.zeros((30, 40), np.uint8)).save(layout / "images_001" / "images" / f"{name}.png")

@@ -41,6 +41,29 @@ def test_labels_and_patients_are_those_of_valid_rows(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("rows", "is_valid"),
+    [
+        ([row("x", ())], True),
+        ([row("x", (), "p2")], True),
+        ([row("x", ("ETT - Normal",), value="1.0")], True),
+        *[([row("x", ("ETT - Normal",), value=value)], False) for value in ("2", "-1", "0.5", "", "yes")],
+        ([row("x", (), "")], False),
+        ([row("x", ()), row("x", (), "p2")], False),
+        ([row("", ())], False),
+    ],
+)
+def test_an_invalid_row_costs_its_image_alone(tmp_path, rows, is_valid):
+    header = ",".join(["StudyInstanceUID", *RANZCR_LABELS, "PatientID"])
+    (tmp_path / "train.csv").write_text("\n".join([header, row("y", ()), *rows]))
+    for name in "xy":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((3, 4), np.uint8))
+    data = read_ranzcr(tmp_path, progress=False)
+    assert data.images.image_id.tolist() == data.labels.id.tolist() == (["x", "y"] if is_valid else ["y"])
+    listed = [fault.row for fault in data.faults.itertuples() if fault.file == "train.csv"]
+    assert listed == ([] if is_valid else [rows[0].split(",")[0]])
+
+
 @pytest.mark.real_data
 def test_the_real_table_has_the_published_counts(real_data, tmp_path, monkeypatch):
     """With a table of image sizes instead of 30,083 files."""

@@ -117,7 +117,7 @@ def test_a_file_without_a_row_is_a_fault_and_no_file_with_one_an_error(layout):
     ("name", "problem"),
     [
         (LABELS, "stage_2_train_labels.* is missing"),
-        (IMAGES, "holds 0 images in folders without test in their names"),
+        (IMAGES, "among the 0 images .* outside folders with 'test' in their names"),
     ],
 )
 def test_a_missing_piece_names_itself_and_where_it_is_got(layout, tmp_path_factory, name, problem):

@@ -21,6 +21,10 @@ def test_children_are_left_out_and_unknown_ages_kept_and_counted():
     kept, counts = leave_out_young(IMAGES, 18)
     assert kept.image_id.tolist() == ["b", "c", "d", "g", "h"]
     assert counts.to_numpy().tolist() == [["x", "COVID-19", 2, 1, 0], ["x", "normal", 4, 2, 1], ["y", "normal", 2, 0, 1]]
+    # A data set without diagnoses is counted by source alone.
+    kept, counts = leave_out_young(IMAGES.drop(columns="diagnosis"), 18)
+    assert kept.image_id.tolist() == ["b", "c", "d", "g", "h"]
+    assert counts.to_numpy().tolist() == [["x", 6, 3, 1], ["y", 2, 0, 1]]
     with pytest.raises(ValueError, match="all 8 images are of patients younger than 99"):
         leave_out_young(IMAGES.assign(age=7.0), 99)
     with pytest.raises(ValueError, match="states no ages; set least_age to 0"):
@@ -34,6 +38,8 @@ def test_a_source_keeps_whole_patients_up_to_its_limit_whatever_the_order():
         assert 1 <= len(chosen) <= 3 and (kept.source == "y").sum() == 2
         assert len(chosen) == IMAGES.patient_id.isin(chosen.patient_id).sum()  # no patient is split
         assert set(limit_sources(IMAGES[::-1], {"x": 3}, seed).image_id) == set(kept.image_id)
+        assert limit_sources(IMAGES, {"x": 6, "y": 2}, seed).equals(IMAGES)  # all images of x and y
+        assert set(limit_sources(IMAGES, {"x": 0}, seed).source) == {"y"}
     assert limit_sources(IMAGES, {}, 0).equals(IMAGES)
     with pytest.raises(ValueError, match=r"'most_of' has the sources \['z'\], but the images have \['x', 'y'\]"):
         limit_sources(IMAGES, {"z": 1}, 0)

@@ -304,7 +304,7 @@ def test_a_test_set_without_images_sample_or_folder_is_read_from_what_remains(la
     assert test.images.empty and test.study_ids == ("s4",) and test.image_ids == ("e",)
     assert "folder is missing" in told(test.faults, "")
     (layout / "sample_submission.csv").unlink()
-    with pytest.raises(DatasetError, match="neither sample_submission"):
+    with pytest.raises(DatasetError, match="neither ids in sample_submission"):
         read_test(layout, progress=False)
 
 

@@ -53,8 +53,31 @@ def test_every_annotated_image_has_a_mask_which_may_be_empty(folder, tmp_path):
     assert np.array_equal(store.read("1.2.6"), expected)
 
 
+@pytest.mark.parametrize(
+    ("image_id", "runs", "is_valid"),
+    [
+        ("x", ["-1"], True),
+        ("x", [HALF, COLUMN], True),
+        ("x", [HALF, "1 a"], False),
+        ("x", [f"{1024 * 1024 - 1} 2"], False),
+        ("x", [""], False),
+        ("", ["-1"], False),
+    ],
+)
+def test_invalid_run_lengths_cost_their_image_alone(tmp_path, image_id, runs, is_valid):
+    lines = ["ImageId,EncodedPixels", "y,-1", *(f"{image_id},{text}" for text in runs)]
+    (tmp_path / "stage_2_train.csv").write_text("\n".join(lines) + "\n")
+    for name in "xy":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((3, 4), np.uint8))
+    data = read_siim_acr(tmp_path, progress=False)
+    expected = ["x", "y"] if is_valid else ["y"]
+    assert data.images.image_id.tolist() == data.labels.id.tolist() == sorted(set(data.masks.image_id)) == expected
+    told = data.faults["row"][data.faults.problem.str.contains("are not a mask")].tolist()
+    assert told == ([] if is_valid else [image_id])
+
+
 def test_patients_are_nihs(folder):
-    (folder / "nih_id.csv").write_text("Kaggle_ID,NIH_ID\n1.2.3,00028864_007.png\n1.2.4,00028864_001.png\n")
+    (folder / "nih_id.csv").write_text("Kaggle_ID,NIH_ID\n1.2.3,00028864_007.png\n1.2.4,images\\00028864_001.png\n")
     data = read_siim_acr(folder, progress=False)
     assert data.images.patient_id.tolist() == ["nih-00028864", "nih-00028864", "1.2.6"]
     assert "and 0 other images have no row; their patients may be in several folds" in data.faults.problem.tolist()

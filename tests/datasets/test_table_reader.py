@@ -11,19 +11,18 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydicom.uid import ExplicitVRLittleEndian
 
-from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.pool import read_mask_pool, read_pool
 from kitlib.datasets.registry import compare_with_published, read_dataset
 from kitlib.datasets.table_reader import read_own
 from kitlib.errors import DatasetError, KitError, SettingsError
 from kitlib.phantoms.diagnoses import write_diagnoses
-from kitlib.xrays.writing import write_xray
 
 ROWS, COLUMNS = 40, 50
 NAMED = {"file": "Image", "label": "Class"}
+BOXES = "Image,x,y,w,h,what\nx0,1,2,10,10,Mass\nx0,20,20,10,10,Nodule\nx1,,,,,\n"
+BOX_COLUMNS = {"file": "Image", "xmin": "x", "ymin": "y", "width": "w", "height": "h", "finding": "what"}
 
 
 def write_image(path: Path) -> None:
@@ -90,32 +89,20 @@ def test_a_broken_row_is_a_fault(folder, row, problem, left):
 
 
 def test_files_without_a_row_are_counted_by_folder(folder):
-    data = read(folder, "Image,Class\nx0.png,A\nx1.png,B\n")
-    assert data.faults.problem.iloc[-1].endswith("by folder: images 4")
+    # The row of x2 and its lack of a class are told, so its file is not forgotten.
+    data = read(folder, "Image,Class\nx0.png,A\nx1.png,B\nx2.png,\n")
+    assert data.faults.problem.iloc[-1].endswith("by folder: images 3")
 
 
-@pytest.mark.parametrize(
-    "cell",
-    ["x0.png", "x0", "X0.PNG", "x0.dcm", "images/x0.png", "C:\\data\\mine\\images\\x0.png", "/home/me/mine/images/x0"],
-)
-def test_a_cell_names_its_file_in_many_ways(folder, cell):
-    data = read(folder, f"Image,Class\n{cell},A\nx1,B\n")
-    assert data.images.path.iloc[0] == str(folder / "images" / "x0.png")
-
-
-def test_a_cell_of_another_folder_names_no_file(folder):
-    with pytest.raises(DatasetError, match=r"no cell of the column 'Image', such as 'other/x0\.png', names exactly one of"):
-        read(folder, "Image,Class\nother/x0.png,A\n")
-
-
-def test_names_that_repeat_get_their_folders_as_ids(tmp_path):
-    for name in ("a/x.png", "b/x.png", "b/y.png", "a-x.png"):
-        write_image(tmp_path / "mine" / name)
-    data = read_own(tmp_path / "mine", False)
-    names = [Path(path).relative_to(tmp_path / "mine").as_posix() for path in data.images.path]
-    ids = dict(zip(names, data.images.image_id, strict=True))
-    # a/x.png cannot be a-x, which another file is.
-    assert ids == {"a-x.png": "a-x.png", "a/x.png": "a-x.png-1", "b/x.png": "b-x", "b/y.png": "y"}
+def test_sexes_and_ages_that_are_unknown_are_counted(folder):
+    text = "Image,Class,s,y\nx0,A,male,40\nx1,B,F,0\nx2,A,x,131\nx3,B,,old\nx4,A,m,\nx5,B,f,130\n"
+    data = read(folder, text, {**NAMED, "sex": "s", "age": "y"})
+    assert data.images.sex.tolist() == ["M", "F", "", "", "M", "F"]
+    np.testing.assert_array_equal(data.images.age, [40, 0, np.nan, np.nan, np.nan, 130])
+    # A blank cell is no fault. The text counts the others: x2 alone for the sex; x2 and x3 for the age.
+    sex, age = (pair for pair in problems(data) if "is unknown" in pair[1])
+    assert sex[0] == "x2" and "and 0 others" in sex[1] and "the sex is unknown" in sex[1]
+    assert age[0] == "x2" and "and 1 others" in age[1] and "the age is unknown" in age[1]
 
 
 @pytest.mark.parametrize(
@@ -126,14 +113,28 @@ def test_names_that_repeat_get_their_folders_as_ids(tmp_path):
         ("Image\tClass\nx0\tKühn\nx1\tB\n".encode("utf-16"), ""),
         ("sep=;\n Image ;Class\nx0; Kühn\nx1;B\n".encode(), ""),
         ('"Image, old";Image;Class\n1;x0;Kühn\n2;x1;B\n'.encode(), ""),
+        ("Image;Class;c\nx0;Kühn;\x81\nx1;B;\n".encode("latin-1"), "and 0 other lines are not UTF-8"),
     ],
-    ids=["Excel's UTF-8", "Latin-1", "UTF-16 with tabs", "Excel's separator line", "a comma in a name"],
+    ids=["Excel's UTF-8", "Latin-1", "UTF-16 with tabs", "Excel's separator line", "a comma in a name", "not Windows-1252"],
 )
 def test_a_csv_file_is_read_as_excel_saves_it(folder, content, fault):
     (folder / "t.csv").write_bytes(content)
     data = read_own(folder, False, table="t.csv", columns=NAMED)
     assert list(data.labels) == ["id", "B", "Kühn"] and data.labels["Kühn"].tolist() == [1, 0]
     assert bool([text for _, text in problems(data) if text.startswith(fault) and fault]) == bool(fault)
+
+
+def test_a_file_that_is_no_text_is_refused(folder):
+    (folder / "t.csv").write_bytes(b"Image,Class\nx0,\xff\0\n")
+    with pytest.raises(DatasetError, match=r"t\.csv is not a text file"):
+        read_own(folder, False, table="t.csv", columns=NAMED)
+
+
+@pytest.mark.parametrize("is_index", [False, True])
+def test_names_of_files_may_be_a_parquet_files_index(folder, is_index):
+    table = pd.DataFrame({"Image": ["x0", "x1"], "Class": ["A", "B"]})
+    (table.set_index("Image") if is_index else table).to_parquet(folder / "t.parquet")
+    assert read_own(folder, False, table="t.parquet", columns=NAMED).images.image_id.tolist() == ["x0", "x1"]
 
 
 def test_a_parquet_file_keeps_whole_numbers(folder):
@@ -169,6 +170,16 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ),
         ("Image,view\nx0,1\n", {"columns": {"file": "Image", "labels": ["view"]}}, "has the name of a column of the kit"),
         ("Image,Class\nx0,A\n", {"columns": {**NAMED, "labels": ["Class"]}}, "names 'Class' twice"),
+        (
+            "Image,Class,Mass\nx0,A,1\n",
+            {"columns": {**NAMED, "labels": ["Mass"]}},
+            "`label` .'Class'. and `labels` .*'Mass'.*; keep `label`",
+        ),
+        (
+            "Image,Mass\nx0,0\nnope,1\n",
+            {"columns": {"file": "Image", "labels": ["Mass"]}},
+            "class 'Mass', but none of its images",
+        ),
         ("Image,Class,x\nx0,A,1\n", {"columns": {**NAMED, "xmin": "x"}}, "the box keys 'xmin'; set exactly 'xmin', 'ymin'"),
         ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and `columns` has label or labels"),
         ("Image,Class\nx0,A\n", {"class_names": {"C": "D"}}, "class_names renames 'C', but the classes are 'A'"),
@@ -178,6 +189,11 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class,s\nx0,A,test\n", {"columns": {**NAMED, "split": "s"}}, "no image to training; leave `split` out"),
         ("Image,Class\nx0,A\nnope,B\n", {}, "class 'B', but none of its images .* have no file; left out"),
         ("", {"class_folders": True}, "all 6 images lie in the folder 'images'"),
+        (
+            "Image,x,y,w,h\nx0,,,,\n",
+            {"columns": {**BOX_COLUMNS, "finding": ""}},
+            "the box columns are blank for all usable images",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_an_error_that_says_what_to_change(folder, text, parameters, message):
@@ -198,8 +214,30 @@ def test_several_labels_may_be_unknown(folder):
     assert labels.T.to_dict("list") == {"a": [None, 0], "b": [None, 1], "c": [None, 0], "x4": [1, 1]}
     texts = " ".join(data.faults.problem)
     assert "have in Mass another value than 0, 1 and blank ('-1'); their label is unknown" in texts
-    assert "are studies whose images disagree on Mass; their label is unknown" in texts
+    disagreeing = [pair for pair in problems(data) if "disagree" in pair[1]]
+    assert disagreeing == [("a", "and 0 other rows are studies whose images disagree on Mass; their label is unknown")]
     assert "have no study; each is a study of its own" in texts
+
+
+def test_a_class_that_no_row_has_is_no_lost_class(folder):
+    data = read(folder, "Image,Mass,Nodule\nx0,1,0\nx1,0,\n", {"file": "Image", "labels": ["Mass", "Nodule"]})
+    np.testing.assert_array_equal(data.labels[["Mass", "Nodule"]], [[1, 0], [0, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "is_told"),
+    [
+        ("Image,Class\nx0,A\nx1,A\n", NAMED, True),
+        ("Image,Class\nx0,A\nx1,B\n", NAMED, False),
+        ("Image,A\nx0,1\nx1,1\n", {"file": "Image", "labels": ["A"]}, True),
+        ("Image,A\nx0,1\nx1,0\n", {"file": "Image", "labels": ["A"]}, False),
+        ("Image,A\nx0,1\nx1,\n", {"file": "Image", "labels": ["A"]}, False),
+        ("Image,A,B\nx0,1,0\nx1,1,0\n", {"file": "Image", "labels": ["A", "B"]}, False),
+    ],
+)
+def test_one_class_of_all_images_is_told(folder, text, columns, is_told):
+    data = read(folder, text, columns)
+    assert [row for row, problem in problems(data) if "is the class of all images" in problem] == ["A"] * is_told
 
 
 def test_a_study_of_two_classes_is_left_out(folder):
@@ -217,10 +255,6 @@ def test_the_split_is_train_or_test(folder):
         x0="train", x1="test", x2="train", x3="train"
     )
     assert {row for row, text in problems(data) if "split" in text or "validation" in text} == {"x2", "x3", "x4"}
-
-
-BOXES = "Image,x,y,w,h,what\nx0,1,2,10,10,Mass\nx0,20,20,10,10,Nodule\nx1,,,,,\n"
-BOX_COLUMNS = {"file": "Image", "xmin": "x", "ymin": "y", "width": "w", "height": "h", "finding": "what"}
 
 
 @pytest.mark.parametrize(
@@ -267,18 +301,6 @@ def test_unlabelled_images_are_a_data_set_with_folds(folder):
     assert compare_with_published(data).set_index("what").here[["images", "faults"]].tolist() == [6, 3]
 
 
-def test_dicom_files_state_their_patient_and_need_no_suffix(tmp_path):
-    pixels = np.full((ROWS, COLUMNS), 90, np.uint16)
-    for name, patient in (("1.2.3", "p"), ("1.2.4", "p"), ("a.dcm", "")):
-        path = tmp_path / "mine" / name
-        path.parent.mkdir(exist_ok=True)
-        write_xray(path, pixels, transfer_syntax=ExplicitVRLittleEndian, patient_id=patient)
-    (tmp_path / "mine" / "README").write_text("no image")
-    images = read_own(tmp_path / "mine", False).images
-    assert images.image_id.tolist() == ["1.2.3", "1.2.4", "a"]
-    assert images.patient_id.tolist() == ["mine-p", "mine-p", "mine-a"]
-
-
 def radiography(folder: Path) -> Path:
     """Laid out like the COVID-19 radiography database."""
     for name in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
@@ -306,16 +328,6 @@ def test_the_radiography_database_is_read_by_parameters(tmp_path):
     # Without the parameter, masks are no images, and not forgotten.
     data = read_own(folder, False, class_folders=True)
     assert len(data.images) == 8 and data.faults.problem[0].startswith("and 7 other image files lie in a folder of masks")
-
-
-def test_masks_may_lie_beside_with_names_of_their_own(folder, tmp_path):
-    for name in ("x0_mask", "x1-mask", "x2", "mask_x3", "orphan"):
-        write_image(tmp_path / "shared_masks" / f"{name}.png")
-    parameters = {"mask_folder": "shared_masks", "mask_convention": "lung_fields"}
-    data = read_own(DataFolder(folder, [tmp_path / "shared_masks"]), False, **parameters)
-    assert data.masks.image_id.tolist() == ["x0", "x1", "x2", "x3"] and len(data.images) == 6
-    texts = " ".join(data.faults.problem)
-    assert "are masks without an image of their name" in texts and "have no mask" in texts
 
 
 def test_own_images_are_pooled_with_published_ones(tmp_path):

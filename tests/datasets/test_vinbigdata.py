@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.vinbigdata import PUBLISHED, read_label_table, read_vinbigdata
 from kitlib.errors import DatasetError
 
@@ -66,6 +67,45 @@ def test_boxes_have_their_readers_and_an_image_has_what_any_reader_found(folder)
         assert expected in faults
     # An image that is left out has no usable row, so its missing file is no fault of its own.
     assert len(faults) == 6 and "a box reaches 5.0 pixels beyond the image; cut at its edge" in faults
+
+
+@pytest.mark.parametrize(
+    ("image_id", "cells", "is_valid"),
+    [
+        ("x", "2,R1,1,2,9,8", True),
+        ("x", "0,R1,1.5,2,2,2.5", True),
+        ("x", "13,R1,1,2,9,8", True),
+        ("x", "14,R1,a,b,c,d", True),  # no finding, so the corners do not matter
+        ("x", "2,R1,1,2,1,8", False),  # no width
+        ("x", "2,R1,1,2,9,2", False),  # no height
+        ("x", "2,R1,9,2,1,8", False),
+        ("x", "2,R1,a,2,9,8", False),
+        ("x", "2,R1,1,2,inf,8", False),
+        ("x", "2,R1,,,,", False),
+        ("x", ",R1,1,2,9,8", False),
+        ("x", "1.5,R1,1,2,9,8", False),
+        ("x", "-1,R1,1,2,9,8", False),
+        ("x", "b,R1,1,2,9,8", False),
+        ("", "14,R1,,,,", False),
+    ],
+)
+def test_an_invalid_row_costs_its_image_alone(tmp_path, image_id, cells, is_valid):
+    header = "image_id,class_id,rad_id,x_min,y_min,x_max,y_max"
+    (tmp_path / "train.csv").write_text(f"{header}\n{image_id},14,R9,,,,\n{image_id},{cells}\ny,2,R1,1,2,9,8\n")
+    source = DataFolder(tmp_path)
+    labels, boxes = read_label_table(source)
+    assert labels.id.tolist() == (["x", "y"] if is_valid else ["y"])
+    assert set(boxes.image_id) <= set(labels.id)
+    assert [row for _, row, problem in source.faults.rows if "left out" in problem] == ([] if is_valid else [image_id])
+
+
+@pytest.mark.parametrize("size", ["", "d,0,100\n", "d,120,x\n"])
+def test_a_copy_of_unknown_size_is_left_out_with_its_boxes(folder, size):
+    sizes = "image_id,dim0,dim1\na,120,100\nb,120,100\n" + size
+    (folder / "train_meta.csv").write_text(sizes)
+    data = read_vinbigdata(folder, progress=False)
+    assert data.images.image_id.tolist() == data.labels.id.tolist() == ["a", "b"] and set(data.boxes.image_id) == {"a"}
+    assert data.faults["row"][data.faults.file == "train_meta.csv"].tolist() == ["d"]
 
 
 def test_a_copy_without_sizes_or_columns_says_what_is_missing(folder):
