@@ -128,7 +128,7 @@ def phantom(
         str, typer.Option(help="Instead of --layout: a competition, such as vinbigdata, with training and test images.")
     ] = "",
     truth: Annotated[
-        Path | None, typer.Option(help="Folder for the labels of the test set; required for siim and competitions only.")
+        Path | None, typer.Option(help="siim and competitions only, required there: folder for the labels of the test set.")
     ] = None,
     train_studies: Annotated[
         int | None, typer.Option(help="siim only: number of studies to train on (default: 240).")

@@ -64,8 +64,8 @@ def session_start() -> float | None:
 def session_deadline(hours: float) -> Deadline | None:
     """Return the deadline of the session, or None if there is no limit.
 
-    There are two limits: `hours` (0: no limit) and KIT_TIME_LIMIT_S seconds, both from the session's start. The deadline is
-    the earlier one. Raises ValueError if `hours` is negative.
+    There are two limits: `hours` (0: no limit) and KIT_TIME_LIMIT_S seconds, both from the session's start or, outside
+    Kaggle, from now. The deadline is the earlier one. Raises ValueError if `hours` is negative.
     """
     if hours < 0:
         raise ValueError(f"invalid session length: {hours} hours; use a positive number, or 0 for no limit")

@@ -137,7 +137,7 @@ def precision(device: torch.device) -> Precision:
 
 @contextmanager
 def computing_in(precision: Precision) -> Iterator[None]:
-    """Make this thread compute in `precision` inside the block, on any device, so that a CPU rounds as a GPU does."""
+    """Make this thread compute, on any device, as on a GPU whose own precision is `precision`: a CPU then rounds like it."""
     token = _chosen_precision.set(precision)
     try:
         yield
@@ -148,9 +148,9 @@ def computing_in(precision: Precision) -> Iterator[None]:
 def autocast(device: torch.device, trained: str = "") -> AbstractContextManager:
     """Return the autocast context in which a model predicts; `trained` is the precision in which it was trained.
 
-    `trained` is "float32", "bfloat16", "float16" or "" (unknown). On a GPU, a model trained in float16 predicts in float16,
-    in which its scores were measured. All other models predict in the GPU's own precision: bfloat16 or, on a GPU without
-    bfloat16, float16, which has a smaller range. KIT_PRECISION overrides both rules. On a CPU all models predict in float32.
+    `trained` is "float32", "bfloat16", "float16" or "" (unknown). On a GPU, "float16" gives float16, in which the model's
+    scores were measured. All other values give the GPU's own precision: bfloat16 or, on a GPU without bfloat16, float16,
+    which has a smaller range. KIT_PRECISION overrides both rules. On a CPU, the context computes in float32.
     """
     dtype = DTYPES.get(precision(device))
     if dtype is not None and trained == RECORDED["16-mixed"] and not os.environ.get(PRECISION):

@@ -158,7 +158,7 @@ def within(place: Place, frame: np.ndarray, rows: int, columns: int, size: int |
 
 
 def clip_boxes(boxes: np.ndarray, rows: float, columns: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes (n, 4) clipped to the image, and a bool array (n,): clipped boxes at least 1 pixel wide and high."""
+    """Return boxes (n, 4) clipped to the image, and a bool array (n,), True for a width and height of at least 1 pixel."""
     clipped = np.asarray(boxes, dtype=float).reshape(-1, 4).copy()
     clipped[:, 0::2] = clipped[:, 0::2].clip(0, columns)
     clipped[:, 1::2] = clipped[:, 1::2].clip(0, rows)

@@ -106,7 +106,7 @@ def find_input(slug: str | Path, root: str | Path | None = None) -> Path:
             if len(real) > 1:
                 listing = "\n  ".join(str(folder.relative_to(root)) for folder in real)
                 raise InputNotFound(
-                    f"{len(real)} inputs are called {slug!r} below {root}; give OWNER/SLUG, or one of these:\n  {listing}"
+                    f"{len(real)} inputs are called {slug!r} below {root}; give OWNER/SLUG, or the path of one:\n  {listing}"
                 )
             logger.info("reading the input %s", real[0])
             return real[0]

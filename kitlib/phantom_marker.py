@@ -28,7 +28,7 @@ def holds_phantoms(folder: Path) -> bool:
                 recorded = json.loads(marker.read_bytes())
                 names = recorded.get("table_names")
             except (ValueError, AttributeError, OSError) as error:
-                logger.warning("ignoring the damaged phantom marker %s (%s) of the folder %s", marker, error, folder)
+                logger.warning("ignored the damaged phantom marker %s (%s); %s may count as real", marker, error, folder)
                 continue
             if recorded.get("folder") == folder.name and names is not None:
                 return digest_tables(folder, names) == recorded.get("tables")

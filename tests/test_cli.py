@@ -46,7 +46,7 @@ def test_score_prints_one_json_object(folder):
         **{"score": 0.25, "negative": 0.5, "typical": 0, "indeterminate": None, "atypical": None},
         **{"none": 0.5, "opacity": 0, "opacity_boxed": 0},
     }
-    assert "no indeterminate" in result.stderr
+    assert "lacks the classes indeterminate" in result.stderr
 
 
 def test_score_prints_a_table(folder):

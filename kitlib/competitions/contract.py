@@ -57,13 +57,13 @@ class Competition(Settings):
 
     `dataset` is the code that reads the training data, as a key of kitlib.datasets.registry.READERS. `truth_of` returns the
     ground truth of given images; its arguments are the tables `images`, `labels` and `boxes` of a prepared run, and the
-    run's masks or None. `settings` is the class of the settings that `decide` gets, derived from FusionSettings. `decide`
-    turns merged predictions into answers for the images that at least one model has predicted. Answers have the type that
-    `read_submission` returns. `fill` gets the ids of a submission and the answers. It returns one row per id, and the ids
-    without a prediction, which get the baseline's rows. `read_test` lists the test images in a folder. `helping_classes` are
-    classes of images that `decide` uses, but no submission contains. If all published images are squares of the same size,
-    `side` is their side length in pixels; otherwise `side` is None. If `side` is given, answers are in pixels of the
-    published images, even if the images were reduced in preparation.
+    run's masks or None. `settings` is the class of the settings that `decide` gets: FusionSettings or a subclass. `decide`
+    turns merged predictions into answers for the images that at least one model has predicted. Without `judge`, answers have
+    the type that `read_submission` returns. `fill` gets the ids of a submission and the answers. It returns one row per id,
+    and the ids without a prediction, which get the baseline's rows. `read_test` lists the test images in a folder.
+    `helping_classes` are classes of images that `decide` uses, but no submission contains. If all published images are
+    squares of the same size, `side` is their side length in pixels; otherwise `side` is None. If `side` is given, answers
+    are in pixels of the published images, even if the images were reduced in preparation.
 
     `judge` and `compare` are optional and speed up tuning. `judge` gets a ground truth, merged predictions and settings, and
     returns the score that `metric` gives for the answers of `decide`. The table `boxes` that `judge` gets has the additional
@@ -85,7 +85,7 @@ class Competition(Settings):
     metric: Callable[[Any, Any], dict[str, float]]
     baseline_rows: Callable[[list[str]], list[list[str]]]
     dataset: str
-    settings: Any  # a class derived from FusionSettings
+    settings: Any  # FusionSettings or a subclass
     truth_of: Callable[[pd.DataFrame, pd.DataFrame, pd.DataFrame, Any], Any]
     decide: Callable[[MergedPredictions, Any], Any]
     fill: Callable[[list[str], Any], tuple[list[list[str]], list[str]]]

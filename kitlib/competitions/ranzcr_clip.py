@@ -92,7 +92,7 @@ def baseline_rows(ids: list[str]) -> list[list[str]]:
 
 
 def truth_of(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame, masks: Any) -> pd.DataFrame:
-    """Return the ground truth of prepared images: image_id and LABELS, without images for which a label is NaN."""
+    """Return the ground truth of prepared images: image_id and LABELS, without images that lack a label."""
     known = images[["image_id", "study_id"]].merge(labels, left_on="study_id", right_on="id")
     return known[["image_id", *LABELS]].dropna().reset_index(drop=True)
 

@@ -99,7 +99,7 @@ def metric(truth: Mapping[str, np.ndarray], submission: Mapping[str, np.ndarray]
 
 
 def dice(first: np.ndarray, second: np.ndarray) -> float:
-    """Return the Dice coefficient of two masks: 0..1, and 1 if both are empty. Masks are runs (n, 2), which may overlap."""
+    """Return the Dice coefficient of two masks: 0..1, 1 if both are empty. Runs (n, 2) may overlap and have any order."""
     total = count_pixels(first) + count_pixels(second)
     return 2 * (total - count_pixels(np.concatenate([first, second]))) / total if total else 1.0
 

@@ -152,7 +152,7 @@ def read_truth(path: Path) -> score.Truth:
     if path.is_dir() and not (path / STUDY_TABLE).is_file():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:9]) or "no file"
         raise ScoringError(
-            f"the folder {path} has {names}, but not {STUDY_TABLE}, which SIIM-COVID's ground truth requires. To score "
+            f"the folder {path} lacks {STUDY_TABLE}, which SIIM-COVID's ground truth requires; it has {names}. To score "
             "another competition, give its name with --competition"
         )
     return score.read_truth(path)

@@ -9,10 +9,10 @@ COLOURS = {"changed": "#ffb38a", "resumes": "#ffe08a", "new": "#e6e6e6", "done":
 
 
 def draw_plan(plan: Plan) -> Figure:
-    """Return a figure of the plan's steps, with an arrow from each step to the steps that need it directly.
+    """Return a figure of the plan's steps, with an arrow from each step to the steps that need it.
 
-    If C needs B and B needs A, no arrow is drawn from A to C. A step is drawn one column to the right of the rightmost
-    step that it needs.
+    If C needs B and B needs A, no arrow is drawn from A to C, even if C also reads results of A. A step is drawn one column
+    to the right of the rightmost step that it needs.
     """
     states, runs = (
         plan.states(),

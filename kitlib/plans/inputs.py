@@ -89,5 +89,5 @@ def _problem(parameter: str, value: str) -> str:
         else:
             find_starting_weights(path if path.exists() else value)
     except (InputNotFound, BundleError) as error:
-        return re.sub(r"[.;:]? (Available|Runs)?:?$", "", str(error).splitlines()[0])
+        return re.sub(r"[.;:]? (Available|Found)?:?$", "", str(error).splitlines()[0])
     return ""

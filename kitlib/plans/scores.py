@@ -23,7 +23,7 @@ def describe_scores(plan: Plan) -> Table:
     found: dict[tuple[str, str], list[float]] = {}
     states = plan.states()
     for name, run in plan.planned.items():
-        if states[name] == "done" and run.result.name == "metrics.json":
+        if states[name] == "done" and run.result.name == "metrics.json" and run.result.is_file():
             metrics = json.loads(run.result.read_text(encoding="utf-8"))
             for path, label in SCORES.items():
                 score = _look_up(metrics, path)

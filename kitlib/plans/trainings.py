@@ -8,7 +8,7 @@ from kitlib.recipes.named import RECIPES
 
 
 def count_trainings(run: PlannedRun) -> int:
-    """Return how many networks a run trains: one per fold or, with outer folds, one per pair of outer and inner folds."""
+    """Return how many networks a run trains: one per fold or, with outer folds, one per outer fold and each other fold."""
     values = read_parameters(run.notebook) | run.parameters if run.notebook else {}
     if values.get("recipe") not in RECIPES:
         return 0

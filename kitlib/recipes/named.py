@@ -499,7 +499,7 @@ def check_recipe(defaults: Mapping[str, Any], parameters: Mapping[str, Any]) -> 
     """Raise SettingsError unless a training notebook's parameters `recipe`, `overrides` and `epochs` make a valid recipe.
 
     `defaults` has the notebook's parameters with their defaults, `parameters` has the values that replace defaults. The
-    recipe must be of the same class as the notebook's default recipe. A notebook without a default recipe is not checked.
+    recipe must have the default recipe's class or a subclass of it. A notebook without a default recipe is not checked.
     """
     if defaults.get("recipe") not in RECIPES:
         return

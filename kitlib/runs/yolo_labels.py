@@ -135,7 +135,7 @@ def _parse_line(line: str, size: tuple[int, int], classes: list[str], place: str
         raise DatasetError(f"{place}: class {number} does not exist; {CLASSES} lists {len(classes)} classes, counted from 0")
     if not all(abs(fraction) < MOST_FRACTION for fraction in fractions) or min(fractions[2:]) <= 0:
         raise DatasetError(
-            f"{place}: the box '{' '.join(words[1:])}' needs a width and height above 0, in fractions of the image (0..1)"
+            f"{place}: the box '{' '.join(words[1:])}' must be in fractions of the image (0..1), width and height above 0"
         )
     corners = [
         float(round((centre + sign * extent / 2) * side, DECIMALS))

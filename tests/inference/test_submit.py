@@ -654,7 +654,7 @@ def hostile(competition, weights, tmp_path) -> tuple[Path, Path, dict[str, str]]
     (bad("text", "not valid JSON") / "model.json").write_text("not JSON")
     bad("outputs", "SettingsError", recipe=record["recipe"] | {"outputs": ["study"]})
     bad("longest_side", "'longest_side' is 1000000000000; expected 1 to 65535", longest_side=10**12)
-    (bad("no weights", "belong to different runs") / "weights.safetensors").write_bytes(b"no weights")
+    (bad("no weights", "damaged or from another run") / "weights.safetensors").write_bytes(b"no weights")
     bad("permuted", "the model's classes are", classes=OUTPUTS[::-1])
     changed = bad("changed", "was changed after it was written") / "model.json"
     changed.write_text(changed.read_text().replace('"negative"', '"x"'))

@@ -117,6 +117,6 @@ def test_the_run_whose_fusion_was_pushed_gets_the_score(out, tmp_path, record, g
 def test_a_run_whose_record_is_damaged_gets_no_score(out, tmp_path, record):
     (tmp_path / "record.json").write_text(record)
     write_pushed(out, dataclasses.replace(SCORED, fused_run=str(tmp_path)))
-    with pytest.raises(KernelError, match=r"record\.json is damaged .* does not get the score"):
+    with pytest.raises(KernelError, match=r"record\.json is damaged .* the score is not saved"):
         wait_for_score(out)
     assert not (tmp_path / "kaggle.json").exists()

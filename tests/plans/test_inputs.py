@@ -50,7 +50,7 @@ def test_missing_data_weights_and_runs_are_listed_before_anything_starts(tmp_pat
     lines = [line.strip() for line in done.output.splitlines()]
     for step, text in {
         "absent, also_absent": "no input 'no-such-data' below",
-        "weights": "none.safetensors does not exist",
+        "weights": "none.safetensors' does not exist",
         "stranger": "no run 'no-such-run'",
         "too_early": "no input",
     }.items():

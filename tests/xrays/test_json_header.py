@@ -106,10 +106,10 @@ def test_tags_count_in_either_case_and_in_any_order(tmp_path, order):
         ("{", "JSONDecodeError: "),
         ("[]", "AttributeError: "),
         ('{"00280101": {"Value": [12]}}', "KeyError: "),
-        ("{}", "it has none of an X-ray's DICOM elements"),
+        ("{}", "the file has none of an X-ray's DICOM elements"),
         # The pixels are in the PNG, and a file of anything else is no header of an X-ray.
-        ('{"7FE00010": {"vr": "OW", "InlineBinary": "AAAA"}}', "it has none of an X-ray's DICOM elements"),
-        ('{"00100010": {"vr": "PN"}}', "it has none of an X-ray's DICOM elements"),
+        ('{"7FE00010": {"vr": "OW", "InlineBinary": "AAAA"}}', "the file has none of an X-ray's DICOM elements"),
+        ('{"00100010": {"vr": "PN"}}', "the file has none of an X-ray's DICOM elements"),
     ],
 )
 def test_what_is_no_header_is_an_error_of_one_class_that_names_the_reason(tmp_path, text, reason):
