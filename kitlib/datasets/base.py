@@ -192,8 +192,8 @@ def original_sizes(images: pd.DataFrame, source: DataFolder, *tables: str) -> pd
     if not is_copy.any():
         return originals
     how_to_get = (
-        "for resized copies, this table has the sizes of the original images, in whose pixels the boxes are (columns "
-        "image_id, dim0 and dim1). Attach a copy that has the table, or name an input with it in the parameter `beside`"
+        "attach a copy that has this table (columns image_id, dim0 and dim1: the original sizes, which are needed to scale "
+        "the boxes of resized images), or name an input with it in the parameter `beside`"
     )
     path = source.need_table(*tables, how_to_get=how_to_get)
     table = read_csv(path, ("image_id", "dim0", "dim1"), how_to_get)

@@ -25,8 +25,8 @@ def diagnosis_dataset(
     Every image is a study of its own. Further columns of `rows` are kept. The columns `sex` ("M", "F" or ""), `age` (years,
     NaN if unknown) and `licence` are added if missing. An empty `view` is filled in from a DICOM header. `diagnoses` lists
     the data set's diagnoses, a subset of DIAGNOSES; the labels have a column for each, with 1 for images that have the
-    diagnosis and 0 for others. An image whose header cannot be read is only recorded in `Dataset.faults`. If no image
-    remains, raises DatasetError with `how_to_get`. Raises ValueError if a diagnosis in `rows` is not in `diagnoses`.
+    diagnosis and 0 for others. An image whose header cannot be read is left out and recorded in `Dataset.faults`. Raises
+    DatasetError, which ends with `how_to_get`, if no image remains; ValueError if a diagnosis is not in `diagnoses`.
     """
     invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
@@ -49,8 +49,8 @@ def parse_sexes(cells: pd.Series) -> list[str]:
 def parse_ages(cells: pd.Series, ids: pd.Series, faults: Faults, file: str) -> pd.Series:
     """Return the age in each cell, in years. A cell that is empty or is not a number from 0 to 130 becomes NaN.
 
-    One fault counts the cells that become NaN although they are not empty. The fault names `file`, which contains the cells,
-    and the image ids of these cells, taken from `ids` (one per cell).
+    One fault counts the cells that become NaN although they are not empty. The fault states `file`, which contains the
+    cells, and the first image id of these cells in alphabetical order. `ids` has the image id of each cell.
     """
     years = pd.to_numeric(cells.str.strip(), errors="coerce").astype(float)
     years = years.where(years.between(0, 130))

@@ -30,7 +30,7 @@ IMAGES_PER_PART = 128  # images in each file of the mask store; limits the numbe
 
 
 def read_mask(path: str | Path) -> np.ndarray:
-    """Return the mask in a PNG, JPEG or GIF file, or of the lungs in a Darwin JSON file, as a bool array (rows, columns).
+    """Return the mask in a PNG, JPEG or GIF file, or the lungs in a Darwin JSON file, as a bool array (rows, columns).
 
     In an image file, a pixel is True if its brightest colour channel is above half of the scale. The scale is 255, or 65535
     if any value exceeds 255. Pixels to be ignored, which are 127 in V7's masks, are therefore False. If all values are below

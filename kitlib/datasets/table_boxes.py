@@ -15,7 +15,7 @@ def add_boxes(
     """Return the tables `images` and `boxes`, with boxes cut at the edges of their images (see `cut_at_edges`).
 
     Each of `rows` has the `path` of an image and the four cells of one box; four blank cells mean that the image has no box.
-    If the cells are not four numbers, or the box has no area, no finding or does not fit the image, the image is left out
+    If the cells are not four numbers, or the box has no area or no finding, or does not fit the image, the image is left out
     and recorded as a fault: without the box, it would be taken for healthy. `file` is the name of the table in messages.
     `is_own_file` is True if the table lists only boxes; an image that is not in such a table has no box. Raises
     DatasetError if no image has a box.

@@ -116,7 +116,7 @@ def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder
 
 
 def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: DataFolder) -> None:
-    """Raise DatasetError if a class that the user has given (`listed`) has no study left in `labels`.
+    """Raise DatasetError if a class in `listed`, which occurs in the user's data, has no study left in `labels`.
 
     Adds a fault to `source` if there is only one class.
     """

@@ -10,6 +10,7 @@ from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.table_columns import BOX_KEYS, check_columns
 from kitlib.datasets.table_file import read_table_file
 from kitlib.datasets.table_images import ImageNames
+from kitlib.datasets.table_labels import label_column
 from kitlib.errors import DatasetError
 
 TRIED = 50  # number of rows that are searched for a column of file names
@@ -28,7 +29,7 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
         raise DatasetError(
             f"{path.name}: the parameter `columns` has no key `{file_key}`; {_suggest_file(table, path, names, file_key)}"
         )
-    check_columns(table, path, list(wanted.items()))
+    check_columns(table, path, [("labels" if key == label_column(name) else key, name) for key, name in wanted.items()])
     rows = pd.DataFrame({key: table[name] for key, name in wanted.items()})
     found = [names.find(cell, path.parent) for cell in rows.file]
     counts = pd.Series([len(paths) for paths in found], rows.index)
@@ -39,7 +40,7 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
     unclear = {cell: paths for cell, paths in zip(rows.file, found, strict=True) if len(paths) > 1}
     for cell, paths in sorted(unclear.items()):
         several = ", ".join(sorted(map(source.name, paths))[:3])
-        problem = f"{len(paths)} files have this name, such as {several}; left out. Write the folder before it"
+        problem = f"{len(paths)} files have this name, such as {several}; left out. Write the folder, too"
         source.faults.add(path.name, cell, problem)
     if not (counts == 1).any():
         example = f", such as {source.name(names.paths[0])!r}" if names.paths else ""
@@ -55,7 +56,7 @@ def read_rows(path: Path, wanted: Mapping[str, str], source: DataFolder, names: 
 def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFrame:
     """Return `rows` without repeated rows, and without any row of an image whose rows contradict each other.
 
-    Faults list the removed rows. Rows of the same image may differ in the box columns, because there is one row per box.
+    Both are recorded as faults. Rows of the same image may differ in the box columns, because there is one row per box.
     `file` is the table's name, for messages.
     """
     of_boxes = [key for key in (*BOX_KEYS, "finding") if key in rows]

@@ -39,7 +39,7 @@ def read_vinbigdata(folder: str | Path | DataFolder, progress: bool = True) -> D
     `reader` of `boxes` has the radiologist's id. An image has a finding if any reader drew a box around it. Boxes of resized
     images are scaled to their pixels. There are no patient ids: each image is its own patient, and a fault says so. Left out
     and recorded in `Dataset.faults`: rows without a file, files without a row, and images with an unreadable header, an
-    invalid row, an invalid box or no original size. Raises DatasetError if a table is missing, or if no image is listed.
+    invalid row, an invalid box or no original size. Raises DatasetError if a table is missing or lists no image file.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_table(source)

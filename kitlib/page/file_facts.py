@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID
 
 from kitlib.errors import UnreadableXray
 from kitlib.xrays.dicom import read_stored_values
@@ -94,10 +94,6 @@ def read_facts(path: str | Path) -> FileFacts:
     try:
         # This reads the pixels too, because an element with an invalid length can then request no more bytes than exist.
         elements, syntax = read_elements(path)
-        with open(path, "rb") as file:
-            # For a deflated file, read_elements returns the transfer syntax of the inflated data.
-            if DeflatedExplicitVRLittleEndian.encode() in file.read(2048):
-                syntax = DeflatedExplicitVRLittleEndian
         header, samples = header_of(elements, syntax), elements.whole("SamplesPerPixel", 1)
     except OSError:
         raise

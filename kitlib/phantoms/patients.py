@@ -113,7 +113,7 @@ def draw_exposure(rng: np.random.Generator, side: int) -> Exposure:
 
 
 def draw_near_duplicate(rng: np.random.Generator, exposure: Exposure) -> Exposure:
-    """Return a near-duplicate of `exposure`: cropped by up to 4 per cent of rows and columns, other contrast and noise."""
+    """Return a near-duplicate of `exposure`: cropped by up to 4 % of rows and columns, with other contrast and noise."""
     rows = round(exposure.rows * rng.uniform(0.96, 1.0))
     columns = round(exposure.columns * rng.uniform(0.96, 1.0))
     # The zoom compensates for the smaller image, so that the patient's size in pixels stays the same.

@@ -78,8 +78,8 @@ class XrayCache:
 
     `decode` reuses an entry if its checksum is right and the image file's size, modification time and sampled bytes (see
     `source_of`) are unchanged; the file may have moved. `read` verifies the checksum of an entry only the first time.
-    Files that are not projection X-rays, such as CT, cannot be decoded if `only_projections`; otherwise they are decoded,
-    with a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an archive
+    Files that are not projection X-rays, such as CT, have a failed Outcome if `only_projections`, otherwise an Outcome with
+    a warning (see kitlib.xrays.modality). Raises ValueError if `longest_side` is below 1, CacheError if an archive
     cannot be read.
     """
 
@@ -167,7 +167,7 @@ class XrayCache:
         return CachedXray(image_id, pixels, int(facts["rows"]), int(facts["columns"]))
 
     def put(self, xray: CachedXray) -> None:
-        """Write `xray`, for example an edited image, as its image's cache entry; an existing entry is replaced."""
+        """Write `xray`, for example an edited image, as an entry without a source file; an existing entry is replaced."""
         facts = {"rows": str(xray.rows), "columns": str(xray.columns), "warnings": "[]"}
         write_entry(self._entry_path(xray.image_id), xray.pixels, facts)
 

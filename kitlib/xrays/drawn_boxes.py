@@ -65,9 +65,9 @@ def draw_boxes(
     score. Boxes with a score below `min_score` are not drawn; boxes without a score are always drawn. If `image` is a
     resized copy of the image that the boxes belong to, pass the original size (rows, columns) as `size`.
 
-    `findings` are all findings of the run; by default, the findings in `boxes`. If there is only one finding, all boxes are
-    orange. If there are several, each finding has a colour, its boxes are labelled with its name, and boxes without a score
-    are dashed. Raises ValueError if `image` has another shape or type, or if a box lacks a coordinate.
+    `findings` are all findings of the run; by default, the findings in `boxes`. If there is at most one finding, all boxes
+    are orange. If there are several, each finding has a colour, its boxes are labelled with its name, and boxes without a
+    score are dashed. Raises ValueError if `image` has another shape or type, or if a box lacks a coordinate.
     """
     if image.dtype != np.uint8 or image.ndim != 2 or not image.size:
         raise ValueError(f"expected an image of uint8 (rows, columns), got {image.dtype} {image.shape}; use read_xray")

@@ -51,7 +51,7 @@ class FileLimits:
 
     @property
     def note(self) -> str:
-        """Text that says how much time slow files took and how far the limit was lowered; "" if it was not lowered."""
+        """Text on the time of slow files and the lowered limit; "" without slow files, or if the limit was not lowered."""
         if not self.slow or self.lowest_s == self.longest_s:
             return ""
         return (

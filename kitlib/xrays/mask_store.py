@@ -95,7 +95,7 @@ class MaskStore:
             if codes.ndim != 2 or not codes.size or codes.min() < 0 or codes.max() > max(MASK_CODES.values()):
                 raise ValueError(
                     f"the mask for image {image_id!r} is not a label image; expected (rows, columns) of codes {MASK_CODES}, "
-                    f"got shape {codes.shape} and values {np.unique(codes)[:5].tolist()}"
+                    f"got shape {codes.shape}, unknown codes {np.setdiff1d(codes, [0, *MASK_CODES.values()])[:5].tolist()}"
                 )
         if not masks:
             return

@@ -19,7 +19,7 @@ def modality_warnings(elements: Elements) -> list[str]:
     """Return [] for a projection X-ray, and a list with one warning for another kind of image, according to the header.
 
     If the Modality is in PROJECTIONS, the image is a projection X-ray. If the Modality is in UNSPECIFIC, such as secondary
-    capture, the SOP Class decides; there is no warning for a SOP Class from outside the DICOM standard.
+    capture, the SOP Class decides; without a SOP Class, or with one from outside the DICOM standard, there is no warning.
     """
     modality = elements.text("Modality").upper()
     if modality in PROJECTIONS:

@@ -76,7 +76,7 @@ def test_a_table_gives_images_patients_and_classes(folder):
         ("x3.png,B", "repeat an earlier row; left out", 4),
         ("x3.png,A", "the rows of this image differ in label: 'A', 'B'; the image is left out", 3),
         ("damaged.png,A", "left out", 4),
-        ("twice.png,A", "2 files have this name, such as a/twice.png, b/twice.png; left out. Write the folder before it", 4),
+        ("twice.png,A", "2 files have this name, such as a/twice.png, b/twice.png; left out. Write the folder, too", 4),
     ],
 )
 def test_a_broken_row_is_a_fault(folder, row, problem, left):
