@@ -166,9 +166,9 @@ class LearnerScores:
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
     """Join and check the learners' scores in `tables`, all of one kind: `nested_scores`, `class_scores` or `study_scores`.
 
-    Learners keep the order of the tables. Raises FusionError in these cases: there are no scores; tables differ in their
-    kind of id, classes or folds; an id has no fold, or not exactly one class in `labels`; a score is NaN or given twice; a
-    row does not sum to 1; a plain score is for a training image of its model; a nested score's two folds are equal.
+    Learners keep the order of the tables. Raises FusionError in these cases: there are no scores; tables have different
+    kinds of ids or classes; learners have different folds; an id has no fold, or not exactly one class; a score is NaN or
+    given twice; a row does not sum to 1; a plain score is for a model's training image; a nested score's folds are equal.
     """
     tables = [table for table in tables if len(table)]
     if not tables:
