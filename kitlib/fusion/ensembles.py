@@ -29,7 +29,7 @@ TIE = 1e-6  # vote share that is moved to the winner of a tie
 
 @dataclass(frozen=True)
 class Judged:
-    """Predictions of every learner (a model that ensembles combine) and every ensemble, for images not trained on.
+    """Predictions of every learner (a model that ensembles combine) and every ensemble, for images not used to train them.
 
     `scores` has the columns image_id or study_id, model (a learner or ensemble), fold and the classes. `weights` has one row
     per id and trained ensemble: image_id or study_id, model (the ensemble), fold, truth (name of the true class), and one

@@ -184,7 +184,7 @@ def calibration_key(model: str, finding: str, findings: tuple[str, ...]) -> str:
 
 
 def fuse_lists(lists: BoxLists, settings: FusionSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and groups' numbers (k,)."""
+    """Fuse boxes as `fuse_boxes` does; return boxes (k, 4) in original pixels, scores (k,) and group numbers (k,)."""
     weight, score = np.array([settings.weight(name) for name in lists.models]), lists.score
     is_used = (score >= settings.box_min_score) & (weight > 0)[lists.model]
     for number, name in enumerate(lists.models):

@@ -166,9 +166,9 @@ class LearnerScores:
 def gather(tables: Iterable[pd.DataFrame], images: pd.DataFrame, labels: pd.DataFrame, folds: pd.DataFrame) -> LearnerScores:
     """Join and check the learners' scores in `tables`, all of one kind: `nested_scores`, `class_scores` or `study_scores`.
 
-    Learners keep the order of the tables. Raises FusionError in these cases: there are no scores; learners have different
-    classes or folds; an id has no fold, or not exactly one class in `labels`; a score is NaN or given twice; a row does not
-    sum to 1; a table that is not nested has scores for images that the model was trained on.
+    Learners keep the order of the tables. Raises FusionError in these cases: there are no scores; tables have different
+    kinds of ids or classes; learners have different folds; an id has no fold, or not exactly one class; a score is NaN or
+    given twice; a row does not sum to 1; a plain score is for a model's training image; a nested score's folds are equal.
     """
     tables = [table for table in tables if len(table)]
     if not tables:
@@ -235,7 +235,7 @@ def _check_values(rows: pd.DataFrame, classes: list[str]) -> None:
         if wrong.any():
             row = rows[wrong].iloc[0]
             raise FusionError(
-                f"{int(wrong.sum())} rows of {row['model']!r} have {fault}; the first is {row['id']!r} in fold {row['fold']}"
+                f"{int(wrong.sum())} rows have {fault}; the first: {row['id']!r}, by {row['model']!r} of fold {row['fold']}"
             )
 
 
@@ -297,7 +297,7 @@ def _check_folds(rows: pd.DataFrame, learners: tuple[str, ...]) -> None:
     if len(in_sample):
         row = in_sample.iloc[0]
         raise FusionError(
-            f"{row['model']!r} has {len(in_sample)} scores for images that it was trained on; the first is {row['id']!r} "
-            f"in fold {row['own']}, predicted by the model of fold {row['fold']}. Give the run of notebook 10 that the "
-            "models were trained on, or train them again"
+            f"{len(in_sample)} scores are for images that their model was trained on; the first is {row['id']!r} in fold "
+            f"{row['own']}, by {row['model']!r} of fold {row['fold']}. Give the run of notebook 10 that the models were "
+            "trained on, or train them again"
         )

@@ -294,7 +294,7 @@ def _check_wanted(predictions: ModelPredictions, competition: Competition) -> No
             if len(rows) and not predicted & classes and not helps:
                 raise FusionError(
                     f"{model!r} predicts no class that {competition.name!r} has for {kind}; the classes for {kind} are: "
-                    f"{', '.join(sorted(classes)) or 'none'}. Remove the run of {model!r}, or change the competition"
+                    f"{', '.join(sorted(classes)) or '(no classes)'}. Remove the run of {model!r}, or change the competition"
                 )
 
 

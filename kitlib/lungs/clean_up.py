@@ -53,7 +53,7 @@ def decode_maps(maps: np.ndarray, place: Placement, shape: tuple[int, int], reci
     `maps`, from `TrainedSegmenter.maps`, has one map (0..255) per structure of the recipe, on the canvas of `place`. Maps
     are interpolated linearly to `shape`, the shape of the cached image and of the result. A pixel gets the code of its most
     probable structure (see MASK_CODES), or 0 if the background is more probable. If the recipe is a SparseSegmenterRecipe,
-    its rule `threshold_map` is used instead.
+    the recipe's thresholds decide instead (see `threshold_map`).
     """
     if isinstance(recipe, SparseSegmenterRecipe):
         mask = threshold_map(place.back(maps[0], *shape), recipe.top, recipe.least_area * shape[0] * shape[1], recipe.bottom)

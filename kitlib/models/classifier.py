@@ -73,7 +73,7 @@ class Classifier(nn.Module):
         return x.contiguous(memory_format=memory_format(x.device))
 
     def unfreeze(self, epoch: int) -> None:
-        """Make the last `epoch // recipe.unfreeze_every` stages of a frozen backbone trainable; none if the divisor is 0."""
+        """Unfreeze a frozen backbone's last `epoch // unfreeze_every` stages (epochs from 0); none if the divisor is 0."""
         if not (self.recipe.frozen_backbone and self.recipe.unfreeze_every):
             return
         count = min(epoch // self.recipe.unfreeze_every, len(self.stages))

@@ -50,7 +50,7 @@ def start_from_weights(model: Classifier) -> str:
     text = f"{recipe.starting_weights}: {len(report['loaded'])} tensors, {len(report['random'])} left random"
     if recipe.frozen_backbone and (differences := input_differences(model)):
         text += f"; the frozen backbone was trained on another input: {', '.join(differences)}"
-        logger.warning("%s. Set these fields of the recipe to the backbone's values, or set frozen_backbone to false", text)
+        logger.warning("%s. Use the backbone's values (mean, std: see normalisation), or set frozen_backbone to false", text)
     return text
 
 

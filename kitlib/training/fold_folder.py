@@ -117,7 +117,7 @@ def start_over(run_folder: Path) -> None:
 
 
 def continue_from(earlier: Path, run: Path) -> list[str]:
-    """Copy folds from the run folder `earlier` to the run folder `run`, so that `run` continues them; return one line each.
+    """Copy folds from the run folder `earlier` to the run folder `run`, to continue them; return one message per fold.
 
     `earlier` is from an earlier session and may be read-only. Each copy is atomic. A fold is not copied if `run` already
     contains the fold with at least as many epochs. Raises TrainingError if `earlier` has no fold to resume.

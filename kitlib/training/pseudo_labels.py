@@ -127,9 +127,9 @@ def predict_unseen(
     """Predict each image with every model. Pairs of image and model in `seen`, a result of `seen_by`, are skipped.
 
     `models` has one row per model, with the columns `model`, `fold` and `bundle` (a folder). `lungs` finds the lungs for
-    models that use lung masks; the number of images in which no lungs were found is logged. Such models raise ValueError if
-    `lungs` is None or from another segmenter. A model that predicts neither study classes nor boxes raises ValueError. A
-    bundle that is damaged or contains a segmenter raises BundleError.
+    models that use lung masks; the number of images in which no lungs were found is logged. Raises ValueError if such a
+    model is given, but `lungs` is None or from another segmenter, or if a model predicts neither study classes nor boxes.
+    Raises BundleError if a bundle is damaged or contains a segmenter.
     """
     probabilities, detections, coverage = [], [], []
     for row in models.itertuples():

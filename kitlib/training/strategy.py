@@ -124,7 +124,7 @@ class Strategy(ABC):
     def complete(self, device: torch.device) -> int:
         """Write the predictions that the task requests but a finished run lacks; the base class writes nothing.
 
-        Returns the number of predicted images without a usable lung mask; 0 if the model does not use lungs.
+        Returns the number of predicted images without usable lungs; 0 if the model does not use lungs.
         """
         return 0
 

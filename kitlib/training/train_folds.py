@@ -74,7 +74,7 @@ def train_folds(
     if processes > 1 and at_once > 1:
         raise ValueError(f"`at_once` is {at_once} and `processes` is {processes}, but only one of the two may exceed 1")
     if processes < 1 or at_once < 0:
-        raise ValueError(f"`at_once` is {at_once} and `processes` is {processes}; expected at least 0 and at least 1")
+        raise ValueError(f"`at_once` is {at_once} and `processes` is {processes}; expected >= 0 and >= 1, respectively")
     available = sorted(set(task.tables["folds"]["fold"].tolist()))
     if unknown := sorted(set(folds) - set(available)):
         raise ValueError(f"the prepared run has no fold {', '.join(map(str, unknown))}; choose from {available}")

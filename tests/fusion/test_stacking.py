@@ -117,14 +117,14 @@ def test_ids_that_no_learner_has_predicted_are_counted():
             [plain("one").rename(columns={"well": "other"}), plain("two")],
             "two has the classes sick, well, but one has other, sick",
         ),
-        ([plain("one"), plain("two", np.r_[np.nan, np.ones(5)])], "1 rows of 'two' have NaN scores; the first is 'a'"),
-        ([plain("one").assign(well=0.9)], "6 rows of 'one' have scores that do not sum to 1, "),
+        ([plain("one"), plain("two", np.r_[np.nan, np.ones(5)])], "1 rows have NaN scores; the first: 'a', by 'two' of"),
+        ([plain("one").assign(well=0.9)], "6 rows have scores that do not sum to 1, "),
         ([plain("one").assign(image_id=list("abcdeX"))], "1 ids have scores but no fold; the first is X"),
         ([plain("one"), plain("two").head(4)], "'one' has scores for fold 2 .not nested., but 'two' has none"),
         ([plain("one"), nested("two")], "'one' has scores for fold 0 .not nested., but 'two' has none"),
         (
             [plain("one").assign(fold=[1, 0, 1, 1, 2, 2])],
-            "'one' has 1 scores for images that it was trained on; the first is 'a' in fold 0",
+            "1 scores are for images that their model was trained on; the first is 'a' in fold 0, by 'one' of",
         ),
         (
             [nested("one").query("fold == (outer + 1) % 3").assign(fold=lambda table: table.outer)],

@@ -76,7 +76,7 @@ def test_images_of_patients_in_a_fold_are_excluded_and_images_without_a_score_ar
             r"'two' has the classes \['sick', 'fine'\], but its out-of-fold scores have \['sick', 'well'\]",
         ),
         ([ONE, TWO.assign(sick=np.nan)], "'two' has NaN scores, the first for 't'"),
-        ([ONE, TWO.assign(sick=0.5)], "two has scores that do not sum to 1"),
+        ([ONE, TWO.assign(sick=0.5)], "3 rows have scores that do not sum to 1, .* 't', by 'two'"),
         ([table.assign(image_id="w").head(1) for table in (ONE, TWO)], "all patients with test scores also have images in"),
     ],
 )
