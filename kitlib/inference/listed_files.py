@@ -35,10 +35,10 @@ def list_files(
 
     In the result, `file` names the file as the caller did: for an image file, the element of `names`; for a folder, the
     element followed by the path below the folder; for a table, the cell. `path` is the path to read. `image_id` is the file
-    name without suffix; files of the same name get -2, -3 and so on added. `study_id` is the first of these that exists: the
-    value in the table's column `study_column`, the StudyInstanceUID in the DICOM header, the image_id. Rows of one study are
-    next to each other. `error` says why the file cannot be used, or is "". Raises DatasetError if there is no image file, or
-    if a table cannot be read.
+    name without suffix; if names repeat, -2, -3 and so on are added to make ids unique. `study_id` is the first of these
+    that exists: the value in the table's column `study_column`, the StudyInstanceUID in the DICOM header, the image_id. Rows
+    of one study are next to each other. `error` says why the file cannot be used, or is "". Raises DatasetError if there is
+    no image file, or if a table cannot be read.
     """
     given = [names] if isinstance(names, str | Path) else list(names)
     rows: dict[tuple[str, str], str] = {}  # (file, path) -> study_id from a table, or ""

@@ -122,7 +122,7 @@ class LoadedModels:
         """Return a table of class probabilities, with the columns image_id and the classes.
 
         First, an image's predictions by models with the same name and fold are averaged, as in notebooks 25 and 65. Then
-        the system's ensemble combines them. Without an ensemble, they are averaged over folds, then over models.
+        the system's ensemble combines them. Without an ensemble, they are averaged over folds, then over models (weighted).
         """
         classes = system.classes()
         scores = pd.concat([table.dropna() for table in asked.classes], ignore_index=True)

@@ -184,7 +184,7 @@ class Predictor:
         return self.network.overflows if self.family.answers == BOXES else self._overflowed_batches
 
     def _view_inputs(self, batch: Batch) -> Iterator[tuple[torch.Tensor, list[Placement]]]:
-        """Yield each view's canvases (n, side, side) and the n images' placements, which disregard mirroring."""
+        """Yield the canvases (n, side, side) and the placements for each of `views`; mirroring flips only the canvases."""
         for canvas, mirrored in (VIEWS[view] for view in self.views):
             pixels = batch.pixels[canvas]
             yield pixels.flip(-1) if mirrored else pixels, batch.placements[canvas]

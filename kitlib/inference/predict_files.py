@@ -105,7 +105,7 @@ def predict_parts(
     lung segmenter, the lungs are outlined instead. The picture has the size of the image's decoded copy or is larger.
     A segmenter's mask is written to masks/IMAGE_ID.png, in the size of the original image, with the value 255 inside the
     lungs or another structure (see Answer.mask). `workers` is the number of decoding processes; 0: one per core. Raises
-    BundleError if a segmenter or an ensemble of classifiers is damaged, CacheError or OSError if files cannot be written.
+    BundleError if a lung segmenter is damaged, and CacheError or OSError if files cannot be written.
     """
     columns = table_columns(system)
     is_segmenter = "lungs" in system.answers
@@ -138,8 +138,8 @@ def table_columns(system: System) -> list[str]:
     """Return the column names of a table of predictions: file, image_id, study_id, the system's outputs, warning and error.
 
     The outputs of a lung segmenter are `lungs`, `lung_area` and `boxes`. Other systems have those of the following outputs
-    that their models predict: the four study classes, `none`, the classes of classifiers, the structures of segmenters (the
-    highest probability in the image), and `boxes`. Raises RunError if a class has the same name as another column.
+    that their models or fusion predict: the study classes, `none`, the classes of classifiers, the structures of segmenters
+    (the highest probability in the image), and `boxes`. Raises RunError if a class has the same name as another column.
     """
     answers = system.answers
     if "lungs" in answers:
@@ -243,9 +243,9 @@ def _decode(files: pd.DataFrame, scratch: Path, longest_side: int, workers: int,
 
 
 def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd.DataFrame, tuple[str, ...], str]:
-    """Return a part's table of outputs, the models' failures, and an error message, which is "" unless all models failed.
+    """Return a part's table of outputs, the faults (see Answer), and an error message, "" unless predicting failed.
 
-    If all models failed on this part, no error is raised, because they may succeed on other parts.
+    An error other than OSError is not raised, because other parts may succeed.
     """
     if part.readable.empty:
         return pd.DataFrame(), (), ""
@@ -254,7 +254,7 @@ def _outputs(predict_part: Callable[[_Part], _Outputs], part: _Part) -> tuple[pd
     except OSError:  # a picture cannot be written, or a copy is gone
         raise
     except Exception as error:
-        logger.error("%d files are not predicted, because every model failed", len(part.files), exc_info=error)
+        logger.error("%d files are not predicted", len(part.files), exc_info=error)
         return pd.DataFrame(), (), f"no model has predicted the file: {type(error).__name__}: {error}"
 
 

@@ -45,7 +45,7 @@ IMAGES_BEFORE_JUDGING = 32
 # Share of the time limit at which fusion must end; it is larger than the share that is planned for prediction.
 LAST_SHARE = 0.9
 # Validating and ending the processes gets as many seconds as starting them has taken, because both depend on the machine in
-# the same way, but at most this many. This matters only for very short time limits; of others, LAST_SHARE leaves enough.
+# the same way, but at most this many. This matters only for very short time limits; with others, LAST_SHARE leaves enough.
 ENDING_S = 60.0
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 NO_MODELS = (
     "no trained study model or detector {where}; run `make demo` to train some in runs/demo, or give another folder of runs"
 )
-FUSED = {"study", "none", "boxes"}  # kinds of predictions that a system without a competition can fuse
+FUSED = {"study", "none", "boxes"}  # kinds of predictions that `build_system` combines if there is no competition
 # Kinds of runs that can predict, the preferred kind first: a combination is preferred to the runs that it combines.
 PREDICTING = ("fusion", "ensemble", "study", "detector", "findings", "masks", "lungs", "applied lungs")
 

@@ -251,7 +251,7 @@ def _find_faults(spec: KernelSpec) -> list[str]:
             try:
                 _ = spec.rules
             except SettingsError as error:
-                faults.append(f"competition: {error}; or set the parameter `rules` to the competition's name")
+                faults.append(f"competition: {error}; or set the parameter `rules` to the competition whose format is used")
     if spec.owner and not re.fullmatch(r"[a-z0-9-]+", spec.owner):
         faults.append(f"owner {spec.owner!r} is not a Kaggle user name; use lower-case letters, digits and hyphens")
     if fault := find_fault(spec.accelerator):

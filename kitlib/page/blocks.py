@@ -249,7 +249,7 @@ class _Page:
         return self._handler(self.viewer.pick, self._open)(visit, image_id, system)
 
     def _switch_models(self, visit: _Visit, view: View | str, system: str) -> dict:
-        """Show the predictions of the models `system` for the open study, unless they are shown or no study is open."""
+        """Return the updates that show the open study as predicted by `system`; no change if it is shown or none is open."""
         if isinstance(view, str) or view.system.name == system:
             return {self.view: gr.skip()}
 

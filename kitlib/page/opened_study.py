@@ -59,7 +59,7 @@ class DecodedCopies:
         return outcome
 
     def run(self, question: Callable[[str], T], path: str | Path) -> T:
-        """Return the result of `question(path)`, called in a worker process, where a malicious file can do no harm.
+        """Return the result of `question(path)`, called in a worker process, in case a malicious file crashes it.
 
         `question` must be a module-level function. Raises UnreadableXray if the process takes too long, crashes or runs out
         of memory. Errors that `question` raises are passed on.

@@ -38,7 +38,7 @@ MAX_EVENT_BYTES = 1_000_000
 
 
 class Guarded:
-    """ASGI middleware that rejects requests unless Host is localhost or a loopback address, and Origin is absent or Host.
+    """ASGI middleware that rejects requests unless Host is localhost or a loopback address and Origin, if sent, is Host.
 
     A request of another site's page has that site's address in its Origin header or, if the site's name points to 127.0.0.1,
     the site's name in its Host header. In both cases, the response has status 403 and a sentence that says why. The headers
@@ -46,7 +46,7 @@ class Guarded:
     from HTML.
 
     Gradio opens any file whose path an event contains, and fetches URLs, because its own check is off in a mounted app.
-    Therefore a request gets status 403 if it has the path of a file outside `upload_folder` or the address of a file on
+    Therefore an event with the path of a file outside `upload_folder` gets status 403, and so does a request for a file on
     another server. An upload gets status 413 if it would make the parent folder of `upload_folder` larger than
     `max_total_bytes`.
     """

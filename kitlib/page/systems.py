@@ -75,7 +75,7 @@ def _draws_lungs(run: ListedRun) -> bool:
 
 
 def _holds_one_of(run: ListedRun, segmenters: Mapping[str, Path]) -> bool:
-    """Return whether a bundle in `segmenters` is inside the run's folder, that is, was trained by this run."""
+    """Return whether `segmenters`, which has one bundle for each lung segmenter, has a bundle of this run."""
     return any(bundle.is_relative_to(run.folder) for bundle in segmenters.values())
 
 

@@ -46,7 +46,7 @@ class WarmModels:
                     logger.error("%s cannot be loaded", model.folder, exc_info=error)
 
     def answer(self, system: System, study: OpenedStudy) -> Answer:
-        """Return the predictions of `system` for a study, as an Answer. A submission would have the same predictions.
+        """Return the predictions of `system` for a study, as an Answer, like those of a submission by these models.
 
         Models that were trained on the study are not used if that can be avoided (see `choose_models`). If a model fails,
         the Answer is made without the model and has a remark. If all models fail, raises the last model's error. Raises

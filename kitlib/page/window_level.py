@@ -50,7 +50,7 @@ class Windowed:
 
 
 def read_windowed(path: str | Path, longest_side: int) -> Windowed:
-    """Return the values of a DICOM file before windowing; width and height are reduced to at most `longest_side` pixels.
+    """Return a DICOM file's values before windowing, in the size of its decoded copy with this `longest_side` in pixels.
 
     Decodes in this process, so it must be used only for a file that a separate decoding process has read before. If the file
     has colours, a palette or float values, `values` are the grey levels that `decode_xray` returns, and `file_window` is

@@ -110,7 +110,7 @@ def draw_bars(
 ) -> str:
     """Return HTML with one bar for each class and, unless `none` is None, one for `none`; values have three decimals.
 
-    `classes` maps class names to the study's probabilities, and `none` is the probability that the image shows no finding,
+    `classes` maps names to probabilities of the study or image, `none` is the probability that the image has no finding,
     all 0..1. If `priors` is True, no model has predicted the study, and `classes` holds the class frequencies of the
     training set, which are drawn in grey. The `true_classes` are marked as annotated. Raises ValueError if a value is
     outside 0..1.

@@ -106,9 +106,9 @@ def append_to_published(
     """Return a published table as text, followed by one row with intervals for each model in `drawn`.
 
     `drawn` maps each model's name to the table that `draws` returned, `by_fold` to the table that `fold_table` returned.
-    With `by_fold`, each model also gets a row with the mean and standard deviation over the folds. If the published table
-    has rows for folds, each model also gets a row per fold. The columns are those of the published table. The index levels
-    are `from` ("published", "here", "here, fold 0" or "here, mean of folds") and `model`. A missing value is "-".
+    With `by_fold`, each model also gets a row with the mean and standard deviation over the folds and, if the published
+    table has rows for folds, a row per fold. The columns are those of the published table. The index levels are `from`
+    ("published", "here", "here, fold 0" or "here, mean of folds") and `model`. A missing value is "-".
     """
     rows = {}
     for name, row in table.rows.iterrows():

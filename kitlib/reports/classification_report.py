@@ -67,7 +67,7 @@ def check_one_class(prepared: Mapping[str, pd.DataFrame], multi_label: bool) -> 
     wrong = images.image_id[is_used][(label.isna().any(axis=1) | (label.sum(axis=1) != 1)).to_numpy()]
     if len(labels.columns) and (multi_label or len(wrong)):
         problem = (
-            f"{len(wrong)} images have more or fewer; the first is {wrong.iloc[0]}"
+            f"{len(wrong)} images have more, fewer or unknown ones; the first is {wrong.iloc[0]}"
             if len(wrong)
             else "multi_label is true in overrides"
         )

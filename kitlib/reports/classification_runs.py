@@ -23,7 +23,7 @@ def read_class_scores(runs: Iterable[str | Path], folds: pd.DataFrame, split: st
     held-out test images, averaged over the models of all folds; the column `fold` is then -1 (ALL_FOLDS). Models are in the
     order in which they appear in `runs`. Runs that contain different folds of one model are merged; rows that an ensemble
     run repeats are dropped. If two runs have different scores for an image under the same model name, the table of each run
-    is kept under the name "run: model". `folds` is the table of the prepared run. Raises RunError
+    is kept under the name "run: model". `folds` is the table of the prepared run. Raises RunError:
 
     - for an unknown split, or a run without such predictions
     - with "folds", for predictions that are not out-of-fold with respect to `folds`

@@ -28,7 +28,7 @@ PUBLISHED = "Heidelberg, published: {}"
 COUNTS = ("images", "boxed_images", "studies")
 # The report's table 1 and table 2, with the counts to compare first.
 TABLE_1, TABLE_2 = COLUMNS[:9], COLUMNS[9:]
-# Published row -> prefixes of the names of our predictions that are listed below it.
+# Published row -> prefix of the names of our predictions that are listed below it.
 UNDER = {"ensemble": "fused", "Faster R-CNN": "faster_rcnn", "YOLO": "yolo", "study model": "study"}
 
 
@@ -81,7 +81,7 @@ def heidelberg_table(
 
 
 def check_filled(table: pd.DataFrame) -> None:
-    """Raise RunError if a metric of our predictions is NaN in `table`, the result of `heidelberg_table`."""
+    """Raise RunError if `table`, a `heidelberg_table`, lacks a metric of images or studies that our models predicted."""
     ours = table[~table.index.str.startswith(PUBLISHED.format(""))]
     gaps = []
     for count, columns in (("images", TABLE_1), ("studies", TABLE_2)):

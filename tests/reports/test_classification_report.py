@@ -168,7 +168,7 @@ def test_several_or_unknown_classes_are_refused_before_training():
     # Images without a fold are not judged.
     partly = labels.where(labels.id.isin(images.study_id.iloc[:8]), several)
     check_one_class(prepared | {"labels": partly}, multi_label=False)
-    with pytest.raises(DatasetError, match=r"8 images have more or fewer; the first is i000\. Use notebook 20 for images"):
+    with pytest.raises(DatasetError, match=r"8 images have more, fewer or unknown ones; the first is i000\. Use notebook"):
         check_one_class(prepared | {"labels": several}, multi_label=False)
     with pytest.raises(DatasetError, match=r"but multi_label is true in overrides\. Use notebook 20"):
         check_one_class(prepared, multi_label=True)
