@@ -129,9 +129,10 @@ def stretch(rows: float, columns: float, size: int | tuple[int, int]) -> Placeme
 
 
 def centre_crop(rows: float, columns: float, size: int | tuple[int, int]) -> Placement:
-    """Return a Placement of an image's middle: resized to cover a canvas 256/224 times as high and wide, then cropped.
+    """Return a Placement that shows the middle of an image on a canvas, as with "resize to 256, crop to 224".
 
-    From the Heidelberg SIIM report, section 3.1 (256 and 224 pixels). `size` is the canvas's side length or (rows, columns).
+    The image is resized, keeping its aspect ratio, until it covers 256/224 of the canvas's height and width; then its middle
+    is cut out. Source: the Heidelberg SIIM report, section 3.1. `size` is the canvas's side length or (rows, columns).
     """
     _check_size(rows, columns)
     canvas_rows, canvas_columns = (size, size) if isinstance(size, int) else size

@@ -22,7 +22,7 @@ def kaggle_root() -> Path:
 
 
 def on_kaggle() -> bool:
-    """Return True inside a Kaggle kernel or its rehearsal."""
+    """Return True inside a Kaggle kernel, or inside a rehearsal, which imitates Kaggle on this machine."""
     return (kaggle_root() / "working").is_dir()
 
 

@@ -2,7 +2,8 @@
 
 Each change is made in a copy of the project and judged by the tests that run the changed line, in the test files of the
 module's room and those that import the module themselves. The other tests of these files follow, because a test may use
-what another one's fixture has computed. Which tests run which lines is measured once per test file and kept in build/mutants
+what another one's fixture has computed, and then tests of other files that are known to run the line, if they have been
+measured with the present code. Which tests run which lines is measured once per test file and kept in build/mutants
 until the file changes; a new line is judged by the tests of its function, or else of its module. Lines that only run in
 other processes count as not run.
 """
@@ -72,16 +73,19 @@ class Tests:
         return hashlib.sha256(b"".join((self.root / name).read_bytes() for name in used)).hexdigest()
 
     def measure(self, modules: Iterable[str], run: Callable) -> None:
-        """Read the files that judge these modules, and run those that are new or have changed."""
+        """Run the test files that judge these modules and are new or have changed; read what is known of all others."""
         paths = [path.relative_to(self.root).as_posix() for path in sorted((self.root / "tests").rglob("test_*.py"))]
-        paths = [path for path in paths if not path.startswith(EXCLUDED)]
-        paths = [path for path in paths if any(self.judges(path, module) for module in modules)]
         stale = []
-        for path in paths:
-            with suppress(FileNotFoundError):
-                self.files[path] = json.loads(self._kept(path).read_text())
-            if self.files.get(path, {}).get("digest") != self.digest(path):
-                stale.append(path)
+        for path in [path for path in paths if not path.startswith(EXCLUDED)]:
+            kept = json.loads(self._kept(path).read_text()) if self._kept(path).is_file() else {}
+            is_fresh = kept.get("digest") == self.digest(path)
+            if any(self.judges(path, module) for module in modules):
+                if kept:
+                    self.files[path] = kept
+                if not is_fresh:
+                    stale.append(path)
+            elif is_fresh and kept.get("code") == self.code:
+                self.files[path] = kept
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in stale:
             self._kept(path).unlink(missing_ok=True)
@@ -104,12 +108,13 @@ class Tests:
     def judging(self, module: str, mutation: Mutation, text: str) -> tuple[list[str], list[str]]:
         """Return the tests that run the mutation's line `text`, and these followed by the others of their files.
 
-        Quick files come first; those beyond MOST_SECONDS are left out.
+        The files that judge the module come first, and among them quick ones; tests beyond MOST_SECONDS are left out. Of the
+        other files, only tests that run the line are chosen.
         """
-        chosen = {}
+        chosen, is_own = {}, {path: self.judges(path, module) for path in self.files}
         for depth in (2, 1, 0):
             for path, file in self.files.items():
-                if not self.judges(path, module):
+                if depth < 2 and not is_own[path]:
                     continue
                 ran = file["ran"].get(module, {})
                 functions = [ran.get(mutation.function, {})] if depth else ran.values()
@@ -118,8 +123,9 @@ class Tests:
                     chosen[path] = [file["tests"][index] for index in sorted(indices)]
             if chosen:
                 break
-        groups = sorted(chosen.values(), key=lambda group: sum(seconds for _, seconds in group))
-        others = [[test for test in self.files[path]["tests"] if test not in chosen[path]] for path in chosen]
+        order = sorted(chosen, key=lambda path: (not is_own[path], sum(seconds for _, seconds in chosen[path])))
+        groups = [chosen[path] for path in order]
+        others = [[test for test in self.files[path]["tests"] if test not in chosen[path]] for path in order if is_own[path]]
         names, exact, total = [], sum(len(group) for group in groups), 0.0
         for number, (name, seconds) in enumerate(test for group in [*groups, *others] for test in group):
             if not names or total + seconds <= MOST_SECONDS:

@@ -1,7 +1,7 @@
 """Single-point changes of a Python source, each of which a test of that source should notice.
 
 Strings, annotations, decorators, error messages and log calls are never changed, nor are arguments in NEUTRAL_KEYWORDS:
-such changes seldom alter behaviour.
+such changes seldom alter behaviour, or only the looks of a figure.
 """
 
 import ast
@@ -16,6 +16,7 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift},
 }
 NEUTRAL_KEYWORDS = {"encoding", "strict", "stacklevel", "desc", "unit", "leave", "disable", "progress", "copy"}
+NEUTRAL_KEYWORDS |= {"fontsize", "linewidth", "linewidths", "figsize", "layout", "ha", "va", "loc", "alpha"}  # of figures
 LOGGING = {"debug", "info", "warning", "error", "exception"}
 
 

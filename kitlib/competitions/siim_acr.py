@@ -172,7 +172,8 @@ def compare(truth: Mapping[str, np.ndarray], maps: pd.DataFrame) -> pd.DataFrame
 def judge(truth: Mapping[str, np.ndarray], merged: MergedPredictions, settings: SiimAcrSettings) -> float:
     """Return the mean Dice coefficient (0..1) of the masks that `decide` would return, over the images in `truth`.
 
-    An image without a row in `merged.masks` gets an empty mask. With the column `counts` of `compare`, takes milliseconds.
+    An image without a row in `merged.masks` gets an empty mask. This takes milliseconds if `merged.masks` has the column
+    `counts` that `compare` adds; otherwise, all masks are decoded first.
     """
     maps = merged.masks if "counts" in merged.masks else compare(truth, _maps_of(merged))
     maps = maps[(maps["finding"] == FINDING) & maps["image_id"].isin(truth.keys())]

@@ -45,7 +45,8 @@ def read_rsna(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
     patient has several. If RSNA's list of NIH images (MAPPING) is below `folder`, `patient_id` is NIH's patient, so that no
     patient is in two folds; otherwise, `patient_id` is the patientId, and a fault is recorded. Left out and recorded in
     `Dataset.faults`: rows without a file, files without a row, and images with an unreadable header, an invalid box, or a
-    class that contradicts the boxes. Raises DatasetError without a table of boxes, or if it lists none of the files.
+    class that contradicts the boxes. Raises DatasetError if the table of boxes is missing or
+    lists none of the files.
     """
     source = DataFolder.of(folder)
     labels, boxes = read_label_tables(source)

@@ -115,9 +115,10 @@ class Judge:
 
     `tables` has the tables images, labels, boxes and folds of a prepared run (notebook 10); `masks` has its masks, or is
     None. The score is computed on images that are in a fold, that every model has predicted and that an annotator has looked
-    at (not `false_none`). Raises FusionError if no such image remains, if a prediction is not out-of-fold, if an image with
-    detections is not in the coverage, if a model predicts nothing that the competition uses, or if no model predicts the
-    boxes or masks that a competition without study classes wants. Keeps the fused boxes of the last KEPT_FUSIONS settings.
+    at (not `false_none`). Raises FusionError if no such image remains, if a prediction is not out-of-fold, or if an image
+    has detections but no row in the table `coverage`. Also raises FusionError if a model predicts nothing that the
+    competition uses, or if the competition needs boxes or masks and no model predicts them. Caches the fused boxes of the
+    last KEPT_FUSIONS settings.
     """
 
     def __init__(

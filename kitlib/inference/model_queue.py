@@ -68,9 +68,10 @@ class Model:
         return pd.DataFrame({**seen, "findings": FINDINGS_SEPARATOR.join(self.record.classes)})
 
     def add(self, chunk: pd.DataFrame, predictor: Counts, before: Predicted) -> None:
-        """Add a batch's predictions, and update the counts, unless the model was dropped.
+        """Add `chunk`, the predictions of a batch, and update the counts of images; do nothing if the model was dropped.
 
-        `predictor` holds the counts of the current turn, `before` those of the earlier turns.
+        A model that was stopped may continue in a second turn: `predictor` has the counts of the current turn, `before`
+        those of the turn before.
         """
         if self.dropped:
             return

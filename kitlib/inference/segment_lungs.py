@@ -122,7 +122,10 @@ class MaskPredictor(TrainedSegmenter):
         self.seen: list[str] = []
 
     def predict(self, stream: Iterable[CachedXray]) -> Generator[pd.DataFrame, None, None]:
-        """Clear `seen` and `overflowed`, then yield a `mask_maps` table per batch. A thread prefetches X-rays."""
+        """Segment the X-rays in `stream`; yield one `mask_maps` table per batch. A thread reads X-rays ahead.
+
+        The counts in `seen` and `overflowed` start anew.
+        """
         self.seen, self.overflowed = [], 0
         for xrays, placements, pixels in ahead(self._batches(stream)):
             batch_maps = self.fitted(self._compute, pixels)

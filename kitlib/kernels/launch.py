@@ -120,7 +120,10 @@ def papermill_options(spec: KernelSpec) -> list[str]:
 
 
 def _mount(source: Path, target: Path, *options: str) -> list[str]:
-    """Return `--mount` and its value, which mounts `source` at `target`. It is CSV, so paths may have colons and commas."""
+    """Return Docker's argument `--mount` and its value, which mounts `source` at `target` with `options` such as "readonly".
+
+    The value is a row of CSV with quotes where needed, so that paths may contain colons and commas.
+    """
     row = io.StringIO()
     csv.writer(row, lineterminator="").writerow(["type=bind", f"source={source.resolve()}", f"target={target}", *options])
     return ["--mount", row.getvalue()]

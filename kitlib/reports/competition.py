@@ -277,9 +277,10 @@ def detection_draws(
 def _by_finding(
     boxes: pd.DataFrame, detections: pd.DataFrame, images: pd.DataFrame, overlap: float
 ) -> dict[str, tuple[np.ndarray, np.ndarray, pd.DataFrame, pd.DataFrame]]:
-    """Return a dict from each finding with boxes in `images` to its scores, hits, boxes and detections.
+    """Return a dict whose keys are the findings that have at least one box; a value is (scores, hits, boxes, detections).
 
-    Scores and hits are arrays (n,) with one entry per detection of the finding.
+    Only boxes and detections on the images in the table `images` count. Scores and hits are arrays (n,) with one entry per
+    detection of the finding; a hit is a detection that matches a box with an IoU above `overlap`.
     """
     of_images = [
         table[table["image_id"].isin(images["image_id"])].assign(finding=lambda rows: rows.get("finding", ONE_FINDING))

@@ -249,8 +249,10 @@ def _entries(content: dict[str, Any], name: str, keys: tuple[str, ...], where: d
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
             raise DatasetError(f"{where[name]}, entry {index}: lacks the keys {missing}")
-        if not isinstance(entry["id"], int | str) or entry["id"] in ids:
-            raise DatasetError(f"{where[name]}, entry {index}: id {entry['id']!r} is repeated, or not an integer or text")
+        if not isinstance(entry["id"], int | str):
+            raise DatasetError(f"{where[name]}, entry {index}: the id {entry['id']!r} is neither an integer nor text")
+        if entry["id"] in ids:
+            raise DatasetError(f"{where[name]}, entry {index}: an earlier entry also has the id {entry['id']!r}")
         ids.add(entry["id"])
     return entries
 

@@ -103,10 +103,11 @@ def finish_run(run: str | Path, metrics: Mapping[str, Any]) -> None:
 def process_record() -> dict[str, Any]:
     """Return a dictionary of this process's package versions, and its peak memory and GPU so far, in JSON types.
 
-    Memory is in MB of 10^6 bytes. `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the peak of the
-    largest child process that has ended, or None if that peak is not above this process's: a child starts with its parent's
-    peak, which hides a lower peak. `gpu` is a text with the names of the GPUs that torch has used; `peak_gpu_memory_mb` is
-    the peak memory of torch tensors on the GPU with the highest peak. Both are None if torch has used no GPU.
+    Memory is in MB of 10^6 bytes. `peak_memory_mb` is the peak of this process. `peak_child_memory_mb` is the highest peak
+    of a child process that has ended. It is None unless it exceeds `peak_memory_mb`, because the system starts a child's
+    peak at its parent's, so that a lower peak is unknown. `gpu` is a text with the names of the GPUs that torch has used;
+    `peak_gpu_memory_mb` is the peak memory of torch tensors on the GPU with the highest peak. Both are None if torch has
+    used no GPU.
     """
     peak, child_peak = _peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * MAXRSS_BYTES
     return {

@@ -93,12 +93,12 @@ class MaskDataset(Examples):
 
 
 class PositivesSampler(EpochSampler):
-    """Sampler of the keys (epoch, index) of training examples; a given share of each epoch's images shows a structure.
+    """Sampler of the keys (epoch, index) of training examples that controls how many of an epoch's images show a structure.
 
-    `has_structure`, bool (n,), is True for images with the structure. `shares` contains this share for the first and for
-    the last of `epochs` epochs; in between, the share changes linearly. All epochs have the same length. An epoch with the
-    lower of the two shares contains each image with the structure once. Within an epoch, all images with the structure
-    occur equally often, up to a difference of one; so do all images without the structure.
+    `has_structure`, bool (n,), is True for images that show it. `shares` is a pair: the share of such images in the first
+    epoch and in the last; in the `epochs` epochs from first to last, the share changes linearly. All epochs have the same
+    length: an epoch with the lower share contains each image with the structure once. Within an epoch, all images with the
+    structure occur equally often, up to a difference of one; so do all images without the structure.
     """
 
     def __init__(self, has_structure: np.ndarray, shares: tuple[float, ...], epochs: int, seed: int) -> None:

@@ -77,11 +77,11 @@ def with_extra(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, DecodedXrays]:
     """Add the images in `extra` to the training images; return tables of images, labels and boxes, and a cache.
 
-    The tables and the cache contain the training images and the extra images. Extra images that no annotator looked at
-    (`false_none`) are left out. The classes are the columns of `labels`; a class that the extra labels lack is NaN (unknown)
-    for the extra images. If `extra` is None, returns `train_images`, `labels`, `boxes` and `cache` unchanged. Raises
-    ValueError if no extra image remains. Also raises ValueError if an extra image has the image_id or study_id of a training
-    or validation image, or the patient_id of a validation image.
+    The tables and the cache contain the training images and the extra images. Extra images whose column `false_none` is True
+    are left out, because no annotator looked at them. The returned labels have the classes of `labels`; a class that the
+    extra labels lack is NaN (unknown) for the extra images. If `extra` is None, returns `train_images`, `labels`, `boxes`
+    and `cache` unchanged. Raises ValueError if no extra image remains. Also raises ValueError if an extra image has the
+    image_id or study_id of a training or validation image, or the patient_id of a validation image.
     """
     if extra is None:
         return train_images, labels, boxes, cache
