@@ -181,6 +181,7 @@ def test_maps_are_enlarged_bilinearly_and_joined_with_those_from_the_way_down(ma
     else:  # each map is joined, then enlarged
         skipped = [maps[layer][1] for layer in down]
         pooled = skipped[-1].reshape(1, 512, 1, 2, 2, 2).max(axis=(3, 5))
+        assert maps[down[0]][0].min() >= 0  # after a ReLU
         np.testing.assert_allclose(maps[up[0]][0], enlarged_twofold(pooled), rtol=1e-5, atol=1e-4)
         for below, block in pairwise(up):
             joined = [maps[below][1], *([skipped.pop()] if skipped else [])]
@@ -248,6 +249,13 @@ def test_probabilities_sum_to_one_and_background_comes_first(outputs, kind):
         np.testing.assert_allclose(found[:, 1], 1 / (1 + np.exp(-logits[:, 0].float().numpy().astype(float))), atol=1e-6)
     else:
         assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
+
+
+def test_each_pixel_gets_its_most_probable_label():
+    logits = torch.tensor([[0.1, 2.0, -1.0, 0.3], [0.2, 1.0, 3.0, -2.0], [-9.0, 2.5, 0.0, 0.2]]).view(1, 3, 2, 2)
+    assert Segmenter(override(NARROW["unet"], **TWO)).labels(logits).tolist() == [[[1, 2], [1, 0]]]
+    # For a single structure, a logit above 0 is a probability above 1/2.
+    assert Segmenter(NARROW["unet"]).labels(logits[:, :1]).tolist() == [[[1, 1], [0, 1]]]
 
 
 def test_grey_is_normalised_by_mean_and_standard_deviation():
