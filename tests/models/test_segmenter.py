@@ -237,6 +237,15 @@ def test_one_structure_has_one_output_and_several_have_one_more():
     assert parameters(Segmenter(RECIPES["unet_lungs"])) == 7_759_521
 
 
+@pytest.mark.parametrize("network", [UNet, ResUNet, FCDenseNet103, AlbuNet])
+def test_the_smallest_width_is_one_channel(network):
+    with torch.device("meta"):
+        last = [each for each in network(2, 0.001).modules() if isinstance(each, nn.Conv2d)][-1]
+    # FC-DenseNet's last block joins what it adds, a channel for each of 4 layers, with its input: as many of the block
+    # below (5 layers), and the skipped map (1 and 4).
+    assert last.in_channels == (14 if network is FCDenseNet103 else 1) and last.out_channels == 2
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_probabilities_sum_to_one_and_background_comes_first(outputs, kind):
