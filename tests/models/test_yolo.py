@@ -303,7 +303,7 @@ def test_a_file_in_the_current_folder_is_not_read(name, tmp_path, monkeypatch):
 def test_a_custom_architecture_can_be_built_for_different_classes(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "custom", read_architecture("yolov8n"))
     for classes in (["a", "b", "c"], ["a"]):
-        YoloDetector(override(RECIPE, backbone="custom"), classes)
+        YoloDetector(override(RECIPE, backbone="custom", width=1.0), classes)
         assert ARCHITECTURES["custom"] == read_architecture("yolov8n")
 
 
