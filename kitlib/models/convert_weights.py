@@ -73,7 +73,8 @@ def _reason(error: Exception) -> str:
 def _tensors(module: _Shell, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield pairs (name, tensor) for the parameters and buffers of a module that `state_dict` returns, with its names."""
     state = module.state if isinstance(module.state, dict) else {}
-    left_out = state.get("_non_persistent_buffers_set") or ()
+    left_out = state.get("_non_persistent_buffers_set")
+    left_out = left_out if isinstance(left_out, set) else ()
     for name, tensor in {**(state.get("_parameters") or {}), **(state.get("_buffers") or {})}.items():
         if isinstance(tensor, torch.Tensor) and name not in left_out:
             yield prefix + name, tensor.detach().float() if tensor.is_floating_point() else tensor.detach()

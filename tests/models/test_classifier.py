@@ -14,7 +14,6 @@ from kitlib.models.classifier import (
     OUTPUTS,
     FindingsClassifier,
     StudyClassifier,
-    check_classes,
     make_head,
     probabilities,
     study_loss,
@@ -305,11 +304,12 @@ def test_one_logit_equals_the_softmax_of_the_logit_and_0():
         ({"judged_by": "macro_f1", "multi_label": True}, COVID, "judged_by='macro_f1' can be used only if"),
         ({"auxiliary": 0.4}, COVID, "auxiliary is 0.4, but test_resnet has no .* trainable inception_v3"),
         ({"auxiliary": 0.4, "backbone": "inception_v3", "frozen_backbone": True}, COVID, "but a frozen inception_v3 has no"),
+        ({"auxiliary": 0.4, "backbone": "inception_v3", "pooling": "gem"}, COVID, "needs the pooling of inception_v3"),
     ],
 )
 def test_settings_that_do_not_fit_the_classes_are_refused(changes, classes, message):
-    with pytest.raises(ValueError, match=message):
-        check_classes(override(EXCLUSIVE, **changes), classes)
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        FindingsClassifier(override(EXCLUSIVE, **changes), classes)
 
 
 def test_inceptions_auxiliary_head_has_the_same_classes_and_prediction_does_not_run_it():

@@ -86,6 +86,21 @@ def test_a_pyramid_that_overflows_in_float16_is_computed_in_float32(detector):
         torch.testing.assert_close(found[name], level)
 
 
+@pytest.mark.parametrize(("precision", "kind"), [("16-mixed", torch.float16), ("bf16-mixed", torch.bfloat16)])
+def test_training_keeps_its_precision_and_an_overflow_for_the_gradient_scaler(precision, kind):
+    pyramid, kinds = FasterRCNNDetector(RECIPE).model.backbone.train(), []
+
+    def overflow(module, inputs, maps):
+        kinds.append(maps["0"].dtype)
+        return {name: level * torch.inf for name, level in maps.items()}
+
+    pyramid.fpn.register_forward_hook(overflow)
+    with computing_in(precision):
+        maps = pyramid(NOISE[:, None] / 255)
+    assert kinds == [kind] and pyramid.overflows == 0
+    assert all(level.dtype == torch.float32 and not level.isfinite().any() for level in maps.values())
+
+
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_half_precision_moves_no_box_by_half_a_pixel(precision):
     torch.manual_seed(0)

@@ -1,10 +1,13 @@
 """GeM pooling, timm's options and the learning rates of a backbone's stages."""
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from kitlib.models.classifier import FindingsClassifier
 from kitlib.models.gem import GeM
+from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import FindingsRecipe
 from kitlib.settings import override
 from kitlib.training.loop import make_optimizer
@@ -41,6 +44,14 @@ def test_a_network_with_gem_learns_the_power(backbone):
     model(torch.rand(2, 3, 64, 64)).sum().backward()
     (power,) = (value for name, value in model.named_parameters() if name.endswith("gem_power"))
     assert power.item() == 3 and power.grad.abs() > 0
+
+
+def test_weights_without_gem_start_the_whole_backbone(tmp_path):
+    save_file(timm.create_model("test_resnet", num_classes=0).state_dict(), tmp_path / "plain.safetensors")
+    model = FindingsClassifier(override(RECIPE, pooling="gem"), ["Mass"])
+    report = load_starting_weights(model, tmp_path / "plain.safetensors")
+    # The power has no random value: it starts at 3.
+    assert report["random"] == ["head.1.bias", "head.1.weight"] and not report["unused"]
 
 
 @pytest.mark.parametrize("backbone", ["test_vit", "swin_tiny_patch4_window7_224"])

@@ -125,12 +125,12 @@ OTHER = {"placement": "letterbox", "resize": "bicubic", "equalise": False, "gamm
 @pytest.mark.parametrize("changes", [{}, OTHER])
 def test_the_canvas_is_the_adjusted_image_and_black_outside_of_the_mask(changes):
     image, mask = xray()
-    found = patch_canvas(image, Lungs(np.zeros(4), mask), override(RECIPE, **changes))
-    np.testing.assert_array_equal(found.pixels, np.where(found.mask, placed(image, changes, 64), 0))
+    found = patch_canvas(image, Lungs(np.zeros(4), mask), override(RECIPE, canvas=48, **changes))
+    np.testing.assert_array_equal(found.pixels, np.where(found.mask, placed(image, changes, 48), 0))
     if not changes:
-        assert found.mask[:, :32].all() and not found.mask[:, 32:].any()  # half of 64 columns
-    else:  # 128 x 96 pixels become 64 x 48, between margins of 8 columns
-        assert found.mask[:, 8:32].all() and found.mask.sum() == 64 * 24
+        assert found.mask[:, :24].all() and not found.mask[:, 24:].any()  # half of 48 columns
+    else:  # 128 x 96 pixels become 48 x 36, between margins of 6 columns
+        assert found.mask[:, 6:24].all() and found.mask.sum() == 48 * 18
     assert found.centres(5, 0).shape == (5, 2) and found.mask[tuple(found.centres(50, 0).T)].all()
 
 

@@ -181,6 +181,7 @@ def test_maps_are_enlarged_bilinearly_and_joined_with_those_from_the_way_down(ma
     else:  # each map is joined, then enlarged
         skipped = [maps[layer][1] for layer in down]
         pooled = skipped[-1].reshape(1, 512, 1, 2, 2, 2).max(axis=(3, 5))
+        assert maps[down[0]][0].min() >= 0  # after a ReLU
         np.testing.assert_allclose(maps[up[0]][0], enlarged_twofold(pooled), rtol=1e-5, atol=1e-4)
         for below, block in pairwise(up):
             joined = [maps[below][1], *([skipped.pop()] if skipped else [])]
@@ -236,6 +237,15 @@ def test_one_structure_has_one_output_and_several_have_one_more():
     assert parameters(Segmenter(RECIPES["unet_lungs"])) == 7_759_521
 
 
+@pytest.mark.parametrize("network", [UNet, ResUNet, FCDenseNet103, AlbuNet])
+def test_the_smallest_width_is_one_channel(network):
+    with torch.device("meta"):
+        last = [each for each in network(2, 0.001).modules() if isinstance(each, nn.Conv2d)][-1]
+    # FC-DenseNet's last block joins what it adds, a channel for each of 4 layers, with its input: as many of the block
+    # below (5 layers), and the skipped map (1 and 4).
+    assert last.in_channels == (14 if network is FCDenseNet103 else 1) and last.out_channels == 2
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_probabilities_sum_to_one_and_background_comes_first(outputs, kind):
@@ -248,6 +258,13 @@ def test_probabilities_sum_to_one_and_background_comes_first(outputs, kind):
         np.testing.assert_allclose(found[:, 1], 1 / (1 + np.exp(-logits[:, 0].float().numpy().astype(float))), atol=1e-6)
     else:
         assert torch.equal(found.argmax(dim=1), logits.argmax(dim=1))
+
+
+def test_each_pixel_gets_its_most_probable_label():
+    logits = torch.tensor([[0.1, 2.0, -1.0, 0.3], [0.2, 1.0, 3.0, -2.0], [-9.0, 2.5, 0.0, 0.2]]).view(1, 3, 2, 2)
+    assert Segmenter(override(NARROW["unet"], **TWO)).labels(logits).tolist() == [[[1, 2], [1, 0]]]
+    # For a single structure, a logit above 0 is a probability above 1/2.
+    assert Segmenter(NARROW["unet"]).labels(logits[:, :1]).tolist() == [[[1, 1], [0, 1]]]
 
 
 def test_grey_is_normalised_by_mean_and_standard_deviation():

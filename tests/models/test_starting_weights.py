@@ -18,7 +18,7 @@ from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.families import family_of
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.models.published_names import without_prefixes
-from kitlib.models.starting_weights import load_starting_weights, read_starting_weights
+from kitlib.models.starting_weights import differ_in_classes, load_starting_weights, read_starting_weights
 from kitlib.paths import find_starting_weights
 from kitlib.recipes.fields import DetectorRecipe, FindingsRecipe, StudyRecipe
 from kitlib.settings import override
@@ -77,6 +77,14 @@ def test_a_detector_for_other_classes_starts_all_but_the_layers_of_the_classes(t
     # As many classes would fit, but they are others.
     for classes in (["Mass"], ["Mass", "opacity"]):
         assert network(started, classes).starting_weights.endswith(f" tensors, {left} left random")
+
+
+def test_classes_in_another_order_are_other_classes(tmp_path):
+    save_bundle(tmp_path / "bundle", WEIGHTS, RECORD | {"classes": ["Mass", "Nodule"]})
+    save_file(WEIGHTS, tmp_path / "file.safetensors")
+    for classes, expected in ((["Mass", "Nodule"], False), (["Nodule", "Mass"], True), (["Mass"], True)):
+        assert differ_in_classes(tmp_path / "bundle", classes) == expected
+        assert not differ_in_classes(tmp_path / "file.safetensors", classes)  # which does not name its classes
 
 
 def test_a_damaged_bundle_is_noticed(tmp_path):

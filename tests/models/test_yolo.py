@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from kitlib.errors import BundleError
 from kitlib.models.families import load_network
-from kitlib.models.yolo import GeneralisedIoU, YoloDetector, read_architecture
+from kitlib.models.yolo import ARCHITECTURES, GeneralisedIoU, YoloDetector, read_architecture
 from kitlib.recipes.fields import DetectorRecipe
 from kitlib.settings import override
 from tests import PROJECT
@@ -121,6 +121,8 @@ def test_every_generation_returns_boxes_of_the_canvas_best_first_and_limited(bac
 def test_invalid_settings_are_refused(detector):
     with pytest.raises(ValueError, match=r"image_size is 100, which is not a multiple of 32.*choose 96"):
         YoloDetector(override(RECIPE, image_size=100))
+    with pytest.raises(ValueError, match=r"image_size is 8, which is not a multiple of 32.*choose 32"):
+        YoloDetector(override(RECIPE, image_size=8))
     with pytest.raises(ValueError, match=r"inference_size is 136, which is not a multiple of 32.*choose 128"):
         YoloDetector(override(RECIPE, inference_size=136))
     with pytest.raises(ValueError, match="no model 'yolo99n'"):
@@ -247,6 +249,15 @@ def test_giou_replaces_ciou_in_the_box_loss_alone():
         box_losses(box_loss="smooth_l1")
 
 
+def test_giou_is_the_box_loss_of_both_of_yolov10s_heads():
+    for box_loss in ("giou", "ciou"):
+        detector = YoloDetector(override(RECIPE, backbone="yolov10n", box_loss=box_loss))
+        detector.model.args = get_cfg()
+        criterion = detector.model.init_criterion()
+        heads = [criterion.one2many, criterion.one2one]
+        assert [isinstance(head.bbox_loss, GeneralisedIoU) for head in heads] == [box_loss == "giou"] * 2
+
+
 def test_the_generalised_iou_equals_torchvisions():
     boxes = torch.tensor([[0.0, 0, 10, 10], [5.0, 5, 20, 20]]), torch.tensor([[0.0, 0, 10, 5], [30.0, 30, 40, 40]])
     weight = torch.tensor([[0.5], [1.0]])
@@ -287,6 +298,13 @@ def test_a_file_in_the_current_folder_is_not_read(name, tmp_path, monkeypatch):
     assert "activation" not in read_architecture(name)
     YoloDetector(DetectorRecipe(family="yolo", backbone=name))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_custom_architecture_can_be_built_for_different_classes(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "custom", read_architecture("yolov8n"))
+    for classes in (["a", "b", "c"], ["a"]):
+        YoloDetector(override(RECIPE, backbone="custom", width=1.0), classes)
+        assert ARCHITECTURES["custom"] == read_architecture("yolov8n")
 
 
 @pytest.mark.parametrize("name", ["rtdetr-l", "yolov8-rtdetr", "yolo11n-seg", "yolov8n-cls", "yoloe-11s"])
