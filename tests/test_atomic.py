@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -33,3 +34,14 @@ def test_nan_is_refused_in_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "metrics.json", {"score": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_written_file_has_the_permissions_of_any_other_and_the_umask_stays(tmp_path):
+    """A umask of 027 lets the group read: 666 without 027 is 640."""
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "metrics.json", {"a": 1})
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert (tmp_path / "metrics.json").stat().st_mode & 0o777 == 0o640

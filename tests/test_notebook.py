@@ -1,9 +1,9 @@
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from kitlib.errors import NotebookError
-from kitlib.notebook import run_notebook
+from kitlib.notebook import first_problem, run_notebook
 
 
 def write_notebook(path, *cells, result="''"):
@@ -58,6 +58,24 @@ def test_a_run_ends_with_any_output_and_if_its_callback_fails(tmp_path):
     assert (tmp_path / "r").read_text() == "done"
     log = (tmp_path / "out.log").read_text()
     assert "\ufffd\n" in log and "Executing Cell 3" in log
+
+
+@pytest.mark.parametrize(
+    ("statuses", "problem"),
+    [
+        (["completed", "completed"], ""),
+        (["completed", "pending"], "cell 3 did not complete (status: pending)"),
+        (["running", "pending"], "cell 2 did not complete (status: running)"),
+        ([None, None], "cell 2 did not complete (status: None)"),
+    ],
+)
+def test_every_code_cell_must_have_completed(tmp_path, statuses, problem):
+    """Papermill executes no text, and it inserts a cell of its own above one that failed."""
+    inserted = new_markdown_cell("An error is below.", metadata={"tags": ["papermill-error-cell-tag"]})
+    cells = [new_markdown_cell("# Title", metadata={"papermill": {"status": "pending"}}), inserted]
+    cells += [new_code_cell("1", metadata={"papermill": {"status": status}} if status else {}) for status in statuses]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "out.ipynb")
+    assert first_problem(tmp_path / "out.ipynb") == problem
 
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):

@@ -72,7 +72,7 @@ def test_a_running_notebook_checks_what_was_injected_or_edited(monkeypatch):
         assert pd.get_option("display.max_colwidth") is None
         with pytest.raises(SettingsError, match="no parameter 'epoch'; it has: epochs"):
             begin_notebook("30_train_study", values | {"epoch": 3, "In": ["# Parameters\nepoch = 3\n"]})
-        with pytest.raises(SettingsError, match="'epochs' must be a whole number, got 'ten'"):
+        with pytest.raises(SettingsError, match="'epochs' must be a whole number, got 'ten'; give -y"):
             begin_notebook("30_train_study", values | {"epochs": "ten"})
 
 

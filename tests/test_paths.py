@@ -1,8 +1,8 @@
 import pytest
 
 from kitlib import paths
-from kitlib.errors import InputNotFound, RunNotFound
-from kitlib.paths import find_input, find_run
+from kitlib.errors import BundleError, InputNotFound, RunNotFound
+from kitlib.paths import find_input, find_run, find_starting_weights
 from kitlib.phantom_marker import holds_phantoms
 from kitlib.phantoms.lungs import write_lungs
 from kitlib.phantoms.siim import write_competition
@@ -62,6 +62,17 @@ def test_two_inputs_of_one_name_are_an_error_that_lists_them(tmp_path):
     assert find_input("b/weights", tmp_path) == tmp_path / "datasets/b/weights"
 
 
+def test_a_weights_file_that_two_inputs_have_is_an_error_that_lists_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    files = [tmp_path / "inputs" / "datasets" / owner / "weights" / "a.safetensors" for owner in ("me", "other")]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    with pytest.raises(BundleError, match=f"2 inputs have weights/a.safetensors: {files[0]}, {files[1]}; .*OWNER/"):
+        find_starting_weights("weights/a.safetensors")
+    assert find_starting_weights("other/weights/a.safetensors") == files[1]
+
+
 @pytest.mark.parametrize("layout", ["", "notebooks/somebody/"])
 def test_a_kernels_name_selects_between_runs_of_the_same_name(tmp_path, layout):
     for kernel in ("first", "second"):
@@ -115,3 +126,12 @@ def test_real_data_unpacked_over_phantoms_is_real(tmp_path):
     assert holds_phantoms(folder)
     (folder / "train_image_level.csv").write_text("id,boxes,label,StudyInstanceUID\n")
     assert not holds_phantoms(folder)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "1"])
+def test_a_damaged_marker_is_ignored_with_a_warning(tmp_path, caplog, damaged):
+    phantoms = write_lungs(tmp_path, "montgomery", images=4, side=64, seed=1, workers=1, progress=False)
+    (tmp_path / ".phantom.json").write_text(damaged)  # a marker that sets of phantoms share
+    assert holds_phantoms(phantoms) and str(tmp_path / ".phantom.json") in caplog.text
+    (tmp_path / ".montgomery.json").write_text(damaged)
+    assert not holds_phantoms(phantoms)

@@ -281,8 +281,10 @@ def test_the_command_writes_what_it_prints_and_fails_only_if_nothing_is_predicte
     assert table.error.notna().tolist() == [False, True, True] and table.error[2] == "there is no such file"
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["x.png"]
     result = CliRunner().invoke(app, ["predict", *files[1:], "--runs", str(runs / "faster_rcnn"), "--out", str(out)])
-    assert result.exit_code == 1 and "0 of 2 files predicted by faster_rcnn" in result.stdout
+    assert result.exit_code == 1 and "0 of 2 files predicted by faster_rcnn; 2 failed" in result.stdout
     assert pd.read_csv(out).error.notna().all()
+    result = CliRunner().invoke(app, ["predict", files[0], "--runs", str(runs / "faster_rcnn"), "--out", str(out)])
+    assert result.exit_code == 0 and result.stdout.endswith("1 of 1 files predicted by faster_rcnn\n")
     result = CliRunner().invoke(
         app, ["predict", files[0], "--runs", str(runs / "prepare"), "--out", str(tmp_path / "no.csv")]
     )

@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict
 
 import pytest
+from typer.testing import CliRunner
 
+from kitlib.__main__ import app
 from kitlib.bundle import read_bundle, save_bundle
 from kitlib.errors import BundleError, KernelError, RunError
 from kitlib.kernels.publish import write_publication
@@ -97,3 +99,11 @@ def test_a_folder_that_exists_is_not_replaced(tmp_path, run):
     with pytest.raises(KernelError, match="out exists; give a new folder"):
         write_publication([run], tmp_path / "out", "My NIH backbones", "me", "other")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_the_command_prints_the_new_folder_and_fails_if_it_exists(tmp_path, run):
+    command = ["publish", str(run), "--out", str(tmp_path / "out"), "--title", "My NIH backbones", "--owner", "me"]
+    first, second = (CliRunner().invoke(app, command) for _ in range(2))
+    assert first.exit_code == 0 and first.stdout.startswith(f"{tmp_path / 'out'} has 1 runs")
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert second.exit_code == 1 and "out exists" in second.stderr and second.stdout == ""

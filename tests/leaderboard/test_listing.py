@@ -66,6 +66,7 @@ def test_runs_below_several_folders_have_their_full_path_and_appear_once(tmp_pat
     assert names == [str(tmp_path / "a" / "study"), str(tmp_path / "b" / "study")]
     assert [run.name for run in list_runs([tmp_path / "b" / "study"])] == ["study"]
     assert [run.name for run in list_runs([tmp_path], skip=[tmp_path / "a" / "study"])] == ["b/study"]
+    assert [run.name for run in list_runs([tmp_path / "a", tmp_path / "b"])] == names
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         list_runs([tmp_path / "nowhere"])
 

@@ -66,9 +66,11 @@ def test_done_runs_are_skipped_and_changed_ones_are_repeated_with_their_dependen
     # `last` was started after all that it needs: its log contains their lines.
     assert "each-2" in (tmp_path / "runs" / "last" / "command.log").read_text()
     (tmp_path / "log.txt").unlink()
-    records = carry_out(path, gpus=0)
+    shown = io.StringIO()
+    records = carry_out(path, Console(file=shown, width=100), gpus=0)
     assert {record["state"] for record in records.values()} == {"done"}
     assert started(tmp_path) == ["other"]
+    assert "other done, 5/5 done" in shown.getvalue() and "first done" not in shown.getvalue()
     (tmp_path / "log.txt").unlink()
     steps["each"]["matrix"] = {"number": [2, 3]}
     path = write_plan(tmp_path, steps, value=1)
@@ -123,6 +125,28 @@ def test_gpus_are_shared_and_hidden_from_runs_that_request_none(tmp_path, monkey
         carry_out(write_plan(tmp_path, steps), gpus=4)
 
 
+@pytest.mark.parametrize(
+    ("visible", "available"),
+    [
+        ("-1", "none"),  # CUDA's way to hide all GPUs
+        ("", "none"),
+        ("3,", "3"),
+        (None, "0, 1"),  # those that nvidia-smi lists
+    ],
+)
+def test_hidden_gpus_are_not_given_to_runs(tmp_path, monkeypatch, visible, available):
+    listing = "GPU 0: H200 (UUID: GPU-a)\n  MIG 1g.18gb Device 0: (UUID: MIG-b)\nGPU 1: H200 (UUID: GPU-c)"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listing}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(PlanError, match=f"3 GPUs were requested; available indices: {available}$"):
+        carry_out(write_plan(tmp_path, {"train": shell(NOTE, gpus=1)}), gpus=3)
+
+
 def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
@@ -167,8 +191,10 @@ def test_an_interrupted_or_terminated_plan_ends_its_runs(tmp_path, number, ignor
 
 
 def test_a_closed_terminal_ends_a_plan_unless_sighup_is_ignored():
+    own = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
     with exiting_on_signals(), pytest.raises(SystemExit, match="129"):
         signal.raise_signal(signal.SIGHUP)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == own  # restored after the block
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with exiting_on_signals():

@@ -74,11 +74,40 @@ def test_inputs_of_runs_that_are_done_may_be_gone(tmp_path):
     check_inputs(plan, plan.planned)
 
 
+def test_inputs_are_found_by_name_or_by_path_in_the_project_from_any_folder(tmp_path, monkeypatch):
+    """A notebook runs in the project's folder, whichever folder the plan was started in."""
+    for folder in ("elsewhere", "inputs/data", "inputs/weights", "mine/data", "runs/old", "folder"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("inputs/weights/a.safetensors", "mine/b.safetensors"):
+        (tmp_path / file).touch()
+    (tmp_path / "notebooks").symlink_to(project_root() / "notebooks")
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data, weights = ("data", "mine/data"), ("weights/a.safetensors", "mine/b.safetensors")
+    steps = {f"data_{number}": prepare(name) for number, name in enumerate(data)}
+    steps |= {f"weights_{number}": study(name, "old") for number, name in enumerate(weights)}
+    steps |= {"stored": study(prepared="runs/old"), "bare": prepare("folder"), "bare_run": study(prepared="folder")}
+    plan = read_plan(write_plan(tmp_path, steps))
+    # A name without "/" is not a folder of the project.
+    missing = missing_inputs(plan, plan.planned)
+    assert [line.partition(" 'folder'")[0] for line in missing] == ["bare: no input", "bare_run: no run"]
+
+
 def test_nested_folds_train_one_network_per_pair_of_folds(tmp_path):
     nested = {"notebook": "25_train_classifier", "parameters": {"folds": [0, 1, 2], "outer_folds": [0, 1]}}
     plan = read_plan(write_plan(tmp_path, {"nested": nested}, published_time="3 days on a V100"))
     assert count_trainings(plan.planned["nested"]) == 4  # (0; 1, 2) and (1; 0, 2)
     assert "4 trainings in 1 of 1 runs; published duration: 3 days on a V100" in describe_trainings(plan, plan.planned)
+
+
+def test_trainings_that_are_done_are_counted_apart(tmp_path):
+    several = study(prepared="elsewhere") | {"matrix": {"seed": [1, 2]}}
+    plan = read_plan(write_plan(tmp_path, {"prepare": {"command": ["true"]}, "several": several}))
+    for name in ("prepare", "several-2"):
+        plan.planned[name].folder.mkdir(parents=True)
+        plan.planned[name].done_file.write_text("{}")
+    # 5 folds in each run; `prepare` trains nothing.
+    assert describe_trainings(plan, plan.planned).startswith("10 trainings in 2 of 3 runs, 5 of them done\n")
 
 
 @pytest.mark.parametrize(

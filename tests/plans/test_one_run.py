@@ -9,7 +9,7 @@ import pytest
 
 from kitlib.atomic import write_json
 from kitlib.errors import PlanError
-from kitlib.plans.one_run import SHARED_GPUS, claim_gpus, run_planned
+from kitlib.plans.one_run import SHARED_GPUS, claim_gpus, run_planned, state_file
 from kitlib.plans.plan import RECORD, PlannedRun
 
 
@@ -134,3 +134,7 @@ def test_a_run_is_stopped_at_its_time_limit(tmp_path, minutes, stopped):
     else:
         run_planned(file, "train")
         assert (tmp_path / "train" / "done-first.json").is_file()
+    record = json.loads(state_file(file, "train").read_text())
+    assert record["state"] == ("failed" if stopped else "done") and record["started"] <= record["ended"]
+    assert (record["cell"], record["cells"]) == (0, 0)  # a command has no cells
+    assert ("time limit" in record["problem"]) if stopped else "problem" not in record
