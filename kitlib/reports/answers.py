@@ -105,4 +105,4 @@ def varied_sample(images: pd.DataFrame, labels: pd.DataFrame, count: int, seed: 
     order = np.random.default_rng(seed).permutation(len(images))
     usual, others = order[is_usual[order]], order[~is_usual[order]]
     chosen = [*others[: count - min(count // 2, len(usual))], *usual[: count - min(count - count // 2, len(others))]]
-    return images.iloc[chosen[:count]]
+    return images.iloc[chosen]

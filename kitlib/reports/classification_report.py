@@ -331,7 +331,7 @@ def failures(
 
 def _ratio(above: np.ndarray, below: np.ndarray, where_none: float = np.nan) -> np.ndarray:
     """Return `above` / `below` element by element, and `where_none` where `below` is 0."""
-    above, below = np.broadcast_arrays(np.asarray(above, dtype=float), np.asarray(below, dtype=float))
+    above, below = np.broadcast_arrays(above, below)
     return np.divide(above, below, out=np.full(above.shape, where_none), where=below > 0)
 
 

@@ -96,7 +96,7 @@ def kept_models(runs: Iterable[str | Path], models: Iterable[str]) -> list[str]:
     kept, models = [], set(models)
     for run in map(Path, runs):
         name = str(read_metrics(run).get("model", ""))
-        kept += [candidate for candidate in (f"{run.name}: {name}", name) if candidate in models][:1]
+        kept += [candidate for candidate in (f"{run.name}: {name}", name) if candidate in models]
     return list(dict.fromkeys(kept))
 
 

@@ -79,6 +79,15 @@ def settings_tried(competition):
             yield dataclasses.replace(start, **dict(zip(names, value if len(names) > 1 else [value], strict=True)))
 
 
+@pytest.mark.parametrize("name", COMPETITIONS)
+def test_every_value_that_tuning_tries_is_valid(name):
+    kind = COMPETITIONS[name].settings
+    assert len(list(settings_tried(COMPETITIONS[name]))) == 1 + sum(len(values) for _, values in kind.GRIDS.values())
+    tried = {"box_iou": kind.BOX_IOUS, "box_method": kind.BOX_METHODS, "box_confidence": kind.BOX_CONFIDENCES}
+    for field, values in tried.items():
+        assert [getattr(kind(**{field: value}), field) for value in values] == list(values)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tuning_judges_exactly_what_is_decided(name):
     competition, tables, predictions = made(name)
@@ -114,7 +123,9 @@ def test_tuning_gains_and_the_rows_are_valid_and_have_the_score(name, tmp_path):
 def test_images_that_no_model_has_predicted_keep_the_baseline(name, tmp_path):
     competition, tables, predictions = made(name)
     some = predictions.only(pd.Series(IDS[:10]))
-    some = dataclasses.replace(some, image_scores=some.image_scores[some.image_scores["image_id"].isin(IDS[:10])])
+    scores = some.image_scores[some.image_scores["image_id"].isin(IDS[:10])]
+    other = pd.DataFrame({"image_id": IDS, "model": "other", "fold": FOLD, "a class of no competition": 0.5})
+    some = dataclasses.replace(some, image_scores=pd.concat([scores, other]))
     decided = fuse(some, tables["images"], competition.settings(), competition)
     assert competition.write(tmp_path / "s.csv", IDS, decided) == IDS[10:]
     rows = (tmp_path / "s.csv").read_text().splitlines()[11:]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.competitions.contract import BoxTruth
-from kitlib.competitions.vinbigdata import CLASSES, FINDINGS, VINBIGDATA, metric, read_truth
-from kitlib.errors import ScoringError, SubmissionError
+from kitlib.competitions.vinbigdata import CLASSES, FINDINGS, VINBIGDATA, VinBigDataFusion, metric, read_truth
+from kitlib.errors import ScoringError, SettingsError, SubmissionError
 from kitlib.tables import BOX
 from tests.voc_reference import slow_average_precision
 
@@ -242,3 +242,10 @@ def test_the_baseline_on_the_real_training_labels(real_data, tmp_path):
     is_repeated = (table.class_id == "14") & table.duplicated(["image_id", "class_id"])
     table[~is_repeated].to_csv(tmp_path / "train.csv", index=False)
     assert VINBIGDATA.score_files(tmp_path, tmp_path / "baseline.csv")["score"] == pytest.approx(share / 15)
+
+
+def test_the_probability_of_no_finding_needs_a_part_with_a_weight():
+    with pytest.raises(SettingsError, match="classifier_weight or no_box_weight"):
+        VinBigDataFusion(classifier_weight=0.0, no_box_weight=0.0)
+    assert VinBigDataFusion(classifier_weight=0.0, no_box_weight=0.5).no_box_weight == 0.5
+    assert VinBigDataFusion(classifier_weight=0.5, no_box_weight=0.0).classifier_weight == 0.5

@@ -24,6 +24,7 @@ from kitlib.page.warm_models import WarmModels
 from kitlib.runs.finished_run import read_prepared
 from kitlib.tables import BOX, empty_table
 from kitlib.xrays.dicom import decode_xray
+from kitlib.xrays.drawn_boxes import finding_colours
 from kitlib.xrays.writing import write_xray
 from tests.small_page import CLASSES, CLASSIFIER, page_runs, sparse_run, write_classifiers
 from tests.small_runs import train
@@ -188,6 +189,10 @@ def test_detectors_of_other_findings_show_them_by_name_and_no_study_class(viewer
     assert re.findall(r'aria-label="([^"]+)" aria-valuemin', viewer.bars(other, image)) == ["no finding in this image"]
     svg = viewer.draw(other, image, 0.0)
     assert drawn(svg, "predicted") == (named.image_id == image.key).sum() and "</span> mass</span>" in svg
+    # A finding has the same colour in every picture, also in one that shows no other.
+    alone = replace(other, answer=replace(answer, fused=replace(answer.fused, detections=named[named.finding == "mass"])))
+    colour = finding_colours(other.findings)["mass"]
+    assert f'stroke="{colour}"' in svg and f'stroke="{colour}"' in viewer.draw(alone, image, 0.0, [BOXES])
     rows, answer_path = viewer.files(other)
     table, told = pd.read_csv(rows), json.loads(answer_path.read_text())
     assert rows.name == "boxes.csv" and list(table) == ["image_id", "finding", "score", *BOX] and len(table) == len(named)

@@ -272,6 +272,18 @@ def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, 
     assert len(loaded) == len(set(loaded)) == 3
 
 
+def test_the_answer_that_was_not_asked_for_longest_is_forgotten(systems, gallery, monkeypatch):
+    monkeypatch.setattr("kitlib.page.warm_models.CACHED_ANSWERS", 2)
+    given = [opened(gallery, place) for place in range(12)]
+    studies = list({study.study_id: study for study in given if study.fold == given[0].fold}.values())[:3]
+    warm, system = WarmModels(), systems["yolo"]
+    first, second = (warm.answer(system, study) for study in studies[:2])
+    assert warm.answer(system, studies[0]) is first
+    third = warm.answer(system, studies[2])
+    assert warm.answer(system, studies[0]) is first and warm.answer(system, studies[2]) is third
+    assert warm.answer(system, studies[1]) is not second
+
+
 def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
     study = opened(gallery, 0)
     pixels = study.read(study.images[0], COPY).pixels

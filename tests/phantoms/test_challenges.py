@@ -90,6 +90,9 @@ def test_no_patient_is_in_both_sets_and_every_class_has_images(challenge):
     assert (labels[labels > 0] >= 2).all() and len(labels[labels > 0]) >= {"vinbigdata": 6}.get(competition.name, 1)
     if competition.name == "ranzcr-clip":
         assert (labels > 0).all()
+        # A tube or line has at most one position.
+        devices = data.labels.set_index("id").T.groupby(lambda label: label.split()[0]).sum()
+        assert set(devices.index) == {"ETT", "NGT", "CVC", "Swan"} and devices.isin([0, 1]).all(axis=None)
         assert not set(pd.read_csv(truth / "train.csv", dtype=str).PatientID) & set(data.images.patient_id)
     is_loss = data.faults.problem.str.contains("left out") & ~data.faults["row"].str.startswith("ID_")  # of the test set
     assert len(data.faults) <= 1 and not is_loss.any()

@@ -89,17 +89,25 @@ def test_unknown_labels_are_ignored():
     assert figures.accuracy.iloc[1] == pytest.approx(right[whole].mean())
 
 
+def of_one_class(truth, probabilities):
+    ids = [f"i{number}" for number in range(len(truth))]
+    scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": probabilities})
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
+    return answers(scores, images, pd.DataFrame({"id": ids, "Mass": np.array(truth, dtype=float)}))
+
+
 @settings(max_examples=30, deadline=None)
 @given(truth=st.lists(st.booleans(), min_size=2, max_size=12).filter(any), seed=st.integers(0, 99))
 def test_no_threshold_has_a_better_f1(truth, seed):
     probabilities = np.random.default_rng(seed).integers(0, 5, len(truth)) / 4
-    ids = [f"i{number}" for number in range(len(truth))]
-    scores = pd.DataFrame({"image_id": ids, "model": "m", "fold": 0, "Mass": probabilities})
-    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
-    given_answers = answers(scores, images, pd.DataFrame({"id": ids, "Mass": np.array(truth, dtype=float)}))
-    chosen = best_thresholds(given_answers)[0]
+    chosen = best_thresholds(of_one_class(truth, probabilities))[0]
     every = [f1_score(truth, probabilities >= threshold) for threshold in (0, 0.25, 0.5, 0.75, 1)]
     assert f1_score(truth, probabilities >= chosen) == pytest.approx(max(every))
+
+
+def test_a_rare_class_that_is_hard_to_find_gets_the_threshold_with_the_best_f1():
+    # At 0.9, one of two calls is right, of four positives: F1 2 / (2 + 4). At 0.1, four of 27: F1 8 / (27 + 4).
+    assert best_thresholds(of_one_class([1, 0, 1, 1, 1] + [0] * 22, [0.9] * 2 + [0.1] * 25)).tolist() == [0.9]
 
 
 @pytest.mark.parametrize("folds", [1, 2, 3])

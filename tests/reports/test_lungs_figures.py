@@ -101,6 +101,8 @@ def test_the_clean_up_is_shown_from_the_image_to_the_masked_image(tmp_path):
     small = SmallXrays(8)
     stored, ids = stored_lungs(tmp_path, small), small.image_ids[:2]
     figure = clean_up_figure(small, stored, ids)
+    names = [axis.get_ylabel() for axis in figure.axes[::2]]
+    assert names[0] == "image" and names[3] == "masked image" and len(set(filter(None, names))) == 4
     for column, image_id in enumerate(ids):
         image, drawn, cleaned, masked = (figure.axes[2 * row + column].images[0].get_array() for row in range(4))
         xray = small.read(image_id)
