@@ -199,8 +199,8 @@ def _on_published_side(corners: np.ndarray, images: pd.DataFrame) -> np.ndarray:
 def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataFrame:
     """Return a table of the boxes to submit: image_id, finding, score, xmin, ymin, xmax and ymax in published pixels.
 
-    The column image_id is categorical. Its categories are the ids of all images that a detector has predicted, with or
-    without a box. `fill` gives all other images the baseline's row.
+    The column image_id is categorical. Its categories are the ids of all images on which a detector was run, also
+    those without a box. For all other images, `fill` writes the baseline's row.
     """
     row, score = merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     if settings.gate_power:

@@ -101,7 +101,7 @@ def combine(merged: MergedPredictions, settings: SiimFusion) -> tuple[pd.DataFra
     """Return the tables `studies` and `nones` of Fused, and the adjusted scores of the merged boxes, an array (boxes,).
 
     The probability `none` of an image has four estimates (NONE_PARTS, see SiimFusion), some of which may be NaN. `none` is
-    the weighted mean of the other estimates or, if these all have weight 0, the first one that is not NaN.
+    the weighted mean of those that are not NaN or, if all their weights are 0, the first of them.
     """
     images, box_image, score = merged.images, merged.boxes["row"].to_numpy(), merged.boxes["score"].to_numpy()
     study_ids = pd.Index(images["study_id"].unique())

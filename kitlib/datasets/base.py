@@ -61,12 +61,12 @@ class Dataset:
         boxes: pd.DataFrame | None = None,
         masks: pd.DataFrame | None = None,
     ) -> "Dataset":
-        """Return a Dataset of the given tables and of the faults of `source`; `boxes` defaults to an empty table.
+        """Return a Dataset with the given tables and the faults of `source`; `boxes` defaults to an empty table.
 
-        Checks `images` and `labels`, and compares them with the `published` counts. Adds a fault that counts the image files
-        in no table (see DataFolder.count_unread), and a fault for each study whose images have different patient ids. Raises
-        DatasetError if there is no image, or if the comparison shows that the folder has another layout than expected;
-        TableError if a table is invalid (see kitlib.tables).
+        Checks `images` and `labels`, and compares them with the `published` counts. Adds a fault with the number of image
+        files that no table lists (see DataFolder.count_unread), and a fault for each study whose images have different
+        patient ids. Raises DatasetError if there is no image, or if the comparison shows that the folder has another layout
+        than expected; TableError if a table is invalid (see kitlib.tables).
         """
         faults = source.faults
         source.mark_read(images.path)

@@ -173,9 +173,9 @@ def _read_boxes(source: DataFolder, spec: Columns, boxes_table: str, names: Imag
 
 
 def _read_found(source: DataFolder, names: ImageNames) -> pd.DataFrame:
-    """Return one row per image file, for a data set without a table; one fault counts the folder's tables as not read.
+    """Return one row per image file, for a data set whose labels are not in a table.
 
-    Raises DatasetError if there is no image file.
+    If the folder has table files, a fault of `source` says that they are not read. Raises DatasetError if there is no image.
     """
     tables = [source.name(path) for path in source.paths if path.suffix.lower() in (*TABLES, *WORKBOOKS)]
     source.faults.add_summary("the folder", tables, "are not read, because the parameter table is empty", "other files")

@@ -59,7 +59,7 @@ class Model:
 
     @property
     def may_be_fused(self) -> bool:
-        """Whether the submission may use the model's predictions: not if it was dropped or is still in its first turn."""
+        """Whether the submission may use this model: it was not dropped, and its first turn has ended."""
         return not self.dropped and (not self.running or self.turns > 1)
 
     def coverage(self) -> pd.DataFrame:

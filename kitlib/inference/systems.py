@@ -240,8 +240,7 @@ def _build_classifiers(
 def _segmenter_of(name: str, models: Sequence[AnsweringModel], segmenters: Mapping[str, Path]) -> Path | None:
     digests = {model.segmenter for model in models if model.wants_masks}
     if len(digests) > 1:
-        advice = "give models that use the same one"
-        raise RunError(f"{name}: the models need masks from {len(digests)} lung segmenters; {advice}")
+        raise RunError(f"{name}: the models need {len(digests)} lung segmenters, but only one can be used; leave out models")
     return segmenters.get(next(iter(digests))) if digests else next(iter(segmenters.values()), None)
 
 

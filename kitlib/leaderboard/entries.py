@@ -64,10 +64,11 @@ class Entry:
 
 
 def read_entries(runs: Iterable[ListedRun], folds: Iterable[int] = ()) -> list[Entry]:
-    """Return the leaderboard entries of listed runs, with predictions for images in `folds` (if empty, for all images).
+    """Return the leaderboard entries of listed runs.
 
-    Runs in one folder that hold different folds of the same model become one entry. A run of notebook 65 becomes one entry
-    per ensemble; the models that an ensemble combines (learners) get entries from their own runs.
+    An entry has the predictions for the images in `folds`, or for all images if `folds` is empty. Runs in one folder that
+    hold different folds of the same model become one entry. A run of notebook 65 becomes one entry per ensemble; the models
+    that an ensemble combines (learners) get entries from their own runs.
     """
     runs, scored_folds = list(runs), frozenset(folds)
     prepared = PreparedRuns(runs)

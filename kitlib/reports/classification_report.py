@@ -290,9 +290,10 @@ def at_prevalence(predictions: Judged, prevalences: Iterable[float]) -> pd.DataF
 def source_table(predictions: Judged) -> pd.DataFrame:
     """Return metrics with one row per source and class, first for all sources pooled, then for each source alone.
 
-    The columns are `source`, `class`, `support` (number of images of the class), `of` (number of images from the source) and
-    the metrics of `class_table`. Classes without images are omitted. Within one source, a model gains nothing from
-    recognising the source. If a source has a single class, specificity and the areas under curves are NaN.
+    The rows of single sources show how good a model is where recognising an image's source is of no use. The columns are
+    `source`, `class`, `support` (number of images of the class), `of` (number of images from the source) and the metrics of
+    `class_table`. Classes without images are omitted. If a source has a single class, specificity and the areas under curves
+    are NaN.
     """
     sources = predictions.source
     parts = {"pooled": predictions} | {str(name): predictions.rows(sources == name) for name in sorted(set(sources))}

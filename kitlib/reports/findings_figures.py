@@ -34,7 +34,10 @@ def auc_figure(intervals: pd.DataFrame) -> Figure:
 def findings_images(
     cache: XrayCache, scores: pd.DataFrame, images: pd.DataFrame, labels: pd.DataFrame, per_row: int = 4
 ) -> Figure:
-    """Draw the images in the `class_scores` table `scores`, with true classes above and the most probable classes below."""
+    """Draw the images listed in `scores`, with the true classes above each and its most probable classes below.
+
+    `scores` is a `class_scores` table, see kitlib.tables.
+    """
     figure, axes = image_grid(len(scores), per_row, 3.2, 4)
     classes = class_columns(scores, "class_scores")
     truth = labels.set_index("id").loc[images.set_index("image_id").study_id.reindex(scores.image_id), classes]

@@ -179,9 +179,9 @@ class XrayDataset(Examples):
 
 
 class FrameCache:
-    """In-memory cache of lung frames in original pixels, shared by forked workers.
+    """In-memory cache of the rectangles around the lungs (frames, in original pixels), shared by forked workers.
 
-    `status` (n,) has one value per image: FOUND if a frame is stored, MISSED if the image has no usable lungs, 0 if unknown.
+    `status` (n,) has one value per image: FOUND if a frame is stored, MISSED if no usable lungs were found, 0 if unknown.
     """
 
     FOUND, MISSED = 1, 2
