@@ -283,13 +283,32 @@ def test_the_command_writes_what_it_prints_and_fails_only_if_nothing_is_predicte
     result = CliRunner().invoke(app, ["predict", *files[1:], "--runs", str(runs / "faster_rcnn"), "--out", str(out)])
     assert result.exit_code == 1 and "0 of 2 files predicted by faster_rcnn; 2 failed" in result.stdout
     assert pd.read_csv(out).error.notna().all()
-    result = CliRunner().invoke(app, ["predict", files[0], "--runs", str(runs / "faster_rcnn"), "--out", str(out)])
-    assert result.exit_code == 0 and result.stdout.endswith("1 of 1 files predicted by faster_rcnn\n")
     result = CliRunner().invoke(
         app, ["predict", files[0], "--runs", str(runs / "prepare"), "--out", str(tmp_path / "no.csv")]
     )
     assert result.exit_code == 1 and "'prepared', which predicts nothing" in result.stderr
     assert not (tmp_path / "no.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("errors", "ending"),
+    [
+        ((["", ""], [""]), "3 of 3 files predicted by faster_rcnn\n"),
+        ((["", ""], ["no image"]), "2 of 3 files predicted by faster_rcnn; 1 failed, the first: part1-0: no image\n"),
+        ((["first", ""], ["second"]), "1 of 3 files predicted by faster_rcnn; 2 failed, the first: part0-0: first\n"),
+    ],
+)
+def test_the_command_joins_the_parts_and_names_the_first_failure(folder, pngs, tmp_path, monkeypatch, errors, ending):
+    parts = [
+        pd.DataFrame({"file": [f"part{number}-{row}" for row in range(len(each))], "error": each})
+        for number, each in enumerate(errors)
+    ]
+    monkeypatch.setattr("kitlib.inference.predict_files.predict_parts", lambda *_, **__: iter(parts))
+    options = ["--runs", str(folder / "runs" / "faster_rcnn"), "--out", str(tmp_path / "p.csv")]
+    result = CliRunner().invoke(app, ["predict", str(pngs[0]), *options])
+    assert result.exit_code == 0 and result.stdout.endswith(ending)
+    written = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(written, pd.concat(parts, ignore_index=True))
 
 
 def test_a_damaged_model_is_a_warning_and_without_any_model_an_error(folder, pngs, tmp_path):
