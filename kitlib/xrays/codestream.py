@@ -163,7 +163,9 @@ def _check_blocks(frame: bytes, position: int, rows: int, columns: int) -> None:
         largest = _read_bytes(frame, position + 14, levels + 1)[-1]
         width, height = min(width, largest & 15), min(height, largest >> 4)
     if rows * columns >> (width + height) > MAX_BLOCKS:
-        raise ValueError(f"JPEG 2000 of {rows} x {columns} pixels has more than {MAX_BLOCKS} blocks")
+        raise ValueError(
+            f"JPEG 2000 of {rows} x {columns} pixels has blocks of {2**width} x {2**height}, more than {MAX_BLOCKS} of them"
+        )
 
 
 def _read_bytes(frame: bytes, position: int, length: int) -> bytes:

@@ -359,7 +359,7 @@ def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
         tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
         tmp_path / "untrained": (RunError, "no trained classifiers .* in: .*untrained$"),
         tmp_path / "half": (RunError, "no trained classifiers .* in: [^,]*untrained$"),
-        tmp_path / "unfinished": (RunError, "not finished"),
+        tmp_path / "unfinished": (RunError, "unfinished/metrics.json is missing"),
         tmp_path / "both": (RunError, "combines the run first, which was not found"),
     }
     for name, (error, message) in refused.items():

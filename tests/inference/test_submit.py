@@ -181,7 +181,7 @@ def test_predictions_that_decide_no_row_are_an_error_too(competition, weights, t
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS, none_answered)
     run.predict(str(weights), tmp_path / "scratch")
     run.finish()
-    with pytest.raises(SubmissionError, match="no row uses the predictions of small-fold0, small-fold1; the ledger"):
+    with pytest.raises(SubmissionError, match=r"no row uses the predictions of small-fold0, small-fold1\. The ledger"):
         run.check(allow_placeholders=False)
     run.check(allow_placeholders=True)
     assert [bundle["predicted"] for bundle in run.usage()] == [0, 0]  # a rehearsal, which runs as on Kaggle, fails by this

@@ -330,7 +330,7 @@ def test_an_ensemble_requires_exactly_its_learners(tmp_path, wheel):
             {"runs": runs, "ensemble": str(tmp_path / "images")},
             r"images/ensemble predicts negative, .* give an ensemble of study",
         ),
-        ({"runs": runs, "ensemble": str(tmp_path / "lines")}, "lines/ensemble predicts ett, cvc for each study_id; give"),
+        ({"runs": runs, "ensemble": str(tmp_path / "lines")}, "lines/ensemble predicts ett, cvc for each study; give"),
         ({"runs": runs[2:], "ensemble": stack}, "combines one, two, but `runs` has the study models none; change"),
         (
             {"runs": runs, "ensemble": str(tmp_path / "gone")},

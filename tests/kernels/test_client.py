@@ -40,7 +40,7 @@ def test_a_key_without_a_user_name_is_no_token(tmp_path):
 def test_the_owner_must_be_the_user_in_lower_case(client):
     client.check_owner("dataset", "somebody/data-set")
     for name in ("else/somebody", "some/body", "Somebody/data-set"):
-        with pytest.raises(KernelError, match=f"the dataset is {name}, but the token belongs to Somebody"):
+        with pytest.raises(KernelError, match=f"the dataset is {name!r}, but the token belongs to 'Somebody'"):
             client.check_owner("dataset", name)
 
 

@@ -231,7 +231,7 @@ def test_an_unknown_choice_page_or_image_is_refused(tmp_path, copies):
     for image_id in ("", "image016"):
         with pytest.raises(ValueError, match=f"image '{image_id}' does not exist in"):
             gallery.open(image_id)
-    with pytest.raises(RunError, match="not finished"):
+    with pytest.raises(RunError, match=r"metrics\.json is missing"):
         Gallery(tmp_path / "nothing", copies)
 
 

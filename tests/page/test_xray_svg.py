@@ -188,7 +188,7 @@ def test_an_empty_truth_is_described_but_not_in_the_legend():
     ],
 )
 def test_layers_of_another_type_or_range_are_refused(told):
-    with pytest.raises(ValueError, match=r"expected (a bool mask|heat)"):
+    with pytest.raises(ValueError, match=r"expected a (bool mask|heat map)"):
         drawn(**told)
 
 

@@ -187,7 +187,10 @@ def test_an_error_names_the_invalid_entry(tmp_path, image, box, message):
         ("{}", "categories: the list is missing"),
         ('{"categories": [], "images": [{"id": 1}], "annotations": []}', "images, entry 0: .* 'width', 'height'"),
         ('{"categories": [], "images": [], "annotations": []}', "images: the list is empty"),
-        ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "categories, entry 1: id 1 is repeated"),
+        (
+            '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            "categories, entry 1: an earlier entry also has the id 1",
+        ),
     ],
 )
 def test_an_invalid_coco_file_is_refused(tmp_path, content, message):

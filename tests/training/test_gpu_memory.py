@@ -90,7 +90,7 @@ def test_a_training_without_enough_memory_names_the_fields_to_change(tmp_path, m
     small = override(RECIPES[name], image_size=64, batch_size=6, nominal_batch=12)
     message = (
         rf"out of memory with batch_size 6 and nominal_batch 12 at image_size 64 \({str(error).splitlines()[0]}\)\. "
-        r'Set overrides \{"batch_size": 3, "nominal_batch": 12\}, .* a step still has 12 images'
+        r'Set overrides \{"batch_size": 3, "nominal_batch": 12\}: .* a step still has 12 images'
     )
     with pytest.raises(TrainingError, match=message):
         train_small(tmp_path, SmallXrays(16), small)
