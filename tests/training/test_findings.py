@@ -176,6 +176,18 @@ def test_a_learner_of_exclusive_classes_learns_and_predicts_its_training_images_
     )
 
 
+def test_the_validation_loss_has_neither_smoothing_nor_penalty(tmp_path):
+    """It is the cross-entropy of the predictions that the run writes; with smoothing by 0.4 it would not be."""
+    small = SmallFindings()
+    run = train(tmp_path, small, override(RECIPE, epochs=1, label_smoothing=0.4, l1=0.01))
+    scores = run.tables["class_scores"]
+    study_of = small.images.set_index("image_id").study_id
+    truth = small.labels.set_index("id").loc[study_of[scores.image_id], FINDINGS].to_numpy()
+    predicted = scores[FINDINGS].to_numpy()
+    losses = -(truth * np.log(predicted) + (1 - truth) * np.log(1 - predicted))
+    assert run.history.validation_loss.item() == pytest.approx(losses.mean(), rel=1e-3)
+
+
 def test_a_class_without_images_is_reported_and_left_out_of_the_score(tmp_path):
     small = SmallFindings(32)
     small.labels["Edema"] = 0.0  # no image has it
