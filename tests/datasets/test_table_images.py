@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,22 +12,15 @@ from kitlib.datasets.table_images import LONGEST_ID, make_image_ids
 from kitlib.datasets.table_reader import read_own
 from kitlib.errors import DatasetError
 from kitlib.xrays.writing import write_xray
+from tests.small_own_images import COLUMNS, ROWS, six_images, write_image
 
-ROWS, COLUMNS = 40, 50
 NAMED = {"file": "Image", "label": "Class"}
-
-
-def write_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full((ROWS, COLUMNS), 90, np.uint8))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six images, x0 to x5, in a folder `images` of the data set `mine`."""
-    for number in range(6):
-        write_image(tmp_path / "mine" / "images" / f"x{number}.png")
-    return tmp_path / "mine"
+    """The data set `mine`: six images, x0 to x5, in its folder `images`."""
+    return six_images(tmp_path / "mine")
 
 
 def read(folder, text):

@@ -2,27 +2,17 @@
 
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
 from kitlib.datasets.data_folder import DataFolder
 from kitlib.datasets.table_reader import read_own
-
-ROWS, COLUMNS = 40, 50
-
-
-def write_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full((ROWS, COLUMNS), 90, np.uint8))
+from tests.small_own_images import six_images, write_image
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six images, x0 to x5, in a folder `images` of the data set `mine`."""
-    for number in range(6):
-        write_image(tmp_path / "mine" / "images" / f"x{number}.png")
-    return tmp_path / "mine"
+    """The data set `mine`: six images, x0 to x5, in its folder `images`."""
+    return six_images(tmp_path / "mine")
 
 
 def test_masks_may_lie_beside_with_names_of_their_own(folder, tmp_path):

@@ -5,7 +5,6 @@ import os
 import shutil
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,24 +17,17 @@ from kitlib.datasets.registry import compare_with_published, read_dataset
 from kitlib.datasets.table_reader import read_own
 from kitlib.errors import DatasetError, KitError, SettingsError
 from kitlib.phantoms.diagnoses import write_diagnoses
+from tests.small_own_images import COLUMNS, six_images, write_image
 
-ROWS, COLUMNS = 40, 50
 NAMED = {"file": "Image", "label": "Class"}
 BOXES = "Image,x,y,w,h,what\nx0,1,2,10,10,Mass\nx0,20,20,10,10,Nodule\nx1,,,,,\n"
 BOX_COLUMNS = {"file": "Image", "xmin": "x", "ymin": "y", "width": "w", "height": "h", "finding": "what"}
 
 
-def write_image(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), np.full((ROWS, COLUMNS), 90, np.uint8))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    """Six images, x0 to x5, in a folder `images` of the data set `mine`."""
-    for number in range(6):
-        write_image(tmp_path / "mine" / "images" / f"x{number}.png")
-    return tmp_path / "mine"
+    """The data set `mine`: six images, x0 to x5, in its folder `images`."""
+    return six_images(tmp_path / "mine")
 
 
 def read(folder, text="", columns=NAMED, **parameters):
