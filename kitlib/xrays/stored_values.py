@@ -276,8 +276,9 @@ def _read_padding(elements: Elements, allocated: int, signed: bool, warnings: li
         if value is None:
             return None
         numbers = sorted((value, value if limit is None else limit))
-        if not (np.isfinite(numbers).all() and -(2 ** (allocated - 1)) <= numbers[0] and numbers[1] < 2**allocated):
-            raise InvalidElement(f"PixelPaddingValue is {value}, which {allocated} bits cannot hold")
+        for name, number in (("PixelPaddingValue", value), ("PixelPaddingRangeLimit", limit)):
+            if number is not None and not -(2 ** (allocated - 1)) <= number < 2**allocated:  # also refuses NaN
+                raise InvalidElement(f"{name} is {number}, which {allocated} bits cannot hold")
     except InvalidElement as error:
         warnings.append(f"{error}; it is ignored")
         return None

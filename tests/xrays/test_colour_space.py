@@ -12,6 +12,7 @@ from pydicom.uid import (
 )
 
 from kitlib.xrays.codestream import jpeg_segments
+from kitlib.xrays.colour_space import NO_TRANSFORM, without_transform
 from kitlib.xrays.dicom import decode_xray
 from kitlib.xrays.writing import write_xray
 from tests.small_frames import replace_pixels
@@ -27,6 +28,12 @@ JFIF = b"\xff\xe0\x00\x10JFIF\0\1\1\0\0\1\0\1\0\0"
 ADOBE = {name: b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0" + bytes([number]) for name, number in (("RGB", 0), ("YCC", 1))}
 COMMENT = b"\xff\xfe\x00\x04hi"
 SHORT = b"\xff\xee\x00\x0cAdobe\0\0\0\0\0"  # ends before its transform; pydicom's SC_rgb_jpeg.dcm has it
+
+
+def test_only_the_segments_that_ask_for_a_transform_are_replaced():
+    start, scan = b"\xff\xd8", b"\xff\xda\x00\x02pixels\xff\xd9"
+    frame = b"".join([start, JFIF, COMMENT, ADOBE["YCC"], COMMENT, scan])
+    assert without_transform(frame) == b"".join([start, NO_TRANSFORM, COMMENT, COMMENT, scan])
 
 
 def stretched(values):

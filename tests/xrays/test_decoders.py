@@ -128,6 +128,14 @@ def test_codestream_headers(tmp_path):
         assert read_frame_header(padded, syntax) == header
 
 
+@pytest.mark.parametrize("kind", [0xC4, 0xC8, 0xCC])
+def test_tables_between_frame_headers_are_no_frame_header(tmp_path, kind):
+    """0xC4, 0xC8 and 0xCC are tables and an extension (ITU-T T.81, table B.1)."""
+    frame = get_frame(dcmread(written(tmp_path, JPEGLosslessSV1)).PixelData, 0, number_of_frames=1)
+    with_table = frame[:2] + bytes([0xFF, kind, 0, 4, 0, 0]) + frame[2:]
+    assert read_frame_header(with_table, JPEGLosslessSV1) == read_frame_header(frame, JPEGLosslessSV1)
+
+
 def test_progressive_frames_and_tiny_blocks_are_refused(tmp_path):
     frame = bytearray(get_frame(dcmread(written(tmp_path, JPEGLosslessSV1)).PixelData, 0, number_of_frames=1))
     frame[frame.index(b"\xff\xc3") + 1] = 0xC2

@@ -420,6 +420,12 @@ def test_the_header_of_a_file_that_is_not_dicom_is_refused(tmp_path):
     assert read_header(path) == read_header(tmp_path / "whole.dcm")
 
 
+def test_an_unsupported_transfer_syntax_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot write transfer syntax '1\.2\.840\.10008\.1\.2\.4\.51'; valid: "):
+        write_xray(tmp_path / "x.dcm", np.zeros((4, 4), np.uint8), transfer_syntax="1.2.840.10008.1.2.4.51")
+    assert not list(tmp_path.iterdir())
+
+
 def test_damaged_files_have_one_error_class(tmp_path):
     """Changed, zeroed or removed bytes give an image or UnreadableXray; a crash or a hang would end the whole run."""
     chance = random.Random(0)

@@ -255,14 +255,25 @@ def test_a_high_bit_that_the_values_contradict_is_ignored(tmp_path, signed):
     assert xray.warnings == ("HighBit is 15, but the values occupy the low 12 bits; HighBit is ignored",)
 
 
-@pytest.mark.parametrize("value", [65535, 32768])
-def test_a_padding_value_that_the_pixels_cannot_hold_is_ignored(tmp_path, value):
+@pytest.mark.parametrize(
+    ("value", "limit", "wrong"),
+    [
+        (65535, None, "PixelPaddingValue is 65535"),
+        (256, None, "PixelPaddingValue is 256"),
+        (-129, None, "PixelPaddingValue is -129"),
+        (0, 300, "PixelPaddingRangeLimit is 300"),
+        (-128, None, ""),  # signed or unsigned is unknown
+        (255, None, ""),
+    ],
+)
+def test_a_padding_value_that_the_pixels_cannot_hold_is_ignored(tmp_path, value, limit, wrong):
     stored = np.arange(256, dtype=np.uint8).reshape(16, 16)
     path = write(tmp_path / "x.dcm", stored, bits=8)
-    add_padding(path, value)
+    add_padding(path, value, limit, vr="SS" if value < 0 else "US")
     xray = decode_xray(path)
-    np.testing.assert_array_equal(xray.pixels, stored)
-    assert xray.warnings == (f"PixelPaddingValue is {value}, which 8 bits cannot hold; it is ignored",)
+    assert xray.warnings == ((f"{wrong}, which 8 bits cannot hold; it is ignored",) if wrong else ())
+    if wrong:
+        np.testing.assert_array_equal(xray.pixels, stored)
 
 
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, *COMPRESSED])
