@@ -30,7 +30,10 @@ def read(folder, text):
 
 @pytest.mark.parametrize(
     "cell",
-    ["x0.png", "x0", "X0.PNG", "x0.dcm", "images/x0.png", "C:\\data\\mine\\images\\x0.png", "/home/me/mine/images/x0"],
+    [
+        *("x0.png", "x0", "X0.PNG", "x0.dcm", "images/x0.png", "C:\\data\\mine\\images\\x0.png", "/home/me/mine/images/x0"),
+        *("./x0.png", "images//x0.png", "./images/./x0.png"),
+    ],
 )
 def test_a_cell_names_its_file_in_many_ways(folder, cell):
     data = read(folder, f"Image,Class\n{cell},A\nx1,B\n")
