@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,8 @@ from kitlib.paths import find_input, runs_root
 shutil.copy(find_input(competition) / "sample_submission.csv", runs_root() / "submission.csv")
 write_json(runs_root() / "usage.json", {USAGE})
 """
+# A name that no file of this machine has: it would be taken for the kernel's.
+NEW_NAME = f"new-{uuid.uuid4().hex}"
 # Tries each of `attempts` in the kernel and writes the results as JSON into the output folder.
 PROBE = """
 import importlib, json, os, socket, sys
@@ -63,7 +66,7 @@ attempts = {
     "write_input": lambda: (find_input(competition) / "new").write_text("x"),
     "write_machine": lambda: Path("/usr/new").write_text("x"),
     "write_image": lambda: Path(importlib.import_module("yaml").__file__).with_name("new").write_text("x"),
-    "write_temporary": lambda: Path("/tmp/new").write_text("x"),
+    "write_temporary": lambda: Path("/tmp", NEW_NAME).write_text("x"),
     "missing_wheel": lambda: importlib.import_module("ultralytics"),
     "attached_wheel": lambda: importlib.import_module("kit_extra").ANSWER,
     "library": lambda: importlib.import_module("kitlib").__file__,
@@ -109,7 +112,7 @@ def built(folder, wheel, *cells, make=make_submission, **keys):
 def rehearsed(tmp_path_factory, competition, wheel):
     """Build and rehearse a kernel that runs PROBE, by the command line, with disturbing settings: result and folder."""
     folder = tmp_path_factory.mktemp("rehearsed")
-    submission = make_submission(folder, f"PROJECT = {str(PROJECT)!r}\n{PROBE}", WRITE)
+    submission = make_submission(folder, f"PROJECT = {str(PROJECT)!r}\nNEW_NAME = {NEW_NAME!r}\n{PROBE}", WRITE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command_line, "kaggle_wheels", lambda _: [wheel])
         for name in ("PIP_INDEX_URL", "HF_TOKEN", "PYTHONSTARTUP"):
@@ -206,7 +209,7 @@ def test_the_project_and_the_temporary_files_of_this_machine_are_hidden(seen):
     assert seen["project"] in ("[]", "FileNotFoundError")
     assert f"'{PROJECT.name}'" not in seen["temporary"]  # quoted, because "kit" is part of other names in the list
     assert seen["write_temporary"] == "1"
-    assert not Path("/tmp/new").exists()
+    assert not Path("/tmp", NEW_NAME).exists()
 
 
 def test_without_namespaces_the_kernel_runs_unisolated_with_a_warning(tmp_path, competition, wheel, monkeypatch, caplog):
