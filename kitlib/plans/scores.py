@@ -24,7 +24,10 @@ def describe_scores(plan: Plan) -> Table:
     states = plan.states()
     for name, run in plan.planned.items():
         if states[name] == "done" and run.result.name == "metrics.json" and run.result.is_file():
-            metrics = json.loads(run.result.read_text(encoding="utf-8"))
+            try:
+                metrics = json.loads(run.result.read_text(encoding="utf-8"))
+            except ValueError:  # a command may write anything
+                continue
             for path, label in SCORES.items():
                 score = _look_up(metrics, path)
                 if isinstance(score, int | float) and math.isfinite(score):

@@ -12,6 +12,8 @@ from kitlib.plans.plan import read_plan
 from kitlib.plans.scores import describe_scores
 from tests.plans.test_engine import shell, write_plan
 
+TEXT = 'echo done > "{run}/metrics.json"'
+
 
 def write(metrics):
     return shell(f"echo '{json.dumps(metrics)}' > \"{{run}}/metrics.json\"")
@@ -28,10 +30,11 @@ def without_snakemake(monkeypatch):
 
 
 def test_after_the_last_run_the_scores_of_each_step_are_listed(tmp_path, without_snakemake):
-    """The mean of 0.5 and 0.75 is 0.625; a step without a score, and a score that is null, have no row."""
+    """The mean of 0.5 and 0.75 is 0.625; a step without a score, and a score that is null or no JSON, have no row."""
     train = shell('echo \'{ "score": 0.{digits} }\' > "{run}/metrics.json"', matrix={"digits": [50, 75]})
     report = write({"out_of_fold": {"score": 0.6, "ap": 0.1}, "submission": {"score": None}, "other": {"score": 1}})
-    path = write_plan(tmp_path, {"train": train, "prepare": write({"images": 3}), "report": report, "list": write([1])})
+    others = {"prepare": write({"images": 3}), "list": write([1]), "text": shell(TEXT)}
+    path = write_plan(tmp_path, {"train": train, "report": report, **others})
     (tmp_path / "runs").mkdir()
     assert describe_scores(read_plan(path)).row_count == 0
     result = CliRunner().invoke(app, ["run", str(path)])
