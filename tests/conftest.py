@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,16 +68,27 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def _warm_kernels():
-    from tests.warm_kernels import warm_kernels
+def _warm_server():
+    from tests.warm_processes import warm_server
 
-    with warm_kernels() as path:
-        yield path
+    with warm_server() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def quick_kernels(_warm_kernels):
-    """Run notebooks in copies of a process that has already loaded torch, each in its own process."""
+def quick_processes(_warm_server):
+    """Run notebooks and spawned processes in copies of a process that has already loaded torch, each in its own process."""
+    from tests.warm_processes import spawn
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTER_PATH", _warm_kernels)
+        patch.setenv("JUPYTER_PATH", str(Path(_warm_server).parent))
+        patch.setattr("multiprocessing.util.spawnv_passfds", partial(spawn, _warm_server))
         yield
+
+
+@pytest.fixture
+def real_processes(monkeypatch):
+    """Spawn processes as outside tests, in a test of a file that uses `quick_processes`."""
+    from tests.warm_processes import spawn_a_new_process
+
+    monkeypatch.setattr("multiprocessing.util.spawnv_passfds", spawn_a_new_process)

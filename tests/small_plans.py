@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 from kitlib.__main__ import app
 from kitlib.parameters import check_parameters
 from kitlib.plans.plan import PlannedRun
-from tests.warm_kernels import run_script
+from tests.warm_processes import run_script
 
 
 def carry_out(run: PlannedRun, **changes: Any) -> None:
-    """Carry out one run, which must write its result; requires the fixture `quick_kernels`.
+    """Carry out one run, which must write its result; requires the fixture `quick_processes`.
 
     `changes` replaces parameters of its notebook, or leaves them at their default if the value is None. Papermill and
     Jupyter, which other tests use, would take as long as the smallest notebooks.

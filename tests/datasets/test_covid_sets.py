@@ -18,6 +18,8 @@ from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.image_file import decode_image
 from kitlib.xrays.writing import write_xray
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 
 def save(path, side=16):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,8 @@ from kitlib.xrays.run_lengths import draw_runs
 from tests.small_bundles import edit_record
 from tests.small_page import CLASSES, CLASSIFIER, page_runs, sparse_run, write_classifiers
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -375,7 +377,7 @@ def test_of_several_runs_the_fusion_predicts_or_else_the_ensemble_the_only_model
         assert find_system(tmp_path).name.partition(":")[0] == name
 
 
-def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, monkeypatch, quick_kernels):
+def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, monkeypatch):
     """It reads and draws an X-ray, predicts, trains a classifier on own images (notebooks 10 and 25), and scores."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kitlib.plans.train_classifier.run_path", lambda name: tmp_path / "runs" / name)

@@ -1,6 +1,7 @@
 """Submissions when things go wrong: slow models, broken models, broken files, no time, other test sets."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
 from pydicom import dcmread
@@ -48,6 +48,7 @@ from kitlib.xrays.dicom import decode_xray
 from tests.small_bundles import edit_record
 from tests.small_xrays import wait_for_a_minute
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 DAMAGED = 2
 SETTINGS = SubmitSettings(time_limit_s=600, longest_side=64, workers=1, batch_size=4)
 RECIPE = StudyRecipe(backbone="test_resnet", image_size=32, hidden=8)
@@ -758,8 +759,7 @@ def fail_in(bundle, connection, *arguments):
 
 def count_processes() -> int:
     """Return how many processes this one has started with multiprocessing that still run."""
-    children = psutil.Process().children(recursive=True)
-    return sum("spawn_main" in " ".join(child.cmdline()) for child in children)
+    return len(multiprocessing.active_children())
 
 
 @pytest.fixture

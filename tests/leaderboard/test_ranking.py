@@ -284,7 +284,7 @@ def test_the_figure_has_one_panel_per_ranking():
     assert rankings_figure(table.head(0)).axes
 
 
-def test_the_notebook_lists_and_compares(tmp_path, quick_kernels):
+def test_the_notebook_lists_and_compares(tmp_path, quick_processes):
     runs = tmp_path / "runs"
     prepare(runs / "prepare", TABLES)
     train(runs / "right", TABLES, **both_right())

@@ -25,7 +25,7 @@ QUICK = {"parameters": {"epochs": 1, "overrides": {"image_size": 64}}}
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, quick_kernels) -> tuple[Plan, dict[str, float]]:
+def ended(tmp_path_factory, quick_processes) -> tuple[Plan, dict[str, float]]:
     folder = tmp_path_factory.mktemp("demo")
     spec = (ROOT / "submissions" / "demo_whole.yaml").read_text().replace("runs/demo", str(folder / "runs"))
     (folder / "submission.yaml").write_text(spec)

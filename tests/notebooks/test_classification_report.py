@@ -70,7 +70,7 @@ def learner(folder, tables, scores):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory, quick_kernels):
+def report(tmp_path_factory, quick_processes):
     folder, small = tmp_path_factory.mktemp("classification"), SmallXrays(32)
     tables = exclusive(small)
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def test_calibration_sources_probes_failures_and_heat_are_reported(report):
     check_shown(report.parent / "executed.ipynb", pictures=9)
 
 
-def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path, quick_kernels):
+def test_images_put_aside_are_judged_where_the_split_says_so(tmp_path, quick_processes):
     small = SmallXrays(32)
     tables = exclusive(small)
     whole, put_aside = tables["folds"], tables["folds"].fold == 1

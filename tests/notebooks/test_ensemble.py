@@ -20,7 +20,7 @@ CLASSES = ["COVID-19", "viral", "normal"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, quick_kernels):
+def made(tmp_path_factory, quick_processes):
     """Two learners of 60 images in 3 folds, with training images: one knows the truth a little, one nothing but these.
 
     Three further images are put aside, of which every learner is sure, and of the last one wrongly.
@@ -105,7 +105,7 @@ def test_images_put_aside_are_judged_beside_the_folds(made):
 
 
 @pytest.fixture(scope="module")
-def of_one_fold(tmp_path_factory, quick_kernels):
+def of_one_fold(tmp_path_factory, quick_processes):
     """80/10/10: two learners that were validated on fold 0, 10 images, and have told 10 test images, 80 are trained on."""
     folder, rng = tmp_path_factory.mktemp("put_aside"), np.random.default_rng(1)
     ids, truth = [f"i{k:02}" for k in range(100)], np.arange(100) % 3

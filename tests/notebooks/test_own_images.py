@@ -49,7 +49,7 @@ def chest(tmp_path_factory):
     return folder
 
 
-def test_thirty_images_and_a_table_become_a_classifier(tmp_path, chest, quick_kernels):
+def test_thirty_images_and_a_table_become_a_classifier(tmp_path, chest, quick_processes):
     run("10_prepare", tmp_path, competition=str(chest))
     prepared = tmp_path / "chest"
     tables, metrics = read_prepared(prepared), read_metrics(prepared)
@@ -66,7 +66,7 @@ def test_thirty_images_and_a_table_become_a_classifier(tmp_path, chest, quick_ke
     assert 0 <= read_metrics(tmp_path / "chest_classifier")["score"] <= 1
 
 
-def test_images_without_labels_are_prepared(tmp_path, chest, quick_kernels):
+def test_images_without_labels_are_prepared(tmp_path, chest, quick_processes):
     run("10_prepare", tmp_path, competition=str(chest), table="", columns={})
     tables = read_prepared(tmp_path / "chest")
     assert len(tables["images"]) == len(tables["folds"]) == 30 and list(tables["labels"]) == ["id"]

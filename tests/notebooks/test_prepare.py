@@ -18,7 +18,7 @@ from tests.executed_notebook import check_shown
 NOTEBOOK = project_root() / "notebooks" / "10_prepare.ipynb"
 
 
-def test_masks_lie_beside_the_decoded_copy(tmp_path, quick_kernels):
+def test_masks_lie_beside_the_decoded_copy(tmp_path, quick_processes):
     folder, run = write_lungs(tmp_path, "montgomery", images=6, side=96, seed=1, workers=1, progress=False), tmp_path / "run"
     (folder / "MontgomerySet" / "ManualMask" / "leftMask" / "MCUCXR_0002_0.png").write_text("no image")
     parameters = {"dataset": "montgomery", "competition": str(folder), "run_folder": str(run)}
@@ -40,7 +40,7 @@ def test_masks_lie_beside_the_decoded_copy(tmp_path, quick_kernels):
     assert (run / "figures" / "examples.png").is_file()
 
 
-def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path, quick_kernels):
+def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path, quick_processes):
     parts = {"seed": 4, "images": 30, "side": 48, "progress": False}
     children, adults = (write_diagnoses(tmp_path, layout, **parts) for layout in ("kermany", "covid_chestxray"))
     run = tmp_path / "run"
@@ -74,7 +74,7 @@ def test_two_sets_as_one_with_a_test_set_put_aside_and_folds_by_source(tmp_path,
     assert faults.problem.str.contains("no class in").sum() == 2 and faults.file.str.startswith("kermany: ").sum() == 1
 
 
-def test_competitions_by_name_readers_boxes_are_merged_and_run_lengths_become_masks(tmp_path, quick_kernels):
+def test_competitions_by_name_readers_boxes_are_merged_and_run_lengths_become_masks(tmp_path, quick_processes):
     """The data sets are named by their competitions."""
     parts = {"seed": 4, "workers": 1, "progress": False}
     write_challenge(tmp_path / "inputs", "vinbigdata", images=24, side=64, **parts)

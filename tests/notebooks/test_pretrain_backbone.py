@@ -27,7 +27,7 @@ NOTEBOOK = project_root() / "notebooks" / "20_pretrain_backbone.ipynb"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_kernels):
+def run(tmp_path_factory, quick_processes):
     folder, small = tmp_path_factory.mktemp("pretrain"), SmallFindings(32)
     prepared, done = folder / "prepare", folder / "backbone"
     for image_id, pixels in small.pixels.items():

@@ -56,7 +56,7 @@ def other_images(small):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, quick_kernels):
+def ended(tmp_path_factory, quick_processes):
     folder, small = tmp_path_factory.mktemp("pseudo"), SmallXrays(16)
     small.pixels["image010"] = np.random.default_rng(5).integers(0, 255, (40, 50)).astype(np.uint8)  # like no other
     prepare, other = folder / "prepare", folder / "other"

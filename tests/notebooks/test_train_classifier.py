@@ -17,7 +17,7 @@ NOTEBOOK = project_root() / "notebooks" / "25_train_classifier.ipynb"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_kernels):
+def run(tmp_path_factory, quick_processes):
     folder, small = tmp_path_factory.mktemp("classifier"), SmallFindings(48, folds=3)
     prepared = prepare(folder / "prepare", tables_of(small))
     cache = XrayCache(prepared / "xrays", small.longest_side)

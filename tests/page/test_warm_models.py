@@ -29,6 +29,8 @@ from kitlib.tables import BOX
 from tests.fused_tables import fuse
 from tests.small_page import COPY, page_runs
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -16,6 +16,7 @@ from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.image_file import decode_image
 from kitlib.xrays.mask_store import MaskStore
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 SIZES = {
     "jsrt": {"images": 3, "side": 320},
     "montgomery": {"images": 7, "side": 160},

@@ -41,7 +41,7 @@ def test_a_demo_leads_from_phantoms_to_a_scored_submission(name):
 
 
 @pytest.fixture(scope="module")
-def carried_out(tmp_path_factory, quick_kernels):
+def carried_out(tmp_path_factory, quick_processes):
     """The folder of RANZCR CLiP's demo, in which notebook 70 has run with the built kernel's weights."""
     folder = tmp_path_factory.mktemp("ranzcr")
     spec = (SUBMISSIONS / "demo_ranzcr.yaml").read_text().replace("runs/demo_ranzcr", str(folder / "runs"))

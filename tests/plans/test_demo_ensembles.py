@@ -31,7 +31,7 @@ def write_learner(run, tables, sure):
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory, quick_kernels):
+def planned(tmp_path_factory, quick_processes):
     folder = tmp_path_factory.mktemp("demo")
     smallest = {"inputs": str(folder / "inputs"), "images": 40, "fewer": 24, "side": 32}
     planned = read_plan(PLAN, folder / "runs", smallest).planned

@@ -45,7 +45,7 @@ def test_the_published_fusion_is_not_tuned_and_shown_next_to_the_tuned_one():
 
 
 @pytest.fixture(scope="module")
-def carried_out(tmp_path_factory, quick_kernels):
+def carried_out(tmp_path_factory, quick_processes):
     folder = tmp_path_factory.mktemp("heidelberg")
     smallest = {**SMALLEST, "inputs": str(folder / "inputs"), "epochs": 1}
     planned = read_plan(PLANS / "demo_heidelberg.yaml", folder / "runs", smallest).planned

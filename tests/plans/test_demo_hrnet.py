@@ -13,7 +13,7 @@ SMALLEST = {"images": 24, "mask_images": 12, "side": 64, "lungs_epochs": 2, "epo
 
 
 @pytest.fixture(scope="module")
-def carried_out(tmp_path_factory, quick_kernels):
+def carried_out(tmp_path_factory, quick_processes):
     folder = tmp_path_factory.mktemp("hrnet")
     smallest = {**SMALLEST, "inputs": str(folder / "inputs"), "most_of": {"nih": 8, "chexpert": 7}}
     planned = read_plan(PLAN, folder / "runs", smallest).planned

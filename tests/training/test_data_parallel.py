@@ -11,7 +11,7 @@ from tests.small_xrays import RECIPE, SmallXrays
 from tests.training.test_detector import FASTER_RCNN, pooled_precision
 
 
-def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path):
+def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path, quick_processes):
     # Batch norm statistics differ between the processes; predictions use those of the first.
     # At 64 pixels a side the pyramid omits its coarser maps, whose layers get no gradients.
     recipe = override(FASTER_RCNN, image_size=64, epochs=3, learning_rate=5e-3, ema_decay=0.9, nominal_batch=8)
@@ -22,7 +22,7 @@ def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path):
     )
 
 
-def test_an_error_in_a_process_is_raised_with_its_message(tmp_path):
+def test_an_error_in_a_process_is_raised_with_its_message(tmp_path, real_processes):
     with pytest.raises(TrainingError) as failed:
         unknown = override(RECIPE, backbone="resnet51")
         train_together(train_fold, small_task(SmallXrays(16), unknown), 1, tmp_path, 2)

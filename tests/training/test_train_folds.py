@@ -66,7 +66,7 @@ def forked(monkeypatch):
     return context
 
 
-def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd):
+def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd, real_processes):
     alone = [train_fold(task(), fold, tmp_path / f"alone{fold}") for fold in (0, 1)]
     together = train_folds(task(), [0, 1], tmp_path / "together", at_once=2)
     for first, second in zip(together, alone, strict=True):
@@ -189,7 +189,7 @@ def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
     assert alive == []
 
 
-def test_two_processes_resume_a_model_as_one_process_does(tmp_path):
+def test_two_processes_resume_a_model_as_one_process_does(tmp_path, quick_processes):
     alone = train_fold(task(ALONE), 1, tmp_path / "alone")
     assert train_folds(task(ALONE, deadline=OneEpoch()), [1], tmp_path / "together", at_once=1) == []
     (run,) = train_folds(task(ALONE), [1], tmp_path / "together", processes=2)
