@@ -372,6 +372,8 @@ class YoloStrategy(DetectorStrategy):
             if not history or not is_over(history, recipe):
                 if epoch_fits(task.deadline, [row["seconds"] for row in history]):
                     trainer.train()
+                    # Its workers end now. If the garbage collector deleted them with the trainer, they would take 5 s to end.
+                    del trainer.validation_batches
                 if not is_over(trainer.history, recipe):
                     raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)
         model.to("cpu")

@@ -162,8 +162,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeyp
     pd.testing.assert_frame_equal(
         resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
     )
-    for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
-        assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
+    first, second = (read_bundle(folder / "bundle")[1] for folder in (uninterrupted.run_folder, tmp_path))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
     pd.testing.assert_frame_equal(resumed.tables["detections"], uninterrupted.tables["detections"], check_exact=True)
 
 

@@ -99,8 +99,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeyp
     assert not (tmp_path / "metrics.json").exists()
     torch.manual_seed(12345)  # the random state of a new session
     resumed = train(tmp_path)
-    for name, value in read_bundle(uninterrupted.run_folder / "bundle")[1].items():
-        assert torch.equal(read_bundle(tmp_path / "bundle")[1][name], value), name
+    first, second = (read_bundle(folder / "bundle")[1] for folder in (uninterrupted.run_folder, tmp_path))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
     pd.testing.assert_frame_equal(
         resumed.history.drop(columns=TIMES), uninterrupted.history.drop(columns=TIMES), check_exact=True
     )
