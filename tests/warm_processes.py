@@ -58,13 +58,14 @@ def warm_server():
             raise RuntimeError(f"the process that is forked ended with exit code {server.wait()}")
         yield address
     finally:
-        server.kill()  # ends its forks, too
+        server.kill()
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def serve(address):
     """Load MODULES, then fork a process for each request to the socket `address`."""
+    _prctl(DIE_WITH_PARENT, signal.SIGKILL)  # also if the tests are killed
     sys.path.pop(0)  # the tests' folder, which is not on a kernel's path
     for name in MODULES:
         importlib.import_module(f"kitlib.{name}")
