@@ -77,6 +77,7 @@ def serve(address):
 
 def listening(address):
     """Return a socket at the path `address` that accepts requests."""
+    Path(address).unlink(missing_ok=True)  # of an earlier process with the same id
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
     server.listen(32)
