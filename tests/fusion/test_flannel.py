@@ -23,6 +23,7 @@ from kitlib.fusion.flannel import (
     focal_loss,
     train_flannel,
 )
+from kitlib.settings import override
 
 
 def drawn(n, learners, classes, seed=0) -> torch.Tensor:
@@ -124,6 +125,14 @@ def test_the_same_seed_gives_the_same_weights_and_a_random_start_another(lesson)
     assert np.array_equal(one["weight"], again["weight"])
     drawn = ensemble_settings("flannel", epochs=6, batch_size=50, start="random")
     assert abs(train_flannel(*lesson, drawn)[0]["weight"] - one["weight"]).max() > 1e-3
+
+
+def test_the_first_step_moves_weights_by_the_learning_rate(lesson):
+    """Adam's first step is the learning rate, up or down, for all but the smallest gradients; one batch has all rows."""
+    once = ensemble_settings("flannel", epochs=1, batch_size=300, weight_decay=0.0)
+    slow, fast = (train_flannel(*lesson, override(once, learning_rate=rate))[0] for rate in (0.01, 0.03))
+    for name in ("weight", "bias"):
+        assert np.median(abs(fast[name] - slow[name])) == pytest.approx(0.02, rel=0.01)
 
 
 def test_training_stops_early_and_returns_the_best_epoch(lesson):

@@ -27,11 +27,11 @@ def test_folds_are_averaged_first_then_models_by_their_weights():
     assert fuse_maps(maps[:0], lambda model: 1.0).columns.tolist() == ["image_id", "finding", "map"]
 
 
-def test_maps_of_several_sizes_are_enlarged_to_the_largest():
-    small, large = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10, np.full((8, 12), 40, np.uint8)
+def test_maps_of_several_sizes_get_the_size_of_the_largest_area():
+    small, large = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10, np.full((12, 4), 40, np.uint8)
     (png,) = fuse_maps(table(("a", "x", 0, small), ("a", "y", 0, large)), lambda model: 1.0)["map"]
-    enlarged = cv2.resize(small, (12, 8), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(decode_grey(png), ((enlarged + 40.0) / 2).round())
+    resized = cv2.resize(small, (4, 12), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(decode_grey(png), ((resized + 40.0) / 2).round())
 
 
 def test_a_damaged_map_is_an_error():
