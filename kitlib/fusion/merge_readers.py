@@ -16,7 +16,7 @@ def merge_reader_boxes(boxes: pd.DataFrame, images: pd.DataFrame, iou: float = 0
     equal weight. Instead of `reader`, the result has the column `readers`, the number of readers who marked the box. If only
     one reader marked a finding in an image, the boxes of this finding are unchanged.
     """
-    ordered = boxes.sort_values(["image_id", "finding", "reader"], kind="stable", ignore_index=True)
+    ordered = boxes.sort_values(["image_id", "finding", "reader"], kind="stable")
     group = ordered.groupby(["image_id", "finding"], sort=False).ngroup().to_numpy()  # ascending, because rows are sorted
     is_first = ~ordered.duplicated(["image_id", "finding", "reader"]).to_numpy()  # of a reader's boxes in a group
     list_counts = np.bincount(group[is_first])

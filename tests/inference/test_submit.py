@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -845,6 +846,18 @@ def test_after_a_failed_model_another_process_starts(competition, weights, tmp_p
     assert process.load(damaged / "small-fold1").fold == 1 and count_processes() == 1
     process.kill()
     assert count_processes() == 0
+
+
+def test_a_stopped_model_waits_for_no_image_that_is_decoded_again():
+    """The parent stops the model instead of answering that the image can be read now."""
+    inbox = prediction_process._Inbox()
+    inbox.image_ids.put("damaged")
+    connection, read = SimpleNamespace(send=lambda _: inbox.stop()), []
+    cache = SimpleNamespace(read=lambda image_id: {}[image_id])
+    thread = threading.Thread(target=lambda: read.extend(inbox.xrays(cache, connection)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and read == []
 
 
 def test_a_dropped_model_gets_no_more_predictions():
