@@ -121,7 +121,8 @@ class Tests:
                 lines = [tests for lines in functions for line, tests in lines.items() if depth < 2 or line == text]
                 if indices := set().union(*lines):
                     chosen[path] = [file["tests"][index] for index in sorted(indices)]
-            if chosen:
+            # Constants are computed when a test file is imported, perhaps before any of its tests runs.
+            if any(is_own[path] for path in chosen):
                 break
         order = sorted(chosen, key=lambda path: (not is_own[path], sum(seconds for _, seconds in chosen[path])))
         groups = [chosen[path] for path in order]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import PROJECT
-from tests.mutants import changed_lines, main
+from tests.mutants import Tests, changed_lines, main
 from tests.mutations import mutations
 
 SOURCE = """
@@ -127,6 +127,18 @@ def test_tests_that_fail_without_a_change_are_named(project):
     (project / "kitlib" / "tiny.py").write_text("def shorter(values, limit=3):\n    return values[:limit] + [4 - limit]\n")
     code, printed = run(project)
     assert code == 2 and "tests/test_tiny.py" in printed
+
+
+def test_a_constant_is_judged_by_all_tests_of_its_module(project):
+    """No test of the module runs the constant's line, because the file is imported before; one of another room does."""
+    (project / "tests" / "far").mkdir()
+    (project / "tests" / "far" / "test_far.py").touch()
+    ran = {"tests/test_tiny.py": {"shorter": {"raise": [0]}}, "tests/far/test_far.py": {"": {"LIMIT = 3": [0]}}}
+    tests = Tests(project)
+    tests.files = {path: {"tests": [[path, 1.0]], "ran": {"kitlib/tiny.py": lines}} for path, lines in ran.items()}
+    constant = mutations(dedented(SOURCE))[0]
+    _, names = tests.judging("kitlib/tiny.py", constant, "LIMIT = 3")
+    assert constant.before == "3" and names == list(ran)
 
 
 def test_an_unknown_module_is_an_error(project, capsys):
