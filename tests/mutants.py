@@ -109,7 +109,8 @@ class Tests:
         """Return the tests that run the mutation's line `text`, and these followed by the others of their files.
 
         The files that judge the module come first, and among them quick ones; tests beyond MOST_SECONDS are left out. Of the
-        other files, only tests that run the line are chosen.
+        other files, only tests that run the line are chosen. A line that runs on import is judged by all tests that run any
+        line of the module.
         """
         chosen, is_own = {}, {path: self.judges(path, module) for path in self.files}
         for depth in (2, 1, 0):
@@ -121,8 +122,7 @@ class Tests:
                 lines = [tests for lines in functions for line, tests in lines.items() if depth < 2 or line == text]
                 if indices := set().union(*lines):
                     chosen[path] = [file["tests"][index] for index in sorted(indices)]
-            # Constants are computed when a test file is imported, perhaps before any of its tests runs.
-            if any(is_own[path] for path in chosen):
+            if not mutation.on_import and any(is_own[path] for path in chosen):
                 break
         order = sorted(chosen, key=lambda path: (not is_own[path], sum(seconds for _, seconds in chosen[path])))
         groups = [chosen[path] for path in order]

@@ -27,6 +27,7 @@ class Mutation:
     line: int  # from 1
     last_line: int
     function: str  # "Class.method"; "" outside functions
+    on_import: bool  # whether the line runs when the module is imported, perhaps before any test runs
     start: int
     end: int
     before: str
@@ -45,23 +46,25 @@ def mutations(source: str) -> list[Mutation]:
     for line in data.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     found = []
-    for node, replacement, function in _replacements(tree, ""):
+    for node, replacement, function, on_import in _replacements(tree, "", True):
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         text = ast.unparse(replacement)
         after = f"({text})" if isinstance(replacement, ast.expr) else text
-        place = (node.lineno, node.end_lineno, function, start, end)
+        place = (node.lineno, node.end_lineno, function, on_import, start, end)
         found.append(Mutation(*place, " ".join(data[start:end].decode().split()), after))
     return sorted(set(found), key=lambda mutation: (mutation.start, mutation.end, mutation.after))
 
 
-def _replacements(node: ast.AST, function: str) -> Iterator[tuple[ast.AST, ast.AST, str]]:
-    """Yield each node of a tree that can be changed, what replaces it, and the name of the function that it is in."""
+def _replacements(node: ast.AST, function: str, on_import: bool) -> Iterator[tuple[ast.AST, ast.AST, str, bool]]:
+    """Yield each node of a tree that can be changed, what replaces it, and the Mutation's `function` and `on_import`."""
     for old, new in _changes(node):
-        yield old, new, function
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield old, new, function, on_import
+    is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    if is_function or isinstance(node, ast.ClassDef):
         function = f"{function}.{node.name}".lstrip(".")
     for child in _children(node):
-        yield from _replacements(child, function)
+        # The defaults of a function's arguments are computed where it is defined.
+        yield from _replacements(child, function, on_import and not (is_function and child in node.body))
 
 
 def _children(node: ast.AST) -> list[ast.AST]:
