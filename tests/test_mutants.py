@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import PROJECT
-from tests.mutants import Tests, changed_lines, main
+from tests import PROJECT, mutants
+from tests.mutants import changed_lines, main
 from tests.mutations import mutations
 
 SOURCE = """
@@ -134,7 +134,7 @@ def test_a_constant_is_judged_by_all_tests_of_its_module(project):
     (project / "tests" / "far").mkdir()
     (project / "tests" / "far" / "test_far.py").touch()
     ran = {"tests/test_tiny.py": {"shorter": {"raise": [0]}}, "tests/far/test_far.py": {"": {"LIMIT = 3": [0]}}}
-    tests = Tests(project)
+    tests = mutants.Tests(project)
     tests.files = {path: {"tests": [[path, 1.0]], "ran": {"kitlib/tiny.py": lines}} for path, lines in ran.items()}
     constant = mutations(dedented(SOURCE))[0]
     _, names = tests.judging("kitlib/tiny.py", constant, "LIMIT = 3")

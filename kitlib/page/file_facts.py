@@ -1,7 +1,7 @@
 """Reads the format and header facts of an uploaded file, in a decoding process where a malicious file can do no harm."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -50,7 +50,7 @@ class FileFacts:
     """
 
     kind: str  # "DICOM", "PNG", "JPEG", "GIF" or "JSRT"
-    shown: dict[str, str] = field(default_factory=dict)  # name -> fact to display; nothing about the patient
+    shown: dict[str, str]  # name -> fact to display; nothing about the patient
     modality: str = ""
     body_part: str = ""
     view: str = ""

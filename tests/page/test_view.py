@@ -165,6 +165,8 @@ def test_classifiers_show_their_classes_and_what_a_probe_reaches(classifying, vi
     expected = classifying.models.answer(shown.system, view.study).classes.set_index("image_id").loc[image.key]
     html = classifying.bars(shown, image)
     assert [float(number) for number in re.findall(r'aria-valuenow="([\d.]+)"', html)] == pytest.approx(expected, abs=5e-4)
+    viral = replace(shown, study=replace(shown.study, true_classes=("viral",)))
+    assert classifying.bars(viral, image).count("annotated</span>") == 1 and "annotated" not in html
     assert "none" not in html and shown.heat_classes == CLASSES == list(expected.index)
     details = classifying.details(shown, image)
     assert "(border) that sees only the border of each image reaches a validation accuracy of 0.625" in details
@@ -223,6 +225,12 @@ def test_a_segmenter_of_another_structure_outlines_it(viewer, view, tmp_path):
     assert drawn(svg, "mask") == 1 and "pneumothorax found by the model" in svg
     rows, answer = viewer.files(shown)
     assert rows is None and json.loads(answer.read_text())["images"][0]["masks"]["pneumothorax"] == round(highest, 3)
+
+
+def test_copies_of_a_lung_segmenter_are_offered_once(classifying, tmp_path):
+    for name in ("one", "another"):
+        shutil.copytree(classifying.folder.parent / "runs" / "lungs", tmp_path / name)
+    assert len(find_systems(list_runs([tmp_path]))) == 1
 
 
 def test_runs_without_bundles_do_not_hide_the_others(classifying, tmp_path):

@@ -16,7 +16,7 @@ def group(folder, limit, used, file_cache, version):
     (folder / "memory.stat").write_text(f"anon 5\n{key} {file_cache}\n")
 
 
-@pytest.mark.parametrize(("version", "line"), [(2, "0::/kaggle/job"), (1, "4:cpu,memory:/kaggle/job")])
+@pytest.mark.parametrize(("version", "line"), [(2, "0::/kaggle/job:1"), (1, "4:cpu,memory:/kaggle/job:1")])
 @pytest.mark.parametrize("outside", [False, True])
 def test_the_smallest_limit_of_the_control_groups_counts(tmp_path, version, line, outside):
     own, root = tmp_path / "cgroup", tmp_path / "fs" / ("memory" if version == 1 else "")
@@ -24,7 +24,7 @@ def test_the_smallest_limit_of_the_control_groups_counts(tmp_path, version, line
     folder = root if outside else root / "kaggle"  # in a container, the process's path does not exist
     group(folder, 1_000_000, 600_000, 100_000, version)
     if not outside:
-        group(folder / "job", "max" if version == 2 else 2**63 - 4096, 300_000, 0, version)
+        group(folder / "job:1", "max" if version == 2 else 2**63 - 4096, 300_000, 0, version)
     assert available_memory(own, tmp_path / "fs") == 500_000
     group(folder, 1_000_000, 1_200_000, 100_000, version)
     assert available_memory(own, tmp_path / "fs") == 0

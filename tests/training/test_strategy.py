@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from kitlib.letterbox import stretch, within
 from kitlib.settings import override
 from kitlib.training.driver import _strategies
 from kitlib.training.strategy import without_images
+from tests.small_lungs import FRAME, stored_lungs
 from tests.small_masks import RECIPE as MASKS_RECIPE
 from tests.small_masks import SmallMasks
 from tests.small_tasks import small_task
+from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 from tests.small_xrays import RECIPE as STUDY_RECIPE
-from tests.small_xrays import SmallXrays
 from tests.training.test_detector import FASTER_RCNN
 from tests.training.test_findings import RECIPE as FINDINGS_RECIPE
 from tests.training.test_findings import SmallFindings
@@ -49,6 +51,20 @@ def test_training_images_are_augmented_by_the_seed_and_validation_images_never(f
     assert not torch.equal(pixels(first, "train", 1), pixels(other, "train", 1))
     assert not torch.equal(pixels(first, "train", 1), pixels(first, "train", 2))
     assert torch.equal(pixels(first, "validation", 1), pixels(other, "validation", 2))
+
+
+@pytest.mark.parametrize("family", ["study", "findings", "faster_rcnn"])
+def test_validation_images_are_cropped_to_their_lungs(family, tmp_path):
+    small = SmallFindings() if family == "findings" else SmallXrays()
+    crops = {"lungs": "masks", "trained_on": "lungs", "views": ["lungs"], "placement": "stretch"}
+    recipe = override(RECIPES[family], **crops)
+    task = small_task(small, recipe, lungs=stored_lungs(tmp_path / "lungs", small)).checked()
+    strategy = _strategies()[family](task, 1, tmp_path / "run")
+    strategy.make_examples()
+    crop = within(stretch, FRAME, ROWS, COLUMNS, recipe.image_size)
+    for index, image_id in enumerate(strategy.validation_images.image_id[:4]):
+        pixels = strategy.validation[1, index]["pixels"].numpy()
+        np.testing.assert_array_equal(pixels, crop.image(small.pixels[image_id]))
 
 
 def test_a_class_has_images_if_a_label_is_at_least_one_half():
