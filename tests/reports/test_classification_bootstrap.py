@@ -11,7 +11,9 @@ from tests.reports.test_classification_report import CLASSES, tables
 
 def test_the_first_row_has_the_metrics_of_all_images():
     predictions = judged(*tables())
-    first, table = draws(predictions, samples=1).iloc[0], class_table(predictions).set_index("class")
+    drawn = draws(predictions, samples=1)
+    assert drawn.index.tolist() == [0, 1]
+    first, table = drawn.iloc[0], class_table(predictions).set_index("class")
     for name, value in overall(predictions).items():
         assert first[name] == pytest.approx(value)
     for figure in CLASS_METRICS:

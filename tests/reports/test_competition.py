@@ -220,3 +220,10 @@ def test_an_image_that_occurs_twice_in_the_coverage_is_refused(tables):
     detections, coverage, images, boxes = tables
     with pytest.raises(ValueError, match="occurs twice in the coverage"):
         detection_draws(detections, pd.concat([coverage, coverage]), images, boxes)
+
+
+def test_an_image_of_the_coverage_that_the_images_lack_is_named(tables):
+    detections, coverage, images, boxes = tables
+    first = sorted(coverage.image_id)[0]
+    with pytest.raises(ValueError, match=f"image {first} of the coverage is not in the `images` table"):
+        detection_draws(detections, coverage, images[images.image_id != first], boxes)
