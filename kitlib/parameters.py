@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from kitlib.errors import NotebookError, SettingsError
 from kitlib.paths import project_root
 from kitlib.settings import checked, describe
@@ -73,6 +71,9 @@ def begin_notebook(name: str, values: Mapping[str, Any]) -> None:
     cells = [source for source in values.get("In", []) if source.startswith(INJECTED)]
     names = [*read_parameters(notebook), *(name for source in cells for name in _assignments(source))]
     check_parameters(notebook, {name: values[name] for name in names if name in values}, as_option=True)
+    # Imported here, because the process of each run of a plan imports this file, and pandas takes longest to load.
+    import pandas as pd
+
     warnings.filterwarnings("ignore", "IProgress not found")  # of packages whose progress bars want widgets
     pd.set_option("display.max_colwidth", None, "display.max_columns", None)
     logger = logging.getLogger("kitlib")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import yaml
 
 from kitlib.errors import SettingsError, TableError
-from kitlib.tables import read_text
 
 # Limits after aliases (*name) are replaced by what they stand for: nine lines of nested aliases can stand for 10**9 values.
 MOST_VALUES, DEEPEST = 100_000, 50
@@ -29,6 +28,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises SettingsError, which names the file, if the encoding is neither UTF-8 nor UTF-16, if `parse_yaml` rejects the
     text, or if the text is not a mapping.
     """
+    # Imported here, because it loads pandas, which the process of each run of a plan does not need.
+    from kitlib.tables import read_text
+
     try:
         values = parse_yaml(read_text(path), str(path))
     except TableError as error:

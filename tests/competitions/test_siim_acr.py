@@ -210,7 +210,7 @@ def test_a_triplet_decides_on_the_mask():
 
 @pytest.fixture(scope="module")
 def blurred():
-    """Truth of six images, two of them empty and one without a prediction, and maps of several sizes."""
+    """Truth of six images, two of them empty, and of one without a prediction; maps of several sizes; both compared."""
     rng, truth, pixels = np.random.default_rng(0), {}, {}
     for number, side in enumerate((1024, 512, 1024, 300, 1500, 64)):
         mask = np.zeros((1024, 1024), np.uint8)
@@ -220,19 +220,20 @@ def blurred():
         truth[f"i{number}"] = runs_of(mask)
         pixels[f"i{number}"] = (0.8 * level + rng.integers(0, 60, (side, side))).clip(0, 255).astype(np.uint8)
     truth["unseen"] = runs_of(mask)
-    return truth, maps_of(pixels)
+    merged = maps_of(pixels)
+    return truth, merged, SimpleNamespace(masks=compare(truth, merged.masks))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([0, 0.2, 0.3, 0.5, 0.75, 1]), st.integers(0, 40_000), st.sampled_from([0, 0.1, 0.2, 0.3, 0.6, 1]))
 def test_the_judged_score_is_that_of_the_decided_masks(blurred, top, least_area, bottom):
-    truth, merged = blurred
+    truth, merged, compared = blurred
     chosen = SiimAcrSettings(top=top, least_area=least_area, bottom=bottom)
-    compared = SimpleNamespace(masks=compare(truth, merged.masks))
-    expected = metric(truth, {name: NO_RUNS for name in truth} | decide(merged, chosen))["score"]
+    decided = decide(merged, chosen)
+    expected = metric(truth, {name: NO_RUNS for name in truth} | decided)["score"]
     assert judge(truth, compared, chosen) == pytest.approx(expected, abs=1e-12)
     part = {name: truth[name] for name in ("i1", "i2")}
-    expected = metric(part, {name: runs for name, runs in decide(merged, chosen).items() if name in part})["score"]
+    expected = metric(part, {name: runs for name, runs in decided.items() if name in part})["score"]
     assert judge(part, compared, chosen) == pytest.approx(expected, abs=1e-12)
 
 

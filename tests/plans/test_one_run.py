@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -138,3 +140,8 @@ def test_a_run_is_stopped_at_its_time_limit(tmp_path, minutes, stopped):
     assert record["state"] == ("failed" if stopped else "done") and record["started"] <= record["ended"]
     assert (record["cell"], record["cells"]) == (0, 0)  # a command has no cells
     assert ("time limit" in record["problem"]) if stopped else "problem" not in record
+
+
+def test_the_process_of_a_run_starts_without_pandas():
+    code = "import sys, kitlib.__main__, kitlib.plans.one_run; print({'numpy', 'pandas'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
