@@ -66,9 +66,12 @@ def warm_server():
 def serve(address):
     """Load MODULES, then fork a process for each request to the socket `address`."""
     sys.path.pop(0)  # the tests' folder, which is not on a kernel's path
+    gc.disable()
     for name in MODULES:
         importlib.import_module(f"kitlib.{name}")
+    gc.collect()
     gc.freeze()  # otherwise the first garbage collection of each fork would write to, and so copy, all loaded memory
+    gc.enable()
     with listening(address) as server:
         print("ready", flush=True)
         fork_for_each_request(server)
