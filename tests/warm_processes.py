@@ -67,9 +67,12 @@ def serve(address):
     """Load MODULES, then fork a process for each request to the socket `address`."""
     _prctl(DIE_WITH_PARENT, signal.SIGKILL)  # also if the tests are killed
     sys.path.pop(0)  # the tests' folder, which is not on a kernel's path
+    gc.disable()
     for name in MODULES:
         importlib.import_module(f"kitlib.{name}")
+    gc.collect()
     gc.freeze()  # otherwise the first garbage collection of each fork would write to, and so copy, all loaded memory
+    gc.enable()
     with listening(address) as server:
         print("ready", flush=True)
         fork_for_each_request(server)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 
 from kitlib.atomic import replacing, write_json, write_text
@@ -200,7 +202,7 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
 
     A dotted line marks the kept epoch.
     """
-    history, figure = result.history, Figure(figsize=(15, 4), layout="constrained")
+    history, figure = result.history, Figure(figsize=(15, 4), dpi=110, layout="constrained")
     left, right, rate = figure.subplots(1, 3, width_ratios=(3, 3, 2))
     parts = history.columns.difference(NOT_METRICS, sort=False)
     for name in parts:
@@ -216,8 +218,11 @@ def draw_curves(result: FitResult, path: str | Path) -> None:
         axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, history.epoch.max() + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))  # a legend inside the axes would hide lines
+    # `savefig` would draw the figure twice, first to lay it out; this takes half of the time, and gives the same pixels.
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     with replacing(path) as temporary_path:
-        figure.savefig(temporary_path, dpi=110)
+        imsave(temporary_path, canvas.buffer_rgba(), dpi=figure.dpi)
 
 
 def mean_curves(histories: Iterable[pd.DataFrame]) -> Figure:
