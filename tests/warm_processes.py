@@ -27,15 +27,23 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+# Of kitlib: they load all that takes long to load, also scikit-learn and readers of data sets.
 MODULES = (
+    "datasets.pool",
+    "competitions.registry",
+    "fusion.tuning",
+    "inference.predict",
     "training.driver",
     "training.findings",
     "training.study",
     "training.lungs",
     "training.train_folds",
-    "fusion.tuning",
-    "inference.predict",
+    "reports.classification_runs",
     "reports.figures",
+    "reports.heat_maps",
+    "reports.heidelberg_report",
+    "reports.lungs_report",
+    "leaderboard.listing",
 )
 DIE_WITH_PARENT, ADOPT_ORPHANS = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER, linux/prctl.h
 _prctl = ctypes.CDLL(None).prctl
@@ -52,6 +60,7 @@ def warm_server():
     argv = [sys.executable, "-I", "-S", __file__, "ask", address, "kernel", "-f", "{connection_file}"]
     spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # otherwise Jupyter's debugger prints a warning when it is loaded
     server = subprocess.Popen([sys.executable, __file__, "serve", address], env=environment, stdout=subprocess.PIPE)
     try:
         if server.stdout.readline() != b"ready\n":
@@ -64,12 +73,12 @@ def warm_server():
 
 
 def serve(address):
-    """Load MODULES, then fork a process for each request to the socket `address`."""
+    """Load MODULES and Jupyter's kernel, then fork a process for each request to the socket `address`."""
     _prctl(DIE_WITH_PARENT, signal.SIGKILL)  # also if the tests are killed
     sys.path.pop(0)  # the tests' folder, which is not on a kernel's path
     gc.disable()
-    for name in MODULES:
-        importlib.import_module(f"kitlib.{name}")
+    for name in ("ipykernel.kernelapp", *(f"kitlib.{name}" for name in MODULES)):
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # otherwise the first garbage collection of each fork would write to, and so copy, all loaded memory
     gc.enable()
