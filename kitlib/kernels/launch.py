@@ -152,7 +152,7 @@ def _isolated_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str
             str(ENVIRONMENT): temporary_folder / "environment",
             "/tmp": temporary_folder / "tmp",
         },
-        hidden=[project_root()],
+        hidden=[project_root(), WORKING.parent],  # a /kaggle of this machine would offer its inputs and get mount points
         folder=str(WORKING),
     )
     return command, _environment(python, home="/tmp/home")

@@ -409,6 +409,15 @@ def test_an_unisolated_kernel_gets_links_to_its_inputs_and_only_the_gpus_variabl
         assert Path(folder).is_dir() and Path(folder).is_relative_to(temporary)
 
 
+@isolated
+def test_a_folder_kaggle_of_this_machine_is_hidden(tmp_path):
+    """The sandbox would offer its inputs to the kernel, and create the mount points of the kernel's own in it."""
+    files = {"path": tmp_path / "kernel.ipynb", "executed": tmp_path / "executed.ipynb", "working": tmp_path / "out"}
+    notebook = launch.BuiltNotebook(**files, inputs={}, options=[], temporary_folder=tmp_path / "temporary")
+    command, _ = launch.stand_in_command(notebook, tmp_path / "packages")
+    assert json.loads(command[-1])["hidden"] == [str(PROJECT), "/kaggle"]
+
+
 @pytest.mark.parametrize("gpu", [True, False])
 def test_a_container_gets_the_gpus_only_if_the_kernel_uses_them(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr(launch.shutil, "which", lambda name: f"/bin/{name}")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import closing
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from kitlib.page.warm_models import WarmModels
 from kitlib.runs.finished_run import read_prepared
 from kitlib.scoring.submission_csv import read_submission
 from kitlib.tables import BOX
-from tests.page_visitor import BOXES, TRUTH, address_of, chromium, find_chromium, serving, visiting
+from tests.page_visitor import BOXES, TRUTH, address_of, chromium, find_chromium, new_context, serving, visiting
 from tests.small_page import COPY, bad_files, page_runs
 
 
@@ -69,9 +70,16 @@ def address(server):
     return address_of(server)
 
 
+@pytest.fixture(scope="module")
+def window(browser):
+    """A window in which each test opens the page anew, without loading its scripts again."""
+    with closing(new_context(browser)) as window:
+        yield window
+
+
 @pytest.fixture
-def visitor(browser, address):
-    with visiting(browser, address) as visitor:
+def visitor(window, address):
+    with visiting(window, address) as visitor:
         yield visitor
 
 
@@ -248,9 +256,9 @@ def test_a_name_that_is_a_script_is_only_a_name(visitor, tmp_path):
     expect(visitor.page.locator("img[src=x]")).to_have_count(0)
 
 
-def test_two_visitors_see_each_their_own_study(browser, address, xrays):
+def test_two_visitors_see_each_their_own_study(browser, window, address, xrays):
     first, second = xrays.drop_duplicates("study_id").iloc[:2].itertuples()
-    with visiting(browser, address) as one, visiting(browser, address) as other:
+    with closing(new_context(browser)) as another, visiting(window, address) as one, visiting(another, address) as other:
         one.choose(first.path)
         other.open(second.study_id, second.path)
         one.show_from(1)

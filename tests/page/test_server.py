@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import signal
@@ -51,7 +52,8 @@ def app(folder, going_on):
 
         def steps(text):
             yield f"first {text}"
-            assert going_on.wait(30)
+            if text == "step":  # only one test waits for the second chunk
+                assert going_on.wait(30)
             yield f"second {text}"
 
         with gradio.Blocks(title="Chest X-rays") as blocks:
@@ -294,12 +296,24 @@ def served(told):
     sys.exit(77)
 
 
-# Uses new processes, because a fork would inherit locks held by threads of other tests, but not the threads.
+@pytest.fixture(scope="module")
+def of_gradio(app):
+    """Start processes as forks of a new process that has loaded Gradio, which takes seconds.
+
+    They are no forks of this process: those would inherit locks held by threads of other tests, but not the threads.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", None)  # multiprocessing's own folder remains until this process ends
+        multiprocessing.util.get_temp_dir()
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["gradio", __name__])
+    return forks
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 77), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_end_the_server_with_an_open_page_and_leave_no_files(app, number, code):
-    fresh = multiprocessing.get_context("spawn")
-    here, there = fresh.Pipe()
-    process = fresh.Process(target=served, args=(there,), daemon=True)
+def test_signals_end_the_server_with_an_open_page_and_leave_no_files(of_gradio, number, code):
+    here, there = of_gradio.Pipe()
+    process = of_gradio.Process(target=served, args=(there,), daemon=True)
     process.start()
     assert here.poll(120)
     folder, home = here.recv()

@@ -22,6 +22,8 @@ from kitlib.page.uploads import MAX_IMAGES, MAX_UPLOAD_BYTES, open_uploads
 from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.writing import write_xray
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 SIDE = 32
 GREY = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)
 

@@ -15,6 +15,8 @@ from kitlib.phantoms.challenges import write_challenge
 from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.run_lengths import decode_mask
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 SMALL = {"images": 40, "side": 64, "seed": 3, "progress": False}
 
 

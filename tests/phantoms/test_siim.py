@@ -22,6 +22,8 @@ from kitlib.phantoms.siim import write_competition
 from kitlib.xrays.dicom import read_header
 from kitlib.xrays.image_file import read_xray
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
+
 SEEDS = st.integers(0, 2**32 - 1)
 SMALL = {"train_studies": 30, "test_studies": 12, "side": 64, "seed": 5, "workers": 1, "progress": False}
 

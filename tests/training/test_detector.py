@@ -42,7 +42,6 @@ COMMON = DetectorRecipe(
 YOLO = override(COMMON, family="yolo", backbone="yolov8n", width=0.25, mosaic=0.5, mixup=0.2)
 FASTER_RCNN = override(COMMON, fpn_channels=16, box_hidden=16, box_samples=16, proposals=20, schedule_every=0)
 RETINANET = override(COMMON, family="retinanet", fpn_channels=16, proposals=20, schedule_every=0)
-LONG = {"epochs": 14, "patience": 99}
 RECIPES = {"faster_rcnn": FASTER_RCNN, "retinanet": RETINANET, "yolo": YOLO}
 
 
@@ -214,10 +213,10 @@ def test_training_learns_a_white_block(taught):
 def test_training_learns_discs_and_squares(tmp_path, family):
     small = TwoFindings(64)
     if family == "retinanet":
-        run = train(tmp_path, override(RETINANET, image_size=64, learning_rate=4e-3, gradient_clip=1.0, **LONG), small)
+        run = train(tmp_path, override(RETINANET, image_size=64, learning_rate=4e-3, gradient_clip=1.0, epochs=8), small)
     else:
         plain = {"mosaic": 0.0, "mixup": 0.0, "zoom": 0.1, "norm_momentum": 0.1}
-        run = train(tmp_path, override(YOLO, image_size=64, learning_rate=5e-3, **LONG, **plain), small)
+        run = train(tmp_path, override(YOLO, image_size=64, learning_rate=5e-3, epochs=11, patience=99, **plain), small)
     assert run.history.train_loss.iloc[-1] < run.history.train_loss.iloc[0]
     # The mean over both findings, whose boxes are at random places. Were all of one class, it would be 0.25 at most.
     best = run.metrics["best"]

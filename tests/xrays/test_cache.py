@@ -35,6 +35,7 @@ from kitlib.xrays.worker import decode_into, shrink
 from kitlib.xrays.writing import write_xray
 from tests import PROJECT
 
+pytestmark = pytest.mark.usefixtures("quick_processes")
 RNG = np.random.default_rng(0)
 
 
@@ -245,7 +246,7 @@ def test_small_images_are_not_enlarged():
     assert shrink(np.zeros((4000, 2), np.uint8), 100).shape == (100, 1)
 
 
-def test_a_bad_file_costs_one_file(tmp_path, monkeypatch):
+def test_a_bad_file_costs_one_file(tmp_path, monkeypatch, real_processes):
     monkeypatch.setattr(kitlib.xrays.cache, "decode_into", misbehave)
     outcomes = {outcome.image_id: outcome for outcome in XrayCache(tmp_path / "c").decode(write_images(tmp_path, 7), 1, 5.0)}
     assert len(outcomes) == 7
