@@ -152,7 +152,8 @@ def _isolated_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[str
             str(ENVIRONMENT): temporary_folder / "environment",
             "/tmp": temporary_folder / "tmp",
         },
-        hidden=[project_root(), WORKING.parent],  # a /kaggle of this machine would offer its inputs and get mount points
+        # In a /kaggle of this machine, the kernel would see other inputs, and the sandbox would create mount points.
+        hidden=[project_root(), WORKING.parent],
         folder=str(WORKING),
     )
     return command, _environment(python, home="/tmp/home")

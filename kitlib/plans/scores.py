@@ -26,7 +26,7 @@ def describe_scores(plan: Plan) -> Table:
         if states[name] == "done" and run.result.name == "metrics.json" and run.result.is_file():
             try:
                 metrics = json.loads(run.result.read_text(encoding="utf-8"))
-            except ValueError:  # a command may write anything
+            except ValueError:  # the result of a command may be any text
                 continue
             for path, label in SCORES.items():
                 score = _look_up(metrics, path)

@@ -372,7 +372,8 @@ class YoloStrategy(DetectorStrategy):
             if not history or not is_over(history, recipe):
                 if epoch_fits(task.deadline, [row["seconds"] for row in history]):
                     trainer.train()
-                    # Its workers end now. Deleted with the trainer, by the garbage collector, they would take 5 s to end.
+                    # Ends the loader's workers. If the garbage collector deleted the loader, together with the trainer, its
+                    # workers would take 5 s to end.
                     del trainer.validation_batches
                 if not is_over(trainer.history, recipe):
                     raise SessionOver(self.run_folder, len(trainer.history), recipe.epochs)

@@ -210,7 +210,7 @@ def test_a_triplet_decides_on_the_mask():
 
 @pytest.fixture(scope="module")
 def blurred():
-    """Truth of six images, two of them empty, and of one without a prediction; maps of several sizes; both compared."""
+    """Truth of six images, two of them empty, and of one without a prediction; maps of several sizes; their comparison."""
     rng, truth, pixels = np.random.default_rng(0), {}, {}
     for number, side in enumerate((1024, 512, 1024, 300, 1500, 64)):
         mask = np.zeros((1024, 1024), np.uint8)

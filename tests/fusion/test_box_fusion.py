@@ -42,14 +42,14 @@ def test_scores_of_weighted_lists_in_closed_form(method, weights, expected):
         *([0.3, 0.1, 0.3, 0.3], [0.1, 0.4, 0.3, 0.3], [0.1, 0.1, np.nan, 0.3]),
     ],
 )
-def test_the_first_box_that_is_none_is_named(wrong):
+def test_the_first_invalid_box_is_named(wrong):
     boxes = [LISTS[0], np.array([LISTS[1][0], wrong, [0.5, 0.5, 0.4, 0.4]])]
     with pytest.raises(ValueError, match=re.escape(f"got {wrong}")):
         merge_boxes(boxes, [SCORES[0], np.array([0.9, 0.8, 0.7])], (1, 1))
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.1, np.nan])
-def test_the_first_score_that_is_no_confidence_is_named(wrong):
+def test_the_first_invalid_score_is_named(wrong):
     with pytest.raises(ValueError, match=rf"scores must be above 0 and at most 1; got {wrong}"):
         merge_boxes(list(LISTS), [np.array([0.9, wrong]), np.array([0.6, -1.0])], (1, 1))
 

@@ -410,8 +410,8 @@ def test_an_unisolated_kernel_gets_links_to_its_inputs_and_only_the_gpus_variabl
 
 
 @isolated
-def test_a_folder_kaggle_of_this_machine_is_hidden(tmp_path):
-    """The sandbox would offer its inputs to the kernel, and create the mount points of the kernel's own in it."""
+def test_this_machines_kaggle_folder_is_hidden(tmp_path):
+    """Otherwise the kernel would see its inputs, and the sandbox would create mount points in it."""
     files = {"path": tmp_path / "kernel.ipynb", "executed": tmp_path / "executed.ipynb", "working": tmp_path / "out"}
     notebook = launch.BuiltNotebook(**files, inputs={}, options=[], temporary_folder=tmp_path / "temporary")
     command, _ = launch.stand_in_command(notebook, tmp_path / "packages")

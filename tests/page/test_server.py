@@ -297,7 +297,7 @@ def served(told):
 
 
 @pytest.fixture(scope="module")
-def of_gradio(app):
+def gradio_forks(app):
     """Start processes as forks of a new process that has loaded Gradio, which takes seconds.
 
     They are no forks of this process: those would inherit locks held by threads of other tests, but not the threads.
@@ -311,9 +311,9 @@ def of_gradio(app):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 77), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_end_the_server_with_an_open_page_and_leave_no_files(of_gradio, number, code):
-    here, there = of_gradio.Pipe()
-    process = of_gradio.Process(target=served, args=(there,), daemon=True)
+def test_signals_end_the_server_with_an_open_page_and_leave_no_files(gradio_forks, number, code):
+    here, there = gradio_forks.Pipe()
+    process = gradio_forks.Process(target=served, args=(there,), daemon=True)
     process.start()
     assert here.poll(120)
     folder, home = here.recv()

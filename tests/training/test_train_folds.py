@@ -1,15 +1,11 @@
 """Folds trained side by side, and one model trained by two processes, give the results of a single process."""
 
 import dataclasses
-import logging
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -33,7 +29,7 @@ QUICK = override(RECIPE, epochs=2)
 ALONE = override(RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quick_processes")
 
 
 def task(recipe=QUICK, **options):
@@ -46,24 +42,6 @@ def assert_equal_runs(first, second, tolerance=0.0):
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
     histories = (run.history.drop(columns=TIMES) for run in (first, second))
     pd.testing.assert_frame_equal(*histories, check_exact=not tolerance, atol=10 * tolerance)
-
-
-@pytest.fixture
-def forked(monkeypatch):
-    """Fork instead of spawn, to save the import of torch; one test spawns processes as notebooks do."""
-    fork = multiprocessing.get_context("fork")
-
-    class AsSpawned(fork.Process):
-        def run(self):
-            # Undo pytest's redirection, which a spawned process would not have.
-            sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
-            logging.getLogger().handlers.clear()
-            super().run()
-
-    context = SimpleNamespace(Process=AsSpawned, Queue=fork.Queue)
-    seen = SimpleNamespace(get_context=lambda _: context, connection=multiprocessing.connection)
-    monkeypatch.setattr("kitlib.training.train_folds.multiprocessing", seen)
-    return context
 
 
 def test_folds_side_by_side_equal_folds_one_after_the_other(tmp_path, capfd, real_processes):
@@ -98,7 +76,6 @@ def test_a_fold_that_does_not_exist_is_refused_before_any_training(tmp_path, at_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("forked")
 def test_folds_that_fail_or_are_killed_are_named_and_stop_no_other(tmp_path):
     with pytest.raises(TrainingError) as failed:
         train_folds(with_folds(task(), 3), [2, 1, 0], tmp_path, at_once=2, train=deadly)
@@ -140,7 +117,6 @@ def begun(folder):
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
-@pytest.mark.usefixtures("forked")
 def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once, capfd):
     (tmp_path / "fold5").mkdir()
     (tmp_path / "fold5" / "metrics.json").write_text("{}")
@@ -152,13 +128,11 @@ def test_after_a_fold_that_the_session_stops_no_other_is_begun(tmp_path, at_once
     assert f"{len(folds) - 1} of {len(folds)} folds are not finished" in capfd.readouterr().out
 
 
-@pytest.mark.usefixtures("forked")
 def test_an_error_lists_folds_that_the_session_has_stopped(tmp_path):
     with pytest.raises(TrainingError, match=r"1 of 2 folds failed, the session's end stopped folds 0:\nfold 1: ValueError"):
         train_folds(task(deadline=Deadline(600)), [0, 1], tmp_path, at_once=2, train=noted)
 
 
-@pytest.mark.usefixtures("forked")
 def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path):
     torch.set_num_threads(5)
     for fold in (2, 3):
@@ -175,8 +149,9 @@ def endless(task, fold, run_folder):
     time.sleep(600)
 
 
-def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
-    parent = forked.Process(target=train_folds, args=(task(), [0, 1], tmp_path), kwargs={"at_once": 2, "train": endless})
+def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path):
+    spawned = multiprocessing.get_context("spawn")
+    parent = spawned.Process(target=train_folds, args=(task(), [0, 1], tmp_path), kwargs={"at_once": 2, "train": endless})
     parent.start()
     end = time.monotonic() + 120
     while len(pids := [path.read_text() for path in tmp_path.glob("*.begun")]) < 2 or not all(pids):
@@ -189,7 +164,7 @@ def test_the_folds_of_a_killed_notebook_do_not_train_on(tmp_path, forked):
     assert alive == []
 
 
-def test_two_processes_resume_a_model_as_one_process_does(tmp_path, quick_processes):
+def test_two_processes_resume_a_model_as_one_process_does(tmp_path):
     alone = train_fold(task(ALONE), 1, tmp_path / "alone")
     assert train_folds(task(ALONE, deadline=OneEpoch()), [1], tmp_path / "together", at_once=1) == []
     (run,) = train_folds(task(ALONE), [1], tmp_path / "together", processes=2)
