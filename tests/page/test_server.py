@@ -300,10 +300,11 @@ def served(told):
 def gradio_forks(app):
     """Start processes as forks of a new process that has loaded Gradio, which takes seconds.
 
-    They are no forks of this process: those would inherit locks held by threads of other tests, but not the threads.
+    A fork of this process would inherit locks that threads of other tests hold, but not the threads.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", None)  # multiprocessing's own folder remains until this process ends
+        # multiprocessing keeps its folder until this process ends, so it must not lie in that of `quiet_gradio`.
+        patch.setattr(tempfile, "tempdir", None)
         multiprocessing.util.get_temp_dir()
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["gradio", __name__])
