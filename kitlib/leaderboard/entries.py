@@ -15,7 +15,7 @@ from kitlib.leaderboard.listing import SHORT, ListedRun, list_run
 from kitlib.leaderboard.prepared import PreparedRuns
 from kitlib.reports.classification_report import by_model, judged
 from kitlib.reports.findings_report import mean_over_folds
-from kitlib.runs.finished_run import check_out_of_fold, judged_images, read_fused, read_out_of_fold
+from kitlib.runs.predictions import check_out_of_fold, judged_images, read_fused, read_out_of_fold
 from kitlib.runs.run_kinds import named_folder
 from kitlib.tables import concatenate, empty_table, read_table
 

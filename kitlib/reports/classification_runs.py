@@ -9,7 +9,8 @@ from kitlib.bundle import data_fingerprint, read_record
 from kitlib.errors import RunError
 from kitlib.fusion.test_split import ALL_FOLDS
 from kitlib.reports.findings_report import mean_over_folds
-from kitlib.runs.finished_run import check_out_of_fold, read_metrics
+from kitlib.runs.finished_run import read_metrics
+from kitlib.runs.predictions import check_out_of_fold
 from kitlib.tables import class_columns, concatenate, empty_table, read_table
 
 SPLITS = {"folds": "class_scores", "test": "test_scores"}  # split -> table with the predictions for its images

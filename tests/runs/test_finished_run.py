@@ -14,17 +14,14 @@ from kitlib.competitions.siim_covid19 import Fused
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.recipes.fields import StudyRecipe
-from kitlib.runs.finished_run import (
+from kitlib.runs.finished_run import read_extra, read_metrics, read_models, read_prepared
+from kitlib.runs.predictions import (
     judged_images,
     read_answer,
     read_answers,
-    read_extra,
     read_fused,
     read_learners,
-    read_metrics,
-    read_models,
     read_out_of_fold,
-    read_prepared,
     read_study_ensemble,
 )
 from kitlib.tables import BOX, write_table
