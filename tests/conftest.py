@@ -15,6 +15,10 @@ from tests import REAL_DATA
 # numba read this variable when they are imported.
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 
+# Tests share the cores with those of another process; and sums are only identical bit for bit with the same number of
+# threads. Set before torch is imported; processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Most tests expect the CPU, whose sums are reproducible; those marked `gpu` also run on a GPU if KIT_TEST_GPU is set.
 # Set before torch is imported.
 if not os.environ.get("KIT_TEST_GPU"):
@@ -70,17 +74,6 @@ def real_data() -> Path:
     if not REAL_DATA.is_dir():
         pytest.skip(f"no real data at {REAL_DATA}")
     return REAL_DATA
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Use one thread in torch, because sums are only identical bit for bit with the same number of threads."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

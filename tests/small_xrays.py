@@ -102,6 +102,11 @@ def wait_for_a_minute(*_):
     time.sleep(60)
 
 
+def fail_to_train(*_):
+    """Stand in for train_fold; at module level, like `wait_for_a_minute`."""
+    raise ValueError("out of luck")
+
+
 def limit_kept(monkeypatch, size: int) -> None:
     """Let data sets keep canvases of `size` bytes in all."""
     monkeypatch.setattr(kept_memory, "CANVASES", kept_memory.KeptMemory(lambda: int(size / kept_memory.SHARE)))

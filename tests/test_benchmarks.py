@@ -37,7 +37,7 @@ def test_a_benchmark_can_be_imported_and_has_a_main_function(script, monkeypatch
 
 
 @pytest.mark.parametrize("script", RUNNABLE, ids=name)
-def test_a_benchmark_runs_at_its_smallest_size(script, monkeypatch, tmp_path, capsys, one_thread):
+def test_a_benchmark_runs_at_its_smallest_size(script, monkeypatch, tmp_path, capsys):
     module = load(script, monkeypatch)
     arguments = dict(module.SMALLEST)
     if name(script) == "page.py":

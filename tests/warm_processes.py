@@ -139,10 +139,10 @@ def run(client, address):
         # Loaded libraries do not read the environment again.
         if "OMP_NUM_THREADS" in os.environ:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        fork_server(f"{address}-{os.getpid()}", client)
         if kind == "spawn":
             run_command(arguments)
         else:
-            fork_server(f"{address}-{os.getpid()}", client)
             threading.Thread(target=end_with, args=(client,), daemon=True).start()
             run_kernel(arguments) if kind == "kernel" else runpy.run_path(arguments[0], run_name="__main__")
             client.sendall(b"0")
@@ -215,32 +215,32 @@ def spawn(address, path, arguments, descriptors):
 
 
 def run_script(path):
-    """Run the Python script `path` with one thread, and write its output to a .log file beside it.
+    """Run the Python script `path`, and write its output to a .log file beside it.
 
     Raises AssertionError, with the end of the log, if the script fails.
     """
     address, log = os.environ["JUPYTER_PATH"] + "/socket", path.with_suffix(".log")
     with open(os.devnull) as nothing, log.open("w") as output:
         streams = [nothing.fileno(), output.fileno(), output.fileno()]
-        code = ask(address, "script", str(path), streams=streams, OMP_NUM_THREADS="1")
+        code = ask(address, "script", str(path), streams=streams)
     assert code == 0, f"{path}\n{log.read_text()[-3000:]}"
 
 
-def ask(address, *arguments, streams=(0, 1, 2), **variables):
+def ask(address, *arguments, streams=(0, 1, 2)):
     """Request a kernel or a script's run from the socket `address` and wait for its end; return its exit code."""
     with socket.socket(socket.AF_UNIX) as client:
-        send_request(client, address, arguments, streams, (0, 1, 2), variables)
+        send_request(client, address, arguments, streams, (0, 1, 2))
         # The process sends one byte when it ends normally, and nothing if it fails or is killed.
         return 0 if client.recv(1) else 1
 
 
-def send_request(client, address, arguments, descriptors, numbers=None, variables=None):
+def send_request(client, address, arguments, descriptors, numbers=None):
     """Connect the socket `client` and request a run of `arguments`.
 
-    The process gets the file `descriptors` under their own or the given numbers, and further environment `variables`.
+    The process gets the file `descriptors` under their own or the given numbers.
     """
     request = {"arguments": arguments, "descriptors": list(numbers or descriptors), "process": os.getpid()}
-    request |= {"environment": dict(os.environ) | (variables or {}), "folder": os.getcwd()}
+    request |= {"environment": dict(os.environ), "folder": os.getcwd()}
     client.connect(address)
     message = json.dumps(request).encode() + b"\n"
     sent = socket.send_fds(client, [message], list(descriptors))

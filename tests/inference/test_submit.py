@@ -763,16 +763,7 @@ def count_processes() -> int:
     return len(multiprocessing.active_children())
 
 
-@pytest.fixture
-def one_thread():
-    """Let torch use one thread, as in each of two processes on two cores; sums depend on it in the last digit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_two_processes_write_the_same_bytes_as_one(competition, weights, one_thread, tmp_path):
+def test_two_processes_write_the_same_bytes_as_one(competition, weights, tmp_path):
     written = {}
     for processes in (1, 2):
         settings = replace(SETTINGS, processes=processes)
@@ -807,9 +798,7 @@ def test_a_damaged_copy_is_decoded_again_for_processes_too(competition, weights,
 
 
 @pytest.mark.parametrize(("fault", "note"), [("dies", "ended with exit code 7"), ("hangs", "was stuck for 5 s")])
-def test_a_process_that_dies_or_hangs_costs_only_its_model(
-    competition, weights, one_thread, tmp_path, monkeypatch, fault, note
-):
+def test_a_process_that_dies_or_hangs_costs_only_its_model(competition, weights, tmp_path, monkeypatch, fault, note):
     alone = tmp_path / "alone"
     shutil.copytree(weights, alone)
     bundles = [{"folder": "small-fold1"}]

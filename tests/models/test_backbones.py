@@ -88,7 +88,6 @@ def own_backbone(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own_backbone):
     small, runs = SmallXrays(16), {}
     study_recipe = override(RECIPE, backbone="three_layers", epochs=1)
@@ -105,7 +104,7 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
     runs["detector"] = train_small(own_backbone / "detector", small, started)
     # In a new process, which learns of the backbone from the environment variable alone.
     paths = [str(run.run_folder / "bundle") for run in runs.values()]
-    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{own_backbone}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}{os.pathsep}{own_backbone}"}
     done = subprocess.run(
         [sys.executable, "-c", PREDICTS, *paths, str(own_backbone)], env=environment, capture_output=True, text=True
     )

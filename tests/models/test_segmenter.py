@@ -21,8 +21,6 @@ from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NARROW = {name: SegmenterRecipe(network=name, width=0.0625) for name in ("unet", "resunet", "fc_densenet103")}
 TWO = {"structures": ("left_lung", "right_lung")}
 

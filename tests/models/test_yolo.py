@@ -26,9 +26,6 @@ RECIPE = DetectorRecipe(family="yolo", backbone="yolov8n", width=0.25, image_siz
 NOISE = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def detector():
     return varied(YoloDetector(RECIPE))
@@ -203,7 +200,7 @@ from ultralytics.utils import SETTINGS
 assert not SETTINGS["sync"]  # ultralytics' telemetry
 """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("YOLO_")}
-    clean |= {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    clean |= {"PYTHONPATH": str(PROJECT), "TMPDIR": str(tmp_path)}
     (tmp_path / "here").mkdir()
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "here", env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -110,8 +110,6 @@ VALUES = (
     *(("lungs", "heart"), ("pneumothorax",), "bce_dice_focal", (1, 2, 3)),
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("family", TRAININGS)
 def test_each_field_is_read_by_a_training_or_refuses_another_value(family, tmp_path, monkeypatch):

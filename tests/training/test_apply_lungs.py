@@ -20,8 +20,6 @@ from kitlib.xrays.mask_store import MaskStore
 from tests.small_masks import COLUMNS, RECIPE, ROWS, SmallMasks
 from tests.small_tasks import train_small
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

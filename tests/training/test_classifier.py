@@ -24,9 +24,6 @@ LEARNING = override(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def train(folder, recipe, count=32):
     return train_small(folder, SmallXrays(count), recipe)
 

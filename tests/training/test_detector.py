@@ -45,9 +45,6 @@ RETINANET = override(COMMON, family="retinanet", fpn_channels=16, proposals=20, 
 RECIPES = {"faster_rcnn": FASTER_RCNN, "retinanet": RETINANET, "yolo": YOLO}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def train(folder, recipe, small=None, **options):
     return train_small(folder, small or SmallXrays(16), recipe, **options)
 

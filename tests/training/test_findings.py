@@ -42,9 +42,6 @@ RECIPE = FindingsRecipe(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class SmallFindings(SmallXrays):
     """Data set with two opposite findings per study, of which one is true; the last patient's images are test images."""
 

@@ -32,8 +32,6 @@ from tests.training.test_sessions import EndsAfter
 
 TIMES = ["seconds", "images_per_s"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):

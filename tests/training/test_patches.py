@@ -35,8 +35,6 @@ RECIPE = PatchRecipe(
 )
 MISSED = ["image003", "image010"]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def train(folder, lungs, recipe=RECIPE, small=None, **options):
     return train_small(folder, small or SmallXrays(32), recipe, **{"model_name": "patched", "lungs": lungs} | options)

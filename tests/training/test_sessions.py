@@ -41,9 +41,6 @@ FAMILIES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class EndsAfter(Deadline):
     """Deadline after a number of epochs, which is checked before the first epoch and after each epoch."""
 

@@ -29,7 +29,7 @@ class Waiting(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, _):
-        time.sleep(60)
+        time.sleep(3)  # longer than the loader waits; it ends when this does
 
 
 def test_a_batch_that_does_not_arrive_is_an_error_that_says_what_to_do():

@@ -25,9 +25,6 @@ TIMES = ["seconds", "images_per_s"]
 TABLES = ["images", "labels", "boxes"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def train(folder, small=None, recipe=RECIPE, **options):
     return train_small(folder, small or SmallXrays(32), recipe, **options)
 

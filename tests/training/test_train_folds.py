@@ -29,7 +29,7 @@ QUICK = override(RECIPE, epochs=2)
 ALONE = override(RECIPE, backbone="test_convnext", image_size=64, dropout=0.0, optimizer="sgd", batch_size=8, blur_p=0.0)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "quick_processes")
+pytestmark = pytest.mark.usefixtures("quick_processes")
 
 
 def task(recipe=QUICK, **options):
@@ -133,8 +133,8 @@ def test_an_error_lists_folds_that_the_session_has_stopped(tmp_path):
         train_folds(task(deadline=Deadline(600)), [0, 1], tmp_path, at_once=2, train=noted)
 
 
-def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path):
-    torch.set_num_threads(5)
+def test_folds_side_by_side_share_the_threads_and_are_started_over_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     for fold in (2, 3):
         (tmp_path / f"fold{fold}" / "checkpoints").mkdir(parents=True)
         (tmp_path / f"fold{fold}" / "metrics.json").write_text("{}")
