@@ -13,7 +13,6 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from kitlib.errors import KernelError, KitError
-from kitlib.kernels.build import build_kernel, sum_file_sizes
 from kitlib.kernels.push import push
 from kitlib.kernels.pushed import Pushed, is_pushed, read_pushed
 from kitlib.kernels.rehearse import Rehearsal, rehearse
@@ -95,8 +94,11 @@ def main(
                 "quick save: the saved version predicts only %d files; the scored rerun predicts all", quick_save
             )
             spec = dataclasses.replace(spec, parameters=spec.parameters | {"quick_save": quick_save})
-        parts = build_kernel(spec, out, kaggle_wheels(inference_pins())) if builds else {}
-        if parts:
+        parts: dict[str, Path] = {}
+        if builds:
+            from kitlib.kernels.build import build_kernel  # loads torch, which takes seconds
+
+            parts = build_kernel(spec, out, kaggle_wheels(inference_pins()))
             console.print(_size_table(parts))
         was_pushed = should_push and follows and is_pushed(out)
         if should_rehearse and inputs and not was_pushed:
@@ -165,10 +167,10 @@ def _size_table(parts: dict[str, Path]) -> Table:
     table = Table("file", "bytes", title=f"built in {parts['kernel'].parent}")
     table.columns[0].overflow, table.columns[1].justify = "fold", "right"
     for part, folder in parts.items():
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                table.add_row(f"{part}/{path.relative_to(folder)}", f"{path.stat().st_size:,}")
-        table.add_row(f"[bold]{part}[/bold]", f"[bold]{sum_file_sizes(folder):,}[/bold]", end_section=True)
+        sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+        for path, size in sizes.items():
+            table.add_row(f"{part}/{path.relative_to(folder)}", f"{size:,}")
+        table.add_row(f"[bold]{part}[/bold]", f"[bold]{sum(sizes.values()):,}[/bold]", end_section=True)
     return table
 
 

@@ -71,11 +71,6 @@ def build_kernel(spec: KernelSpec, out: str | Path, wheels: Iterable[Path]) -> d
     return {part: out / part for part in built}
 
 
-def sum_file_sizes(folder: str | Path) -> int:
-    """Return the total size of all files below `folder`, in bytes."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
 def make_notebook(spec: KernelSpec) -> nbformat.NotebookNode:
     """Return the kernel's notebook: a start cell with the packed library, then the source notebook's cells without outputs.
 
@@ -257,7 +252,7 @@ def copy_bundle(bundle: Path, folder: Path) -> dict[str, Any]:
 
 
 def _write_dataset_metadata(folder: Path, title: str, name: str) -> None:
-    size = sum_file_sizes(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > DATASET_BYTES:
         raise KernelError(
             f"the dataset {name} has {size:,} bytes, but Kaggle accepts at most {DATASET_BYTES:,}; remove the last `runs`"
