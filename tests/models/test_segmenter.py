@@ -362,6 +362,11 @@ def test_the_loss_of_a_sparse_structure_equals_that_of_numpy(seed, weights):
     assert found.item() == pytest.approx(np.dot(weights, parts), abs=1e-4)
 
 
+def test_a_batch_without_the_structure_and_without_a_prediction_costs_nothing():
+    logits, truth = torch.full((2, 1, 5, 5), -200.0), torch.zeros(2, 5, 5, dtype=torch.uint8)
+    assert segmentation_loss(logits, truth, SparseSegmenterRecipe()).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_albunet_is_a_resnet34_and_its_blocks():
     def convolution(before, after, side=3):
         return side * side * before * after + after
