@@ -59,6 +59,11 @@ def test_a_canvas_uses_the_maps_whose_anchors_fit_into_it(side, strides):
     assert [side // each.shape[-1] for each in features.values()] == strides
 
 
+def test_the_largest_anchor_decides_whether_a_map_is_used():
+    # On the map of stride 8 the largest square anchor has 64 pixels, above half of 96; the middle one has 45, below it.
+    assert FasterRCNNDetector(override(RECIPE, image_size=96)).model.backbone.strides == [4]
+
+
 def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
     found = detector.predict(NOISE)
     assert len(found) == 3

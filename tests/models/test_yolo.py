@@ -51,6 +51,8 @@ def test_the_network_sees_the_canvas_scaled_once_in_three_equal_channels(detecto
     hook.remove()
     torch.testing.assert_close(seen[0], (NOISE[:, None] / 255).repeat(1, 3, 1, 1))
     assert (detector.mean, detector.std) == ([0.0] * 3, [1.0] * 3)  # not normalised
+    # YOLOv8's 64 channels, times 0.25 in size n and times the recipe's 0.25, rounded up to a multiple of 8.
+    assert detector.model.model[0].conv.out_channels == 8
 
 
 class Fixed(torch.nn.Module):
