@@ -119,6 +119,17 @@ def test_a_backbone_registered_with_timm_trains_and_predicts_from_its_bundle(own
     np.testing.assert_allclose(best.loc[expected.index], expected, atol=1e-4)
 
 
+@pytest.mark.usefixtures("own_backbone")
+def test_a_pyramid_over_strides_4_8_and_16_has_one_more_map_that_is_pooled():
+    recipe = DetectorRecipe(backbone="three_layers", image_size=1024, fpn_channels=8, box_hidden=8)
+    pyramid = FasterRCNNDetector(recipe).model.backbone
+    assert pyramid.strides == [4, 8, 16, 32]
+    with torch.inference_mode():
+        maps = list(pyramid(torch.rand(1, 1, 128, 128)).values())
+    assert [level.shape for level in maps] == [(1, 8, 128 // stride, 128 // stride) for stride in pyramid.strides]
+    assert torch.equal(maps[3], maps[2][..., ::2, ::2])  # pooled with a window of one pixel, as in torchvision
+
+
 def test_a_module_that_cannot_be_imported_is_named(monkeypatch):
     monkeypatch.setenv(MODULES, "os, no_such_module")
     with pytest.raises(ValueError, match=r"KIT_BACKBONES lists 'no_such_module', which cannot be imported: .*PYTHONPATH"):

@@ -49,6 +49,12 @@ def test_two_boxes_count_once_where_they_overlap_and_none_is_zero():
     assert box_mask(torch.zeros(0, 4), 4, 4).sum() == 0
 
 
+@pytest.mark.parametrize("boxes", [0, 2])
+def test_the_mask_is_on_the_device_of_the_boxes(boxes):
+    mask = box_mask(torch.zeros(boxes, 4, device="meta"), 5, 4)
+    assert mask.device.type == "meta" and mask.shape == (5, 5)
+
+
 def test_the_loss_is_its_formula():
     torch.manual_seed(0)
     logits, mask = torch.randn(2, 3, 3), torch.rand(2, 3, 3)

@@ -345,7 +345,10 @@ def test_the_mask_decoder_does_not_change_the_logits_and_prediction_does_not_run
 def test_segmentation_refuses_unsuitable_sizes_and_backbones():
     with pytest.raises(ValueError, match=r"image_size is 44.*multiple of 8, such as 40"):
         StudyClassifier(override(RECIPE, image_size=44, segmentation=1.0))
-    with pytest.raises(ValueError, match=r"intermediate feature maps.*segmentation=0"), torch.device("meta"):
+    with (
+        pytest.raises(ValueError, match=r"intermediate feature maps.* for densenet121; .*segmentation=0"),
+        torch.device("meta"),
+    ):
         StudyClassifier(override(RECIPE, backbone="densenet121", segmentation=1.0))
 
 
@@ -357,6 +360,8 @@ def test_outputs_that_are_not_trained_are_nan():
     none = StudyClassifier(override(RECIPE, outputs="none")).probabilities(logits)
     assert torch.equal(study[:, :4], both[:, :4]) and study[:, 4].isnan().all()
     assert torch.equal(none[:, 4], both[:, 4]) and none[:, :4].isnan().all()
+    # float32 also for the logits of half precision
+    assert StudyClassifier(RECIPE).probabilities(logits.bfloat16()).dtype == torch.float32
 
 
 @settings(max_examples=50)

@@ -90,5 +90,5 @@ def test_a_file_without_a_model_is_an_error(tmp_path):
         with pytest.raises(BundleError, match=r"pickle\.pt cannot be read"):
             convert_weights(tmp_path / "pickle.pt", tmp_path / "out.safetensors")
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4" + bytes(99))
-    with pytest.raises(BundleError, match=r"damaged\.pt cannot be read as a PyTorch file"):
+    with pytest.raises(BundleError, match=r"damaged\.pt cannot be read as a PyTorch file \(\w+Error: "):
         convert_weights(tmp_path / "damaged.pt", tmp_path / "out.safetensors")

@@ -51,8 +51,14 @@ def test_a_canvas_uses_the_maps_whose_anchors_fit_into_it(side, strides):
     # A map's largest square anchor is 8 strides wide: half of the canvas on the last map, at these sizes.
     squares = [max(sizes) for sizes in model.rpn.anchor_generator.sizes]
     assert squares == [8 * stride for stride in strides] and squares[-1] == side / 2
+    assert model.rpn.anchor_generator.aspect_ratios == ((0.5, 1.0, 2.0),) * len(strides)
     features = model.backbone(torch.zeros(1, 1, side, side))
     assert [side // each.shape[-1] for each in features.values()] == strides
+
+
+def test_the_largest_anchor_decides_whether_a_map_is_used():
+    # On the map of stride 8 the largest square anchor has 64 pixels, above half of 96; the middle one has 45, below it.
+    assert FasterRCNNDetector(override(RECIPE, image_size=96)).model.backbone.strides == [4]
 
 
 def test_predictions_are_boxes_of_the_canvas_best_first_and_limited(detector):
@@ -238,6 +244,7 @@ def test_a_trained_detector_is_a_complete_start_for_another(detector, tmp_path):
     started = FasterRCNNDetector(override(RECIPE, starting_weights=str(tmp_path / "rsna.safetensors")))
     assert all(torch.equal(started.state_dict()[name], value) for name, value in detector.state_dict().items())
     assert started.starting_weights.endswith(f"{len(detector.state_dict())} tensors, 0 left random")
+    assert not [name for name in detector.state_dict() if ".transform." in name]  # mean and deviation follow from the recipe
 
 
 def test_the_ciou_loss_is_that_of_the_decoded_boxes():
@@ -249,8 +256,9 @@ def test_the_ciou_loss_is_that_of_the_decoded_boxes():
     complete.load_state_dict(plain.state_dict())
     losses = []
     for heads in (plain.train().model.roi_heads, complete.train().model.roi_heads):
-        # The true box is as wide as the region and half as high; a second region is background.
-        regions, offsets = torch.tensor([[8.0, 8, 28, 28], [40, 40, 60, 60]]), torch.zeros(2, 4)
+        # The true box is as wide as the region and half as high; a second region is background, whose offsets do
+        # not count.
+        regions, offsets = torch.tensor([[8.0, 8, 28, 28], [40, 40, 60, 60]]), torch.ones(2, 4)
         offsets[0] = heads.box_coder.encode_single(torch.tensor([[8.0, 8, 28, 18]]), regions[:1])
         heads.select_training_samples = lambda *_, given=(regions, offsets): (
             [given[0]], None, [torch.tensor([1, 0])], [given[1]]
@@ -271,6 +279,9 @@ def test_the_ciou_loss_changes_nothing_else():
     settings = {"nms_iou": 0.2, "max_detections": 3, "min_score": 0.3, "box_samples": 6}
     plain, complete = (FasterRCNNDetector(override(RECIPE, box_loss=each, **settings)).eval() for each in ("", "ciou"))
     complete.load_state_dict(plain.state_dict())
+    heads = plain.model.roi_heads
+    chosen = (heads.nms_thresh, heads.detections_per_img, heads.score_thresh, heads.fg_bg_sampler.batch_size_per_image)
+    assert chosen == tuple(settings.values())
     for boxes, same in zip(plain.predict(NOISE), complete.predict(NOISE), strict=True):
         np.testing.assert_array_equal(boxes, same)
     for path in (
@@ -291,12 +302,16 @@ def test_the_recipe_limits_the_regions_of_the_second_stage():
     detector.predict(pixels)
     assert regions == [[20, 20]] * 2  # of the best 20 of each of two maps, or twice as many in training
     assert rows == [2 * 6, 2 * 20]  # 6 regions per image are drawn for the loss
+    # As in torchvision: in training, twice as many regions enter non-maximum suppression.
+    assert [detector.model.rpn.train(training).pre_nms_top_n() for training in (True, False)] == [40, 20]
 
 
 @pytest.mark.parametrize(("side", "maps"), [(128, 2), (1024, 4)])
 def test_boxes_are_pooled_from_all_maps_but_the_one_that_is_pooled_itself(side, maps):
     model = FasterRCNNDetector(override(RECIPE, image_size=side)).model
-    assert model.roi_heads.box_roi_pool.featmap_names == [str(number) for number in range(maps)]
+    pool = model.roi_heads.box_roi_pool
+    assert pool.featmap_names == [str(number) for number in range(maps)]
+    assert (pool.output_size, pool.sampling_ratio) == ((7, 7), 2)  # torchvision's
     # What takes part in no prediction is frozen: the convolutions of unused maps.
     unused = model.backbone.fpn.layer_blocks[maps:]
     assert len(unused) == 4 - maps and not any(each.requires_grad for each in unused.parameters())

@@ -26,7 +26,9 @@ def detector():
     return RetinaNetDetector(RECIPE).eval()
 
 
-@pytest.mark.parametrize(("side", "strides"), [(64, [4]), (256, [4, 8, 16]), (512, [8, 16, 32]), (1024, [8, 16, 32, 64])])
+@pytest.mark.parametrize(
+    ("side", "strides"), [(64, [4]), (96, [4]), (256, [4, 8, 16]), (512, [8, 16, 32]), (1024, [8, 16, 32, 64])]
+)
 def test_a_canvas_uses_the_maps_whose_anchors_fit_into_it(side, strides):
     model = RetinaNetDetector(override(RECIPE, image_size=side)).model
     # Lin et al. 2017, section 4: sides of 32 pixels on the map of stride 8, times 1, 2^(1/3) and 2^(2/3), in 3 shapes.

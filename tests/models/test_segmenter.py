@@ -171,7 +171,7 @@ def test_maps_are_enlarged_bilinearly_and_joined_with_those_from_the_way_down(ma
     for part in (*down, *up):
         part.register_forward_hook(lambda part, given, out: maps.update({part: (given[0].numpy(), out.numpy())}))
     with torch.inference_mode():
-        network(torch.randn(1, 1, 64, 128))
+        assert network(torch.randn(1, 1, 64, 128)).shape == (1, 1, 64, 128)
     if make is ResUNet:  # each map is enlarged, then joined
         for number, (below, unit) in enumerate(pairwise([down[-1], *up])):
             wanted = [enlarged_twofold(maps[below][1]), maps[down[2 - number]][1]]
@@ -360,6 +360,11 @@ def test_the_loss_of_a_sparse_structure_equals_that_of_numpy(seed, weights):
     assert found.item() == pytest.approx(np.dot(weights, parts), abs=1e-4)
 
 
+def test_a_batch_without_the_structure_and_without_a_prediction_costs_nothing():
+    logits, truth = torch.full((2, 1, 5, 5), -200.0), torch.zeros(2, 5, 5, dtype=torch.uint8)
+    assert segmentation_loss(logits, truth, SparseSegmenterRecipe()).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_albunet_is_a_resnet34_and_its_blocks():
     def convolution(before, after, side=3):
         return side * side * before * after + after
@@ -372,6 +377,8 @@ def test_albunet_is_a_resnet34_and_its_blocks():
     blocks = [(512, 512, 256), (768, 512, 256), (512, 512, 256), (384, 256, 64), (128, 128, 128), (128, 128, 32)]
     expected = resnet + sum(convolution(a, b) + convolution(b, c) for a, b, c in blocks)
     assert parameters(network) == expected + convolution(32, 32) + convolution(32, 1, 1) == 34_598_625
+    first, theirs = network.encoder.conv1, resnet34(weights=None).conv1
+    assert (first.kernel_size, first.stride, first.padding) == (theirs.kernel_size, theirs.stride, theirs.padding)
     model = Segmenter(SparseSegmenterRecipe(width=0.1)).eval()
     seen = []
     model.network.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape[-2:])))

@@ -47,6 +47,9 @@ def test_the_network_sees_the_canvas_scaled_once_in_three_equal_channels(detecto
     detector.predict(NOISE)
     hook.remove()
     torch.testing.assert_close(seen[0], (NOISE[:, None] / 255).repeat(1, 3, 1, 1))
+    assert (detector.mean, detector.std) == ([0.0] * 3, [1.0] * 3)  # not normalised
+    # YOLOv8's 64 channels, times 0.25 in size n and times the recipe's 0.25, rounded up to a multiple of 8.
+    assert detector.model.model[0].conv.out_channels == 8
 
 
 class Fixed(torch.nn.Module):
@@ -76,6 +79,14 @@ def test_boxes_are_those_of_ultralytics_own_suppression(iou, classes):
     for found, expected in zip(ours, theirs, strict=True):
         assert 20 < len(expected) <= 50
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_only_the_best_candidates_enter_the_suppression(monkeypatch):
+    monkeypatch.setattr("kitlib.models.yolo.CANDIDATES", 3)
+    # Five boxes side by side, of which none would be suppressed.
+    raw = torch.tensor([(8.0 + 12 * number, 20, 6, 6, 0.1 * (number + 1)) for number in range(5)]).T.expand(3, -1, -1)
+    for found in YoloDetector(RECIPE, model=Fixed(raw)).predict(NOISE):
+        np.testing.assert_allclose(found[:, 4], [0.5, 0.4, 0.3], rtol=1e-6)
 
 
 def test_a_batch_that_overflows_in_float16_is_predicted_in_float32(monkeypatch):

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from pydicom import dcmread
 
-from kitlib.classes import RSNA_CLASSES
+from kitlib.classes import RANZCR_LABELS, RSNA_CLASSES
 from kitlib.competitions.registry import find_competition
 from kitlib.datasets.registry import read_dataset
 from kitlib.datasets.rsna import CLASSES, LABELS, MAPPING, read_rsna
-from kitlib.phantoms.challenges import write_challenge
+from kitlib.phantoms.challenges import COURSES, LAYOUTS, WIDTHS, Planned, write_challenge
+from kitlib.phantoms.patients import draw_exposure
 from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.run_lengths import decode_mask
 
@@ -45,6 +49,9 @@ def test_the_readers_only_fault_is_that_the_images_are_smaller_than_the_publishe
     assert names.is_unique and set(names.str[8:]) >= {"_000.png", "_001.png"}
     rows, classes = (pd.read_csv(written / name) for name in (LABELS, CLASSES))
     assert list(rows) == ["patientId", "x", "y", "width", "height", "Target"] and list(classes) == ["patientId", "class"]
+    # Corners at whole pixels of the files, whose 64 pixels stand for 1024.
+    assert not (rows[["x", "y", "width", "height"]].dropna() % 16).any(axis=None)
+    assert {dcmread(path, stop_before_pixels=True).PatientSex for path in data.images.path} == {"F", "M"}
     assert rows.patientId.tolist() == classes.patientId.tolist() and len(rows) == len(data.boxes) + 31
 
 
@@ -110,6 +117,28 @@ def test_three_readers_agree_on_findings_but_not_on_corners(tmp_path):
     assert counts["R8"] == counts["R9"] > counts["R10"]  # R10 misses some boxes
     boxes = table[table.class_id < 14].drop(columns="rad_id").drop_duplicates()
     assert len(boxes) > 2 * counts["R8"]
+    first, last = (table[table.rad_id == reader].dropna() for reader in ("R8", "R10"))
+    # Images with one box: the first and the last reader differ by a few hundredths of its sides, and by more than rounding.
+    ones = [first[~first.image_id.duplicated(keep=False)], last[last.image_id.isin(first.image_id)]]
+    pairs = ones[0].merge(ones[1], on=["image_id", "class_name"])
+    sides = (pairs[["x_max_x", "y_max_x"]].to_numpy() - pairs[["x_min_x", "y_min_x"]].to_numpy()).astype(float)
+    moved = pairs[["x_min_y", "y_min_y"]].to_numpy() - pairs[["x_min_x", "y_min_x"]].to_numpy()
+    assert len(pairs) >= 5 and (abs(moved) <= 0.2 * sides + 2).all() and moved.any()
+    # The last reader misses three in ten of the boxes, but never the first of an image.
+    assert set(last.image_id) == set(first.image_id)
+    more = len(first) - first.image_id.nunique()
+    assert 0.4 < (len(last) - last.image_id.nunique()) / more < 0.95
+    hearts = first[first.class_name == "Cardiomegaly"]
+    assert len(hearts) == 9  # 15 % of 60; the heart is in the middle of the image
+    assert (hearts.x_min < 32).all() and hearts.x_max.between(33, 58).all() and hearts.y_max.between(33, 60).all()
+    assert ((hearts.x_max - hearts.x_min) > 12).all() and ((hearts.y_max - hearts.y_min) > 12).all()
+    headers = [dcmread(path) for path in sorted((folder / "train").iterdir())]
+    assert {header.BitsStored for header in headers} == {12} and len({each.SOPInstanceUID for each in headers}) == 60
+    assert 3 <= sum(header.PhotometricInterpretation == "MONOCHROME1" for header in headers) <= 24  # one in five
+    greys = [read_xray(path)[10:50, 10:45].ravel().astype(float) for path in sorted((folder / "train").iterdir())]
+    mean = np.mean(greys, axis=0)
+    assert min(np.corrcoef(grey, mean)[0, 1] for grey in greys) > 0  # of the same polarity
+    assert all(header.pixel_array.max() <= 4095 and np.ptp(header.pixel_array) > 2500 for header in headers)
 
 
 def test_a_pneumothorax_is_darker_than_the_mirrored_lung(tmp_path):
@@ -121,6 +150,88 @@ def test_a_pneumothorax_is_darker_than_the_mirrored_lung(tmp_path):
         pixels, mask = read_xray(paths[row.image_id]).astype(float), decode_mask(row.runs)
         assert pixels.shape == mask.shape == (1024, 1024) and 0.01 < mask.mean() < 0.15
         assert (pixels - pixels[:, ::-1])[mask].mean() < -5
+
+
+def test_each_label_has_a_share_and_is_in_one_group():
+    for layout in LAYOUTS.values():
+        for group in layout.groups:
+            assert sum(group.values()) == pytest.approx(1) and min(group.values()) >= 0
+        labels = [label for group in layout.groups for label in group if label]
+        assert len(labels) == len(set(labels))
+    assert [group[""] for group in LAYOUTS["ranzcr-clip"].groups] == pytest.approx([0.4, 0.36, 0.1, 0.75])
+
+
+DIGITS = "0123456789abcdef" * 4
+UUID = "01234567-89ab-4def-8123-456789abcdef"  # RFC 4122: the version, 4, and the variant, 8, each in a digit
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "image_id", "path"),
+    [
+        ("vinbigdata", "train", DIGITS[:32], f"train/{DIGITS[:32]}.dicom"),
+        ("rsna-pneumonia", "test", UUID, f"stage_2_test_images/{UUID}.dcm"),
+        ("siim-acr", "test", "ID_012345678", "stage_2_images/ID_012345678.dcm"),
+        (
+            *("siim-acr", "train", "1.2.276.0.7230010.3.1.4.8323329.81985529216486895"),
+            "dicom-images-train/1.2.276.0.7.1/1.2.276.0.7.2/1.2.276.0.7230010.3.1.4.8323329.81985529216486895.dcm",
+        ),
+    ],
+)  # fmt: skip
+def test_ids_and_paths_have_the_competitions_form(name, split, image_id, path):
+    assert LAYOUTS[name].make_id(split, DIGITS) == image_id
+    image = Planned(split=split, image_id=image_id, patient="00020001", patient_seed=1, seed=7, shows=())
+    assert LAYOUTS[name].make_path(image) == path
+
+
+def test_ranzcrs_ids_are_uids_with_38_digits():
+    assert re.fullmatch(r"1\.2\.826\.0\.1\.3680043\.8\.498\.\d{38}", LAYOUTS["ranzcr-clip"].make_id("train", DIGITS))
+
+
+def test_lines_enter_at_their_place_and_run_smoothly_to_their_tip():
+    assert set(COURSES) == set(RANZCR_LABELS)
+    for label, course in COURSES.items():
+        points = np.array(course, dtype=float)
+        # Tubes enter through mouth or nose, above the image's upper border, and central lines from the patient's right.
+        assert points[0, 0] < -1.2 if label.startswith("CVC") else (points[0, 1] == -1.6 and -0.21 < points[0, 0] < 0.1)
+        steps = abs(np.diff(points, axis=0))
+        assert steps[:, 0].max() <= 0.51 and steps[:, 1].max() <= (2 if "Incompletely" in label else 1.3)
+        assert abs(points[1:, 0]).max() <= 0.8 and points[:, 1].min() >= -1.6
+    assert 0.1 > WIDTHS["ETT"] > WIDTHS["NGT"] > WIDTHS["Swan"] > WIDTHS["CVC"] > 0
+
+
+def test_the_position_of_a_tip_decides_on_its_label(tmp_path, monkeypatch):
+    """Subtracts the image without a line from the image with it, and looks for its lowest row."""
+    exposure = replace(
+        draw_exposure(np.random.default_rng(0), 256),
+        **{"rows": 256, "columns": 256, "rotation": 0.0, "zoom": 1.0, "shift_u": 0.0, "shift_v": 0.0},
+        **{"noise": 0.0, "border": 0.0, "marker": "", "gamma": 1.0, "gain": 0.8},
+    )
+    monkeypatch.setattr("kitlib.phantoms.challenges.draw_exposure", lambda rng, side: exposure)
+
+    def drawn(*shows):
+        path = tmp_path / "image.jpg"
+        image = Planned(split="train", image_id="a", patient="00020001", patient_seed=1, seed=7, shows=shows)
+        LAYOUTS["ranzcr-clip"].draw(path, image, 256)
+        return read_xray(path).astype(int)
+
+    without, lowest = drawn(), {}
+    for label in RANZCR_LABELS:
+        added = drawn(label) - without
+        assert 0.0005 < (added > 12).mean() < 0.05 and added.min() > -40, label
+        lowest[label] = np.flatnonzero((added > 12).any(axis=1)).max()
+    for device, order in {
+        "ETT": ("Normal", "Borderline", "Abnormal"),  # above the carina, at it, in a bronchus
+        "NGT": ("Abnormal", "Borderline", "Normal", "Incompletely Imaged"),  # in a lung, at the diaphragm, in the stomach
+        "CVC": ("Abnormal", "Normal", "Borderline"),  # in the neck, in the vena cava, in the heart
+    }.items():
+        rows = [lowest[f"{device} - {name}"] for name in order]
+        assert all(np.diff(rows) > 10), (device, rows)
+    assert lowest["NGT - Incompletely Imaged"] == 255
+
+
+def test_images_have_320_pixels_unless_told_otherwise(tmp_path):
+    folder = write_challenge(tmp_path, "ranzcr-clip", images=5, seed=2, workers=1, progress=False)
+    assert {max(read_xray(path).shape) for path in (folder / "train").iterdir()} == {320}
 
 
 def test_unknown_names_other_sides_and_a_missing_truth_are_refused(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 
 import pandas as pd
 import pytest
+from pydicom import dcmread
 
 from kitlib.datasets.near_duplicates import MAX_DISTANCE, group_hashes, perceptual_hash
 from kitlib.datasets.registry import read_dataset
@@ -80,6 +81,74 @@ def test_every_diagnosis_is_read_and_only_the_damaged_image_is_left_out(layout, 
     assert layout != "covidx" or images["split"].value_counts().index.tolist() == ["train", "test"]
 
 
+def test_shares_of_diagnoses_sum_to_1():
+    for layout in LAYOUTS.values():
+        assert sum(layout.shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"),
+    [
+        (34, [1] * 17),  # 17 images of a diagnosis: each has its own patient, so that every fold gets one
+        (36, [4, 2, 2] + [1] * 10),
+        (60, [4, 2, 2] + [1] * 22),
+    ],
+)
+def test_the_first_patients_of_a_frequent_diagnosis_have_several_images(images, sizes):
+    table = pd.DataFrame([vars(image) for image in plan_diagnoses("covidgr", images, seed=1)])
+    for diagnosis in ("COVID-19", "normal"):
+        own = table[table.diagnosis == diagnosis]
+        assert own.groupby("patient").size().tolist() == sizes
+        for _, rows in own.groupby("patient"):
+            assert rows.follow_up.tolist() == list(range(len(rows)))
+            assert len({*zip(rows.age, rows.sex, rows.test, strict=True)}) == 1
+    assert table.number.tolist() == list(range(1, images + 1)) and sorted(set(table.patient)) == [
+        *range(1, 2 * len(sizes) + 1)
+    ]
+
+
+def test_patients_have_ages_of_children_or_adults_and_every_sixth_is_in_the_test_set():
+    for layout, ages in (("kermany", range(1, 6)), ("covidx", range(18, 90))):
+        planned = plan_diagnoses(layout, 700, seed=1)
+        people = {image.patient: image for image in planned}
+        assert {image.age for image in people.values()} == set(ages) and {image.sex for image in planned} == {"F", "M"}
+        tested = [number for number, image in people.items() if image.test]
+        assert tested == list(range(6, len(people) + 1, 6))
+        # Only the near-duplicate has the seed of another image.
+        assert len({image.seed for image in planned}) == 699
+        assert len({image.patient_seed for image in planned}) == len(people) - 1
+
+
+def test_covid_chestxrays_table_has_gaps_and_three_unusable_rows(written):
+    table = pd.read_csv(written["covid_chestxray"] / "metadata.csv", dtype=str)
+    rows, other = table.iloc[:48], table.iloc[48:]
+    # Every third image has no offset, every seventh no sex, every fifth no age, every second no survival.
+    gaps = rows[["offset", "sex", "age", "survival"]].isna()
+    assert [(gaps.index[gaps[name]] + 1).tolist() for name in gaps] == [list(range(n, 49, n)) for n in (3, 7, 5, 2)]
+    assert rows.offset[:4].fillna("").tolist() == ["0", "2", "", "6"]  # the first patient's images, two days apart
+    assert set(rows["view"]) == {"PA", "AP", "AP Supine"}
+    assert set(rows.license.fillna("")) == {"CC BY-NC-SA", "CC BY 3.0", ""}
+    assert set(rows.finding) == {
+        *("Pneumonia/Viral/COVID-19", "Pneumonia/Viral/SARS", "Pneumonia/Viral/Influenza", "Pneumonia", "No Finding"),
+        *("Pneumonia/Bacterial/Streptococcus", "Pneumonia/Bacterial/Klebsiella", "Tuberculosis"),
+    }
+    assert other.filename.tolist() == ["other-0.png", "other-1.png", "other-2.png"]
+    assert other["view"].tolist()[:2] == ["L", "Axial"] and other.modality.tolist() == ["X-ray", "CT", "X-ray"]
+    assert other.finding.tolist()[2] == "todo" and set(other.patientid) == {"1"} and set(other.offset) == {"0"}
+
+
+def test_other_layouts_state_each_images_source_and_patient(written):
+    for part in ("train", "test"):
+        lines = [line.split() for line in (written["covidx"] / f"{part}_COVIDx5.txt").read_text().splitlines()]
+        assert {(diagnosis, source) for *_, diagnosis, source in lines} >= {("normal", "rsna"), ("pneumonia", "rsna")}
+        assert all((diagnosis == "covid-19") == (source == "cohen") for *_, diagnosis, source in lines)
+    planned = {LAYOUTS["ricord"].make_path(image): image for image in plan_diagnoses("ricord", 48, seed=3)}
+    for path, image in planned.items():
+        if not image.damaged:
+            header = dcmread(written["ricord"] / path, stop_before_pixels=True)
+            assert header.PatientID == str(image.patient) and header.file_meta.TransferSyntaxUID == "1.2.840.10008.1.2.1"
+
+
 def test_chexperts_tables_have_uncertain_and_blank_cells_laterals_and_ages_of_0(written):
     data = read_dataset("chexpert", written["chexpert"], progress=False)
     planned = plan_diagnoses("chexpert", 48, seed=3)
@@ -89,6 +158,9 @@ def test_chexperts_tables_have_uncertain_and_blank_cells_laterals_and_ages_of_0(
     assert data.faults.problem.str.contains("are lateral; left out").any()
     # Every tenth image has the age 0; the damaged image is not one of them.
     assert data.images.age.isna().sum() == 4 == (rows[rows["Frontal/Lateral"] == "Frontal"].Age == "0").sum()
+    assert set(rows["AP/PA"].dropna()) == {"AP", "PA"} and rows["AP/PA"].isna().sum() == 16  # laterals have none
+    support = rows[rows["Frontal/Lateral"] == "Frontal"]["Support Devices"]
+    assert {float(value) for value in support.dropna()} == {0.0, 1.0}
     assert data.labels.isna().sum()["Pneumonia"] == sum(each.diagnosis == "other" and each.number % 2 for each in planned)
     assert rows.Path.str.split("/").str[1].value_counts().index.tolist() == ["train", "valid"]  # the larger part first
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 from kitlib.classes import MASK_CODES
 from kitlib.datasets.mask_file import fill_masks, read_mask
 from kitlib.datasets.registry import read_dataset
-from kitlib.phantoms.lungs import LAYOUTS, write_lungs
+from kitlib.phantoms.lungs import DARWIN_COUNTS, LAYOUTS, write_lungs
 from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.image_file import decode_image
 from kitlib.xrays.mask_store import MaskStore
@@ -194,6 +195,51 @@ def test_jsrts_files_are_raw_and_masks_are_in_scrs_folds(written):
     masks = sorted(str(path.relative_to(written["jsrt"])) for path in written["jsrt"].rglob("*.gif"))
     assert len(masks) == 9 and "scratch/fold1/masks/left lung/JPCLN001.gif" in masks
     assert {mask.split("/")[1] for mask in masks if "002" in mask} == {"fold2"}
+    assert {Image.open(written["jsrt"] / mask).size for mask in masks} == {(1024, 1024)}  # SCR's
+    # Big-endian, of 12 bits, of which the phantom uses the upper eight; black is high.
+    values = np.fromfile(files[0], ">u2")
+    assert values.max() <= 4095 and np.ptp(values) > 3000 and not (values % 16).any()
+
+
+def test_shares_are_those_of_the_published_counts():
+    for layout in LAYOUTS.values():
+        assert sum(share for share, _ in layout.classes.values()) == pytest.approx(1)
+    # Kermany's images (Cell 2018), and V7's count of COVID-19.
+    assert list(DARWIN_COUNTS.values()) == [1583, 2780, 1493, 517]
+    assert [round(share * 247) for share, _ in LAYOUTS["jsrt"].classes.values()] == [154, 93]
+    assert [round(share * 138) for share, _ in LAYOUTS["montgomery"].classes.values()] == [80, 58]
+    assert [round(share * 662) for share, _ in LAYOUTS["shenzhen"].classes.values()] == [326, 336]
+
+
+def darwin_record(folder, number):
+    """Write Darwin's files of one image with hand-made masks of 32 x 32 pixels; return its record."""
+    masks = {name: np.zeros((32, 32), bool) for name in ("right_lung", "left_lung", "heart")}
+    masks["right_lung"][8:24, 2:8] = masks["left_lung"][8:24, 24:30] = masks["heart"][12:20, 8:24] = True
+    masks["left_lung"][10:12, 26:28] = False  # a hole
+    drawn = SimpleNamespace(pixels=np.zeros((32, 32), np.uint8), masks=masks, sex="F", age=40)
+    LAYOUTS["darwin"].write(folder, SimpleNamespace(number=number, shown="COVID-19"), drawn)
+    return json.loads((folder / "annotations" / "all-images" / f"{965321 + number}.json").read_text())
+
+
+def test_darwins_first_and_every_fiftieth_image_are_tagged_as_lateral_and_have_no_polygons(tmp_path):
+    for number in (1, 2, 49, 50, 51, 99, 100):
+        names = [annotation["name"] for annotation in darwin_record(tmp_path, number)["annotations"]]
+        lateral = number in (1, 50, 100)
+        assert names == ["COVID-19", "Viral Pneumonia", *(["Lateral"] if lateral else ["PA", "Lung", "Lung"])], number
+
+
+def test_darwins_polygons_run_a_quarter_of_a_pixel_inside_and_share_the_heart(tmp_path):
+    *_, right, left = darwin_record(tmp_path, 2)["annotations"]
+    (outline, hole) = left["complex_polygon"]["path"]
+    # The right lung's columns are 2 to 7 and the left one's 24 to 29; between them the heart is divided at column 15.5.
+    for path, expected in (
+        (right["polygon"]["path"], [2.25, 8.25, 15.75, 23.75]),
+        (outline, [16.25, 8.25, 29.75, 23.75]),
+    ):
+        points = np.array([(point["x"], point["y"]) for point in path])
+        assert [*points.min(axis=0), *points.max(axis=0)] == expected
+    points = np.array([(point["x"], point["y"]) for point in hole])
+    assert abs(points.mean(axis=0) - (27, 11)).max() < 0.3
 
 
 def test_real_data_is_not_replaced_and_too_small_sizes_are_refused(tmp_path):

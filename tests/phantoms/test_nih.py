@@ -13,7 +13,7 @@ from PIL import Image
 from kitlib.classes import NIH_FINDINGS
 from kitlib.datasets.nih import ENTRIES, LISTS, read_nih
 from kitlib.phantoms.drawing import render
-from kitlib.phantoms.nih import BOXED, write_nih
+from kitlib.phantoms.nih import BOXED, SHARES, write_nih
 from kitlib.phantoms.patients import DRAWN_FINDINGS, draw_exposure, draw_finding, draw_patient
 from kitlib.xrays.image_file import decode_image
 
@@ -46,6 +46,15 @@ def test_the_readers_only_fault_is_that_the_images_are_smaller_than_the_publishe
         "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
         "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
     )
+    entries = pd.read_csv(written / ENTRIES[0])
+    # The originals are said to be twice as large, with NIH's usual spacing in mm.
+    sizes = entries[["OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]"]]
+    assert sizes.drop_duplicates().to_numpy().tolist() == [[128, 128, 0.143, 0.143]]
+    assert entries["Patient Age"].between(18, 89).all() and set(entries["Patient Gender"]) == {"F", "M"}
+    people = entries.groupby("Patient ID")[["Patient Age", "Patient Gender"]].nunique()
+    assert (people == 1).all(axis=None) and entries["Patient Age"].nunique() > 30
+    assert entries["Patient ID"].iloc[0] == 1 and (entries["Patient ID"].diff().dropna().isin([0, 1])).all()
+    assert sum(SHARES.values()) == pytest.approx(1)
 
 
 def test_no_patient_is_in_both_lists_and_boxes_are_of_test_images(data):
@@ -55,6 +64,9 @@ def test_no_patient_is_in_both_lists_and_boxes_are_of_test_images(data):
     assert 28 <= (data.images.split == "test").sum() <= 31
     boxed = data.boxes.merge(data.images[["image_id", "split"]]).merge(data.labels, left_on="image_id", right_on="id")
     assert set(boxed.split) == {"test"} and set(boxed.finding) <= set(BOXED)
+    # The list's boxes, for images of 1024 pixels, are scaled to the 64 pixels of these images.
+    corners = data.boxes[["xmin", "ymin", "xmax", "ymax"]].to_numpy()
+    assert corners.min() >= 0 and corners.max() <= 64 and (corners[:, 2:] - corners[:, :2]).max() > 8
     assert all(boxed.loc[row, finding] == 1 for row, finding in boxed.finding.items())
     test = data.labels[data.labels.id.isin(data.images.image_id[data.images.split == "test"])]
     assert set(test.id[(test[list(BOXED)] == 1).any(axis=1)]) == set(data.boxes.image_id)

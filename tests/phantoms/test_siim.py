@@ -12,13 +12,15 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom import dcmread
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
 
 from kitlib.classes import STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import UnreadableXray
 from kitlib.phantoms.drawing import draw_masks, render
 from kitlib.phantoms.patients import draw_exposure, draw_near_duplicate, draw_opacities, draw_patient
 from kitlib.phantoms.plan import CLASS_SHARES, plan_split
-from kitlib.phantoms.siim import write_competition
+from kitlib.phantoms.siim import BITS_SHARES, SYNTAX_SHARES, write_competition
 from kitlib.xrays.dicom import read_header
 from kitlib.xrays.image_file import read_xray
 
@@ -243,6 +245,97 @@ def test_all_files_but_the_damaged_ones_decode_with_the_right_polarity(written):
     assert len({syntax for syntax, _, _ in syntaxes}) >= 4
     assert {photometric for _, photometric, _ in syntaxes} == {"MONOCHROME1", "MONOCHROME2"}
     assert len({bits for _, _, bits in syntaxes}) >= 4
+
+
+def planned_images():
+    """Yield (study, image) of the written competition."""
+    for split, damaged in (("train", 0), ("test", 3)):
+        for study in plan_split(split, SMALL[f"{split}_studies"], SMALL["seed"], damaged):
+            for image in study.images:
+                yield study, image
+
+
+def path_of(competition, study, image):
+    return competition / study.split / study.study_id / image.series_id / f"{image.image_id}.dcm"
+
+
+def test_shares_sum_to_1_and_bit_depths_are_siims():
+    for shares in (SYNTAX_SHARES, BITS_SHARES):
+        assert sum(shares.values()) == pytest.approx(1)
+    assert set(BITS_SHARES) == {8, 10, 12, 14, 15, 16}
+
+
+def test_headers_have_the_ids_of_the_plan_and_its_oddities(written):
+    presentations, functions, values = [], [], {"Modality": set(), "PatientSex": set(), "ViewPosition": set()}
+    odd = set()
+    for study, image in planned_images():
+        if image.damage:
+            continue
+        header = dcmread(path_of(written[0], study, image))
+        ids = (header.PatientID, header.StudyInstanceUID, header.SeriesInstanceUID, header.SOPInstanceUID)
+        assert ids == (study.patient_id, study.study_id, image.series_id, image.image_id)
+        assert header.BodyPartExamined == ("SKULL" if image.oddity == "skull" else "CHEST")
+        assert (header.get("WindowWidth", 1) == 0) == (image.oddity == "window width 0")
+        if image.oddity == "padding":
+            least = header.Rows * header.Columns * header.BitsAllocated // 8
+            assert len(header.PixelData) > least + 1 and header.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+        odd.add(image.oddity)
+        assert header.BitsAllocated == (8 if header.BitsStored == 8 else 16)
+        assert header.file_meta.TransferSyntaxUID != JPEGBaseline8Bit or header.BitsStored == 8
+        presentations.append((header.get("PresentationLUTShape", ""), header.PhotometricInterpretation))
+        functions.append(header.get("VOILUTFunction", "") if "WindowWidth" in header else None)
+        for name, seen in values.items():
+            seen.add(header.get(name, ""))
+    assert odd == {"", "window width 0", "skull", "padding"}
+    assert values == {"Modality": {"CR", "DX"}, "PatientSex": {"F", "M"}, "ViewPosition": {"AP", "PA", ""}}
+    # About half of the files name the shape, which agrees with the photometric interpretation.
+    assert set(presentations) == {
+        *(("", "MONOCHROME1"), ("", "MONOCHROME2"), ("INVERSE", "MONOCHROME1"), ("IDENTITY", "MONOCHROME2"))
+    }
+    share = np.mean([shape == "" for shape, _ in presentations])
+    assert 0.3 < share < 0.7 and 0.1 < np.mean([name == "MONOCHROME1" for _, name in presentations]) < 0.45
+    windows = [function for function in functions if function is not None]
+    assert 0.4 < len(windows) / len(functions) < 0.8 and {"", "LINEAR"} <= set(windows)
+    assert set(windows) <= {"", "LINEAR", "LINEAR_EXACT", "SIGMOID"}
+
+
+def test_stored_values_fill_most_of_the_bits_and_windows_fit_them(written):
+    windows = 0
+    for study, image in planned_images():
+        header = None if image.damage else dcmread(path_of(written[0], study, image))
+        if header is None or header.file_meta.TransferSyntaxUID.is_compressed or image.oddity:
+            continue
+        values, top = header.pixel_array.astype(float), 2**header.BitsStored - 1
+        # Black is in the lowest tenth and white in the highest fifth of the range, or the reverse.
+        assert 0 <= values.min() < values.max() <= top and np.ptp(values) > 0.4 * top
+        if "WindowWidth" in header:
+            windows += 1
+            centre, width = float(header.WindowCenter), float(header.WindowWidth)
+            assert 0.6 * top < width < 1.15 * top and 0.38 * top < centre < 0.62 * top
+            assert centre - width / 2 < values.min() + 0.15 * top and centre + width / 2 > values.max() - 0.15 * top
+    assert windows >= 5
+
+
+def test_damaged_files_are_cut_off_garbage_or_empty(written):
+    sizes = {}
+    for study, image in planned_images():
+        content = path_of(written[0], study, image).read_bytes()
+        if image.damage:
+            sizes[image.damage] = len(content)
+            assert (content[128:132] == b"DICM") == (image.damage == "truncated")
+    assert set(sizes) == {"truncated", "garbage", "empty"} and sizes["empty"] == 0
+    assert sizes["truncated"] > 500 and 4096 >= sizes["garbage"] > 500
+
+
+def test_near_duplicates_are_crops_of_the_first_image(written):
+    compared = 0
+    for study, image in planned_images():
+        if image.duplicate and not (image.damage or study.images[0].damage):
+            headers = [read_header(path_of(written[0], study, each)) for each in (study.images[0], image)]
+            shares = np.divide(*[(header.rows, header.columns) for header in reversed(headers)])
+            assert shares.max() <= 1 and shares.min() > 0.94  # by up to 4 %, rounded to whole pixels
+            compared += 1
+    assert compared
 
 
 def fingerprint(folder: Path) -> str:
