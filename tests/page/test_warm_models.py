@@ -149,6 +149,7 @@ def _xrays(study):
         ({"fold": 7}, 6, "were trained on this study, which is in fold 7"),
         ({"trained_on": "another"}, 6, "It is not known whether"),
         ({"fold": None}, 6, ""),
+        ({"fold": None, "trained_on": ""}, 6, ""),  # an uploaded study
     ],
 )
 def test_remarks_say_which_models_predict_and_whether_they_were_trained_on_the_study(
@@ -272,6 +273,19 @@ def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, 
     other = next(place for place in range(1, 16) if opened(gallery, place).fold == opened(gallery, 0).fold)
     warm.answer(fused, opened(gallery, other))
     assert len(loaded) == len(set(loaded)) == 3
+    # Models that were loaded beforehand; one that is missing is reported when it predicts.
+    early = WarmModels()
+    early.load(replace(fused, models=(replace(fused.models[0], folder=Path("gone")), *fused.models)))
+    assert loaded[3:] == [Path("gone"), *(model.folder for model in fused.models)]
+    early.answer(fused, opened(gallery, 0))
+    assert len(loaded) == 3 + 1 + 6
+
+
+def test_a_segmenter_is_loaded_beforehand(systems, monkeypatch):
+    begun = []
+    monkeypatch.setattr("kitlib.inference.cached_lungs.CachedLungs.begin", lambda lungs: begun.append(lungs.bundle))
+    WarmModels().load(systems["lungs"])
+    assert begun == [systems["lungs"].lungs]
 
 
 def test_the_answer_that_was_not_asked_for_longest_is_forgotten(systems, gallery, monkeypatch):
@@ -291,6 +305,7 @@ def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
     pixels = study.read(study.images[0], COPY).pixels
     name, heat = models.heat(fused, study, study.images[0], "typical")
     assert name == f"study, fold {study.fold}" and heat.shape == pixels.shape and 0 <= heat.min() <= heat.max() <= 1
+    assert models.heat(fused, study, study.images[0], "none")[0] == name
     # The segmenter of tests/small_lungs.py finds lungs where pixels are bright.
     mask, why = models.lungs(fused, study, study.images[0])
     assert why == ""
