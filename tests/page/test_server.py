@@ -1,6 +1,5 @@
 """The page's server: who may ask, what leaves the computer, which files remain, and how it ends."""
 
-import asyncio
 import hashlib
 import json
 import multiprocessing
@@ -13,7 +12,6 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,16 +19,13 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from kitlib.errors import PageError
-from kitlib.page.requests import Guarded
 from kitlib.page.server import address_to_open, page_app, quiet_gradio, serve
 
 HOME = "http://127.0.0.1:7860"
 LIMIT = 50_000
-LENGTH = (b"content-length", b"1234")
 
 
 @pytest.fixture(scope="module")
@@ -241,53 +236,6 @@ def test_a_request_that_is_too_long_is_refused(client):
     answer = client.post("/gradio_api/call/steps", json={"data": ["x" * 1_000_001]})
     assert answer.status_code == 413 and answer.text.startswith("A request may have at most 1,000,000 bytes")
     assert client.post("/gradio_api/call/none", content=b'"' + b"x" * 999_998 + b'"').status_code != 413
-
-
-def ask(app, method="GET", path="/", **headers):
-    """Send a request without a body to an ASGI app; return the messages of the answer."""
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"localhost")]}
-    scope["headers"] += [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    async def receive():
-        return {"type": "http.request"}  # ASGI: both `body` and `more_body` may be left out
-
-    asyncio.run(app(scope, receive, send))
-    return sent
-
-
-def test_uploads_that_are_still_arriving_count(tmp_path):
-    (tmp_path / "files" / "old").mkdir(parents=True)
-    (tmp_path / "files" / "old" / "x").write_bytes(bytes(10))
-    codes = []
-
-    def upload(size):
-        codes.append(ask(guarded, "POST", "/upload", content_length=str(size))[0]["status"])
-
-    async def app(scope, receive, send):
-        if len(codes) < 1:  # while the first upload of 60 bytes arrives: 30 more would be too many, 29 not
-            codes.append("first")
-            with ThreadPoolExecutor(1) as other:
-                other.submit(upload, 30).result()
-                other.submit(upload, 29).result()
-        await PlainTextResponse("ok")(scope, receive, send)
-
-    guarded = Guarded(app, tmp_path / "files", 99)
-    upload(60)
-    upload(89)
-    assert codes == ["first", 413, 200, 200, 200]
-
-
-def test_an_answer_to_head_keeps_the_length_of_the_page():
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html"), LENGTH]})
-        await send({"type": "http.response.body"})
-
-    start, body = ask(Guarded(app, Path("files"), 1), "HEAD")
-    assert LENGTH in start["headers"] and body["body"] == b""
 
 
 @contextmanager
