@@ -40,7 +40,7 @@ def write_rows(folder: Path, answer: Answer, study: OpenedStudy, system: System)
         return None
     path, fused = folder / "submission.csv", with_image_names(answer.fused, study)
     if not system.fills_siim:
-        boxes = fused.detections.sort_values(["image_id", "score"], ascending=[True, False], kind="stable")
+        boxes = fused.detections.sort_values(["image_id", "score"], ascending=[True, False])
         write_csv(folder / "boxes.csv", boxes[["image_id", "finding", "score", *BOX]])
         return folder / "boxes.csv"
     ids = submission_ids([study.study_id], [image.image_id for image in study.images])

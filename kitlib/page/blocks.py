@@ -328,9 +328,7 @@ class _Page:
         return {
             self.windowed: windowed,
             self.center: gr.update(minimum=ends[0], maximum=ends[1], value=center, step=step, visible=True),
-            self.width: gr.update(
-                minimum=1, maximum=max(2 * windowed.full_range[1], width), value=width, step=step, visible=True
-            ),
+            self.width: gr.update(maximum=max(2 * windowed.full_range[1], width), value=width, step=step, visible=True),
         }
 
     def _show(self, view: View | str, image_id: str | None, *drawing_inputs: Any) -> dict:

@@ -147,7 +147,7 @@ def _is_text(start: bytes) -> bool:
     try:
         start.decode("utf-8")
     except UnicodeDecodeError as error:
-        return bool(start) and error.start >= len(start) - 3  # the last character may be incomplete
+        return error.start >= len(start) - 3  # the last character may be incomplete
     return True
 
 

@@ -75,7 +75,7 @@ def page_app(
     import gradio
     from gradio.utils import get_upload_folder
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(openapi_url=None)  # and so no pages of documentation
     app.get("/healthz")(lambda: PlainTextResponse("ok"))
     # Unlike launch(), this creates no sharing link, checks for no newer version and loads no fonts.
     gradio.mount_gradio_app(

@@ -95,6 +95,7 @@ def test_pictures_are_grey_or_coloured_whatever_their_mode_says(tmp_path):
         (b"BMI,age\n22,40\n", "text"),
         ("é".encode() * 600, "text"),
         (b"x" + "é".encode() * 600, "text"),  # the last of 1,024 bytes is half a character
+        (b"x" + "😀".encode() * 300, "text"),  # the last three are most of one
     ],
 )
 def test_other_files_are_named_by_their_content(tmp_path, content, what):
@@ -107,7 +108,8 @@ def test_other_files_are_named_by_their_content(tmp_path, content, what):
 def test_files_that_may_be_images_are_not_foreign(tmp_path):
     whole = write(tmp_path / "x.dcm").read_bytes()
     # A preamble may be the header of another format (PS3.10 section 7.1), and a file may have no preamble.
-    for content in (whole, b"II*\0" + whole[4:], whole[132:], np.random.default_rng(0).bytes(500)):
+    odd = np.random.default_rng(0).bytes(500), b"text \0", b"x" * 1020 + b"\xff" + b"x" * 10
+    for content in (whole, b"II*\0" + whole[4:], whole[132:], *odd):
         (tmp_path / "x.dcm").write_bytes(content)
         assert recognise_foreign(tmp_path / "x.dcm") is None
     Image.fromarray(GREY).save(tmp_path / "x.png")
@@ -133,7 +135,36 @@ def test_a_damaged_length_shows_nothing_of_the_next_elements(tmp_path):
     assert facts.modality == "ILLEGIBLE" and "Doe" not in repr(facts)
 
 
+def test_values_that_are_absent_are_not_shown_and_long_codes_are_illegible(tmp_path):
+    facts = read_facts(write(tmp_path / "x.dcm", extra={"ViewPosition": "", "BodyPartExamined": "C" * 32}))
+    assert "View" not in facts.shown and facts.body_part == "C" * 32
+    assert read_facts(write(tmp_path / "y.dcm", extra={"BodyPartExamined": "C" * 33})).body_part == "ILLEGIBLE"
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_a_picture_is_coloured_from_a_sixteenth_of_its_grey_levels_on(tmp_path, suffix):
+    for away, coloured in ((16, False), (17, True)):  # of 256 greys
+        picture = np.full((48, 64, 3), 100, np.uint8)
+        picture[7, 9, 2] += away
+        Image.fromarray(picture).save(tmp_path / f"x.{suffix}")
+        assert read_facts(tmp_path / f"x.{suffix}").coloured == coloured
+
+
+def test_a_sixteenth_is_of_the_stored_bits(tmp_path):
+    for away, coloured in ((256, False), (257, True)):  # of the 4,096 greys of 12 bits
+        colour = np.full((48, 64, 3), 1000, np.uint16)
+        colour[7, 9, 2] += away
+        assert read_facts(coloured_dicom(tmp_path / "x.dcm", colour)).coloured == coloured
+
+
+def test_raw_files_are_grey(tmp_path):
+    with open(tmp_path / "x.img", "wb") as file:
+        file.truncate(2048 * 2048 * 2)  # JSRT's size
+    facts = read_facts(tmp_path / "x.img")
+    assert (facts.kind, facts.coloured) == ("JSRT", False)
+
+
 def test_printable_is_one_short_line_without_control_characters():
     assert printable("Röntgen <b>\n\t 肺", 60) == "Röntgen <b> 肺"
     assert printable("abc\u202egnp.exe\x00\udcff", 60) == "abc?gnp.exe??"
-    assert printable("x" * 300, 60) == "x" * 59 + "…"
+    assert printable("x" * 300, 60) == "x" * 59 + "…" and printable("x" * 60, 60) == "x" * 60

@@ -233,6 +233,9 @@ def test_an_unknown_choice_page_or_image_is_refused(tmp_path, copies):
             gallery.open(image_id)
     with pytest.raises(RunError, match=r"metrics\.json is missing"):
         Gallery(tmp_path / "nothing", copies)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(RunError, match="is not a run of notebook 10"):
+        Gallery(tmp_path, copies)
 
 
 def test_a_gallery_is_found_by_what_models_were_trained_on(tmp_path, copies):

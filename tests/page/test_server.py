@@ -29,7 +29,8 @@ LIMIT = 50_000
 
 
 @pytest.fixture(scope="module")
-def folder():
+def folder(tmp_path_factory):
+    tmp_path_factory.getbasetemp()  # must not lie in the folder that is deleted at the end
     with quiet_gradio() as folder:
         yield folder
     assert not folder.exists()
@@ -146,7 +147,8 @@ def test_files_of_the_machine_are_not_served(client):
         for route in ("/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/svelte/"):
             assert client.get(f"{route}{path}").status_code in (403, 404), path
     assert client.get(f"/gradio_api/proxy={HOME}/healthz").status_code == 403
-    assert client.get("/docs").status_code == client.get("/monitoring/x").status_code + 1 == 404
+    assert client.get("/monitoring/x").status_code == 403
+    assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404] * 2
 
 
 def test_an_upload_is_stored_in_the_temporary_folder(client, folder):
@@ -212,10 +214,12 @@ def test_files_of_other_servers_are_neither_looked_up_nor_fetched(client, route,
     assert (answer.status_code, answer.text) == (403, "Files of other servers cannot be opened.")
 
 
-def test_an_uploaded_file_may_be_in_an_event(client):
+def test_an_uploaded_file_may_be_in_an_event_and_so_may_none(client):
     (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", b"\x89PNG")}).json()
     answer = client.post("/gradio_api/call/steps", json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]})
     assert answer.status_code == 200 and "event_id" in answer.json()
+    answer = client.post("/gradio_api/call/steps", json={"data": [{"path": None, "meta": {"_type": "gradio.FileData"}}]})
+    assert answer.status_code != 403
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b"{}", b"[]", b"null", b'"text"', b'{"data": 1}'], ids=repr)
@@ -231,6 +235,7 @@ def test_an_odd_body_gets_a_short_answer_without_a_traceback(app, body):
 def test_a_request_that_is_too_long_is_refused(client):
     answer = client.post("/gradio_api/call/steps", json={"data": ["x" * 1_000_001]})
     assert answer.status_code == 413 and answer.text.startswith("A request may have at most 1,000,000 bytes")
+    assert client.post("/gradio_api/call/none", content=b'"' + b"x" * 999_998 + b'"').status_code != 413
 
 
 @contextmanager
@@ -267,6 +272,77 @@ def test_a_port_in_use_is_reported_with_what_to_do(folder, app):
         port = opened.getsockname()[1]
         with pytest.raises(PageError, match=rf"Port {port} of 127\.0\.0\.1 is already in use.* --port {port + 1}\."):
             serve(blocks, port)
+
+
+def test_another_fault_of_a_port_is_reported_too(folder, app, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    with pytest.raises(PageError, match=r"Port 80 of localhost cannot be opened \(Permission denied\)\."):
+        serve(blocks_of(), 80, "localhost")
+
+
+def blocks_of():
+    import gradio
+
+    with gradio.Blocks() as blocks:
+        gradio.File()
+    return blocks
+
+
+@pytest.fixture
+def started(folder, monkeypatch):
+    """The servers that were made, with their settings; each runs until its event is set, if it has not ended before."""
+    servers = []
+
+    class Server:
+        def __init__(self, config):
+            self.config, self.ends, self.should_exit = config, threading.Event(), False
+            servers.append(self)
+
+        def run(self, sockets):
+            (self.socket,), self.daemon = sockets, threading.current_thread().daemon
+            self.ends.wait(30)
+
+    monkeypatch.setattr("kitlib.page.server._Server", Server)
+    return servers
+
+
+def test_a_server_that_stops_by_itself_is_an_error(started, monkeypatch):
+    told, given = [], {}
+
+    def ready(address):
+        told.append(address)
+        started[0].ends.set()
+
+    monkeypatch.setattr("kitlib.page.server.page_app", lambda blocks, **options: given.update(options))
+    with pytest.raises(RuntimeError, match="stopped unexpectedly"):
+        serve(None, 0, "localhost", ready, theme="a theme", css="a style")
+    (server,) = started
+    assert re.fullmatch(r"http://localhost:\d+", told[0]) and server.daemon and server.should_exit
+    assert given == {"theme": "a theme", "css": "a style"}
+    config = server.config
+    # It logs no visits, does not name its software, accepts no web sockets, and believes no proxy.
+    assert not (config.access_log or config.server_header or config.proxy_headers) and config.log_config is None
+    assert (config.ws, config.lifespan, config.timeout_graceful_shutdown) == ("none", "on", 0)
+
+
+def test_ctrl_c_ends_the_server(started):
+    def ready(_):
+        started[0].ends.set()
+        raise KeyboardInterrupt
+
+    serve(blocks_of(), 0, "localhost", ready)
+    assert started[0].should_exit
+
+
+def test_the_page_has_its_theme_and_style(folder):
+    import gradio
+
+    theme = gradio.themes.Default(font=["my-font"])
+    with TestClient(page_app(blocks_of(), theme=theme, css="#mine { color: red }"), base_url=HOME) as client:
+        assert "my-font" in client.get("/theme.css").text and "#mine" in client.get("/config").json()["css"]
 
 
 def test_environment_temporary_folder_and_signals_are_restored(monkeypatch):

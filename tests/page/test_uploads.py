@@ -19,6 +19,7 @@ import kitlib.page.opened_study
 from kitlib.errors import CacheError, PageError
 from kitlib.page.opened_study import DecodedCopies, OpenedStudy
 from kitlib.page.uploads import MAX_IMAGES, MAX_UPLOAD_BYTES, open_uploads
+from kitlib.xrays.cache import XrayCache
 from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.writing import write_xray
 
@@ -68,7 +69,7 @@ def test_a_dicom_file_is_a_study_of_one_image(tmp_path, copies):
     assert (study.study_id, image.image_id, image.rows, image.columns, image.is_dicom) == ("1.2.3", "chest", 48, 64, True)
     assert (study.remarks, image.remarks, image.truth, study.run_cache, study.trained_on) == ((), (), None, None, "")
     assert image.facts["Size"] == "48 x 64 (rows x columns)" and image.facts["Modality"] == "DX"
-    assert "Doe" not in repr(study)
+    assert "Doe" not in repr(study) and len(image.key) == 32
     # 48 x 64 shrunk by half: each pixel is the mean of four.
     halves = read_xray(path).reshape(24, 2, 32, 2).mean(axis=(1, 3))
     assert np.abs(study.read(image, SIDE).pixels - halves).max() <= 0.5
@@ -153,6 +154,24 @@ def test_damaged_files_and_impossible_sizes_are_refused_in_a_sentence(tmp_path, 
     assert "has 15 x 64 pixels" in refusal([tmp_path / "icon.dcm"], copies)
 
 
+def test_files_at_the_limits_are_accepted(tmp_path, copies, monkeypatch):
+    path = write(tmp_path / "small.dcm", GREY[:16])
+    monkeypatch.setattr("kitlib.page.uploads.MAX_UPLOAD_BYTES", path.stat().st_size)
+    study = open_uploads([path] * MAX_IMAGES, copies, SIDE)
+    assert (study.images[0].rows, len(study.remarks)) == (16, MAX_IMAGES - 1)
+    monkeypatch.setattr("kitlib.page.uploads.MAX_UPLOAD_BYTES", path.stat().st_size - 1)
+    assert "is larger than" in refusal([path], copies)
+
+
+def test_only_the_newest_copies_are_kept(tmp_path, copies, monkeypatch):
+    monkeypatch.setattr(kitlib.page.opened_study, "MAX_COPIES", 2)
+    path, folder = png(tmp_path / "x.png"), XrayCache(copies.folder, 20).folder
+    for seconds, key in enumerate("cab"):
+        copies.decode(key, path, 20)
+        os.utime(folder / f"{key}.safetensors", (seconds, seconds))
+    assert sorted(copy.stem for copy in folder.glob("*.safetensors")) == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("modality", "told"), [("US", "ultrasound"), ("CT", "computed tomography"), ("<Q>", "modality ILLEGIBLE")]
 )
@@ -187,6 +206,8 @@ def test_unusual_header_values_are_remarked(tmp_path, copies):
     (image,) = open_uploads([path], copies, SIDE).images
     lateral, body_part, window = image.remarks
     assert "lateral" in lateral and "HIP" in body_part
+    illegible = write(tmp_path / "illegible.dcm", extra={"BodyPartExamined": "<b>"})
+    assert open_uploads([illegible], copies, SIDE).images[0].remarks == ()
     assert window == (
         "The file has an unusual value: WindowCenter is …, not a number; it is ignored, and the image's own range is used."
     )

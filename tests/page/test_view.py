@@ -1,19 +1,20 @@
 """What a visitor sees of a study, without a web server."""
 
 import json
+import os
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
-from typer.testing import CliRunner
 
-from kitlib.__main__ import app
+from kitlib.atomic import write_json
 from kitlib.classes import STUDY_CLASSES
-from kitlib.errors import PageError
+from kitlib.errors import PageError, UnreadableXray
 from kitlib.inference.systems import find_segmenters
 from kitlib.leaderboard.listing import list_runs
 from kitlib.page.gallery import find_gallery
@@ -139,20 +140,75 @@ def test_names_from_files_are_escaped(viewer, view):
     assert "<script>" not in html and "&lt;script&gt;" in html and "<b>odd" not in html
 
 
+def raising(error):
+    def fail(*_):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("layer", "what", "error", "told"),
+    [
+        (LUNGS, "lungs", MemoryError("no room"), "The lungs cannot be shown: MemoryError: no room."),
+        (HEAT, "heat", ImportError("grad-cam is missing"), "The heat map cannot be shown: grad-cam is missing."),
+        (HEAT, "heat", MemoryError("no room"), "The heat map cannot be shown: MemoryError: no room."),
+    ],
+)
+def test_a_layer_that_fails_leaves_the_others(viewer, view, monkeypatch, layer, what, error, told):
+    monkeypatch.setattr(viewer.models, what, raising(error))
+    svg = viewer.draw(view, view.study.images[0], 0.0, [BOXES, layer])
+    assert told in svg and drawn(svg, "predicted") > 0
+
+
+def test_a_heat_map_without_evidence_says_so(viewer, view, monkeypatch):
+    monkeypatch.setattr(viewer.models, "heat", lambda *_: ("m", np.zeros((4, 4), np.float32)))
+    caption = "Heat map: Grad-CAM of m for none; no part of the image is evidence for it."
+    assert caption in viewer.draw(view, view.study.images[0], 0.0, [HEAT], "none")
+
+
+def test_images_that_cannot_be_opened_or_decoded_are_refused(viewer, view, monkeypatch):
+    unreadable = raising(UnreadableXray("x.dcm", "it is damaged"))
+    with monkeypatch.context() as patch, pytest.raises(PageError, match=r"This image cannot be opened: it is damaged\."):
+        patch.setattr(viewer.gallery, "open", unreadable)
+        viewer.pick("any", FUSED)
+    monkeypatch.setattr(viewer.models, "answer", unreadable)
+    with pytest.raises(PageError, match=r"An image of this study cannot be decoded: it is damaged\."):
+        viewer.switch(view, FUSED)
+    picture = replace(view.study.images[0], is_dicom=False)
+    with pytest.raises(PageError, match="is not a DICOM file, so window and level cannot be set"):
+        viewer.window(view, picture)
+
+
+def test_files_of_an_hour_ago_are_deleted(viewer, view):
+    old, recent = (viewer.files(view)[1].parent for _ in range(2))
+    for folder, seconds in ((old, 3610), (recent, 3000)):
+        os.utime(folder, (time.time() - seconds,) * 2)
+    latest = viewer.files(view)[1].parent
+    assert not old.exists() and recent.exists() and latest.parent == recent.parent == viewer.folder / "answers"
+
+
+def test_details_name_the_annotated_class_and_the_models_in_their_order(viewer, view):
+    html = viewer.details(view, view.study.images[0])
+    assert f"<td>{view.study.true_classes[0]}</td>" in html
+    fold = view.study.fold
+    assert f"<td>study ({fold}); yolo ({fold}); faster_rcnn ({fold})</td>" in html
+    unknown = replace(view, study=replace(view.study, true_classes=()))
+    assert "Annotated" not in viewer.details(unknown, view.study.images[0])
+
+
+def test_a_view_has_the_image_that_is_asked_for_or_its_first(view):
+    images = (view.study.images[0], replace(view.study.images[0], image_id="another"))
+    several = replace(view, study=replace(view.study, images=images))
+    assert several.image("another") is images[1] and several.image("gone") is several.image(None) is images[0]
+
+
 def test_an_unknown_system_and_a_missing_gallery_are_refused(viewer, view):
     with pytest.raises(PageError, match=r"There are no models called 'gone'\. Available models: fuse"):
         viewer.switch(view, "gone")
     with pytest.raises(PageError, match="no gallery"):
         Viewer([view.system], viewer.models, viewer.copies, None, viewer.folder).pick("any", FUSED)
     assert viewer.switch(view, "yolo").system.detectors == ("yolo",)
-
-
-@pytest.mark.parametrize(("made", "says"), [(False, "does not exist"), (True, "no trained study model or detector")])
-def test_the_command_says_what_is_missing(tmp_path, made, says):
-    if made:
-        (tmp_path / "runs").mkdir()
-    result = CliRunner().invoke(app, ["page", "--runs", str(tmp_path / "runs")])
-    assert result.exit_code and says in " ".join(result.output.replace("│", " ").split())
 
 
 def test_every_run_that_predicts_is_offered_and_a_probe_is_not(classifying):
@@ -225,6 +281,42 @@ def test_a_segmenter_of_another_structure_outlines_it(viewer, view, tmp_path):
     assert drawn(svg, "mask") == 1 and "pneumothorax found by the model" in svg
     rows, answer = viewer.files(shown)
     assert rows is None and json.loads(answer.read_text())["images"][0]["masks"]["pneumothorax"] == round(highest, 3)
+
+
+def test_variants_of_several_fusions_say_whose_other_models_they_use(viewer, tmp_path):
+    runs = viewer.folder.parent / "runs"
+    shutil.copytree(runs / "fuse", tmp_path / "again")
+    again = FUSED.replace("fuse", "again")
+    names = [system.name for system in find_systems([*list_runs([runs]), *list_runs([tmp_path])])]
+    variants = {
+        fusion: [f"{name}, with {fusion}'s other models" for name in ("yolo", "faster_rcnn")] for fusion in (FUSED, again)
+    }
+    assert names[:6] == [FUSED, *variants[FUSED], again, *variants[again]]
+
+
+def test_a_run_with_the_name_of_a_variant_is_told_apart(classifying, tmp_path):
+    runs = classifying.folder.parent / "runs"
+    shutil.copytree(runs / "first", tmp_path / "yolo")
+    names = [system.name for system in find_systems([*list_runs([runs]), *list_runs([tmp_path])])]
+    assert names.count("yolo") == names.count("yolo (alone)") == names.count("first") == 1
+
+
+def test_probes_of_the_same_prepared_run_are_noted_with_their_mean_score(classifying, tmp_path):
+    runs = classifying.folder.parent / "runs"
+    tables, outside = read_prepared(runs / "prepare"), replace(CLASSIFIER, probe="outside_lungs", lungs="masks")
+    probe = {"recipe": replace(outside, judged_by="macro_f1"), "class_scores": empty_table("class_scores")}
+    train(tmp_path / "outside", tables, model="outside", of_fold={"best": {"score": 0.5}}, **probe)
+    second = tmp_path / "outside" / "fold1" / "metrics.json"
+    write_json(second, json.loads(second.read_text()) | {"best": {"score": 0.75}})
+    train(tmp_path / "other", tables, model="other", of_fold={"best": {"score": 0.9}, "data_fingerprint": "other"}, **probe)
+    train(tmp_path / "scoreless", tables, model="scoreless", of_fold={"best": {"score": None}}, **probe)
+    train(tmp_path / "unfinished", tables, model="unfinished", of_fold={"best": {"score": 0.9}}, finished=False, **probe)
+    systems = {system.name: system for system in find_systems([*list_runs([runs]), *list_runs([tmp_path])])}
+    (note,) = [note for note in systems["first"].notes if "(border)" not in note]
+    assert note.startswith(
+        "A probe (outside) that sees only what lies outside the lungs reaches a validation macro F1 of 0.625:"
+    )
+    assert not any("probe" in note for name in (FUSED, "lungs") for note in systems[name].notes)
 
 
 def test_copies_of_a_lung_segmenter_are_offered_once(classifying, tmp_path):

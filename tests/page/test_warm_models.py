@@ -149,6 +149,7 @@ def _xrays(study):
         ({"fold": 7}, 6, "were trained on this study, which is in fold 7"),
         ({"trained_on": "another"}, 6, "It is not known whether"),
         ({"fold": None}, 6, ""),
+        ({"fold": None, "trained_on": ""}, 6, ""),  # an uploaded study
     ],
 )
 def test_remarks_say_which_models_predict_and_whether_they_were_trained_on_the_study(
@@ -274,6 +275,27 @@ def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, 
     assert len(loaded) == len(set(loaded)) == 3
 
 
+def test_models_are_loaded_beforehand_except_missing_ones(fused, monkeypatch, caplog):
+    loaded, warm = [], WarmModels()
+    monkeypatch.setattr(
+        "kitlib.inference.loaded_models.load_predictor",
+        lambda folder, **given: loaded.append(folder) or load_predictor(folder, **given),
+    )
+    gone = replace(fused.models[0], folder=Path("gone"))
+    some = replace(fused, models=(gone, fused.models[0]))
+    warm.load(some)
+    assert loaded == [gone.folder, fused.models[0].folder] and "gone cannot be loaded" in caplog.text
+    warm.load(some)
+    assert loaded[2:] == [gone.folder]
+
+
+def test_a_segmenter_is_loaded_beforehand(systems, monkeypatch):
+    begun = []
+    monkeypatch.setattr("kitlib.inference.cached_lungs.CachedLungs.begin", lambda lungs: begun.append(lungs.bundle))
+    WarmModels().load(systems["lungs"])
+    assert begun == [systems["lungs"].lungs]
+
+
 def test_the_answer_that_was_not_asked_for_longest_is_forgotten(systems, gallery, monkeypatch):
     monkeypatch.setattr("kitlib.page.warm_models.CACHED_ANSWERS", 2)
     given = [opened(gallery, place) for place in range(12)]
@@ -291,6 +313,7 @@ def test_heat_and_lungs_lie_on_the_decoded_copy(fused, gallery, models):
     pixels = study.read(study.images[0], COPY).pixels
     name, heat = models.heat(fused, study, study.images[0], "typical")
     assert name == f"study, fold {study.fold}" and heat.shape == pixels.shape and 0 <= heat.min() <= heat.max() <= 1
+    assert models.heat(fused, study, study.images[0], "none")[0] == name
     # The segmenter of tests/small_lungs.py finds lungs where pixels are bright.
     mask, why = models.lungs(fused, study, study.images[0])
     assert why == ""

@@ -60,7 +60,9 @@ def test_without_layers_the_picture_has_only_the_x_ray():
 def test_boxes_are_in_original_pixels_from_the_threshold_on():
     root = drawn(boxes=BOXES, threshold=0.5)
     assert [corners(rect) for rect in of_class(root, "predicted")] == [(0, 0, 200, 300), (100.5, 120.25, 180, 299)]
-    assert [text.text for text in of_class(root, "score")] == ["0.50", "0.90"]
+    low, high = of_class(root, "score")
+    assert (low.text, high.text) == ("0.50", "0.90")
+    assert float(low.get("x")) < 90 < float(high.get("x")) and float(low.get("y")) < 90 < float(high.get("y"))
     label = root.find(f"{SVG}svg").get("aria-label")
     assert label == "Chest X-ray with 2 boxes of opacity with a score of at least 0.50."
     assert legend(root) == ["opacity found by the model, with its score"]
@@ -103,12 +105,25 @@ def test_several_findings_have_colours_names_and_a_table():
         assert legend(root) == [*kinds, *sorted({name, "c"})]
     root = drawn(boxes=boxes, truth=truth, threshold=0.3, findings=("<b>", "b", "c"))
     assert [text.text for text in of_class(root, "score")] == ["b 0.50", "<b> 0.90"]
-    assert [text.text for text in of_class(root, "name")] == ["c"]
+    (annotated,) = of_class(root, "name")
+    assert annotated.text == "c" and float(annotated.get("y")) > 90  # below its box; scores are above theirs
     (table,) = of_class(root, "box-table")
     rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
     assert rows[1:] == [["<b>", "0.900", "100, 120, 180, 299"], ["b", "0.500", "0, 0, 200, 300"]]
     label = root.find(f"{SVG}svg").get("aria-label")
     assert label == "Chest X-ray with 2 boxes (1 <b>, 1 b) with a score of at least 0.30, 1 annotated box."
+
+
+def test_the_description_names_all_layers_and_counts_no_boxes_of_several_findings():
+    root = drawn(mask=np.ones((100, 67), bool), heat=np.ones((9, 9), np.float32))
+    assert root.find(f"{SVG}svg").get("aria-label") == "Chest X-ray with the outline of the lungs, a heat map."
+    root = drawn(boxes=BOXES.assign(finding="a"), threshold=0.95, findings=("a", "b"))
+    assert root.find(f"{SVG}svg").get("aria-label") == "Chest X-ray with 0 boxes with a score of at least 0.95."
+
+
+def test_the_smallest_picture_is_one_pixel():
+    root = ElementTree.fromstring(draw_picture(GREY[:1, :1], 1, 1))
+    assert root.find(f"{SVG}svg").get("viewBox") == "0 0 1 1"
 
 
 def test_a_mask_of_any_structure_has_its_name():
@@ -224,6 +239,10 @@ def test_class_frequencies_are_grey_and_explained():
     assert [label.endswith("its share of the training set") for label, _ in meters(root)] == [True] * 4 + [False]
     assert "None of the selected models predicts the class" in "".join(root.itertext())
     assert len(of_class(root, "bar priors")) == 4
+    assert meters(ElementTree.fromstring(draw_bars({"a": 0.0, "b": 1.0}))) == [
+        ("probability of a", "0.000"),
+        ("probability of b", "1.000"),
+    ]
     without = ElementTree.fromstring(draw_bars(SHARES, None, False))
     assert len(meters(without)) == 4 and "None of the selected models" not in "".join(without.itertext())
 

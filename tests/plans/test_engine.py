@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from rich.console import Console
 
 from kitlib.errors import PlanError
-from kitlib.plans.engine import describe_plan, make_configuration, run_plan
+from kitlib.plans.engine import describe_plan, run_plan
 from kitlib.plans.plan import read_plan
 from kitlib.processes import exiting_on_signals, kill_family
 
@@ -237,12 +237,6 @@ def test_nothing_is_removed_while_a_plan_is_being_run(tmp_path):
     carry_out(path, afresh=True)
     assert started(tmp_path) == ["only"] and result.read_text() == "ok\n"
     assert (own.stat().st_ino, other.stat().st_ino) == locks
-
-
-def test_names_that_differ_only_in_a_hyphen_are_two_rules(tmp_path):
-    plan = read_plan(write_plan(tmp_path, {"a": shell(NOTE, matrix={"of": [1]}), "a_1": shell(NOTE)}))
-    runs = make_configuration(plan, tmp_path / "runs.json", [], {}, 0)["runs"]
-    assert [run["rule"] for run in runs] == ["r0_a_1", "r1_a_1"]
 
 
 def test_a_failed_notebook_is_reported_with_its_cell_and_log(tmp_path, monkeypatch):

@@ -50,4 +50,7 @@ def test_a_step_has_the_colour_of_the_run_that_is_farthest_from_done(drawn):
     colours = {step: text.get_bbox_patch().get_facecolor() for step, text in drawn[1].items()}
     states = {"prepare": "done", "train": "new", "other": "new", "fuse": "new"}
     assert colours == {step: to_rgba(COLOURS[state]) for step, state in states.items()}
-    assert drawn[1]["train"].get_text() == "train\n1 of 2 runs"
+    assert drawn[1]["train"].get_text() == "train\n1 of 2 runs" and drawn[1]["fuse"].get_text() == "fuse"
+    legend = drawn[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == list(COLOURS) and drawn[0].get_title() == "plan"
+    assert [to_rgba(each.get_facecolor()[0]) for each in drawn[0].collections] == [*map(to_rgba, COLOURS.values())]

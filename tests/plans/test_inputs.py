@@ -1,5 +1,7 @@
 """What a plan tells before its first run: inputs that are missing, and how many networks it trains."""
 
+import re
+
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -91,6 +93,35 @@ def test_inputs_are_found_by_name_or_by_path_in_the_project_from_any_folder(tmp_
     # A name without "/" is not a folder of the project.
     missing = missing_inputs(plan, plan.planned)
     assert [line.partition(" 'folder'")[0] for line in missing] == ["bare: no input", "bare_run: no run"]
+
+
+def test_only_what_a_notebook_reads_must_exist(tmp_path, monkeypatch):
+    """The report reads the competition's files if it has a truth, pseudo-labelling if it has no run of its own images."""
+    for folder in ("inputs/data", "runs/old"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "notebooks").symlink_to(project_root() / "notebooks")
+    monkeypatch.setenv("KIT_ROOT", str(tmp_path))
+    fused = {"prepare_run": "old", "fuse_run": "old"}
+    notebooks = {
+        "report": ("80_report", fused),
+        "judged": ("80_report", {**fused, "truth": "truth"}),
+        "own": ("50_pseudo_label", {"prepare_run": "old", "runs": ["old"], "source_run": "old"}),
+        "pseudo": ("50_pseudo_label", {"prepare_run": "old", "runs": ["old"]}),
+        "fuse": ("60_fuse", {"prepare_run": "old", "runs": ["old", "gone"], "competition": "rsna-pneumonia"}),
+        "board": ("90_leaderboard", {"runs": ["folder"]}),
+        "by_name": ("10_prepare", {"dataset": "rsna"}),
+        "pools": ("10_prepare", {"competition": "data", "pool": {"nih": "no-pool"}, "beside": ["no-neighbour"]}),
+    }
+    steps = {name: {"notebook": notebook, "parameters": parameters} for name, (notebook, parameters) in notebooks.items()}
+    plan = read_plan(write_plan(tmp_path, steps))
+    missing = [re.match("[^']*'[^']*", line)[0] for line in missing_inputs(plan, plan.planned)]
+    assert missing == [
+        "judged, pseudo: no input 'siim-covid19-detection",
+        "fuse: no run 'gone",
+        "by_name: no input 'rsna-pneumonia-detection-challenge",
+        "pools: no input 'no-pool",
+        "pools: no input 'no-neighbour",
+    ]
 
 
 def test_nested_folds_train_one_network_per_pair_of_folds(tmp_path):

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from kitlib.atomic import write_json
-from kitlib.errors import PlanError
+from kitlib.errors import NotebookError, PlanError
+from kitlib.paths import project_root
 from kitlib.plans.one_run import SHARED_GPUS, claim_gpus, run_planned, state_file
 from kitlib.plans.plan import RECORD, PlannedRun
 
@@ -22,19 +23,19 @@ def restored_sigterm_handler():
     signal.signal(signal.SIGTERM, before)
 
 
-def planned(folder, key, script='echo ok > "{}/metrics.json"', minutes=1.0):
+def planned(folder, key, script='echo ok > "{}/metrics.json"', minutes=1.0, threads=1, notebook=None, parameters=None):
     """Write a file with one run, `train`, that executes `script` in its folder; return the file."""
     run = PlannedRun(
         name="train",
         step="train",
         values={},
         folder=folder / "train",
-        notebook=None,
-        parameters={},
+        notebook=notebook,
+        parameters=parameters or {},
         command=("sh", "-c", script.format(folder / "train")),
         result=folder / "train" / "metrics.json",
         needs=(),
-        threads=1,
+        threads=threads,
         gpus=0,
         memory_gb=1.0,
         minutes=minutes,
@@ -140,6 +141,67 @@ def test_a_run_is_stopped_at_its_time_limit(tmp_path, minutes, stopped):
     assert record["state"] == ("failed" if stopped else "done") and record["started"] <= record["ended"]
     assert (record["cell"], record["cells"]) == (0, 0)  # a command has no cells
     assert ("time limit" in record["problem"]) if stopped else "problem" not in record
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"), [("echo broken >&2; exit 3", r"exit code 3\n.*\n.*broken"), ("true", "it ended without writing")]
+)
+def test_a_command_that_fails_or_writes_no_result_is_an_error(tmp_path, script, problem):
+    with pytest.raises(PlanError, match=problem):
+        run_planned(planned(tmp_path, "first", script), "train")
+
+
+def test_a_command_runs_in_the_projects_folder_with_the_plans_python_and_threads(tmp_path):
+    file = planned(tmp_path, "first", threads=3)
+    runs = json.loads(file.read_text())
+    script = (
+        "import os, sys; open(sys.argv[1], 'w').write(' '.join([os.environ['OMP_NUM_THREADS'], os.getcwd(), *sys.argv[2:]]))"
+    )
+    result = tmp_path / "train" / "metrics.json"
+    runs["train"]["command"] = ["python", "-c", script, str(result), "python"]
+    write_json(file, runs)
+    run_planned(file, "train")
+    assert result.read_text() == f"3 {project_root()} python"
+
+
+def test_a_run_that_another_process_has_finished_is_done(tmp_path):
+    file = planned(tmp_path, "first")
+    run_planned(file, "train")
+    log = tmp_path / "train" / "command.log"
+    log.unlink()
+    state_file(file, "train").unlink()
+    run_planned(file, "train")
+    record = json.loads(state_file(file, "train").read_text())
+    assert record["state"] == "done" and record["started"] <= record["ended"] and not log.exists()
+    with pytest.raises(SystemExit, match="143"):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_notebook_gets_its_parameters_and_limits_and_tells_its_cell_and_epoch(tmp_path, monkeypatch):
+    file = planned(tmp_path, "first", minutes=2.0, threads=3, notebook=tmp_path / "train.ipynb", parameters={"fold": 1})
+    ran = {}
+
+    def run_notebook(notebook, output, parameters, result, *, on_cell, on_epoch, **limits):
+        ran.update(limits, paths=(notebook, output, result), parameters=parameters)
+        on_cell(2, 5)
+        on_epoch("epoch 1 of 9")
+        if "fails" in ran:
+            raise NotebookError("cell 3 failed")
+
+    monkeypatch.delenv(SHARED_GPUS, raising=False)
+    monkeypatch.setattr("kitlib.plans.one_run.run_notebook", run_notebook)
+    run_planned(file, "train")
+    folder = tmp_path / "train"
+    assert ran == {
+        **{"threads": 3, "time_limit_s": 120.0, "variables": {}, "parameters": {"fold": 1}},
+        "paths": (tmp_path / "train.ipynb", folder / "notebook.ipynb", folder / "metrics.json"),
+    }
+    record = json.loads(state_file(file, "train").read_text())
+    assert (record["cell"], record["cells"], record["epoch"]) == (2, 5, "epoch 1 of 9")
+    (folder / "done-first.json").unlink()
+    ran["fails"] = True
+    with pytest.raises(PlanError, match="cell 3 failed"):
+        run_planned(file, "train")
 
 
 def test_the_process_of_a_run_starts_without_pandas():

@@ -1,5 +1,6 @@
 """Reading plans: which runs they have, what each run needs, and when it is done."""
 
+import hashlib
 import json
 import shutil
 
@@ -103,6 +104,17 @@ def test_settings_without_effect_on_results_change_no_key(tmp_path):
     same = {"parameters": {**STUDY["parameters"], "seed": 0, "workers": 8}, "threads": 7, "minutes": 5}
     again = read_plan(write_plan(tmp_path, runs=str(tmp_path / "moved"), steps={"study": {**STUDY, **same}})).planned
     assert {name: run.key for name, run in first.items()} == {name: run.key for name, run in again.items()}
+
+
+def test_a_key_is_that_of_earlier_versions_and_does_not_depend_on_the_order_of_overrides(tmp_path):
+    """If the same plan had other keys than before, its runs would be repeated."""
+    planned = read_plan(write_plan(tmp_path, steps={"true": {"command": ["true", 1]}})).planned
+    assert planned["true"].key == hashlib.sha256(b'["", {}, ["true", 1], "run true/metrics.json", []]').hexdigest()[:12]
+    keys = set()
+    for changes in ({"epochs": 3, "dropout": 0.25}, {"dropout": 0.25, "epochs": 3}):
+        study = {"notebook": "30_train_study", "parameters": {"prepare_run": "x", "overrides": changes}}
+        keys.add(read_plan(write_plan(tmp_path, steps={"study": study})).planned["study"].key)
+    assert len(keys) == 1
 
 
 def test_a_started_run_resumes_and_so_does_one_whose_needs_are_not_done(tmp_path):

@@ -59,3 +59,10 @@ def test_a_prepared_run_is_not_prepared_again(tmp_path, called):
     with pytest.raises(RunError, match="is already a prepared run"):
         train_classifier(data, tmp_path / "run", prepare=CLASS_FOLDERS)
     assert not called
+
+
+def test_own_images_need_to_be_described(tmp_path, called):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(RunError, match=r"is not a prepared run.*also give `prepare`"):
+        train_classifier(tmp_path / "images", tmp_path / "run")
+    assert not called

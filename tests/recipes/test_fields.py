@@ -14,6 +14,7 @@ from kitlib.recipes.fields import (
     BOX_LOSSES,
     VIEWS,
     DetectorRecipe,
+    FindingsRecipe,
     Optimizer,
     PatchRecipe,
     Placing,
@@ -71,12 +72,89 @@ def test_unknown_names_and_types_are_errors_that_list_what_is_valid(call, messag
         ),
         ({"masked": True}, "masked is True, but lungs is 'darkness'"),
         ({"trained_on": "lungs", "views": ["lungs", "flip"]}, "a model trained on crops cannot predict whole images"),
+        ({"milestones": [3]}, r"milestones are \[3\], but schedule is 'cosine'"),
+        ({"random_parts": ["backbone.x"]}, "but starting_weights is empty, so all parts are random"),
+        ({"sharpen_p": 0.6, "blur_p": 0.5}, "add up to more than 1"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_before_a_training(fields, message):
     for kind in (StudyRecipe, DetectorRecipe):
         with pytest.raises(SettingsError, match=message):
             override(kind(), **fields)
+
+
+FROZEN = {"frozen_backbone": True}
+MASKED = {"lungs": "masks", "masked": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (FindingsRecipe, {"layer_decay": 0.9, **FROZEN}, "but the backbone stays frozen"),
+        (FindingsRecipe, {"canvas": 223}, "smaller than the crop, whose image_size is 224"),
+        (FindingsRecipe, {"probe": "border", "canvas": 225}, "prediction crops away the border"),
+        (FindingsRecipe, {"probe": "border", **MASKED}, "blackens everything outside the lungs"),
+        (FindingsRecipe, {"probe": "outside_lungs"}, "lungs is 'darkness' and masked is False"),
+        (FindingsRecipe, {"probe": "outside_lungs", **MASKED}, "lungs is 'masks' and masked is True"),
+        (FindingsRecipe, {"unfreeze_every": 1}, "the backbone is not frozen"),
+        (FindingsRecipe, {"thawed_statistics": False}, "no batch norm statistics are frozen"),
+        (FindingsRecipe, {"thawed_statistics": False, "frozen_statistics": False, **FROZEN}, "no batch norm statistics are"),
+        (FindingsRecipe, {"judged_by": "macro_f1"}, "judged_by='macro_f1' can be used only if exactly one class is true"),
+        (FindingsRecipe, {"one_logit": True}, "one_logit=True can be used only if exactly one class is true"),
+        (FindingsRecipe, {"class_weights": True}, "class_weights=True can be used only if exactly one class is true"),
+        (FindingsRecipe, {"auxiliary": 0.4}, "resnext101_32x8d has no auxiliary head"),
+        (FindingsRecipe, {"auxiliary": 0.4, "backbone": "inception_v3", **FROZEN}, "a frozen inception_v3 has no auxiliary"),
+        (DetectorRecipe, {"width": 0.5}, r"is a faster_rcnn, which does not use width \(leave it at 1\.0\)"),
+        (DetectorRecipe, {"box_loss": "giou"}, "valid for a faster_rcnn: smooth_l1, ciou"),
+        (DetectorRecipe, {"family": "yolo", "momentum": 0.0}, "SGD requires a positive value"),
+        (StudyRecipe, {"image_size": 7}, "expected a whole number of at least 8"),
+        (StudyRecipe, {"rotate_degrees": 180.5}, "expected a finite number of at least 0 and at most 180"),
+        (StudyRecipe, {"gamma_drawn": [0.0, 1.0]}, "expected a list of 2 items: a finite number of at least 0.01"),
+        (SparseSegmenterRecipe, {"margin": -0.1}, "margin is -0.1; expected"),
+        (SparseSegmenterRecipe, {"margin": 0.1}, "margin is 0.1; expected"),
+    ],
+)
+def test_settings_that_a_kind_of_model_cannot_use_are_refused(kind, fields, message):
+    with pytest.raises(SettingsError, match=message):
+        override(kind(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (FindingsRecipe, {"layer_decay": 0.9}),
+        (FindingsRecipe, {"layer_decay": 0.9, "unfreeze_every": 1, **FROZEN}),
+        (FindingsRecipe, {"canvas": 224, "probe": "border"}),
+        (FindingsRecipe, {"probe": "outside_lungs", "lungs": "masks"}),
+        (FindingsRecipe, {"thawed_statistics": False, **FROZEN}),
+        (FindingsRecipe, {"judged_by": "macro_f1", "one_logit": True, "class_weights": True, "multi_label": False}),
+        (FindingsRecipe, {"auxiliary": 0.4, "backbone": "inception_v3.tv_in1k"}),
+        (StudyRecipe, {"random_parts": ("backbone.x",), "starting_weights": "run"}),
+        (StudyRecipe, {"sharpen_p": 0.5, "blur_p": 0.5}),
+        (StudyRecipe, {"schedule": "step", "milestones": (3,)}),
+        (StudyRecipe, {"image_size": 8, "rotate_degrees": 180.0, "gamma_drawn": (0.01, 1.0)}),
+        (DetectorRecipe, {"momentum": 0.0}),
+        (DetectorRecipe, {"family": "yolo", "momentum": 0.0, "optimizer": "adamw", "width": 0.5, "box_loss": "giou"}),
+        (SegmenterRecipe, {"structures": ("left_lung", "right_lung")}),
+        (SegmenterRecipe, {"structures": ("lungs", "heart"), "horizontal_flip": 0.5}),
+        (SparseSegmenterRecipe, {"positives": (), "bottom": 0.75}),
+    ],
+)
+def test_settings_at_the_limits_are_accepted(kind, fields):
+    taken = override(kind(), **fields)
+    assert {name: getattr(taken, name) for name in fields} == fields
+
+
+def test_a_small_recipe_trains_a_small_network_for_a_few_epochs():
+    """The demo and the tests rely on it: docs/training.md says that two cores train each in about a minute."""
+    small = {name: each for name, each in RECIPES.items() if name.startswith("small_")}
+    assert len(small) >= 9
+    for name, each in small.items():
+        assert each.image_size <= 128 and each.epochs <= 12 and each.batch_size <= 8, name
+        assert 3e-3 <= each.learning_rate <= 1e-2 and each.warmup_epochs <= 1, name
+        network = getattr(each, "backbone", getattr(each, "network", ""))
+        assert network.startswith("test_") or each.width <= 0.25, name
+        assert getattr(each, "hidden", 0) <= 128 and getattr(each, "dropout", 0) <= 0.2, name
 
 
 @pytest.mark.parametrize(
