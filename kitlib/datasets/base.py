@@ -151,8 +151,8 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
             source.faults.add(source.name(path), image_id, f"{header.problem}; left out")
     images = rows.assign(
         study_id=rows.image_id,
-        rows=np.array([header.rows for header in headers], dtype=int),
-        columns=np.array([header.columns for header in headers], dtype=int),
+        rows=[header.rows for header in headers],
+        columns=[header.columns for header in headers],
         patient_id=[patient or header.patient_id for patient, header in zip(rows.patient_id, headers, strict=True)],
         view=[view or header.view for view, header in zip(rows["view"], headers, strict=True)],
     )
@@ -196,7 +196,7 @@ def original_sizes(images: pd.DataFrame, source: DataFolder, *tables: str) -> pd
         "the boxes of resized images), or name an input with it in the parameter `beside`"
     )
     path = source.need_table(*tables, how_to_get=how_to_get)
-    table = read_csv(path, ("image_id", "dim0", "dim1"), how_to_get)
+    table = read_csv(path, ("image_id", "dim0", "dim1"))
     sizes = table[["dim0", "dim1"]].apply(pd.to_numeric, errors="coerce")
     sizes = pd.DataFrame({"image_id": table["image_id"].str.strip(), "rows": sizes["dim0"], "columns": sizes["dim1"]})
     sizes = sizes[(sizes[["rows", "columns"]] >= 1).all(axis=1)].drop_duplicates("image_id")

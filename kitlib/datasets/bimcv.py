@@ -136,7 +136,7 @@ def _read_reports(source: DataFolder) -> dict[str, str]:
     """Return a dict from session id to diagnosis, from all label tables. Raises DatasetError if no diagnosis can be read."""
     diagnoses = {}
     for path in source.find((".tsv",)):
-        table = read_csv(path, (), HOW_TO_GET, separator="\t")
+        table = read_csv(path, (), separator="\t")
         if not set(COLUMNS) <= set(table):
             continue
         for report, cell in zip(table.ReportID, table.Labels, strict=True):
@@ -167,7 +167,7 @@ def _read_participants(source: DataFolder) -> pd.DataFrame:
     faults = source.faults
     tables = [pd.DataFrame({"sex": [], "age": []})]
     for path in source.find((".tsv",), lambda path: path.name.lower() == PARTICIPANTS):
-        table = read_csv(path, (), HOW_TO_GET, separator="\t")
+        table = read_csv(path, (), separator="\t")
         if {"participant", "age", "gender"} <= set(table):
             # A participant with several sessions has a list of ages, which differ by a year at most.
             first_age = table.age.str.extract(r"(\d+)", expand=False).fillna("")

@@ -42,16 +42,13 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
         raise DatasetError(f"{folder} contains neither {' nor '.join(TABLES)}: {HOW_TO_GET}")
     names = ", ".join(map(source.name, tables))
     table = pd.concat(
-        [
-            read_csv(path, COLUMNS, HOW_TO_GET)[list(COLUMNS)].assign(table=source.name(path), base=path.parent)
-            for path in tables
-        ],
+        [read_csv(path, COLUMNS)[list(COLUMNS)].assign(table=source.name(path), base=path.parent) for path in tables],
         ignore_index=True,
     )
     table = table.assign(**{name: table[name].str.strip() for name in COLUMNS})
-    table["Path"] = table["Path"].str.replace("\\", "/", regex=False)  # as saved on Windows
+    table["Path"] = table["Path"].str.replace("\\", "/")  # as saved on Windows
     table["path"] = [str(path or "") for path in source.find_all_listed(table["Path"].tolist(), table["base"].tolist())]
-    for name, rows in table.groupby("table", sort=False):
+    for name, rows in table.groupby("table"):
         table = table.drop(index=_unusable(rows, str(name), faults))
     if table.empty:
         raise DatasetError(f"{folder}: no row of {names} is a valid frontal X-ray with a file: {HOW_TO_GET}")

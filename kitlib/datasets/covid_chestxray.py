@@ -48,7 +48,7 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
     folder, faults = source.folder, source.faults
     path = source.need_table(METADATA, how_to_get=HOW_TO_GET)
     # The case and the spaces of the column names differ between releases.
-    table = read_csv(path, (), HOW_TO_GET).rename(columns=lambda name: name.strip().lower())
+    table = read_csv(path, ()).rename(columns=lambda name: name.strip().lower())
     if "filename" not in table:
         table = table.rename(columns=RENAMED)
     missing = [name for name in COLUMNS if name not in table]
@@ -72,7 +72,7 @@ def read_covid_chestxray(folder: str | Path | DataFolder, progress: bool = True)
             f"{folder} holds {len(source.paths)} files, but none of the {len(table)} frontal X-rays listed in {METADATA}; "
             f"the first listed is {table.filename.iloc[0]!r}. To get the X-rays: {HOW_TO_GET}"
         )
-    table = table[has_file].assign(path=table.path[has_file].map(str)).reset_index(drop=True)
+    table = table[has_file].assign(path=table.path[has_file].map(str))
     stems = table.filename.map(listed_id)
     image_ids = stems.mask(stems.duplicated(keep=False), table.filename)
     faults.add_summary(
@@ -146,4 +146,4 @@ def _find_diagnoses(table: pd.DataFrame, faults: Faults) -> list[str]:
 
 
 def _column(table: pd.DataFrame, name: str) -> pd.Series:
-    return table[name] if name in table else pd.Series("", index=table.index, dtype=object)
+    return table[name] if name in table else pd.Series("", index=table.index)

@@ -80,10 +80,10 @@ def read_covidx(folder: str | Path | DataFolder, progress: bool = True) -> Datas
         )
     maybe_rsna = any(origin in (RSNA, UNKNOWN_SOURCE) for _, _, origin, _ in entries.values())
     nih_patient_ids = read_nih_patients(source) if maybe_rsna else {}
-    names = pd.Series([Path(path).name for path in entries], dtype=object)
+    names = pd.Series([Path(path).name for path in entries])
     stems = names.map(lambda name: Path(name).stem)
     ids = stems.mask(stems.duplicated(keep=False), names)
-    prefixes = pd.Series([f"{Path(path).parent.name}-" for path in entries], dtype=object)
+    prefixes = pd.Series([f"{Path(path).parent.name}-" for path in entries])
     rows = pd.DataFrame(
         {
             "image_id": ids.mask(ids.duplicated(keep=False), prefixes + ids),
@@ -146,7 +146,7 @@ def _readings(line: str) -> Iterator[tuple[str, str, str, str]]:
     """
     words = line.split()
     for tail in (2, 1):
-        if len(words) > tail + 1 and words[-tail].lower() in CLASSES:
+        if len(words) > tail and words[-tail].lower() in CLASSES:
             source = words[-1].lower() if tail == 2 else UNKNOWN_SOURCE
             start = line.rstrip()
             for word in reversed(words[-tail:]):

@@ -150,8 +150,7 @@ def _labels(tags: dict[str, tuple[str, ...]]) -> pd.DataFrame:
         [[float(name in image_tags) for name in CLASSES] for image_tags in tags.values()], columns=list(CLASSES)
     )
     labels = labels[labels.any(axis=1)].reindex(labels.index)
-    labels.insert(0, "id", list(tags))
-    return labels
+    return labels.assign(id=list(tags))
 
 
 def _find_patients(

@@ -58,7 +58,7 @@ def read_darwin_json(path: str | Path) -> DarwinAnnotation:
             f"{path} is not an annotation of one image in Darwin JSON 1.0 or 2.0 ({error!r}; version {version}): "
             "export it as Darwin JSON 2.0, or remove it"
         ) from error
-    if not 0 < rows * columns <= MAX_SAMPLES or min(rows, columns) < 1:
+    if min(rows, columns) < 1 or rows * columns > MAX_SAMPLES:
         raise MaskError(f"{path} states an invalid image size, {rows} x {columns} pixels: fetch it again, or remove it")
     return DarwinAnnotation(names, rows, columns, tags, polygons)
 

@@ -215,16 +215,11 @@ class DataFolder:
         self.faults.add("the folder", folder, f"{reason}; left out")
 
 
-def read_csv(
-    path: Path, columns: Sequence[str], how_to_get: str = "see inputs/README.md", separator: str = ","
-) -> pd.DataFrame:
+def read_csv(path: Path, columns: Sequence[str], separator: str = ",") -> pd.DataFrame:
     """Return the table in a CSV file; all cells are text, and empty cells are "" (see kitlib.tables.read_text_table).
 
-    Raises DatasetError if the file is missing (the message ends with `how_to_get`), is not a CSV file, or lacks one of
-    `columns`.
+    Raises DatasetError if the file cannot be read, is not a CSV file, or lacks one of `columns`.
     """
-    if not path.is_file():
-        raise DatasetError(f"{path} is missing: copy the data set's file there, {how_to_get}")
     try:
         return read_text_table(path, columns, separator)
     except TableError as error:

@@ -119,7 +119,7 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
                     "images from there show this class: a model may learn to recognise the source instead of the class",
                 )
             )
-    best, most = table.max(axis=0).sum() / table.to_numpy().sum(), table.sum(axis=1).max() / table.to_numpy().sum()
+    best, most = table.max().sum() / table.to_numpy().sum(), table.sum(axis=1).max() / table.to_numpy().sum()
     if flags:
         flags.append(
             (
@@ -134,7 +134,7 @@ def _flag_sources(table: pd.DataFrame) -> list[tuple[str, str, str]]:
 
 def _flag_ages(table: pd.DataFrame) -> list[tuple[str, str, str]]:
     known_ages = table.drop(columns=UNKNOWN, errors="ignore")
-    children = known_ages.get("0-17", pd.Series(0, index=known_ages.index)) / known_ages.sum(axis=1).replace(0, np.nan)
+    children = known_ages.get("0-17", pd.Series(0, index=known_ages.index)) / known_ages.sum(axis=1)
     adult = children.index[children <= 1 - NEARLY_ALL]
     return [
         (

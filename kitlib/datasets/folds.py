@@ -33,7 +33,7 @@ def make_folds(
     """
     included = _annotated_images(images)
     if "split" in included:
-        included = included[included.split != "test"].reset_index(drop=True)
+        included = included[included.split != "test"]
     groups = _find_patient_groups(included, near_duplicates)
     n_groups = len(np.unique(groups))
     if not 2 <= n_folds <= n_groups:
@@ -110,7 +110,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
     """
     included = _annotated_images(images)
     if "split" in included:
-        included = included[included.split != "test"].reset_index(drop=True)
+        included = included[included.split != "test"]
     sources = sorted(set(included.source))
     if len(sources) < 2:
         raise ValueError(f"all images are from the source {', '.join(sources)}: folds by source require two or more")
@@ -158,10 +158,10 @@ def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None 
     edges, nodes = [], len(images)
     for link in links:
         edges.append((rows, nodes + link))
-        nodes += int(link.max(initial=-1)) + 1
+        nodes += len(images)
     start, end = (np.concatenate(part) for part in zip(*edges, strict=True))
-    graph = coo_array((np.ones(len(start), dtype=bool), (start, end)), shape=(nodes, nodes))
-    return connected_components(graph, directed=False)[1][: len(images)]
+    graph = coo_array((np.ones(len(start)), (start, end)), shape=(nodes, nodes))
+    return connected_components(graph)[1][: len(images)]
 
 
 def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd.DataFrame | None = None) -> None:
@@ -184,8 +184,8 @@ def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd
 
 def _annotated_images(images: pd.DataFrame) -> pd.DataFrame:
     """Return the `images` table sorted by image id, without the images that no annotator looked at (`false_none`)."""
-    annotated = check_table(images, "images").sort_values("image_id", ignore_index=True)
-    return annotated[~annotated.false_none.astype(bool)].reset_index(drop=True) if "false_none" in annotated else annotated
+    annotated = check_table(images, "images").sort_values("image_id")
+    return annotated[~annotated.false_none.astype(bool)] if "false_none" in annotated else annotated
 
 
 def _check_one_fold_each(assigned: pd.DataFrame, column: str, name: str) -> None:
@@ -233,7 +233,7 @@ def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> 
     missing = sorted(set(images.study_id) - set(classes.index))
     if missing:
         raise ValueError(f"{len(missing)} studies have no label, such as {missing[0]!r}; add labels or remove their images")
-    true = classes.loc[images.study_id].fillna(0).to_numpy() > 0.5
+    true = classes.loc[images.study_id].to_numpy() > 0.5
     # An additional class that every image has, because an image or a whole data set may have no class.
     rarest_first = np.column_stack([true[:, np.argsort(true.sum(axis=0), kind="stable")], np.ones(len(true), bool)])
     rarest = rarest_first.argmax(axis=1)

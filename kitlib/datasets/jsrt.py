@@ -60,7 +60,7 @@ def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
             "convention": "lung_fields",
         }
     )
-    if candidates and next(iter(files.values())).suffix.lower() == ".img":  # has no header
+    if next(iter(files.values())).suffix.lower() == ".img":  # has no header
         images = rows.assign(study_id=rows.image_id, rows=JSRT_SIDE, columns=JSRT_SIDE)
     else:
         images = add_headers(rows, source, progress)
@@ -88,7 +88,7 @@ def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None
     if not rows:
         faults.add("the folder", "", f"there are no masks; unpack SCR's folder scratch there, {HOW_TO_GET_MASKS}")
         return None
-    masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
+    masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"])
     is_repeated = masks.duplicated(["image_id", "structure"])
     for structure, repeated in masks[is_repeated].groupby("structure").image_id:
         problem = f"have a second mask of the {structure.replace('_', ' ')}; left out"

@@ -59,7 +59,7 @@ def read_nih(folder: str | Path | DataFolder, progress: bool = True) -> Dataset:
     folder, faults = source.folder, source.faults
     path = source.need_table(*chain(*map(or_renamed, ENTRIES)), how_to_get=HOW_TO_GET)
     name = path.name
-    table = read_csv(path, ("Image Index", "Finding Labels", "Patient ID", "View Position"), HOW_TO_GET)
+    table = read_csv(path, ("Image Index", "Finding Labels", "Patient ID", "View Position"))
     table["image_id"] = table["Image Index"].map(listed_id)
     for image_id in table.image_id[table.image_id.duplicated()]:
         faults.add(name, image_id, "the image occurs again; the first row is used")
@@ -108,19 +108,18 @@ def _match_files(table: pd.DataFrame, files: dict[str, Path], name: str, faults:
     # A single fault, because a hundred thousand rows have no file if only one archive is unpacked.
     faults.add_summary(name, table.image_id[table.path.isna()], "have no file; left out", "other rows")
     faults.add_summary("the folder", set(files) - set(table.image_id), f"have no row in {name}; left out", "other files")
-    return table[table.path.notna()].sort_values("image_id", ignore_index=True)
+    return table[table.path.notna()].sort_values("image_id")
 
 
 def _read_labels(table: pd.DataFrame, name: str, faults: Faults) -> pd.DataFrame:
     findings = [set(cell.split("|")) for cell in table["Finding Labels"]]
-    values = np.array([[finding in cell for finding in NIH_FINDINGS] for cell in findings], dtype=float)
-    labels = pd.DataFrame(values.reshape(-1, len(NIH_FINDINGS)), columns=list(NIH_FINDINGS))
-    labels.insert(0, "id", table.image_id.to_numpy())
+    labels = pd.DataFrame({name: [float(name in cell) for cell in findings] for name in NIH_FINDINGS})
+    labels["id"] = table.image_id.to_numpy()
     # "No Finding" excludes all other findings. An empty cell is invalid because "" is not a finding.
     is_invalid = [not cell <= set(NIH_FINDINGS) or ("No Finding" in cell and len(cell) > 1) for cell in findings]
     for image_id, cell in zip(table.image_id[is_invalid], table["Finding Labels"][is_invalid], strict=True):
         faults.add(name, image_id, f"the findings {cell!r} are not valid (one or more of 14, or No Finding alone); left out")
-    return labels[~np.array(is_invalid, dtype=bool)].reset_index(drop=True)
+    return labels[~np.array(is_invalid)]
 
 
 def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
@@ -134,7 +133,7 @@ def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
     if path is None:
         faults.add(BOXES, "", "the file is missing; there are no boxes")
         return pd.DataFrame(columns=columns)
-    table = read_csv(path, ("Image Index", "Finding Label"), HOW_TO_GET)
+    table = read_csv(path, ("Image Index", "Finding Label"))
     if len(table.columns) < 6:
         raise DatasetError(
             f"{path} has the columns {list(table.columns)}; x, y, width or height is missing. To get the file: {HOW_TO_GET}"
@@ -144,7 +143,7 @@ def read_boxes(path: Path | None, faults: Faults) -> pd.DataFrame:
         faults.add(path.name, image_id, "the box has no area, or one of its cells is not a number; the box is left out")
     # The list calls Infiltration "Infiltrate".
     finding = table["Finding Label"].replace("Infiltrate", "Infiltration")
-    return boxes.assign(finding=finding)[is_valid][columns].reset_index(drop=True)
+    return boxes.assign(finding=finding)[is_valid][columns]
 
 
 def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
@@ -162,4 +161,4 @@ def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
     split = images.image_id.map(split_of)
     problem = "are in neither of the official lists; left out"
     source.faults.add_summary(", ".join(LISTS.values()), images.image_id[split.isna()], problem, "other images")
-    return images.assign(split=split)[split.notna()].reset_index(drop=True)
+    return images.assign(split=split)[split.notna()]

@@ -31,14 +31,14 @@ def read_ranzcr(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     """
     source = DataFolder.of(folder)
     path = source.need_table(LABELS, how_to_get=HOW_TO_GET)
-    table = read_csv(path, (ID, *RANZCR_LABELS, "PatientID"), HOW_TO_GET).drop_duplicates()
+    table = read_csv(path, (ID, *RANZCR_LABELS, "PatientID")).drop_duplicates()
     labels = table[list(RANZCR_LABELS)].apply(pd.to_numeric, errors="coerce")
     is_wrong = ~labels.isin([0, 1]).all(axis=1) | table[ID].duplicated(keep=False)
     is_wrong |= (table[[ID, "PatientID"]] == "").any(axis=1)
     problem = "have a label that is neither 0 nor 1, no patient, or several rows; left out"
     source.faults.add_summary(LABELS, set(table[ID][is_wrong]), problem, "other images")
     if annotations := source.find_table(ANNOTATIONS):
-        rows = len(read_csv(annotations, (ID,), HOW_TO_GET))
+        rows = len(read_csv(annotations, (ID,)))
         source.faults.add(ANNOTATIONS, "", f"the courses of {rows} lines are not used")
     labels.insert(0, "id", table[ID])
     labels, table = labels[~is_wrong], table[~is_wrong]

@@ -70,7 +70,7 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
     source = DataFolder.of(folder)
     faults = source.faults
     path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
-    rows = read_csv(path, ("patientId", "x", "y", "width", "height", "Target"), HOW_TO_GET)
+    rows = read_csv(path, ("patientId", "x", "y", "width", "height", "Target"))
     boxes, is_valid = make_boxes(rows.patientId, rows[["x", "y", "width", "height"]])
     has_both = rows.groupby("patientId").Target.transform("nunique") > 1
     excluded = set(rows.patientId[~rows.Target.isin(["0", "1"]) | (is_valid != (rows.Target == "1")) | has_both])
@@ -83,11 +83,11 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
     if class_path is None:
         faults.add(CLASSES, "", "the file is missing; whether an image without an opacity is normal is unknown")
         patients = sorted(set(rows.patientId) - excluded)
-        classes = pd.Series(["Lung Opacity" if patient in boxed else "" for patient in patients], dtype=object)
-        labels = one_hot(pd.Series(patients, dtype=object), classes, RSNA_CLASSES)
+        classes = pd.Series(["Lung Opacity" if patient in boxed else "" for patient in patients])
+        labels = one_hot(pd.Series(patients), classes, RSNA_CLASSES)
         labels.loc[(classes == "").to_numpy(), [name for name in RSNA_CLASSES if name != "Lung Opacity"]] = np.nan
-        return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)].reset_index(drop=True)
-    detailed = read_csv(class_path, ("patientId", "class"), HOW_TO_GET)[["patientId", "class"]].drop_duplicates()
+        return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)]
+    detailed = read_csv(class_path, ("patientId", "class"))[["patientId", "class"]].drop_duplicates()
     for patient in sorted(set(detailed.patientId[detailed.patientId.duplicated(keep=False)])):
         faults.add(CLASSES, patient, "has two different classes; the image is left out")
         excluded.add(patient)
@@ -98,8 +98,8 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
             faults.add(CLASSES, patient, f"the class {name!r} is invalid or contradicts the boxes; the image is left out")
             excluded.add(patient)
     patients = sorted(set(rows.patientId) - excluded)
-    labels = one_hot(pd.Series(patients, dtype=object), class_of.reindex(patients).reset_index(drop=True), RSNA_CLASSES)
-    return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)].reset_index(drop=True)
+    labels = one_hot(pd.Series(patients), class_of.reindex(patients).reset_index(drop=True), RSNA_CLASSES)
+    return labels, boxes[is_valid & ~boxes.image_id.isin(excluded)]
 
 
 def read_nih_patients(source: DataFolder) -> dict[str, str]:

@@ -33,7 +33,7 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
     """
     source = DataFolder.of(folder)
     path = source.need_table(*LABEL_TABLES, how_to_get=HOW_TO_GET)
-    table = read_csv(path, ("ImageId",), HOW_TO_GET).rename(columns=str.strip)
+    table = read_csv(path, ("ImageId",)).rename(columns=str.strip)
     if "EncodedPixels" not in table:
         raise DatasetError(f"{path} has no column 'EncodedPixels', only {', '.join(map(repr, table))}: {HOW_TO_GET}")
     masks = pd.DataFrame({"image_id": table["ImageId"].str.strip(), "structure": PNEUMOTHORAX.lower(), "path": str(path)})

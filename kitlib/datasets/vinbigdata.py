@@ -63,7 +63,7 @@ def read_label_table(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.
     """
     source = DataFolder.of(folder)
     path = source.need_table(LABELS, how_to_get=HOW_TO_GET)
-    table = read_csv(path, ("image_id", "class_id", "rad_id", *CORNERS), HOW_TO_GET)
+    table = read_csv(path, ("image_id", "class_id", "rad_id", *CORNERS))
     code = pd.to_numeric(table["class_id"], errors="coerce")
     corners = table[list(CORNERS)].apply(pd.to_numeric, errors="coerce").set_axis(list(BOX), axis=1)
     is_box = code.isin(range(len(VINBIGDATA_FINDINGS)))
@@ -75,14 +75,14 @@ def read_label_table(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.
     is_kept = ~table["image_id"].isin(excluded)
     finding = code[is_box].astype(int).map(dict(enumerate(VINBIGDATA_FINDINGS)))
     boxes = pd.concat([table["image_id"], finding.rename("finding"), corners, table["rad_id"].rename("reader")], axis=1)
-    boxes = boxes[is_box & is_kept].reset_index(drop=True)
+    boxes = boxes[is_box & is_kept]
     again = boxes["finding"].isin(SINGLE) & boxes.duplicated(["image_id", "finding", "reader"])
     problem = f"have a second {' or '.join(SINGLE)} by one reader, although there can be only one; kept"
     source.faults.add_summary(LABELS, set(boxes["image_id"][again]), problem, "other images")
     disputed = set(table["image_id"][~is_box & is_kept]) & set(boxes["image_id"])
     problem = "have no finding for one reader and boxes of another; the boxes count"
     source.faults.add_summary(LABELS, disputed, problem, "other images")
-    ids = pd.Index(sorted(set(table["image_id"][is_kept])), dtype=object)
+    ids = pd.Index(sorted(set(table["image_id"][is_kept])))
     labels = pd.crosstab(boxes["image_id"], boxes["finding"]).reindex(ids, columns=VINBIGDATA_FINDINGS, fill_value=0) > 0
     labels[NO_FINDING] = ~labels.any(axis=1)
     return labels.astype(float).rename_axis(index="id", columns=None).reset_index(), boxes

@@ -76,6 +76,10 @@ def test_covidx_older_lists_and_several(tmp_path):
     (tmp_path / "test_COVIDx2.txt").unlink()
     with pytest.raises(DatasetError, match=r"no pair of lists such as train\.txt.*it has train\.txt, train_COVIDx10"):
         read_covidx(tmp_path, progress=False)
+    (tmp_path / "test.txt").write_text("1 c.png normal\n")
+    (tmp_path / "train.txt").write_text("")
+    with pytest.raises(DatasetError, match=r"contain none of the 1 listed images \(the first is test/c\.png\)"):
+        read_covidx(tmp_path, progress=False)
 
 
 def test_a_covidx_line_does_not_get_the_file_of_another_line_that_differs_in_its_suffix(tmp_path):
@@ -159,6 +163,8 @@ def test_ricord(tmp_path):
     # The same id as in COVIDx.
     assert set(data.images.patient_id) == {"ricord-419639-000002"} and data.images["view"].tolist() == ["AP", "PA"]
     assert list(data.labels) == ["id", "COVID-19"] and len(data.faults) == 2
+    # The collection's page at The Cancer Imaging Archive.
+    assert data.published == {"images": 998, "patients": 361}
     with pytest.raises(DatasetError, match="MIDRC-RICORD-1C-PATIENT"):
         read_ricord(top / "other", progress=False)
 
@@ -179,7 +185,7 @@ def test_bimcv(tmp_path):
             save(root / subject / session / "mod-rx" / f"{name}.png")
     # Labels are separated by commas, by tabs (cxr_covid) or, if NumPy has written them, by blanks.
     reports = {"ses-E1": "['infiltrates'\t'COVID 19']", "E2": "['normal']", "E3": "['COVID 19']", "E4": "[' normal']"}
-    reports |= {"E5": "['chronic changes' \"pneumonia\"]", "E6": "pneumonia"}
+    reports |= {"E5": "['chronic changes' \"pneumonia\"]", "E6": "pneumonia", "E7": "'normal'", "E8": "['normal', x]"}
     labels = pd.DataFrame({"PatientID": "x", "ReportID": list(reports), "Labels": list(reports.values())})
     for root in (posi, neg):
         (root / "derivatives" / "labels").mkdir(parents=True)
@@ -199,7 +205,10 @@ def test_bimcv(tmp_path):
         "the labels are not a list",
     ):
         assert words in told
-    assert len(data.faults) == 5  # the labels of E6 are read once for each set
+    # The labels of E6, E7 and E8 are no lists, and are read once for each set.
+    assert len(data.faults) == 9 and sorted(data.faults["row"][data.faults.problem.str.contains("not a list")]) == [
+        *("E6", "E6", "E7", "E7", "E8", "E8")
+    ]
     for root in (posi, neg):
         (root / "derivatives" / "labels" / "labels.tsv").unlink()
     with pytest.raises(DatasetError, match="ReportID, Labels"):

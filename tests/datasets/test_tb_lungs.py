@@ -65,7 +65,7 @@ def test_montgomery_has_two_masks_an_image_and_readings(montgomery):
     assert data.masks.image_id.value_counts().tolist() == [2, 2, 2] and set(data.masks.structure) == {"lungs"}
     assert set(data.images.convention) == {"lung_fields"}
     # Jaeger et al. 2014.
-    assert [data.published[name] for name in ("images", "normal", "tuberculosis")] == [138, 80, 58]
+    assert data.published == {"images": 138, "normal": 80, "tuberculosis": 58, "masks": 138}
 
 
 def test_shenzhen_has_masks_of_most_images(shenzhen):
