@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ class Dataset:
     labels: pd.DataFrame
     boxes: pd.DataFrame
     faults: pd.DataFrame
-    published: dict[str, int] = field(default_factory=dict)
+    published: dict[str, int]
     masks: pd.DataFrame | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +74,7 @@ class Dataset:
         source.count_unread()
         if images.empty:
             raise DatasetError(f"{source.folder}: no image can be used; {first_faults(source)}")
+        masks = None if masks is None else masks.reset_index(drop=True)
         images, labels = check_table(images, "images", str(source.folder)), check_table(labels, "labels", str(source.folder))
         boxes = empty_table("boxes") if boxes is None else boxes
         counts = images.groupby("study_id")["patient_id"].nunique()
@@ -142,8 +143,11 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
     """Return an `images` table made from `rows`, with image sizes from the files' headers; each image is its own study.
 
     `rows` has the columns image_id, patient_id, path, source and view. An empty patient_id or view is replaced by the value
-    in the header, if there is one. An image with an unreadable header is left out, and a fault is added to `source`.
+    in the header, if there is one. An image with an unreadable header is left out, and a fault is added to `source`. Raises
+    DatasetError if there are no rows.
     """
+    if rows.empty:
+        raise DatasetError(f"{source.folder}: no image can be used; {first_faults(source)}")
     source.mark_read(rows.path)
     headers = read_headers(rows.path.tolist(), progress)
     for path, image_id, header in zip(rows.path, rows.image_id, headers, strict=True):
@@ -156,7 +160,7 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
         patient_id=[patient or header.patient_id for patient, header in zip(rows.patient_id, headers, strict=True)],
         view=[view or header.view for view, header in zip(rows["view"], headers, strict=True)],
     )
-    return images[[not header.problem for header in headers]].reset_index(drop=True)
+    return images[[not header.problem for header in headers]]
 
 
 def one_hot(ids: pd.Series, image_classes: pd.Series, classes: Iterable[str]) -> pd.DataFrame:

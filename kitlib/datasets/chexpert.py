@@ -66,9 +66,9 @@ def read_chexpert(folder: str | Path | DataFolder, progress: bool = True) -> Dat
             "sex": parse_sexes(table["Sex"]),
             "age": ages.where(ages > 0),
         }
-    ).reset_index(drop=True)
+    )
     labels = observations.assign(id=image_ids)[["id", *CHEXPERT_OBSERVATIONS]]
-    images = add_headers(rows, source, progress).sort_values("image_id", ignore_index=True)
+    images = add_headers(rows, source, progress).sort_values("image_id")
     labels = labels.set_index("id").reindex(images.image_id).rename_axis("id").reset_index()
     return Dataset.from_tables(source, images, labels, PUBLISHED)
 

@@ -37,4 +37,4 @@ def read_covidgr(folder: str | Path | DataFolder, progress: bool = True) -> Data
         rows += [(f"{name}-{stem}", f"covidgr-{name}-{stem}", str(path), diagnosis) for stem, path in files.items()]
     table = pd.DataFrame(rows, columns=["image_id", "patient_id", "path", "diagnosis"])
     table = table.assign(source="covidgr", view="PA")
-    return diagnosis_dataset(table, source, ("COVID-19", "other"), HOW_TO_GET, PUBLISHED, progress)
+    return diagnosis_dataset(table, source, ("COVID-19", "other"), HOW_TO_GET, PUBLISHED, progress=progress)

@@ -75,7 +75,7 @@ def make_data_sheet(
         flags += _flag_modalities(images.assign(true_class=image_classes.astype(object)), decoding)
     if folds is not None:
         flags += _flag_folds(images.assign(true_class=image_classes.astype(object)), classes, folds, near_duplicates)
-    return DataSheet(tables, pd.DataFrame(flags, columns=["kind", "which", "problem"], dtype=object))
+    return DataSheet(tables, pd.DataFrame(flags, columns=["kind", "which", "problem"]))
 
 
 def group_ages(images: pd.DataFrame) -> pd.Series:

@@ -18,7 +18,8 @@ def diagnosis_dataset(
     diagnoses: Sequence[str],
     how_to_get: str,
     published: dict[str, int] | None = None,
-    progress: bool = True,
+    *,
+    progress: bool,
 ) -> Dataset:
     """Return a Dataset of the images in `rows` (columns image_id, patient_id, path, source, view and diagnosis).
 
@@ -31,7 +32,7 @@ def diagnosis_dataset(
     invalid = sorted(set(rows.diagnosis) - set(diagnoses) | set(diagnoses) - set(DIAGNOSES))
     if invalid:
         raise ValueError(f"unknown diagnoses {invalid}; valid: {', '.join(diagnoses)}")
-    rows = rows.sort_values("image_id", ignore_index=True)
+    rows = rows.sort_values("image_id")
     defaults = {"sex": "", "licence": "", "age": np.nan}
     rows = rows.assign(**{name: value for name, value in defaults.items() if name not in rows})
     images = add_headers(rows, source, progress)

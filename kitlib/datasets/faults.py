@@ -28,4 +28,4 @@ class Faults:
 
     def table(self) -> pd.DataFrame:
         """Return the faults as a table with the columns file, row and problem."""
-        return pd.DataFrame(self.rows, columns=["file", "row", "problem"], dtype=object)
+        return pd.DataFrame(self.rows, columns=["file", "row", "problem"])

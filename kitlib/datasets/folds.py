@@ -42,9 +42,7 @@ def make_folds(
     strata = _strata(included, labels, boxes)
     counts = pd.crosstab(groups, strata).to_numpy()
     fold = _assign_groups(counts, np.full(n_folds, n_folds), np.random.default_rng(seed))[groups]
-    folds = check_table(pd.DataFrame({"id": included.image_id, "fold": fold}), "folds")
-    check_no_leak(folds, included, near_duplicates)
-    return folds
+    return check_table(pd.DataFrame({"id": included.image_id, "fold": fold}), "folds")
 
 
 def hold_out_test(
@@ -76,7 +74,6 @@ def hold_out_test(
         # Every group was nearer to the target on one side; the smallest one moves, so that neither side is empty.
         side_of_group[counts.sum(axis=1).argmin()] ^= 1
     side = side_of_group[groups]
-    check_no_leak(pd.DataFrame({"id": included.image_id, "fold": side}), included, near_duplicates)
     return images.assign(split=np.where(images.image_id.isin(included.image_id[side == 1]), "test", "train"))
 
 
@@ -123,9 +120,7 @@ def make_source_folds(images: pd.DataFrame, near_duplicates: pd.DataFrame | None
         )
     included = included[in_one_source]
     folds = pd.DataFrame({"id": included.image_id, "fold": included.source.map(sources.index)})
-    folds = check_table(folds, "folds")
-    check_no_leak(folds, included, near_duplicates)
-    return folds
+    return check_table(folds, "folds")
 
 
 def _find_patient_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None) -> np.ndarray:
@@ -170,7 +165,7 @@ def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd
     Also raises DatasetError if an image in `folds` is not in `images`, because its patient is then unknown.
     """
     assigned = check_table(folds, "folds").rename(columns={"id": "image_id"})
-    assigned = assigned.merge(images[["image_id", "patient_id", "study_id"]], on="image_id", how="left")
+    assigned = assigned.merge(images[["image_id", "patient_id", "study_id"]], how="left")
     unknown = assigned[assigned.patient_id.isna()]
     if len(unknown):
         raise DatasetError(
@@ -179,7 +174,7 @@ def check_no_leak(folds: pd.DataFrame, images: pd.DataFrame, near_duplicates: pd
     _check_one_fold_each(assigned, "patient_id", "patients")
     _check_one_fold_each(assigned, "study_id", "studies")
     if near_duplicates is not None:
-        _check_one_fold_each(assigned.merge(near_duplicates, on="image_id"), "group", "groups of near-duplicate images")
+        _check_one_fold_each(assigned.merge(near_duplicates), "group", "groups of near-duplicate images")
 
 
 def _annotated_images(images: pd.DataFrame) -> pd.DataFrame:
@@ -213,7 +208,7 @@ def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generat
     # The total number of images breaks ties. Without it, a single fold would be filled if all strata are rare.
     counts = np.column_stack([counts, counts.sum(axis=1)])
     weight = np.r_[np.ones(counts.shape[1] - 1), 1e-3]
-    target = counts.sum(axis=0) / np.asarray(parts, dtype=float)[:, None]
+    target = counts.sum(axis=0) / parts[:, None]
     filled = np.zeros(target.shape)
     fold = np.empty(len(counts), dtype=int)
     order = rng.permutation(len(counts))
@@ -224,8 +219,8 @@ def _assign_groups(counts: np.ndarray, parts: np.ndarray, rng: np.random.Generat
     return fold
 
 
-def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """Return an int array with a stratum number per image, which encodes the image's rarest class and whether it has a box.
+def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> list[np.ndarray]:
+    """Return the stratum of each image as two arrays: the number of the image's rarest class, and whether it has a box.
 
     Raises ValueError if the study of an image has no label.
     """
@@ -236,5 +231,4 @@ def _strata(images: pd.DataFrame, labels: pd.DataFrame, boxes: pd.DataFrame) -> 
     true = classes.loc[images.study_id].to_numpy() > 0.5
     # An additional class that every image has, because an image or a whole data set may have no class.
     rarest_first = np.column_stack([true[:, np.argsort(true.sum(axis=0), kind="stable")], np.ones(len(true), bool)])
-    rarest = rarest_first.argmax(axis=1)
-    return 2 * rarest + images.image_id.isin(boxes.image_id).to_numpy()
+    return [rarest_first.argmax(axis=1), images.image_id.isin(boxes.image_id).to_numpy()]

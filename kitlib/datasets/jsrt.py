@@ -108,4 +108,4 @@ def _find_masks(source: DataFolder, images: pd.DataFrame) -> pd.DataFrame | None
         words = ", ".join(sorted(name.replace("_", " ") for name in names))
         faults.add("scratch", image_id, f"has no mask of the {words}; its other masks are left out")
     faults.add_summary("scratch", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
-    return masks[~masks.image_id.isin(list(missing))].sort_values(["image_id", "structure"], ignore_index=True)
+    return masks[~masks.image_id.isin(list(missing))].sort_values(["image_id", "structure"])

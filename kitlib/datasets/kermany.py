@@ -78,7 +78,7 @@ def read_kermany(folder: str | Path | DataFolder, progress: bool = True) -> Data
             "licence": "CC BY 4.0",
         }
     )
-    return diagnosis_dataset(rows, source, KNOWN_DIAGNOSES, HOW_TO_GET, PUBLISHED, progress)
+    return diagnosis_dataset(rows, source, KNOWN_DIAGNOSES, HOW_TO_GET, PUBLISHED, progress=progress)
 
 
 @dataclass(frozen=True)

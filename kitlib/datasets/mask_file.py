@@ -78,7 +78,7 @@ def fill_masks(
     runs = pending["runs"] if "runs" in pending else pd.Series("", pending.index)
     drawings = [
         (image_id, list(zip(rows.structure, rows.path, runs[rows.index], strict=True)))
-        for image_id, rows in pending.groupby("image_id", sort=False)
+        for image_id, rows in pending.groupby("image_id")
     ]
     faults, bar = Faults(), tqdm(total=len(drawings), desc="masks", unit="image", disable=not progress)
     with bar, ThreadPoolExecutor(usable_cores()) as pool:

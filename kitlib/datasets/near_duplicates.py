@@ -30,7 +30,7 @@ def group_near_duplicates(cache: XrayCache, image_ids: Iterable[str], max_distan
     """
     available = [image_id for image_id in image_ids if image_id in cache]
     hashes = [perceptual_hash(cache.read(image_id).pixels) for image_id in available]
-    return pd.DataFrame({"image_id": pd.Series(available, dtype=object), "group": group_hashes(hashes, max_distance)})
+    return pd.DataFrame({"image_id": available, "group": group_hashes(hashes, max_distance)})
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
@@ -93,5 +93,5 @@ def _join(group: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.n
     """Return `group`, the group number of each hash, renumbered so that hashes connected by `pairs` have the same number."""
     row, column = (group[np.concatenate([np.empty(0, int), *part])] for part in ([p[k] for p in pairs] for k in range(2)))
     count = group.max() + 1
-    graph = coo_array((np.ones(len(row), dtype=bool), (row, column)), shape=(count, count))
-    return connected_components(graph, directed=False)[1][group]
+    graph = coo_array((np.ones(len(row)), (row, column)), shape=(count, count))
+    return connected_components(graph)[1][group]

@@ -35,7 +35,7 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
     """
     classes = scheme_classes(scheme)
     sets = {name: _with_diagnosis(data, name) for name, data in read_parts(parts, progress, **own).items()}
-    ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
+    ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id])
     clashing = set(ids[ids.duplicated()])
     images, masks, faults = [], [], []
     for name, data in sets.items():
@@ -52,7 +52,7 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
     for name in sorted(set(classes) - set(image_classes)):
         faults.append(pd.DataFrame([(", ".join(parts), name, f"there is no image of this class of the scheme {scheme}")]))
     labels = one_hot(pool.image_id, image_classes, classes)
-    all_masks = pd.concat(masks, ignore_index=True) if masks else None
+    all_masks = pd.concat(masks) if masks else None
     return Dataset(
         check_table(pool, "images", scheme),
         check_table(labels, "labels", scheme),
@@ -82,7 +82,7 @@ def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool 
         raise ValueError(
             f"the masks follow several conventions, which define lungs differently: {listing}. Pool sets of one convention"
         )
-    ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id], dtype=object)
+    ids = pd.Series([image_id for data in sets.values() for image_id in data.images.image_id])
     clashing, images, labels, masks, faults, published = set(ids[ids.duplicated()]), [], [], [], [], Counter[str]()
     for name, data in sets.items():
         image_ids = _prefix_clashing(data.images.image_id, clashing, name)
@@ -92,8 +92,8 @@ def read_mask_pool(parts: Mapping[str, str | Path | DataFolder], progress: bool 
         faults.append(data.faults.assign(file=f"{name}: " + data.faults.file))
         published.update(data.published)
     return Dataset(
-        check_table(_fill_missing(pd.concat(images, ignore_index=True)), "images"),
-        check_table(pd.concat(labels, ignore_index=True), "labels"),
+        check_table(_fill_missing(pd.concat(images)), "images"),
+        check_table(pd.concat(labels), "labels"),
         empty_table("boxes"),
         _join_faults(faults),
         dict(published),
@@ -136,7 +136,7 @@ def _with_diagnosis(data: Dataset, name: str) -> Dataset:
             f"sets can be converted to diagnoses: {', '.join(DIAGNOSED)}"
         )
     labels = data.labels.set_index("id").loc[data.images.study_id]
-    diagnosis = pd.Series("other", index=data.images.index, dtype=object)
+    diagnosis = pd.Series("other", index=data.images.index)
     for label, label_diagnosis in reversed(DIAGNOSED[name].items()):
         diagnosis = diagnosis.mask((labels[label] > 0.5).to_numpy(), label_diagnosis)
     return replace(data, images=data.images.assign(diagnosis=diagnosis))
@@ -162,7 +162,7 @@ def _fill_missing(images: pd.DataFrame) -> pd.DataFrame:
 
 def _join_faults(faults: list[pd.DataFrame]) -> pd.DataFrame:
     rows = [row for table in faults for row in table.itertuples(index=False, name=None)]
-    return pd.DataFrame(rows, columns=["file", "row", "problem"], dtype=object)
+    return pd.DataFrame(rows, columns=["file", "row", "problem"])
 
 
 def _published_counts(sets: dict[str, Dataset], scheme: str) -> dict[str, int]:

@@ -40,11 +40,11 @@ def read_ranzcr(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     if annotations := source.find_table(ANNOTATIONS):
         rows = len(read_csv(annotations, (ID,)))
         source.faults.add(ANNOTATIONS, "", f"the courses of {rows} lines are not used")
-    labels.insert(0, "id", table[ID])
+    labels["id"] = table[ID]
     labels, table = labels[~is_wrong], table[~is_wrong]
     patients = dict(zip(table[ID], table["PatientID"], strict=True))
     images = read_train_images(
         source, patients, LABELS, name="ranzcr", how_to_get=HOW_TO_GET, patients=patients, progress=progress
     )
-    labels = labels[labels["id"].isin(images["image_id"])].sort_values("id", ignore_index=True)
+    labels = labels[labels["id"].isin(images["image_id"])].sort_values("id")
     return Dataset.from_tables(source, images, labels, PUBLISHED)

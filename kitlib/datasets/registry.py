@@ -115,5 +115,5 @@ def compare_with_published(dataset: Dataset) -> pd.DataFrame:
         counts["masks"] = dataset.masks.image_id.nunique()
     counts |= {name: int((labels[name] > 0.5).sum()) for name in class_columns(labels, "labels")}
     published = pd.Series({name: dataset.published.get(name, pd.NA) for name in counts}, dtype="Int64")
-    table = pd.DataFrame({"here": pd.Series(counts, dtype="Int64"), "published": published})
+    table = pd.DataFrame({"here": pd.Series(counts), "published": published})
     return table.assign(share=(table.here / table.published).round(4)).rename_axis("what").reset_index()

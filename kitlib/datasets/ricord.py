@@ -60,4 +60,4 @@ def read_ricord(folder: str | Path | DataFolder, progress: bool = True) -> Datas
     is_lateral = table["view"].str.upper().isin(LATERAL)
     faults.add_summary("the headers", table.image_id[is_lateral], "are lateral views; left out")
     table = table[~is_lateral].assign(source="ricord", diagnosis="COVID-19", licence="CC BY-NC 4.0")
-    return diagnosis_dataset(table, source, ("COVID-19",), HOW_TO_GET, PUBLISHED, progress)
+    return diagnosis_dataset(table, source, ("COVID-19",), HOW_TO_GET, PUBLISHED, progress=progress)

@@ -6,7 +6,6 @@ and `problem`, which also says how the fault was handled.
 
 import ast
 import math
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +111,7 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
     # Images in additional folders are used only if the main folder has none, as when it contains only the tables.
     own = [train for train in trains if train.is_relative_to(source.folder)]
     tables = [_find_files(train, source.faults, image_ids=set(rows.image_id))[0] for train in own or trains]
-    files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"], dtype=object), *tables])
+    files = pd.concat([pd.DataFrame(columns=["image_id", "study_id", "path"]), *tables])
     # If there are several folders called train, they are copies, as in an archive that contains everything twice.
     copies = files.path[files.image_id.duplicated()].map(source.name)
     source.faults.add_summary("train", copies, "have the name of a file in another folder train; left out", "other files")
@@ -120,7 +119,7 @@ def _find_train_files(source: DataFolder, rows: pd.DataFrame) -> pd.DataFrame:
     if not files.image_id.isin(rows.image_id).any():
         found = [path for path in source.paths if "train" in source.folders(path)]
         first = f", the first is {source.name(found[0])}" if found else ""
-        wanted = f", such as train/{rows.study_id[0]}/<series>/{rows.image_id[0]}.dcm" if len(rows) else ""
+        wanted = f", such as train/{rows.study_id.iloc[0]}/<series>/{rows.image_id.iloc[0]}.dcm" if len(rows) else ""
         raise DatasetError(
             f"{source.folder / 'train'} holds {len(found)} files{first}; none of them is a <study>/<series>/<image>.dcm of "
             f"the {len(rows)} images in {IMAGE_TABLE}{wanted}, or a PNG or JPEG copy. Unpack the competition's training "
@@ -191,7 +190,7 @@ def studies_from_headers(images: pd.DataFrame, study_ids: Collection[str]) -> pd
     The study of an image is unknown if its study_id is its image_id. It stays unknown if the file cannot be read, or if the
     study in the header is not in `study_ids`.
     """
-    unknown = [row for row in images.itertuples() if row.study_id == row.image_id and os.path.isfile(row.path)]
+    unknown = [row for row in images.itertuples() if row.study_id == row.image_id]
     headers, known = read_headers([row.path for row in unknown], progress=False), set(study_ids)
     studies = {row.Index: header.study_id for row, header in zip(unknown, headers, strict=True) if header.study_id in known}
     return images.assign(study_id=[studies.get(index, study) for index, study in images.study_id.items()])
@@ -229,10 +228,10 @@ def read_label_tables(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd
             continue
         rows.append((row.image_id, row.StudyInstanceUID, not image_boxes))
         boxes += [(row.image_id, *box) for box in image_boxes]
-    images = pd.DataFrame(rows, columns=["image_id", "study_id", "false_none"], dtype=object)
+    images = pd.DataFrame(rows, columns=["image_id", "study_id", "false_none"])
     images["false_none"] = images.false_none.astype(bool) & images.study_id.isin(studies_with_boxes)
     table = check_table(pd.DataFrame(boxes, columns=["image_id", *BOX]), "boxes", IMAGE_TABLE)
-    return labels, table, images.sort_values("image_id", ignore_index=True)
+    return labels, table, images.sort_values("image_id")
 
 
 def _read_study_labels(path: Path, faults: Faults) -> pd.DataFrame:
@@ -347,7 +346,7 @@ def _find_files(
     problem = "are not in the form <study>/<series>/<image>.dcm; used, because a table lists their images"
     faults.add_summary(root.name, unusual, problem, "other files")
     columns = ["image_id", "study_id", "path"]
-    return pd.DataFrame([files[name] for name in sorted(files)], columns=columns, dtype=object), sorted(studies)
+    return pd.DataFrame([files[name] for name in sorted(files)], columns=columns), sorted(studies)
 
 
 def _can_be_id(name: str) -> bool:
@@ -369,7 +368,7 @@ def _with_headers(
             faults.add(name(row.path), row.image_id, f"the header cannot be read ({header.problem}); {outcome}")
         patient = header.patient_id or row.study_id
         records.append((patient, header.rows, header.columns, header.view, not header.problem))
-    columns = pd.DataFrame(records, columns=["patient_id", "rows", "columns", "view", "readable"], index=images.index)
+    columns = pd.DataFrame(records, columns=["patient_id", "rows", "columns", "view", "readable"])
     return images.join(columns).assign(source="siim")
 
 

@@ -54,7 +54,7 @@ def read_siim_acr(folder: str | Path | DataFolder, progress: bool = True) -> Dat
         in_test_folders=True,
         progress=progress,
     )
-    masks = masks[masks["image_id"].isin(images["image_id"])].sort_values("image_id", kind="stable", ignore_index=True)
+    masks = masks[masks["image_id"].isin(images["image_id"])].sort_values("image_id", kind="stable")
     positive = set(masks["image_id"][masks["runs"] != EMPTY])
     labels = pd.DataFrame({"id": images["image_id"], PNEUMOTHORAX: images["image_id"].isin(positive).astype(float)})
     return Dataset.from_tables(source, images, labels, PUBLISHED, masks=masks)

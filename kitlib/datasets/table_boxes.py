@@ -33,8 +33,7 @@ def add_boxes(
         raise DatasetError(
             f"{file}: the box columns are blank for all usable images; remove these columns from the parameter `columns`"
         )
-    rows, image_ids, cells = rows[has_box].reset_index(drop=True), image_ids[has_box].reset_index(drop=True), cells[has_box]
-    cells = cells.reset_index(drop=True)
+    rows, image_ids, cells = rows[has_box], image_ids[has_box], cells[has_box]
     sides = cells.apply(pd.to_numeric, errors="coerce").astype(float)
     if "xmax" in sides:
         sides = sides.assign(xmax=sides.xmax - sides.xmin, ymax=sides.ymax - sides.ymin)
@@ -49,8 +48,7 @@ def add_boxes(
             source.faults.add(file, image_id, "a box has no finding; the image is left out")
         is_valid = is_valid & has_finding
     images = images[~images.image_id.isin(image_ids[~is_valid])]
-    boxes = boxes[boxes.image_id.isin(images.image_id)].reset_index(drop=True)
+    boxes = boxes[boxes.image_id.isin(images.image_id)]
     if boxes.empty:
-        return images.reset_index(drop=True), empty_table("boxes")
-    images, boxes = cut_at_edges(images, boxes, source, file)
-    return images.reset_index(drop=True), boxes.reset_index(drop=True)
+        return images, empty_table("boxes")
+    return cut_at_edges(images, boxes, source, file)

@@ -81,7 +81,7 @@ def check_columns(table: pd.DataFrame, path: Path, wanted: Sequence[tuple[str, s
     for key, name in wanted:
         if name not in names:
             folded = {column.casefold(): column for column in names}
-            close = difflib.get_close_matches(name.casefold(), folded, 1)
+            close = difflib.get_close_matches(name.casefold(), folded)
             hint = f"; the closest is {folded[close[0]]!r}" if close else ""
             raise DatasetError(
                 f"{path.name} has no column {name!r}, which the parameter `columns` gives for the key {key!r}{hint}. Choose "

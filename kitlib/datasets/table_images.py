@@ -105,7 +105,7 @@ def make_image_ids(names: pd.Series) -> pd.Series:
     return ids
 
 
-def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
+def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> list[str]:
     """Return the class of each row: the name of a folder in the row's `path`, or "" if the path is not that deep.
 
     Going up from the files, the classes are the first folders whose names differ between rows: if all files are in folders
@@ -113,7 +113,7 @@ def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
     too many different names to be classes.
     """
     folders = [source.name(path).split("/")[-2::-1] if path else [] for path in rows.path]  # the nearest first
-    for level in range(max(map(len, folders), default=0)):
+    for level in range(max(map(len, folders))):
         classes = [parts[level] if level < len(parts) else "" for parts in folders]
         names = sorted(set(classes) - {""})
         if len(names) > max(2, len(rows) // 2):
@@ -122,7 +122,7 @@ def find_class_folders(rows: pd.DataFrame, source: DataFolder) -> pd.Series:
                 "to be patients or studies, not classes. Give a table with a column of classes"
             )
         if len(names) > 1:
-            return pd.Series(classes, index=rows.index, dtype=object)
+            return classes
     shared = sorted({"/".join(parts[::-1]) for parts in folders})
     raise DatasetError(
         f"class_folders is set, but all {len(rows)} images lie in the folder {shared[0] or '.'!r}: put each class into a "

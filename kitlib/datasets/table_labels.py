@@ -46,7 +46,7 @@ def leave_out_blank(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.Dat
     """Return the rows whose column `label` is not blank; one fault counts the other rows. `file` is the table's file."""
     is_blank = rows.label == ""
     source.faults.add_summary(file, rows.file[is_blank], "have no class; left out", "other images")
-    return rows[~is_blank].reset_index(drop=True)
+    return rows[~is_blank]
 
 
 def parse_label_columns(rows: pd.DataFrame, names: Sequence[str], source: DataFolder, file: str) -> pd.DataFrame:
@@ -93,8 +93,8 @@ def class_labels(
                 "class of its own, leave `study` out of columns"
             )
             source.faults.add(file, str(study_id), problem)
-    images = images[images.groupby("study_id").label.transform("nunique") == 1].reset_index(drop=True)
-    studies = images.drop_duplicates("study_id", ignore_index=True)
+    images = images[images.groupby("study_id").label.transform("nunique") == 1]
+    studies = images.drop_duplicates("study_id")
     return images, one_hot(studies.study_id, studies.label, sorted(classes))
 
 
@@ -104,15 +104,14 @@ def column_labels(images: pd.DataFrame, names: Sequence[str], source: DataFolder
     If the images of a study disagree on a class, the study's label is NaN (unknown), and a fault counts the study. Images
     whose label is unknown do not matter, unless the study has no other images. `names` may be empty.
     """
-    by_study = images.groupby("study_id", sort=False)[[label_column(name) for name in names]]
+    by_study = images.groupby("study_id")[[label_column(name) for name in names]]
     least, most = by_study.min(), by_study.max()
     differs = (least != most) & least.notna()
     for name in names:
         problem = f"are studies whose images disagree on {name}; their label is unknown"
         source.faults.add_summary(file, least.index[differs[label_column(name)]], problem, "other rows")
     labels = least.where(~differs).set_axis(list(names), axis=1)
-    labels.insert(0, "id", least.index)
-    return labels.reset_index(drop=True)
+    return labels.assign(id=least.index)
 
 
 def check_no_class_lost(labels: pd.DataFrame, listed: Collection[str], source: DataFolder) -> None:

@@ -73,7 +73,7 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
         else:
             (unclear if named else orphans).append(source.name(path))
     source.mark_read(files)
-    masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"], dtype=object)
+    masks = pd.DataFrame(rows, columns=["image_id", "structure", "path"])
     source.faults.add_summary("the folder", orphans, "are masks without an image of their name; left out", "other files")
     source.faults.add_summary("the folder", unclear, "are masks whose name several images have; left out", "other files")
     source.faults.add_summary("the folder", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
@@ -83,4 +83,4 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
             f"{len(files)} masks is {source.name(next(iter(files)))!r}, one of the {len(images)} images is "
             f"{source.name(images.path.iloc[0])!r}"
         )
-    return masks.sort_values(["image_id", "path"], ignore_index=True)
+    return masks.sort_values(["image_id", "path"])

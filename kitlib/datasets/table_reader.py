@@ -84,7 +84,7 @@ def read_own(
     paths = rows.path.drop_duplicates()
     rows["image_id"] = rows.path.map(dict(zip(paths, make_image_ids(paths.map(source.name)), strict=True)))
 
-    listed = _select_split(rows.drop_duplicates("path", ignore_index=True), source, file)
+    listed = _select_split(rows.drop_duplicates("path"), source, file)
     if has_classes:
         listed = leave_out_blank(listed, source, file)
     listed = parse_label_columns(listed, spec.labels, source, file)
@@ -202,7 +202,7 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
     source.faults.add_summary(
         file, validation, "are a validation set; used for training, because folds are used for validation", "other images"
     )
-    rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown].reset_index(drop=True)
+    rows = rows.assign(split=cells.map(SPLITS).fillna("train"))[~is_unknown]
     if (rows["split"] == "test").all():
         raise DatasetError(f"{file}: the split column assigns no image to training; leave `split` out of `columns`")
     return rows
@@ -211,7 +211,7 @@ def _select_split(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataF
 def _make_images(rows: pd.DataFrame, source: DataFolder, file: str, progress: bool) -> pd.DataFrame:
     """Return the `images` table for `rows`, with additional columns for labels; faults count unknown ages and the like."""
     name = source.folder.resolve().name
-    text = {key: rows.get(key, pd.Series("", rows.index, dtype=object)) for key in ("patient", "study", "source", "view")}
+    text = {key: rows.get(key, pd.Series("", rows.index)) for key in ("patient", "study", "source", "view")}
     images = rows.drop(columns=["patient", "study", "file", *BOX_KEYS, "finding"], errors="ignore").assign(
         path=rows.path.map(str),
         patient_id=text["patient"],

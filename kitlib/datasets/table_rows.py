@@ -63,7 +63,7 @@ def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFr
     facts = rows.drop(columns=["file", "path", *of_boxes])
     counts = facts.groupby(rows.path).nunique()
     disagrees = rows.path.isin(counts.index[(counts > 1).any(axis=1)])
-    for _, several in rows[disagrees].groupby("path", sort=False):
+    for _, several in rows[disagrees].groupby("path"):
         column = next(name for name in counts if len(set(several[name])) > 1)
         values = ", ".join(map(repr, sorted(set(several[column]))[:5]))
         problem = f"the rows of this image differ in {column}: {values}; the image is left out"
@@ -71,7 +71,7 @@ def join_repeats(rows: pd.DataFrame, source: DataFolder, file: str) -> pd.DataFr
     rows = rows[~disagrees]
     is_repeated = rows.duplicated([column for column in rows if column != "file"])
     source.faults.add_summary(file, rows.file[is_repeated], "repeat an earlier row; left out", "other rows")
-    return rows[~is_repeated].reset_index(drop=True)
+    return rows[~is_repeated]
 
 
 def _suggest_file(table: pd.DataFrame, path: Path, names: ImageNames, file_key: str) -> str:

@@ -139,7 +139,7 @@ def _find_masks(mask_files: list[tuple[str, str, Path]], images: pd.DataFrame, f
             masks = masks[masks.image_id != image_id]
     faults.add_summary("masks", set(images.image_id) - set(masks.image_id), "have no mask", "other images")
     masks = pd.DataFrame({"image_id": masks.image_id, "structure": "lungs", "path": masks.path.map(str)})
-    return masks.sort_values(["image_id", "path"], ignore_index=True)
+    return masks.sort_values(["image_id", "path"])
 
 
 def _find_patients(names: Iterable[str], texts: dict[str, str]) -> dict[str, str]:

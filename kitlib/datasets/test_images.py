@@ -46,6 +46,6 @@ def read_test_images(folder: str | Path, ids: Collection[str], name: str = "") -
     faults.add_summary("the folder", unlisted, "are test images that the sample submission does not list", "other files")
     faults.add_summary("the sample submission", set(ids) - set(paths), "have no file, but still get a row", "other images")
     image_ids = [image_id for image_id in ids if image_id in paths]
-    images = pd.DataFrame({"image_id": image_ids, "study_id": image_ids, "patient_id": image_ids}, dtype=object)
+    images = pd.DataFrame({"image_id": image_ids, "study_id": image_ids, "patient_id": image_ids})
     images = images.assign(path=[paths[image_id] for image_id in image_ids], rows=0, columns=0, source=name, view="")
     return check_table(images, "images", str(folder)), faults.table()

@@ -22,7 +22,7 @@ def read_train_images(
     how_to_get: str,
     patients: Mapping[str, str] | None = None,
     in_test_folders: bool = False,
-    progress: bool = True,
+    progress: bool,
 ) -> pd.DataFrame:
     """Return an `images` table of the image files that are named after `ids`; each image is its own study.
 

@@ -83,6 +83,6 @@ def read_label_table(folder: str | Path | DataFolder) -> tuple[pd.DataFrame, pd.
     problem = "have no finding for one reader and boxes of another; the boxes count"
     source.faults.add_summary(LABELS, disputed, problem, "other images")
     ids = pd.Index(sorted(set(table["image_id"][is_kept])))
-    labels = pd.crosstab(boxes["image_id"], boxes["finding"]).reindex(ids, columns=VINBIGDATA_FINDINGS, fill_value=0) > 0
+    labels = pd.crosstab(boxes["image_id"], boxes["finding"]).reindex(ids, columns=VINBIGDATA_FINDINGS) > 0
     labels[NO_FINDING] = ~labels.any(axis=1)
     return labels.astype(float).rename_axis(index="id", columns=None).reset_index(), boxes

@@ -159,7 +159,10 @@ def test_headers_fill_in_what_a_table_leaves_blank_and_unusable_files_are_left_o
     columns = ["image_id", "study_id", "patient_id", "view", "rows", "columns"]
     assert images[columns].to_numpy().tolist() == [["a", "a", "header", "AP", 6, 8], ["b", "b", "table", "PA", 6, 8]]
     assert [row for _, row, _ in source.faults.rows] == ids[2:]
-    assert read_headers([f"{tmp_path}/empty.dcm"], progress=False)[0].problem == "the header states no image size"
+    empty, damaged = read_headers([f"{tmp_path}/{name}.dcm" for name in ("empty", "damaged")], progress=False)
+    assert empty.problem == "the header states no image size" and (damaged.rows, damaged.columns) == (0, 0)
+    with pytest.raises(DatasetError, match=r"no image can be used; there are 3 faults, .*empty.*damaged.*missing"):
+        add_headers(rows[:0], source, progress=False)
 
 
 def test_sizes_of_copies_are_those_of_the_table_and_dicom_files_are_originals(tmp_path):

@@ -164,7 +164,7 @@ def test_ricord(tmp_path):
     assert set(data.images.patient_id) == {"ricord-419639-000002"} and data.images["view"].tolist() == ["AP", "PA"]
     assert list(data.labels) == ["id", "COVID-19"] and len(data.faults) == 2
     # The collection's page at The Cancer Imaging Archive.
-    assert data.published == {"images": 998, "patients": 361}
+    assert data.published == {"images": 998, "patients": 361} and set(data.images.licence) == {"CC BY-NC 4.0"}
     with pytest.raises(DatasetError, match="MIDRC-RICORD-1C-PATIENT"):
         read_ricord(top / "other", progress=False)
 
@@ -256,7 +256,7 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
 )
 def test_a_report_of_bimcv_that_contradicts_its_set_costs_the_image(tmp_path, folder, table, kept):
     """S1 has a report of COVID 19, which only the positive set may have, and S2 one of other changes."""
-    for name in ("sub-S1_ses-E1_vp-ap_cr", "sub-S2_ses-e2_vp-pa_dx", "chest"):
+    for name in ("sub-S1_ses-E1_vp-ap_cr", "sub-S2_ses-e2_vp-pa_dx", "chest_neg"):
         save(tmp_path / "in" / folder / f"{name}.png")
     reports = "ReportID\tLabels\nses-e1\t['COVID 19', 'normal']\nE2\t['normal', 'scar']\n"
     (tmp_path / "in" / f"{table}.tsv").write_text(reports)
@@ -268,7 +268,7 @@ def test_a_report_of_bimcv_that_contradicts_its_set_costs_the_image(tmp_path, fo
     expected = {"S1": ["bimcv-S1", "COVID-19", "M", 64], "S2": ["bimcv-S2", "other", "F", 30]}
     assert data.images[columns].to_numpy().tolist() == [expected[kept]]
     unnamed, left_out = data.faults.itertuples(index=False)
-    assert unnamed.row == f"{folder}/chest.png" and "left out" in unnamed.problem
+    assert unnamed.row == f"{folder}/chest_neg.png" and "left out" in unnamed.problem
     assert left_out.row[:6] == ("sub-S2" if kept == "S1" else "sub-S1") and "left out" in left_out.problem
     # The names of tables matter only if no folder states the set; they must not contradict one another.
     (tmp_path / "in" / f"other_{'neg' if kept == 'S1' else 'posi'}.tsv").write_text("a\n")

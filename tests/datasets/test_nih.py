@@ -102,6 +102,13 @@ def test_findings_are_of_the_list_and_no_finding_stands_alone(layout, findings, 
         assert set(row[row == 1].index) == set(findings.split("|"))
 
 
+def test_without_a_valid_row_the_error_says_so(layout):
+    path = layout / "Data_Entry_2017.csv"
+    path.write_text("\n".join([HEADER, ROWS[3]]))
+    with pytest.raises(DatasetError, match=r"no image can be used; .* the findings 'Cold' are not valid"):
+        read_nih(layout, progress=False)
+
+
 @pytest.mark.parametrize(
     ("cell", "age", "is_told"),
     [

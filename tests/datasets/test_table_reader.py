@@ -106,14 +106,18 @@ def test_sexes_and_ages_that_are_unknown_are_counted(folder):
         ("sep=;\n Image ;Class\nx0; Kühn\nx1;B\n".encode(), ""),
         ('"Image, old";Image;Class\n1;x0;Kühn\n2;x1;B\n'.encode(), ""),
         ("Image;Class;c\nx0;Kühn;\x81\nx1;B;\n".encode("latin-1"), "and 0 other lines are not UTF-8"),
+        (f"Image,Class,{'c' * 200_000}\nx0,Kühn,\nx1,B,\n".encode(), ""),
     ],
-    ids=["Excel's UTF-8", "Latin-1", "UTF-16 with tabs", "Excel's separator line", "a comma in a name", "not Windows-1252"],
+    ids=[
+        *("Excel's UTF-8", "Latin-1", "UTF-16 with tabs", "Excel's separator line", "a comma in a name", "not Windows-1252"),
+        "a name of more than 128 KB",
+    ],
 )
 def test_a_csv_file_is_read_as_excel_saves_it(folder, content, fault):
     (folder / "t.csv").write_bytes(content)
     data = read_own(folder, False, table="t.csv", columns=NAMED)
     assert list(data.labels) == ["id", "B", "Kühn"] and data.labels["Kühn"].tolist() == [1, 0]
-    assert bool([text for _, text in problems(data) if text.startswith(fault) and fault]) == bool(fault)
+    assert [row for row, text in problems(data) if fault and text.startswith(fault)] == ["line 2"] * bool(fault)
 
 
 def test_a_file_that_is_no_text_is_refused(folder):
@@ -175,6 +179,11 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class,x\nx0,A,1\n", {"columns": {**NAMED, "xmin": "x"}}, "the box keys 'xmin'; set exactly 'xmin', 'ymin'"),
         ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and `columns` has label or labels"),
         ("Image,Class\nx0,A\n", {"class_names": {"C": "D"}}, "class_names renames 'C', but the classes are 'A'"),
+        ("Image,Class\nx0,A\n", {"class_names": {"A": " "}}, "renames a class to ' '; the new name must be text"),
+        ("Image,Class\nx0,A\n", {"columns": {"file": "Image"}, "class_names": {"A": "B"}}, "there are no classes to rename"),
+        ("Image,Class\nx0,A\n", {"columns": {**NAMED, "finding": "x"}}, "`columns` has `finding`, but no box"),
+        ("Image,Class\nx0,A\n", {"columns": {**NAMED, "box_file": "x"}}, "`box_file`, but `boxes_table` is not set"),
+        ("Image,Class\nx0,\n", {}, "no image can be used; there are 1 faults, the first: .* have no class; left out"),
         ("Image,Class\nx0,A\n", {"mask_folder": "masks"}, "or a folder and one of lung_fields, with_heart"),
         ("Image,Class\nx0,A\n", {"mask_folder": "m", "mask_convention": "with_heart"}, "no folder 'm' .* files: images"),
         ("Image,Class\nx0,A\n", {"boxes_table": "b.csv"}, "`boxes_table` is set, but `columns` lacks the boxes"),
@@ -267,7 +276,8 @@ def test_the_split_is_train_or_test(folder):
 )
 def test_an_image_with_a_box_that_cannot_be_used_is_left_out(folder, row, problem):
     data = read(folder, f"{BOXES}{row}\n", BOX_COLUMNS)
-    assert data.images.image_id.tolist() == ["x0", "x1"] and [text for _, text in problems(data) if text.endswith(problem)]
+    assert data.images.image_id.tolist() == ["x0", "x1"]
+    assert [text.endswith(problem) for _, text in problems(data) if "the image is left out" in text] == [True]
     assert data.boxes.drop(columns="image_id").to_numpy().tolist() == [["Mass", 1, 2, 11, 12], ["Nodule", 20, 20, 30, 30]]
 
 

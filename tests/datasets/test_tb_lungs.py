@@ -24,14 +24,14 @@ def save(path, pixels):
 
 def read_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
 
 
 @pytest.fixture
 def montgomery(tmp_path):
     root = tmp_path / "MontgomerySet"
     texts = {
-        "MCUCXR_0001_0": "Patient's Sex: F \nPatient's Age: 027Y\nnormal",
+        "MCUCXR_0001_0": "Patient's Sex: F \nPatient's Age: 027Y\nnormal, Córdoba",
         "MCUCXR_0017_1": "Patient's Sex: M\nPatient's Age: 063Y\ncavitary infiltrate",
         "MCUCXR_0023_1": "Patient's Sex: M\nPatient's Age: 064Y\nNO REPORT (same pt as MCUCXR_0017_1)",
     }
