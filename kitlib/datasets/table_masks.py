@@ -64,10 +64,8 @@ def match_masks(source: DataFolder, images: pd.DataFrame, files: MaskFiles) -> p
         name = without_suffix(folded(path.name))
         name = name if (name,) in images_of else AFFIX.sub("", name)
         named = images_of.get((name,), [])
-        if len(named) > 1:
-            above_it = images_of.get((name, "above", *above), []) if above else []
-            below_it = images_of.get((name, "below", *below), []) if below else []
-            named = above_it if len(above_it) == 1 else below_it if len(below_it) == 1 else named
+        above_it, below_it = images_of.get((name, "above", *above), []), images_of.get((name, "below", *below), [])
+        named = above_it if len(above_it) == 1 else below_it if len(below_it) == 1 else named
         if len(named) == 1:
             rows.append((named[0], "lungs", str(path)))
         else:

@@ -78,7 +78,7 @@ def _suggest_file(table: pd.DataFrame, path: Path, names: ImageNames, file_key: 
     """Return a hint for a message: the column that contains most image file names or, if none does, all columns."""
     head = table.head(TRIED)
     hits = [sum(len(names.find(cell, path.parent)) == 1 for cell in head.iloc[:, index]) for index in range(head.shape[1])]
-    if best := max(hits, default=0):
+    if best := max(hits):
         column = table.columns[hits.index(best)]
         return f"the column {column!r} names {best} files in the first {len(head)} rows: columns: {{{file_key}: {column!r}}}"
     return f"the table's columns are {', '.join(map(repr, table.columns))}"

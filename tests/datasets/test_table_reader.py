@@ -72,12 +72,17 @@ def test_a_table_gives_images_patients_and_classes(folder):
     ],
 )
 def test_a_broken_row_is_a_fault(folder, row, problem, left):
+    told = {",A": "row 5", "damaged.png,A": "damaged"}.get(row, row.split(",")[0])
     (folder / "images" / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n and no image")
     for name in "ab":
         write_image(folder / name / "twice.png")
-    data = read(folder, f"Image,Class\nx0.png,A\nx1.png,B\nx2.png,A\nx3.png,B\n{row}\n")
+    text = f"Image,Class,Patient\nx0.png,A\nx1.png,B\nx2.png,A\nx3.png,B\n{row}\n"
+    data = read(folder, text, {**NAMED, "patient": "Patient"})
     assert len(data.images) == len(data.labels) == left
-    assert [text for _, text in problems(data) if text.endswith(problem)], data.faults.problem.tolist()
+    assert [name for name, text in problems(data) if text.endswith(problem)] == [told]
+    # The files of an unclear name are told already, and are no forgotten files.
+    unread = data.faults.problem.iloc[-1]
+    assert "by folder: images" in unread and ("a 1, b 1" in unread) == (row != "twice.png,A")
 
 
 def test_files_without_a_row_are_counted_by_folder(folder):
@@ -184,7 +189,13 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class\nx0,A\n", {"columns": {**NAMED, "finding": "x"}}, "`columns` has `finding`, but no box"),
         ("Image,Class\nx0,A\n", {"columns": {**NAMED, "box_file": "x"}}, "`box_file`, but `boxes_table` is not set"),
         ("Image,Class\nx0,\n", {}, "no image can be used; there are 1 faults, the first: .* have no class; left out"),
+        ("Image,Class\nx0,patients\n", {}, "the class 'patients' has the name of a column of the kit"),
         ("Image,Class\nx0,A\n", {"mask_folder": "masks"}, "or a folder and one of lung_fields, with_heart"),
+        (
+            "Image,Class\nx0,A\n",
+            {"mask_folder": "m", "mask_convention": "x"},
+            "or a folder and one of lung_fields, with_heart",
+        ),
         ("Image,Class\nx0,A\n", {"mask_folder": "m", "mask_convention": "with_heart"}, "no folder 'm' .* files: images"),
         ("Image,Class\nx0,A\n", {"boxes_table": "b.csv"}, "`boxes_table` is set, but `columns` lacks the boxes"),
         ("Image,Class,s\nx0,A,test\n", {"columns": {**NAMED, "split": "s"}}, "no image to training; leave `split` out"),
@@ -282,7 +293,7 @@ def test_an_image_with_a_box_that_cannot_be_used_is_left_out(folder, row, proble
 
 
 def test_boxes_may_be_in_a_file_of_their_own(folder):
-    (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nx0.png,45,5,52,10\nx5.png,1,1,4,4\n")
+    (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nX0,45,5,52,10\nx5.png,1,1,4,4\n")
     columns = {**NAMED, "box_file": "name", "xmin": "a", "ymin": "b", "xmax": "c", "ymax": "d"}
     data = read(folder, "Image,Class\nx0,A\nx1,B\n", columns, boxes_table="boxes.csv")
     assert data.boxes.to_numpy().tolist() == [["x0", "opacity", 45, 5, COLUMNS, 10]]
@@ -290,6 +301,10 @@ def test_boxes_may_be_in_a_file_of_their_own(folder):
     assert "a box reaches 2.0 pixels beyond the image; cut at its edge" in texts
     assert "are boxes of images that are not listed, or left out" in texts
     assert "have no row; they count as images without a box" in texts
+    # All images, of which some have boxes.
+    columns = {"file": "name", "xmin": "a", "ymin": "b", "xmax": "c", "ymax": "d"}
+    data = read_own(folder, False, boxes_table="boxes.csv", columns=columns)
+    assert len(data.images) == 6 and data.boxes.image_id.tolist() == ["x0", "x5"]
 
 
 def test_unlabelled_images_are_a_data_set_with_folds(folder):
