@@ -157,7 +157,7 @@ def _add_split(images: pd.DataFrame, source: DataFolder) -> pd.DataFrame:
     if missing:
         source.faults.add(", ".join(missing), "", "the official lists are missing; all images may be used for training")
         return images
-    split_of = {listed_id(line): split for split, path in paths.items() if path for line in read_lines(path) if line.strip()}
+    split_of = {listed_id(line): split for split, path in paths.items() if path for line in read_lines(path)}
     split = images.image_id.map(split_of)
     problem = "are in neither of the official lists; left out"
     source.faults.add_summary(", ".join(LISTS.values()), images.image_id[split.isna()], problem, "other images")

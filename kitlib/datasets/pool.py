@@ -43,7 +43,7 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
         if data.masks is not None:
             masks.append(data.masks.assign(image_id=_prefix_clashing(data.masks.image_id, clashing, name)))
         faults += [data.faults.assign(file=f"{name}: " + data.faults.file), _excluded_faults(data.images, name, scheme)]
-    pool = _fill_missing(pd.concat(images, ignore_index=True))
+    pool = _fill_missing(pd.concat(images))
     pool = pool[pool.diagnosis.isin(CLASS_SCHEMES[scheme])].reset_index(drop=True)
     if pool.empty:
         raise ValueError(f"no image in {', '.join(parts)} has a class of the scheme {scheme!r} ({', '.join(classes)})")

@@ -148,6 +148,8 @@ def test_of_rows_with_one_image_the_first_counts_and_a_file_without_a_row_is_tol
 
 def test_the_table_of_boxes_may_be_missing_but_not_lack_columns(layout):
     path = layout / "BBox_List_2017.csv"
+    path.write_text("Image Index,Finding Label,x,y,w,h\n00000002_000.png,Mass,256,512,512,256\n")
+    assert read_nih(layout, progress=False).boxes.finding.tolist() == ["Mass"]
     path.write_text("Image Index,Finding Label,x,y,w\n00000002_000.png,Mass,1,2,3\n")
     with pytest.raises(DatasetError, match=r"has the columns .*; x, y, width or height is missing"):
         read_nih(layout, progress=False)

@@ -109,6 +109,7 @@ def test_ids_that_clash_take_their_sets_name(tmp_path, parts):
     }
     # Text columns that only one data set has are "" in the other, not NaN.
     assert set(data.images["part"]) == {"train", ""} and set(data.images.age_group) == {"child", ""}
+    assert data.images.age.isna().all()  # a number remains NaN
 
 
 def test_findings_are_converted_to_diagnoses_and_sets_without_them_are_refused(tmp_path, parts):
@@ -136,6 +137,9 @@ def test_a_shortened_pool_has_a_share_of_every_source_and_diagnosis():
     again = sample_images(images[::-1].reset_index(drop=True), 20, seed=1)
     assert set(again.image_id) == set(some.image_id) != set(sample_images(images, 20, seed=2).image_id)
     pd.testing.assert_frame_equal(sample_images(images, 100), images)
+    # Of ten images and a single one, every share up to a half is of the ten.
+    few = images[30:41].reset_index(drop=True)
+    assert [(sample_images(few, count).diagnosis == "pneumonia").sum() for count in (5, 6)] == [0, 1]
     assert sample_images(images, 20).equals(sample_images(images, 20, seed=0))
 
 

@@ -359,6 +359,11 @@ def test_own_images_are_pooled_with_published_ones(tmp_path):
         "COVID-19": 2, "normal": 2, "viral": 2
     }  # fmt: skip
     assert pool.images.patient_id.str.startswith(("radiography-", "kermany-")).all()
+    # The masks of the images of these classes.
+    assert list(pool.masks) == ["image_id", "structure", "path"]
+    assert pool.masks.image_id.tolist() == [
+        f"{name}-{number}" for name in ("COVID", "Normal", "Viral Pneumonia") for number in (1, 2)
+    ]
     with pytest.raises(ValueError, match="rename your classes to diagnoses by `class_names`"):
         read_pool(parts, "three", False, **WITH_MASKS)
     with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images\. To read"):
