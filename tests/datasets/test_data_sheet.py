@@ -36,6 +36,8 @@ def test_counts_by_source_view_sex_and_age():
     assert list(sheet.tables["age"]) == ["0-17", "18-39", "65+"]
     assert sheet.tables["age"].to_dict("index")["normal"] == {"0-17": 1, "18-39": 0, "65+": 1}
     assert all(table.to_numpy().sum() == 4 and list(table.index) == CLASSES for table in sheet.tables.values())
+    assert {name: table.columns.name for name, table in sheet.tables.items()} == {name: name for name in sheet.tables}
+    assert {table.index.name for table in sheet.tables.values()} == {"class"}
     panel = data_sheet_figure(sheet).axes[1]
     assert [text.get_text() for text in panel.get_yticklabels()] == ["normal (2)", "COVID-19 (2)"]
     # The shares of AP, PA and unknown of both classes: where each bar's part begins, and how long it is.

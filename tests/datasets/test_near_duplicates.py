@@ -77,9 +77,12 @@ def test_the_hash_does_not_see_brightness(seed, contrast, brightness):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 2**32 - 1))
 def test_groups_are_the_chains_of_near_pairs(count, max_distance, seed):
-    """Against a direct search of all pairs, on hashes of 16 bits, which are often close."""
+    """Against a direct search of all pairs, on hashes of 16 bits, which are often close, in blocks of 2 by 3."""
     hashes = list(np.random.default_rng(seed).random((count, 16)) < 0.5)
-    groups = group_hashes(hashes, max_distance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_duplicates, "BLOCK_ROWS", 2)
+        patch.setattr(near_duplicates, "BLOCK_COLUMNS", 3)
+        groups = group_hashes(hashes, max_distance)
     expected = list(range(count))
     for one in range(count):
         for other in range(one):
