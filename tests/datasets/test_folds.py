@@ -206,7 +206,7 @@ def test_boxed_images_are_spread_evenly_and_the_seed_is_0_unless_stated():
 
 
 def test_a_rare_class_is_divided_before_a_frequent_one():
-    """Of 20, 2 and 2 images of three classes, each fold gets one of the second, also the one with more of the first so far."""
+    """Of 20, 2 and 2 images of three classes, each fold gets one of the second, also that with more of the first so far."""
     patients = [0] * 4 + [1] * 3 + [2] * 2 + list(range(3, 18))
     images, labels, boxes = tables(patients, [0] * 4 + [1, 2, 2] + [0, 1] + [0] * 15, [False] * 24)
     folds = make_folds(images, labels, boxes, 2).set_index("id").fold
