@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kitlib.datasets.faults import Faults
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.pool import read_mask_pool, read_pool
 from kitlib.datasets.registry import compare_with_published, read_dataset
+from kitlib.datasets.table_file import read_table_file
 from kitlib.datasets.table_reader import read_own
 from kitlib.errors import DatasetError, KitError, SettingsError
 from kitlib.phantoms.diagnoses import write_diagnoses
@@ -129,6 +131,8 @@ def test_a_file_that_is_no_text_is_refused(folder):
     (folder / "t.csv").write_bytes(b"Image,Class\nx0,\xff\0\n")
     with pytest.raises(DatasetError, match=r"t\.csv is not a text file"):
         read_own(folder, False, table="t.csv", columns=NAMED)
+    with pytest.raises(DatasetError, match=r"gone\.csv cannot be read: "):
+        read_table_file(folder / "gone.csv", (), Faults())
 
 
 @pytest.mark.parametrize("is_index", [False, True])
@@ -158,6 +162,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
             "has no column 'image', which .* `columns` gives for the key 'file'; the clo",
         ),
         ("Image,Class\nx0,A\n", {"columns": {"fiel": "Image"}}, "Columns has no field 'fiel'; it has: file, patient"),
+        ("Image,Class\nx0,A\n", {"columns": {"file": 5}}, "file is 5; expected a string"),
         ("Image,Image\nx0,A\n", {"columns": {"file": "Image"}}, "has 2 columns 'Image'"),
         ("Image,Class\nx0,A,B\n", {}, "a line has more cells than the first"),
         ("Image,Class\n", {}, "has no row below its first line"),
