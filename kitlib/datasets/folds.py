@@ -153,7 +153,7 @@ def find_leak_groups(images: pd.DataFrame, near_duplicates: pd.DataFrame | None 
     edges, nodes = [], len(images)
     for link in links:
         edges.append((rows, nodes + link))
-        nodes += len(images)
+        nodes += len(images)  # a link has at most this many groups
     start, end = (np.concatenate(part) for part in zip(*edges, strict=True))
     graph = coo_array((np.ones(len(start)), (start, end)), shape=(nodes, nodes))
     return connected_components(graph)[1][: len(images)]

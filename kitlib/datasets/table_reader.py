@@ -95,7 +95,9 @@ def read_own(
         images, boxes = add_boxes(box_rows, images, source, box_file, is_own_file=bool(boxes_table))
     if has_classes:
         images, labels = class_labels(images, classes, source, file)
-        images = images.rename(columns={"label": "diagnosis"}) if classes <= set(DIAGNOSES) else images.drop(columns="label")
+        images = (
+            images.rename(columns={"label": "diagnosis"}) if classes.issubset(DIAGNOSES) else images.drop(columns="label")
+        )
     else:
         labels = column_labels(images, spec.labels, source, file)
         images = images.drop(columns=list(map(label_column, spec.labels)))
