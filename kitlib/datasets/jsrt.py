@@ -8,7 +8,7 @@ import pandas as pd
 from kitlib.datasets.base import Dataset, add_headers, one_hot
 from kitlib.datasets.data_folder import PICTURES, DataFolder
 from kitlib.errors import DatasetError
-from kitlib.xrays.image_file import JSRT_BYTES, JSRT_SIDE
+from kitlib.xrays.image_file import JSRT_BYTES
 
 NAME = re.compile(r"JPC(LN|NN)\d{3}")
 LABELS = {"LN": "nodule", "NN": "no nodule"}
@@ -60,10 +60,7 @@ def read_jsrt(folder: str | Path | DataFolder, progress: bool = True) -> Dataset
             "convention": "lung_fields",
         }
     )
-    if next(iter(files.values())).suffix.lower() == ".img":  # has no header
-        images = rows.assign(study_id=rows.image_id, rows=JSRT_SIDE, columns=JSRT_SIDE)
-    else:
-        images = add_headers(rows, source, progress)
+    images = add_headers(rows, source, progress)
     labels = one_hot(images.image_id, images.image_id.str.slice(3, 5).map(LABELS), LABELS.values())
     masks = _find_masks(source, images)
     return Dataset.from_tables(source, images, labels, PUBLISHED, masks=masks)

@@ -44,17 +44,16 @@ def read_pool(parts: Mapping[str, str | Path | DataFolder], scheme: str, progres
             masks.append(data.masks.assign(image_id=_prefix_clashing(data.masks.image_id, clashing, name)))
         faults += [data.faults.assign(file=f"{name}: " + data.faults.file), _excluded_faults(data.images, name, scheme)]
     pool = _fill_missing(pd.concat(images))
-    pool = pool[pool.diagnosis.isin(CLASS_SCHEMES[scheme])].reset_index(drop=True)
+    pool = pool[pool.diagnosis.isin(CLASS_SCHEMES[scheme])]
     if pool.empty:
         raise ValueError(f"no image in {', '.join(parts)} has a class of the scheme {scheme!r} ({', '.join(classes)})")
-    pool["study_id"] = pool.image_id
     image_classes = pool.diagnosis.map(CLASS_SCHEMES[scheme])
     for name in sorted(set(classes) - set(image_classes)):
         faults.append(pd.DataFrame([(", ".join(parts), name, f"there is no image of this class of the scheme {scheme}")]))
     labels = one_hot(pool.image_id, image_classes, classes)
     all_masks = pd.concat(masks) if masks else None
     return Dataset(
-        check_table(pool, "images", scheme),
+        check_table(pool.assign(study_id=pool.image_id), "images", scheme),
         check_table(labels, "labels", scheme),
         empty_table("boxes"),
         _join_faults(faults),
