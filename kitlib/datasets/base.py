@@ -142,8 +142,11 @@ def add_headers(rows: pd.DataFrame, source: DataFolder, progress: bool) -> pd.Da
     """Return an `images` table made from `rows`, with image sizes from the files' headers; each image is its own study.
 
     `rows` has the columns image_id, patient_id, path, source and view. An empty patient_id or view is replaced by the value
-    in the header, if there is one. An image with an unreadable header is left out, and a fault is added to `source`.
+    in the header, if there is one. An image with an unreadable header is left out, and a fault is added to `source`. Raises
+    DatasetError if there are no rows.
     """
+    if rows.empty:
+        raise DatasetError(f"{source.folder}: no image can be used; {first_faults(source)}")
     source.mark_read(rows.path)
     headers = read_headers(rows.path.tolist(), progress)
     for path, image_id, header in zip(rows.path, rows.image_id, headers, strict=True):

@@ -67,7 +67,13 @@ def test_a_class_without_images_is_an_error_if_many_files_are_unused(tmp_path, u
         ):
             Dataset.from_tables(source, images, labels, published)
     else:
-        assert "B" in Dataset.from_tables(source, images, labels, published).faults["row"].tolist()
+        masks = pd.DataFrame({"path": [str(tmp_path / "main" / "masks" / "0.png")]})
+        faults = Dataset.from_tables(source, images, labels, published, masks=masks).faults
+        # 11 files are in no table, and 50 of test images and 49 other masks are not in these tables.
+        assert [problem.partition(" are not read")[0] for problem in faults.problem] == [
+            "and 109 other image files",
+            "none of the 100 images has this class, which 100 of 200 published images have",
+        ]
 
 
 @pytest.mark.parametrize(("published", "is_error"), [(2 * LEAST_EXPECTED, True), (2 * LEAST_EXPECTED - 1, False)])
@@ -82,6 +88,13 @@ def test_one_patient_of_all_images_is_an_error_if_many_were_expected(tmp_path, p
             Dataset.from_tables(DataFolder(tmp_path), one, labels, counts)
     else:
         assert Dataset.from_tables(DataFolder(tmp_path), one, labels, counts).faults.empty
+
+
+def test_a_convention_of_masks_is_one_of_the_kits(tmp_path):
+    images, labels = tables(2)
+    assert Dataset.from_tables(DataFolder(tmp_path), images.assign(convention=["", "with_heart"]), labels).faults.empty
+    with pytest.raises(ValueError, match=r"unknown mask conventions \['x'\]; valid: lung_fields, with_heart"):
+        Dataset.from_tables(DataFolder(tmp_path), images.assign(convention=["", "x"]), labels)
 
 
 def test_without_images_the_error_shows_the_first_faults(tmp_path):
@@ -146,7 +159,10 @@ def test_headers_fill_in_what_a_table_leaves_blank_and_unusable_files_are_left_o
     columns = ["image_id", "study_id", "patient_id", "view", "rows", "columns"]
     assert images[columns].to_numpy().tolist() == [["a", "a", "header", "AP", 6, 8], ["b", "b", "table", "PA", 6, 8]]
     assert [row for _, row, _ in source.faults.rows] == ids[2:]
-    assert read_headers([f"{tmp_path}/empty.dcm"], progress=False)[0].problem == "the header states no image size"
+    empty, damaged = read_headers([f"{tmp_path}/{name}.dcm" for name in ("empty", "damaged")], progress=False)
+    assert empty.problem == "the header states no image size" and (damaged.rows, damaged.columns) == (0, 0)
+    with pytest.raises(DatasetError, match=r"no image can be used; there are 3 faults, .*empty.*damaged.*missing"):
+        add_headers(rows[:0], source, progress=False)
 
 
 def test_sizes_of_copies_are_those_of_the_table_and_dicom_files_are_originals(tmp_path):
@@ -177,7 +193,14 @@ def test_boxes_are_scaled_with_their_images_and_resized_images_with_boxes_are_to
         ["i000", 3, 4, 9, 8],
         ["i001", 3, 1, 9, 2],
     ]
-    ((_, row, problem),) = source.faults.rows
-    assert row == "i001" and "and 1 other images" in problem  # i003 has no box
+    # i003 has no box.
+    assert source.faults.rows == [
+        (
+            "t.csv",
+            "i001",
+            "and 1 other images with boxes are resized, such as the first from 20 x 40 to 20 x 10 pixels; "
+            "the boxes are scaled",
+        )
+    ]
     scale_boxes(boxes[2:3], images, originals, source, "t.csv")
     assert len(source.faults.rows) == 1

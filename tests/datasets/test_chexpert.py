@@ -30,7 +30,7 @@ GOOD = [
     row("patient00001/study1/view1_frontal.jpg", No_Finding="1.0"),
     row("patient00001/study2/view1_frontal.jpg", sex="Male", age="69", view="PA", No_Finding="1.0", Support_Devices="1.0"),
     row("patient00002/study1/view1_frontal.jpg", sex="Unknown", age="0", Pneumonia="1.0", Edema="-1.0", Fracture="0.0"),
-    row("patient00003/study1/view1_frontal.jpg", age="17", Pneumonia="-1.0", No_Finding="0"),
+    row("patient00003/study1/view1_frontal.jpg", age="1", Pneumonia="-1.0", No_Finding="0"),
 ]
 
 
@@ -48,11 +48,11 @@ def test_rows_become_images_with_a_stated_rule_for_uncertain_and_blank_cells(tmp
     # Equipment is no finding, but such images are not normal; an uncertain pneumonia is no pneumonia.
     assert images.diagnosis.tolist() == ["normal", "other", "pneumonia", "other"]
     assert images.sex.tolist() == ["F", "M", "", "F"] and images["view"].tolist() == ["AP", "PA", "AP", "AP"]
-    assert np.array_equal(images.age, [68, 69, np.nan, 17], equal_nan=True)
+    assert np.array_equal(images.age, [68, 69, np.nan, 1], equal_nan=True)
     third = labels.iloc[2]
     assert (third["Pneumonia"], third["Fracture"], third["Cardiomegaly"]) == (1, 0, 0)
     assert np.isnan(third["Edema"]) and np.isnan(labels.iloc[3]["Pneumonia"])
-    assert data.faults.empty
+    assert data.faults.empty and data.published == {"patients": 65240}  # abstract of Irvin et al. 2019
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,10 @@ def test_the_order_of_the_rows_and_the_strokes_of_windows_do_not_matter(tmp_path
 
 def test_the_archive_may_be_a_folder_and_missing_tables_or_images_are_an_error(tmp_path):
     write(tmp_path / ARCHIVE, GOOD[:1])
-    write(tmp_path / ARCHIVE, [GOOD[2].replace("/train/", "/valid/")], "valid.csv")
-    assert len(read_chexpert(tmp_path, progress=False).images) == 2
+    lateral = row("patient00002/study1/view2_lateral.jpg", projection="Lateral", view="")
+    write(tmp_path / ARCHIVE, [line.replace("/train/", "/valid/") for line in (lateral, GOOD[2])], "valid.csv")
+    data = read_chexpert(tmp_path, progress=False)
+    assert data.images.diagnosis.tolist() == ["normal", "pneumonia"] and len(data.faults) == 1
     with pytest.raises(DatasetError, match=r"contains neither train\.csv nor valid\.csv: CheXpert"):
         read_chexpert(tmp_path / ARCHIVE / "train", progress=False)
     write(tmp_path / "bare", GOOD[:1], files=[])

@@ -1,7 +1,5 @@
 """ieee8023's table: which rows become images with a diagnosis, and the faults of all others."""
 
-import math
-
 import cv2
 import numpy as np
 import pandas as pd
@@ -61,13 +59,15 @@ def test_a_row_becomes_an_image(tmp_path):
     rows = [
         {"offset": "-2", "sex": "Male", "age": "65.5"},
         {"sex": "", "age": "", "view": "AP Supine", "finding": "No Finding", "license": ""},
-        {"patientid": "", "folder": "", "age": "old", "finding": "Pneumonia"},
+        {"patientid": "", "folder": "", "age": "old", "finding": "Pneumonia", "offset": "soon"},
     ]
     data = read_covid_chestxray(write(tmp_path, rows), progress=False)
     images = data.images
     assert images.patient_id.tolist() == ["ieee-1", "ieee-1", "ieee-unknown-2"]
     assert images.sex.tolist() == ["M", "", "M"] and images["view"].tolist() == ["PA", "AP Supine", "PA"]
-    assert images.age[0] == 65.5 and images.age[1:].isna().all() and images.offset[0] == -2 and math.isnan(images.offset[1])
+    assert (
+        images.age[0] == 65.5 and images.age[1:].isna().all() and images.offset[0] == -2 and images.offset[1:].isna().all()
+    )
     assert images.licence.tolist() == ["CC BY 4.0", "", "CC BY 4.0"] and set(images.source) == {"ieee8023"}
     assert list(data.labels) == ["id", *DIAGNOSES] and (data.labels[list(DIAGNOSES)].sum(axis=1) == 1).all()
     assert images.diagnosis.tolist() == ["COVID-19", "normal", "pneumonia"]
@@ -130,6 +130,10 @@ def test_a_missing_piece_names_itself(tmp_path):
         read_covid_chestxray(tmp_path, progress=False)
     write(tmp_path, [{"finding": "todo"}])
     with pytest.raises(DatasetError, match="no frontal X-ray"):
+        read_covid_chestxray(tmp_path, progress=False)
+    write(tmp_path, [{}])
+    (tmp_path / "images" / "0.png").unlink()
+    with pytest.raises(DatasetError, match=r"none of the 1 frontal X-rays listed .*; the first listed is '0\.png'"):
         read_covid_chestxray(tmp_path, progress=False)
 
 

@@ -76,6 +76,10 @@ def test_covidx_older_lists_and_several(tmp_path):
     (tmp_path / "test_COVIDx2.txt").unlink()
     with pytest.raises(DatasetError, match=r"no pair of lists such as train\.txt.*it has train\.txt, train_COVIDx10"):
         read_covidx(tmp_path, progress=False)
+    (tmp_path / "test.txt").write_text("1 c.png normal\n")
+    (tmp_path / "train.txt").write_text("")
+    with pytest.raises(DatasetError, match=r"contain none of the 1 listed images \(the first is test/c\.png\)"):
+        read_covidx(tmp_path, progress=False)
 
 
 def test_a_covidx_line_does_not_get_the_file_of_another_line_that_differs_in_its_suffix(tmp_path):
@@ -159,6 +163,8 @@ def test_ricord(tmp_path):
     # The same id as in COVIDx.
     assert set(data.images.patient_id) == {"ricord-419639-000002"} and data.images["view"].tolist() == ["AP", "PA"]
     assert list(data.labels) == ["id", "COVID-19"] and len(data.faults) == 2
+    # The collection's page at The Cancer Imaging Archive.
+    assert data.published == {"images": 998, "patients": 361} and set(data.images.licence) == {"CC BY-NC 4.0"}
     with pytest.raises(DatasetError, match="MIDRC-RICORD-1C-PATIENT"):
         read_ricord(top / "other", progress=False)
 
@@ -179,7 +185,7 @@ def test_bimcv(tmp_path):
             save(root / subject / session / "mod-rx" / f"{name}.png")
     # Labels are separated by commas, by tabs (cxr_covid) or, if NumPy has written them, by blanks.
     reports = {"ses-E1": "['infiltrates'\t'COVID 19']", "E2": "['normal']", "E3": "['COVID 19']", "E4": "[' normal']"}
-    reports |= {"E5": "['chronic changes' \"pneumonia\"]", "E6": "pneumonia"}
+    reports |= {"E5": "['chronic changes' \"pneumonia\"]", "E6": "pneumonia", "E7": "'normal'", "E8": "['normal', x]"}
     labels = pd.DataFrame({"PatientID": "x", "ReportID": list(reports), "Labels": list(reports.values())})
     for root in (posi, neg):
         (root / "derivatives" / "labels").mkdir(parents=True)
@@ -199,7 +205,10 @@ def test_bimcv(tmp_path):
         "the labels are not a list",
     ):
         assert words in told
-    assert len(data.faults) == 5  # the labels of E6 are read once for each set
+    # The labels of E6, E7 and E8 are no lists, and are read once for each set.
+    assert len(data.faults) == 9 and sorted(data.faults["row"][data.faults.problem.str.contains("not a list")]) == [
+        *("E6", "E6", "E7", "E7", "E8", "E8")
+    ]
     for root in (posi, neg):
         (root / "derivatives" / "labels" / "labels.tsv").unlink()
     with pytest.raises(DatasetError, match="ReportID, Labels"):
@@ -247,7 +256,7 @@ def test_bimcv_sets_are_recognised_by_folder_names_and_sexes_by_words(tmp_path, 
 )
 def test_a_report_of_bimcv_that_contradicts_its_set_costs_the_image(tmp_path, folder, table, kept):
     """S1 has a report of COVID 19, which only the positive set may have, and S2 one of other changes."""
-    for name in ("sub-S1_ses-E1_vp-ap_cr", "sub-S2_ses-e2_vp-pa_dx", "chest"):
+    for name in ("sub-S1_ses-E1_vp-ap_cr", "sub-S2_ses-e2_vp-pa_dx", "chest_neg"):
         save(tmp_path / "in" / folder / f"{name}.png")
     reports = "ReportID\tLabels\nses-e1\t['COVID 19', 'normal']\nE2\t['normal', 'scar']\n"
     (tmp_path / "in" / f"{table}.tsv").write_text(reports)
@@ -259,7 +268,7 @@ def test_a_report_of_bimcv_that_contradicts_its_set_costs_the_image(tmp_path, fo
     expected = {"S1": ["bimcv-S1", "COVID-19", "M", 64], "S2": ["bimcv-S2", "other", "F", 30]}
     assert data.images[columns].to_numpy().tolist() == [expected[kept]]
     unnamed, left_out = data.faults.itertuples(index=False)
-    assert unnamed.row == f"{folder}/chest.png" and "left out" in unnamed.problem
+    assert unnamed.row == f"{folder}/chest_neg.png" and "left out" in unnamed.problem
     assert left_out.row[:6] == ("sub-S2" if kept == "S1" else "sub-S1") and "left out" in left_out.problem
     # The names of tables matter only if no folder states the set; they must not contradict one another.
     (tmp_path / "in" / f"other_{'neg' if kept == 'S1' else 'posi'}.tsv").write_text("a\n")

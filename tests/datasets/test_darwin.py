@@ -77,6 +77,7 @@ def test_frontal_images_with_tags_and_masks(darwin):
     assert [path.rsplit("/", 1)[1] for path in data.masks.path] == ["965322.json", "965323.png"]
     assert data.faults.problem.tolist() == ["and 0 others are not frontal X-rays, according to their tags; left out"]
     assert data.faults.row.tolist() == ["00000003"]
+    assert data.published == {"images": 6504}  # as stated in github.com/v7labs/covid-19-xray-dataset
 
 
 def test_a_polygon_and_a_file_give_the_same_mask(darwin, tmp_path):

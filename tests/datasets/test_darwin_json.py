@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kitlib.datasets.darwin_json import fill_even_odd, read_darwin_json
 from kitlib.errors import MaskError
+from kitlib.xrays.header import MAX_SAMPLES
 
 SQUARE, HOLE, OTHER = ([(2, 3), (12, 3), (12, 13), (2, 13)], [(4, 5), (7, 5), (7, 8), (4, 8)], [(20, 2), (26, 2), (26, 6)])
 
@@ -80,11 +81,18 @@ def test_polygons_are_united_and_those_of_other_names_left_out(tmp_path):
         (json.dumps(version_1({"name": "Lung", "polygon": {"path": [{"x": 1, "y": float("nan")}]}})), "not finite"),
         (version_1() | {"image": {"width": 10**6, "height": 10**6, "filename": "a"}}, "1000000 x 1000000"),
         (version_1() | {"image": {"width": 0, "height": 5, "filename": "a"}}, "5 x 0"),
+        (version_1() | {"image": {"width": -4, "height": -5, "filename": "a"}}, "-5 x -4"),
+        (version_1() | {"image": {"width": MAX_SAMPLES + 1, "height": 1, "filename": "a"}}, f"1 x {MAX_SAMPLES + 1}"),
     ],
 )
 def test_what_is_no_annotation_names_its_file(tmp_path, told, problem):
     with pytest.raises(MaskError, match=rf"1\.json.*{problem}"):
         read(tmp_path, told)
+
+
+def test_an_image_may_have_one_row_and_as_many_pixels_as_an_x_ray(tmp_path):
+    annotation = read(tmp_path, version_1() | {"image": {"width": MAX_SAMPLES, "height": 1, "filename": "a"}})
+    assert (annotation.rows, annotation.columns) == (1, MAX_SAMPLES)
 
 
 def test_a_missing_file_names_itself(tmp_path):

@@ -76,6 +76,15 @@ def test_a_table_is_the_nearest_of_its_name(write, tables, patterns, found):
         assert relative(source.find_table(*patterns), root) == found
 
 
+def test_a_missing_table_is_an_error_that_lists_the_tables(write):
+    source = DataFolder(write("main/x.png", "main/sub/a.csv", "main/b.JSON") / "main")
+    message = r"t\.csv is missing, .*; the data set has the tables b\.JSON, sub/a\.csv\. To .*: get"
+    with pytest.raises(DatasetError, match=message):
+        source.need_table("t.csv", how_to_get="get it")
+    with pytest.raises(DatasetError, match="the data set has 1 files, but no table"):
+        DataFolder(write("bare/x.png") / "bare").need_table("t.csv", how_to_get="get it")
+
+
 @pytest.mark.parametrize(
     ("cell", "found", "exactly"),
     [
@@ -143,9 +152,13 @@ def test_image_files_that_were_never_read_are_counted_by_folder(write):
     # The five largest; f1 and f2 have one file each.
     assert re.findall(r"(f\d) (\d+)", problem) == [("f7", "7"), ("f6", "6"), ("f5", "5"), ("f4", "4"), ("f3", "3")]
     assert "2 more folders" in problem
-    few = DataFolder(root / "main" / "f3")
+    for number in range(5):
+        few = DataFolder(write(f"few/f{number}/0.png") / "few")
     few.count_unread()
-    assert "more" not in few.faults.rows[0][2]
+    assert few.faults.rows[0][2].endswith("by folder: f0 1, f1 1, f2 1, f3 1, f4 1")
+    more = DataFolder(write("few/f5/0.png") / "few")
+    more.count_unread()
+    assert more.faults.rows[0][2].endswith("f4 1 and 1 more folders")
 
 
 def test_the_images_of_the_main_folder_are_counted_without_masks_and_those_set_aside(write):

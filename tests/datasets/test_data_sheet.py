@@ -36,7 +36,14 @@ def test_counts_by_source_view_sex_and_age():
     assert list(sheet.tables["age"]) == ["0-17", "18-39", "65+"]
     assert sheet.tables["age"].to_dict("index")["normal"] == {"0-17": 1, "18-39": 0, "65+": 1}
     assert all(table.to_numpy().sum() == 4 and list(table.index) == CLASSES for table in sheet.tables.values())
-    assert len(data_sheet_figure(sheet).axes) == 4
+    assert {name: table.columns.name for name, table in sheet.tables.items()} == {name: name for name in sheet.tables}
+    assert {table.index.name for table in sheet.tables.values()} == {"class"}
+    panel = data_sheet_figure(sheet).axes[1]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["normal (2)", "COVID-19 (2)"]
+    # The shares of AP, PA and unknown of both classes: where each bar's part begins, and how long it is.
+    assert panel.get_xlim() == (0, 1)
+    parts = [[(bar.get_x(), bar.get_width()) for bar in part if bar.get_width()] for part in panel.containers]
+    assert parts == [[(0, 0.5)], [(0.5, 0.5), (0, 0.5)], [(0.5, 0.5)]]
     # Images of unknown sex are counted, too, whether the cell is empty or NaN or the column is missing.
     for other in (images.assign(sex=["M", np.nan, "", "M"]), images.drop(columns="sex")):
         assert make_data_sheet(other, labels).tables["sex"].to_numpy().sum() == 4
@@ -58,16 +65,27 @@ def test_a_class_from_one_source_is_flagged():
     assert sheet.flags.problem[2].endswith("most frequent class is right for 50.0%")
     images.loc[18, "source"] = "b"
     assert kinds(make_data_sheet(images, labels))[0] == ("one source", "normal")
+    # One image is enough. The source is right for i0 or i1, i2 and i3; three of four images are of one class.
+    images, labels = tables(["COVID-19", "normal", "normal", "normal"], source=list("aabb"))
+    sheet = make_data_sheet(images, labels)
+    assert kinds(sheet) == [("one source", "COVID-19"), ("one source", "")]
+    of_class, of_all = sheet.flags.problem
+    assert of_class.startswith("100.0% of this class's 1 images are from a, and 50.0% of the images from there")
+    assert "right for 75.0% of the images; always predicting the most frequent class is right for 75.0%" in of_all
     # A single source is not flagged.
     assert make_data_sheet(images.assign(source="a"), labels).flags.empty
 
 
 def test_children_among_adults_are_flagged():
-    images, labels = tables(
-        ["COVID-19"] * 20 + ["normal"] * 20, age=[50.0] * 20 + [np.nan] * 20, age_group=[""] * 20 + ["child"] * 20
-    )
+    # 19 of 20 are children in one class, and 1 of 20 in the other; a third class has no known age.
+    ages = [*[50.0] * 19, 10.0, *[np.nan] * 19, 30.0, np.nan]
+    groups = [""] * 20 + ["child"] * 19 + [""] * 2
+    images, labels = tables(["COVID-19"] * 20 + ["normal"] * 20 + ["other"], age=ages, age_group=groups)
+    labels["other"] = [0.0] * 40 + [1.0]
     sheet = make_data_sheet(images, labels)
-    assert kinds(sheet) == [("children among adults", "normal")] and "of COVID-19" in sheet.flags.problem[0]
+    assert kinds(sheet) == [("children among adults", "normal")]
+    problem = sheet.flags.problem[0]
+    assert problem.startswith("95.0% of this class's images") and "image of COVID-19 does" in problem
     # Children in both classes, or in neither, are not flagged.
     assert make_data_sheet(images.assign(age=4.0), labels).flags.empty
     assert make_data_sheet(images.assign(age=40.0), labels).flags.empty
@@ -108,7 +126,10 @@ def test_leaks_and_missing_classes_are_flagged():
 
 def test_an_empty_class_and_labels_that_are_not_exclusive():
     images, labels = tables(["normal", "normal"])
-    assert kinds(make_data_sheet(images, labels)) == [("no image", "COVID-19")]
+    folds = pd.DataFrame({"id": images.image_id, "fold": [0, 1]})
+    assert kinds(make_data_sheet(images, labels, folds)) == [
+        *(("no image", "COVID-19"), ("class missing", "fold 0"), ("class missing", "fold 1"))
+    ]
     for wrong in (
         labels.assign(normal=0.0),
         labels.assign(normal=np.nan),

@@ -139,11 +139,21 @@ def test_a_fold_of_an_unknown_image_is_a_leak():
         check_no_leak(make_folds(images, labels, boxes, 2), images[images.image_id != "i2"])
 
 
-@pytest.mark.parametrize("n_folds", [0, 1, 4])
-def test_impossible_numbers_of_folds_are_refused(n_folds):
-    images, labels, boxes = tables([1, 1, 2, 3], [0, 1, 2, 3], [True] * 4)
-    with pytest.raises(ValueError, match=f"3 groups of patients cannot be divided into {n_folds} folds"):
+@pytest.mark.parametrize(
+    ("patients", "n_folds", "choice"),
+    [
+        *[([1, 1, 2, 3], n_folds, "choose from 2 to 3 folds") for n_folds in (0, 1, 4)],
+        ([1, 1, 2, 2], 3, "choose from 2 to 2 folds"),
+        ([1, 1, 1, 1], 1, "at least two groups are needed"),
+    ],
+)
+def test_impossible_numbers_of_folds_are_refused(patients, n_folds, choice):
+    images, labels, boxes = tables(patients, [0, 1, 2, 3], [True] * 4)
+    message = f"{len(set(patients))} groups of patients cannot be divided into {n_folds} folds: {choice}"
+    with pytest.raises(ValueError, match=message):
         make_folds(images, labels, boxes, n_folds)
+    with pytest.raises(ValueError, match="0 groups of patients cannot be divided into 2 folds: at least two groups"):
+        make_folds(images.assign(false_none=True), labels, boxes, 2)
 
 
 def test_a_study_without_label_is_refused():
@@ -181,6 +191,41 @@ def test_a_tenth_held_out_and_nine_folds_are_80_10_10():
     assert set(folds.id) == set(images.image_id[~test])
     counts = pd.crosstab(folds.id.str[1:].astype(int).map(dict(enumerate(classes))), folds.fold).to_numpy()
     assert counts.tolist() == [[32] * 9, [10] * 9, [6] * 9, [2] * 9]
+
+
+def test_boxed_images_are_spread_evenly_and_the_seed_is_0_unless_stated():
+    images, labels, boxes = tables(list(range(32)), [0, 1] * 16, [False] * 16 + [True] * 16)
+    folds = make_folds(images, labels, boxes, 4)
+    # 8 images of each class with a box, and 8 without.
+    number = folds.id.str[1:].astype(int)
+    assert (pd.crosstab([number % 2, number >= 16], folds.fold) == 2).all(axis=None)
+    parted = hold_out_test(images, labels, 0.5)
+    for seed in (0, 1):
+        assert make_folds(images, labels, boxes, 4, seed).equals(folds) == (seed == 0)
+        assert hold_out_test(images, labels, 0.5, seed).equals(parted) == (seed == 0)
+
+
+def test_a_rare_class_is_divided_before_a_frequent_one():
+    """Of 20, 2 and 2 images of three classes, each fold gets one of the second, also that with more of the first so far."""
+    patients = [0] * 4 + [1] * 3 + [2] * 2 + list(range(3, 18))
+    images, labels, boxes = tables(patients, [0] * 4 + [1, 2, 2] + [0, 1] + [0] * 15, [False] * 24)
+    folds = make_folds(images, labels, boxes, 2).set_index("id").fold
+    assert {folds["i4"], folds["i8"]} == {0, 1}
+    assert folds[[f"i{number}" for number in (0, 1, 2, 3, 7, *range(9, 24))]].value_counts().tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "count"),
+    [
+        ([6, 2, 1, 1], 0.1, 1),  # a tenth of ten images, although a patient has two
+        ([9, 1], 0.01, 1),  # neither side is empty, and the patient with the fewest images moves
+        ([9, 1], 0.99, 9),
+    ],
+)
+def test_few_patients_of_different_sizes_are_divided_near_the_share(sizes, share, count):
+    patients = np.repeat(range(len(sizes)), sizes).tolist()
+    images, labels, _ = tables(patients, [0] * len(patients), [False] * len(patients))
+    assert (hold_out_test(images, labels, share).split == "test").sum() == count
 
 
 def test_a_source_is_held_out_with_all_that_is_linked_to_it():

@@ -44,9 +44,10 @@ def test_images_labels_and_masks(layout):
     assert data.labels[["nodule", "no nodule"]].to_numpy().tolist() == [[1, 0], [1, 0], [0, 1]]
     assert (data.images[["rows", "columns"]] == 2048).all(axis=None) and set(data.images.convention) == {"lung_fields"}
     assert data.images.patient_id.is_unique and data.boxes.empty
-    assert len(data.masks) == 9 and set(data.masks.structure) == {"heart", "left_lung", "right_lung"}
-    # Shiraishi et al. 2000.
-    assert data.published["images"] == 247 == data.published["nodule"] + data.published["no nodule"]
+    assert list(data.masks) == ["image_id", "structure", "path"] and data.masks.index.tolist() == list(range(9))
+    assert set(data.masks.structure) == {"heart", "left_lung", "right_lung"}
+    # Shiraishi et al. 2000; van Ginneken et al. 2006 for the masks.
+    assert data.published == {"images": 247, "nodule": 154, "no nodule": 93, "masks": 247}
 
 
 def test_a_prepared_set_has_each_structure_at_its_side(layout):

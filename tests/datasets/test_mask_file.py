@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kitlib.classes import MASK_CODES
+from kitlib.datasets import mask_file
 from kitlib.datasets.mask_file import fill_masks, read_mask
 from kitlib.errors import MaskError
 from kitlib.xrays.cache import CachedXray, XrayCache
@@ -39,6 +40,7 @@ FORMS = {
     # V7's: 127 is to be ignored.
     "ignored.png": Image.fromarray(np.where(INSIDE, 255, 127).astype(np.uint8)),
     "16_bits.png": Image.fromarray(INSIDE.astype(np.uint16) * 65535),
+    "half_of_16_bits.png": Image.fromarray(INSIDE.astype(np.uint16) * 32768),
     "1_of_16_bits.png": Image.fromarray(INSIDE.astype(np.uint16)),
     "red.png": rgb((255, 0, 0)),
     "dark_red.png": rgb((128, 0, 0)),
@@ -59,7 +61,7 @@ def test_a_mask_is_the_same_in_every_form(tmp_path, name):
     np.testing.assert_array_equal(mask, INSIDE)
 
 
-@pytest.mark.parametrize("value", [0, 20, 127])
+@pytest.mark.parametrize("value", [0, 16, 127])
 def test_what_is_not_brighter_than_half_is_an_empty_mask(tmp_path, value):
     """The threshold is half of the scale, not of the brightest pixel: an image with only 127 (ignored) has no lung."""
     Image.fromarray((INSIDE * value).astype(np.uint8)).save(tmp_path / "a.png")
@@ -161,11 +163,18 @@ def test_a_pixel_is_inside_from_one_half(drawn):
     half[2, 2:4] = quarter[2, 2] = True
     drawn.add("half", "lungs", half)
     drawn.add("quarter", "lungs", quarter)
+    # Of masks of four times the size, the copy's pixel 1, 1 covers 16 pixels: all but the inner four, then only these.
+    outer, inner = (cv2.resize(both.astype(np.uint8), (160, 120), interpolation=cv2.INTER_NEAREST) for _ in range(2))
+    outer[4:8, 4:8], outer[5:7, 5:7], inner[5:7, 5:7] = 1, 0, 1
+    drawn.add("outer", "lungs", outer)
+    drawn.add("inner", "lungs", inner)
     drawn.fill()
-    assert drawn.store.read("half")[1, 1] == 1 and drawn.store.read("quarter")[1, 1] == 0
+    found = {name: drawn.store.read(name)[1, 1] for name in ("half", "quarter", "outer", "inner")}
+    assert found == {"half": 1, "quarter": 0, "outer": 1, "inner": 0}
 
 
-def test_an_incomplete_mask_is_not_stored(drawn, tmp_path):
+def test_an_incomplete_mask_is_not_stored(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(mask_file, "IMAGES_PER_PART", 2)
     for image_id in ("missing", "damaged", "aspect"):
         drawn.add(image_id, "lungs", large(LEFT))
     drawn.add("missing", "lungs", None)
@@ -174,7 +183,9 @@ def test_an_incomplete_mask_is_not_stored(drawn, tmp_path):
     drawn.add("aspect", "lungs", np.ones((60, 79), bool))
     drawn.add("empty", "lungs", large())
     drawn.add("kept", "lungs", large(LEFT, RIGHT))
-    faults = drawn.fill().set_index("row").problem
+    table = drawn.fill().set_index("row")
+    faults = table.problem
+    assert table.file["missing"] == f"{tmp_path.name}/lungs_3.png"
     assert drawn.store.ids == ["kept"] and sorted(faults.index) == ["aspect", "damaged", "empty", "missing"]
     assert faults.str.endswith("; the image gets no mask").all()
     assert "lungs_3.png" in faults.missing and "damaged.png" in faults.damaged and "no pixel is lung" in faults["empty"]

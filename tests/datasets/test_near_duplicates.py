@@ -1,10 +1,12 @@
 """Near-duplicates: a re-encoded, cropped, rescaled and brightened copy is found, another chest is not."""
 
 import cv2
+import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
 from kitlib.datasets import near_duplicates
@@ -48,6 +50,12 @@ def test_copies_are_found_and_other_patients_are_not():
     assert groups.nunique() == 40
 
 
+def test_the_hash_of_a_small_image_is_imagehashs_of_256_bits():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
+    expected = imagehash.phash(Image.fromarray(pixels), hash_size=16).hash.ravel()
+    assert expected.shape == (256,) and (perceptual_hash(pixels) == expected).all()
+
+
 @pytest.mark.parametrize("shape", [(3000, 90), (90, 3000), (2000, 600), (1, 700)])
 def test_a_long_narrow_image_and_its_small_copy_have_nearly_the_same_hash(shape):
     noise = np.random.default_rng(0).uniform(0, 255, (24, 20))
@@ -69,15 +77,18 @@ def test_the_hash_does_not_see_brightness(seed, contrast, brightness):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 6), st.integers(0, 2**32 - 1))
 def test_groups_are_the_chains_of_near_pairs(count, max_distance, seed):
-    """Against a direct search of all pairs, on hashes of 16 bits, which are often close."""
+    """Against a direct search of all pairs, on hashes of 16 bits, which are often close, in blocks of 2 by 3."""
     hashes = list(np.random.default_rng(seed).random((count, 16)) < 0.5)
-    groups = group_hashes(hashes, max_distance)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_duplicates, "BLOCK_ROWS", 2)
+        patch.setattr(near_duplicates, "BLOCK_COLUMNS", 3)
+        groups = group_hashes(hashes, max_distance)
     expected = list(range(count))
     for one in range(count):
         for other in range(one):
             if (hashes[one] != hashes[other]).sum() <= max_distance:
                 expected = [expected[other] if name == expected[one] else name for name in expected]
-    assert len(groups) == count
+    assert len(groups) == count and groups.dtype.kind == "i"
     pairs = {(a, b) for a, b in zip(groups, expected, strict=True)}
     assert len(pairs) == len(set(groups)) == len(set(expected))
 

@@ -57,14 +57,8 @@ def test_images_findings_patients_boxes_and_lists(layout):
     assert labels.loc["00000001_000"][labels.loc["00000001_000"] == 1].index.tolist() == ["Cardiomegaly", "Emphysema"]
     assert labels.loc["00000001_001"].sum() == labels.loc["00000001_001", "No Finding"] == 1
     # The list is of images of 1024 x 1024 pixels, this one has 40 x 30.
-    box = data.boxes.iloc[0]
-    assert [box.image_id, box.finding, box.xmin, box.ymin, box.xmax, box.ymax] == [
-        "00000002_000",
-        "Infiltration",
-        10,
-        15,
-        30,
-        22.5,
+    assert data.boxes.to_dict("records") == [
+        {"image_id": "00000002_000", "finding": "Infiltration", "xmin": 10, "ymin": 15, "xmax": 30, "ymax": 22.5}
     ]
 
 
@@ -108,6 +102,13 @@ def test_findings_are_of_the_list_and_no_finding_stands_alone(layout, findings, 
         assert set(row[row == 1].index) == set(findings.split("|"))
 
 
+def test_without_a_valid_row_the_error_says_so(layout):
+    path = layout / "Data_Entry_2017.csv"
+    path.write_text("\n".join([HEADER, ROWS[3]]))
+    with pytest.raises(DatasetError, match=r"no image can be used; .* the findings 'Cold' are not valid"):
+        read_nih(layout, progress=False)
+
+
 @pytest.mark.parametrize(
     ("cell", "age", "is_told"),
     [
@@ -147,6 +148,8 @@ def test_of_rows_with_one_image_the_first_counts_and_a_file_without_a_row_is_tol
 
 def test_the_table_of_boxes_may_be_missing_but_not_lack_columns(layout):
     path = layout / "BBox_List_2017.csv"
+    path.write_text("Image Index,Finding Label,x,y,w,h\n00000002_000.png,Mass,256,512,512,256\n")
+    assert read_nih(layout, progress=False).boxes.finding.tolist() == ["Mass"]
     path.write_text("Image Index,Finding Label,x,y,w\n00000002_000.png,Mass,1,2,3\n")
     with pytest.raises(DatasetError, match=r"has the columns .*; x, y, width or height is missing"):
         read_nih(layout, progress=False)
@@ -187,9 +190,15 @@ def test_a_missing_piece_names_itself_and_where_it_is_got(tmp_path, layout, name
 
 
 def test_counts_stand_beside_the_published_ones(layout):
-    table = compare_with_published(read_dataset("nih", layout, progress=False)).set_index("what")
-    assert table.here["images"] == 3 and table.published["images"] == 112120 and table.published["patients"] == 30805
-    assert table.here["Hernia"] == 1 and table.published["Hernia"] == 227
+    data = read_dataset("nih", layout, progress=False)
+    # Wang et al. 2017, the data set's FAQ, and the organisers' table of entries.
+    counts = (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227, 60361)
+    published = {"images": 112120, "patients": 30805, "boxes": 984} | dict(zip(NIH_FINDINGS, counts, strict=True))
+    assert data.published == published
+    table = compare_with_published(data).set_index("what")
+    assert table.here[["images", "studies", "patients", "boxes", "Hernia", "Mass"]].tolist() == [3, 3, 2, 1, 1, 0]
+    assert table.here["faults"] == len(data.faults) and table.share["Hernia"] == round(1 / 227, 4)
+    assert table.published[list(published)].tolist() == list(published.values()) and table.published.isna().sum() == 2
     with pytest.raises(ValueError, match="available: siim, nih, rsna"):
         read_dataset("padchest", layout)
 

@@ -64,6 +64,7 @@ def test_mask_sets_of_one_convention_are_pooled_and_others_refused(parts, tmp_pa
         "shenzhen",
     }
     assert set(data.masks.image_id) == {image_id for each in single for image_id in each.masks.image_id}
+    assert data.masks.index.tolist() == list(range(sum(len(each.masks) for each in single)))
     assert data.labels.id.tolist() == data.images.study_id.tolist() and data.labels.notna().all(axis=None)
     assert (data.published["images"], data.published["masks"]) == (138 + 662, 138 + 566)
     with pytest.raises(ValueError, match=r"several conventions, .*: montgomery lung_fields, darwin with_heart\. Pool"):
@@ -108,6 +109,7 @@ def test_ids_that_clash_take_their_sets_name(tmp_path, parts):
     }
     # Text columns that only one data set has are "" in the other, not NaN.
     assert set(data.images["part"]) == {"train", ""} and set(data.images.age_group) == {"child", ""}
+    assert data.images.age.isna().all()  # a number remains NaN
 
 
 def test_findings_are_converted_to_diagnoses_and_sets_without_them_are_refused(tmp_path, parts):
@@ -135,6 +137,10 @@ def test_a_shortened_pool_has_a_share_of_every_source_and_diagnosis():
     again = sample_images(images[::-1].reset_index(drop=True), 20, seed=1)
     assert set(again.image_id) == set(some.image_id) != set(sample_images(images, 20, seed=2).image_id)
     pd.testing.assert_frame_equal(sample_images(images, 100), images)
+    # Of ten images and a single one, every share up to a half is of the ten.
+    few = images[30:41].reset_index(drop=True)
+    assert [(sample_images(few, count).diagnosis == "pneumonia").sum() for count in (5, 6)] == [0, 1]
+    assert sample_images(images, 20).equals(sample_images(images, 20, seed=0))
 
 
 def test_a_diagnosis_can_be_limited():
@@ -143,6 +149,7 @@ def test_a_diagnosis_can_be_limited():
     assert few.diagnosis.value_counts().to_dict() == {"normal": 10, "COVID-19": 5} and few.image_id.is_monotonic_increasing
     again = limit_diagnoses(images[::-1].reset_index(drop=True), {"COVID-19": 5}, seed=1)
     assert set(again.image_id) == set(few.image_id) != set(limit_diagnoses(images, {"COVID-19": 5}, seed=2).image_id)
+    assert limit_diagnoses(images, {"COVID-19": 5}).equals(limit_diagnoses(images, {"COVID-19": 5}, seed=0))
     for wrong in ({"viral": 5}, {"COVID-19": -1}, {"COVID-19": 2.5}):
         with pytest.raises(ValueError, match=r"'at_most' has (the diagnosis 'viral', but|-1 for|2\.5 for)"):
             limit_diagnoses(images, wrong)

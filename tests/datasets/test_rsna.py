@@ -56,6 +56,10 @@ def test_images_classes_boxes_and_patients(layout):
         "Normal",
         "No Lung Opacity / Not Normal",
     ]
+    # Shih et al. 2019; label rows and boxes of the challenge's table.
+    assert data.published == {"images": 26684, "label_rows": 30227, "boxes": 9555} | dict(
+        zip(RSNA_CLASSES, (8851, 11821, 6012), strict=True)
+    )
     # The table is of images of 1024 x 1024 pixels, these have 40 x 30. The second box reaches 1.25 pixels beyond the image.
     assert data.boxes[["xmin", "ymin", "xmax", "ymax"]].to_numpy().tolist() == [[10, 15, 30, 22.5], [35, 15, 40, 22.5]]
 

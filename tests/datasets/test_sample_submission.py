@@ -59,4 +59,5 @@ def test_a_sample_without_ids_is_an_error_that_names_the_file(tmp_path, content)
 
 def test_an_odd_row_is_named(tmp_path):
     (tmp_path / "sample.csv").write_text(PLAIN + "total,3\n")
-    assert [name for name, _ in read_sample(tmp_path / "sample.csv").repairs] == ["total"]
+    problem = "the id ends neither in _study nor in _image; left out"
+    assert read_sample(tmp_path / "sample.csv").repairs == (("total", problem),)

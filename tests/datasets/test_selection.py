@@ -19,7 +19,7 @@ IMAGES = pd.DataFrame(
 
 def test_children_are_left_out_and_unknown_ages_kept_and_counted():
     kept, counts = leave_out_young(IMAGES, 18)
-    assert kept.image_id.tolist() == ["b", "c", "d", "g", "h"]
+    assert kept.equals(IMAGES.iloc[[1, 2, 3, 6, 7]].reset_index(drop=True))
     assert counts.to_numpy().tolist() == [["x", "COVID-19", 2, 1, 0], ["x", "normal", 4, 2, 1], ["y", "normal", 2, 0, 1]]
     # A data set without diagnoses is counted by source alone.
     kept, counts = leave_out_young(IMAGES.drop(columns="diagnosis"), 18)
@@ -39,7 +39,7 @@ def test_a_source_keeps_whole_patients_up_to_its_limit_whatever_the_order():
         assert len(chosen) == IMAGES.patient_id.isin(chosen.patient_id).sum()  # no patient is split
         assert set(limit_sources(IMAGES[::-1], {"x": 3}, seed).image_id) == set(kept.image_id)
         assert limit_sources(IMAGES, {"x": 6, "y": 2}, seed).equals(IMAGES)  # all images of x and y
-        assert set(limit_sources(IMAGES, {"x": 0}, seed).source) == {"y"}
+        assert limit_sources(IMAGES, {"x": 0}, seed).equals(IMAGES[6:].reset_index(drop=True))
     assert limit_sources(IMAGES, {}, 0).equals(IMAGES)
     with pytest.raises(ValueError, match=r"'most_of' has the sources \['z'\], but the images have \['x', 'y'\]"):
         limit_sources(IMAGES, {"z": 1}, 0)

@@ -83,6 +83,8 @@ def test_a_whole_layout_gives_the_tables(layout):
     labels = train.labels.set_index("id")
     assert labels.typical.to_dict() == {"s1": 1, "s2": 0, "s3": 0} and labels.atypical["s3"] == 1
     assert train.boxes.to_numpy().tolist() == [["a", "opacity", 2.0, 3.0, 12.5, 7.0]]
+    # Counted in the competition's tables and DICOM headers.
+    assert train.published == {"images": 6334, "studies": 6054, "patients": 3261, "boxes": 7853, "false_none": 217}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,8 @@ def test_a_whole_layout_gives_the_tables(layout):
         ("[{'x': 1.0, 'y': 2.0, 'width': 3.0}]", "needs numbers"),
         ("[{'x': 'left', 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "needs numbers"),
         ("[{'x': 1.0, 'y': 2.0, 'width': -3.0, 'height': 4.0}]", "has no area"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': 0.0, 'height': 4.0}]", "has no area"),
+        ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 0}]", "has no area"),
         ("[{'x': 1.0, 'y': 2.0, 'width': 3.0, 'height': 1e999}]", "has no area"),
         ("[{'x': 900.0, 'y': 2.0, 'width': 3.0, 'height': 4.0}]", "outside the image"),
         ("[{'x': 1.0, 'y': 2.0, 'width': 600.0, 'height': 4.0}]", "by more than 0.1 of its side"),
@@ -141,6 +145,15 @@ def test_training_files_of_the_table_are_found_wherever_they_lie_below_train(lay
     ]
 
 
+def test_the_tables_study_counts_and_images_outside_train_are_told(layout):
+    move(layout, "train/s2/series-a/a.dcm", "train/s1/series-a/a.dcm")
+    cv2.imwrite(str(layout / "cover.png"), np.zeros((8, 8), np.uint8))
+    train = read_train(layout, progress=False)
+    assert train.images.study_id.tolist() == ["s1", "s1", "s2", "s3"]
+    assert told(train.faults, "a_image") == "the file is below the study s2; the table's study is used"
+    assert train.faults["row"].tolist() == ["a_image", "cover.png"]
+
+
 @pytest.mark.parametrize("count", [0, 4])
 def test_no_training_file_of_the_table_is_an_error_that_shows_one_and_the_right_place(layout, count):
     train = layout / "train"
@@ -171,7 +184,7 @@ def test_boxes_of_resized_copies_are_scaled_by_the_original_sizes(layout, tmp_pa
     xray(tables / "train" / "s1" / "series" / "a.dcm", "p1")
     (tables / "train" / "s1" / "series" / "b.dcm").write_bytes(b"broken")
     again = read_train(DataFolder(layout, [tables]), progress=False)
-    assert again.images.equals(train.images) and again.boxes.equals(train.boxes)
+    assert again.images.equals(train.images) and again.boxes.equals(train.boxes) and again.faults.equals(train.faults)
     shutil.rmtree(tables / "train")
     (layout / "train" / "b.png").write_bytes(b"broken")
     beside = read_train(DataFolder(tables, [layout]), progress=False)
@@ -378,8 +391,9 @@ def test_the_study_of_a_file_without_a_folder_is_in_its_header(layout):
     (layout / "test/s4/series-f/f.dcm").unlink()
     xray(layout / "test/e.dcm", "p4", study_id="s4")
     xray(layout / "test/f", "p4", study_id="of no row")
+    xray(layout / "test/s5/series-g/g.dcm", "p4", study_id="s4")  # its path states another study, which counts
     test = read_test(layout, progress=False, headers=False)
-    assert test.images.study_id.tolist() == ["e", "f", "s5"]
+    assert test.images.study_id.tolist() == ["e", "f", "s5"] and (test.images[["rows", "columns"]] == 0).all(axis=None)
     assert studies_from_headers(test.images, test.study_ids).study_id.tolist() == ["s4", "f", "s5"]
     assert read_test(layout, progress=False).images.study_id.tolist() == ["s4", "f", "s5"]
 

@@ -32,6 +32,8 @@ def test_every_annotated_image_has_a_mask_which_may_be_empty(folder, tmp_path):
     """Images of the first stage's test set are training images of the second."""
     data = read_siim_acr(folder, progress=False)
     assert data.labels.to_numpy().tolist() == [["1.2.3", 1.0], ["1.2.4", 0.0], ["1.2.6", 1.0]]
+    # Counted in stage_2_train.csv.
+    assert data.published == {"images": 12047, "patients": 6171, "masks": 12047, "Pneumothorax": 2669}
     assert data.masks[["image_id", "structure", "runs"]].to_numpy().tolist() == [
         ["1.2.3", "pneumothorax", HALF],
         ["1.2.3", "pneumothorax", COLUMN],

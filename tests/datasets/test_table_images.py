@@ -92,15 +92,19 @@ def test_names_that_repeat_get_their_folders_as_ids(tmp_path):
         (("A/1", "A/2", "B/1"), ["A", "A", "B"]),
         (("A/images/1", "A/images/2", "B/images/1"), ["A", "A", "B"]),
         (("A/1", "A/2", "B/1", "B/2", "C/1", "C/2"), ["A", "A", "B", "B", "C", "C"]),
-        (("A/1", "B/2", "C/3"), None),
-        (("A/1", "A/2", "B/1", "B/2", "C/1", "C/2", "D/1"), None),  # more classes than half of the images
+        (("A/1", "B/2", "C/3"), "seem to be patients or studies"),
+        # More classes than half of the images.
+        (("A/1", "A/2", "B/1", "B/2", "C/1", "C/2", "D/1"), "seem to be patients or studies"),
+        (("A/images/1", "A/images/2"), "all 2 images lie in the folder 'A/images'"),
+        (("1", "2"), r"all 2 images lie in the folder '\.'"),
+        (("1", "A/2", "B/3"), ["", "A", "B"]),
     ],
 )
 def test_classes_are_folders_unless_there_are_too_many(tmp_path, names, classes):
     for name in names:
         write_image(tmp_path / "mine" / f"{name}.png")
-    if classes is None:
-        with pytest.raises(DatasetError, match="seem to be patients or studies"):
+    if isinstance(classes, str):
+        with pytest.raises(DatasetError, match=classes):
             read_own(tmp_path / "mine", False, class_folders=True)
     else:
         data = read_own(tmp_path / "mine", False, class_folders=True)
@@ -110,7 +114,7 @@ def test_classes_are_folders_unless_there_are_too_many(tmp_path, names, classes)
                 data.images.path, data.labels.set_index("id").idxmax(axis=1)[data.images.study_id], strict=True
             )
         }
-        assert found == dict(zip(names, classes, strict=True))
+        assert found == {name: class_name for name, class_name in zip(names, classes, strict=True) if class_name}
 
 
 def test_dicom_files_state_their_patient_and_need_no_suffix(tmp_path):
@@ -120,10 +124,11 @@ def test_dicom_files_state_their_patient_and_need_no_suffix(tmp_path):
         path.parent.mkdir(exist_ok=True)
         write_xray(path, pixels, transfer_syntax=ExplicitVRLittleEndian, patient_id=patient)
     (tmp_path / "mine" / "README").write_text("no image")
+    (tmp_path / "mine" / "damaged.png").write_text("no image")
     write_image(tmp_path / "beside" / "b.png")
     data = read_own(DataFolder(tmp_path / "mine", [tmp_path / "beside"]), False)
     images = data.images
     # The README is no X-ray that cannot be read, and images of another input need a table.
-    assert not {"README", "b"} & set(data.faults.row)
+    assert data.faults["row"].tolist() == ["damaged", "a"]  # a has no patient
     assert images.image_id.tolist() == ["1.2.3", "1.2.4", "a"]
     assert images.patient_id.tolist() == ["mine-p", "mine-p", "mine-a"]

@@ -37,6 +37,7 @@ def test_masks_may_lie_beside_with_names_of_their_own(folder, tmp_path):
         (("A/masks/masks/1.png", "masks/1.png"), {"A/masks/masks/1.png": "A/images/1.png"}),
         (("masks/masks/B/images/1.png",), {"masks/masks/B/images/1.png": "B/images/1.png"}),
         (("B/masks/1.png", "masks/1.png", "C/masks/1.png"), {"B/masks/1.png": "B/images/1.png"}),
+        (("A/images/masks/1.png",), {"A/images/masks/1.png": "A/images/1.png"}),
     ],
 )
 def test_folders_tell_which_of_several_images_of_one_name_a_mask_is_of(tmp_path, masks, image_of):
@@ -51,3 +52,4 @@ def test_folders_tell_which_of_several_images_of_one_name_a_mask_is_of(tmp_path,
     left = sorted(set(masks) - set(image_of))
     assert unclear["row"].tolist() == left[:1]
     assert not left or f"and {len(left) - 1} other files" in unclear.problem.item()
+    assert not data.faults.problem.str.contains("are not read").any()  # also not of masks that are not used

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kitlib.datasets.faults import Faults
 from kitlib.datasets.folds import make_folds
 from kitlib.datasets.pool import read_mask_pool, read_pool
 from kitlib.datasets.registry import compare_with_published, read_dataset
+from kitlib.datasets.table_file import read_table_file
 from kitlib.datasets.table_reader import read_own
 from kitlib.errors import DatasetError, KitError, SettingsError
 from kitlib.phantoms.diagnoses import write_diagnoses
@@ -72,12 +74,17 @@ def test_a_table_gives_images_patients_and_classes(folder):
     ],
 )
 def test_a_broken_row_is_a_fault(folder, row, problem, left):
+    told = {",A": "row 5", "damaged.png,A": "damaged"}.get(row, row.split(",")[0])
     (folder / "images" / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n and no image")
     for name in "ab":
         write_image(folder / name / "twice.png")
-    data = read(folder, f"Image,Class\nx0.png,A\nx1.png,B\nx2.png,A\nx3.png,B\n{row}\n")
+    text = f"Image,Class,Patient\nx0.png,A\nx1.png,B\nx2.png,A\nx3.png,B\n{row}\n"
+    data = read(folder, text, {**NAMED, "patient": "Patient"})
     assert len(data.images) == len(data.labels) == left
-    assert [text for _, text in problems(data) if text.endswith(problem)], data.faults.problem.tolist()
+    assert [name for name, text in problems(data) if text.endswith(problem)] == [told]
+    # The files of an unclear name are told already, and are no forgotten files.
+    unread = data.faults.problem.iloc[-1]
+    assert "by folder: images" in unread and ("a 1, b 1" in unread) == (row != "twice.png,A")
 
 
 def test_files_without_a_row_are_counted_by_folder(folder):
@@ -106,20 +113,26 @@ def test_sexes_and_ages_that_are_unknown_are_counted(folder):
         ("sep=;\n Image ;Class\nx0; Kühn\nx1;B\n".encode(), ""),
         ('"Image, old";Image;Class\n1;x0;Kühn\n2;x1;B\n'.encode(), ""),
         ("Image;Class;c\nx0;Kühn;\x81\nx1;B;\n".encode("latin-1"), "and 0 other lines are not UTF-8"),
+        (f"Image,Class,{'c' * 200_000}\nx0,Kühn,\nx1,B,\n".encode(), ""),
     ],
-    ids=["Excel's UTF-8", "Latin-1", "UTF-16 with tabs", "Excel's separator line", "a comma in a name", "not Windows-1252"],
+    ids=[
+        *("Excel's UTF-8", "Latin-1", "UTF-16 with tabs", "Excel's separator line", "a comma in a name", "not Windows-1252"),
+        "a name of more than 128 KB",
+    ],
 )
 def test_a_csv_file_is_read_as_excel_saves_it(folder, content, fault):
     (folder / "t.csv").write_bytes(content)
     data = read_own(folder, False, table="t.csv", columns=NAMED)
     assert list(data.labels) == ["id", "B", "Kühn"] and data.labels["Kühn"].tolist() == [1, 0]
-    assert bool([text for _, text in problems(data) if text.startswith(fault) and fault]) == bool(fault)
+    assert [row for row, text in problems(data) if fault and text.startswith(fault)] == ["line 2"] * bool(fault)
 
 
 def test_a_file_that_is_no_text_is_refused(folder):
     (folder / "t.csv").write_bytes(b"Image,Class\nx0,\xff\0\n")
     with pytest.raises(DatasetError, match=r"t\.csv is not a text file"):
         read_own(folder, False, table="t.csv", columns=NAMED)
+    with pytest.raises(DatasetError, match=r"gone\.csv cannot be read: "):
+        read_table_file(folder / "gone.csv", (), Faults())
 
 
 @pytest.mark.parametrize("is_index", [False, True])
@@ -149,6 +162,7 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
             "has no column 'image', which .* `columns` gives for the key 'file'; the clo",
         ),
         ("Image,Class\nx0,A\n", {"columns": {"fiel": "Image"}}, "Columns has no field 'fiel'; it has: file, patient"),
+        ("Image,Class\nx0,A\n", {"columns": {"file": 5}}, "file is 5; expected a string"),
         ("Image,Image\nx0,A\n", {"columns": {"file": "Image"}}, "has 2 columns 'Image'"),
         ("Image,Class\nx0,A,B\n", {}, "a line has more cells than the first"),
         ("Image,Class\n", {}, "has no row below its first line"),
@@ -175,7 +189,18 @@ def test_a_parquet_file_keeps_whole_numbers(folder):
         ("Image,Class,x\nx0,A,1\n", {"columns": {**NAMED, "xmin": "x"}}, "the box keys 'xmin'; set exactly 'xmin', 'ymin'"),
         ("Image,Class\nx0,A\n", {"class_folders": True}, "class_folders is set, and `columns` has label or labels"),
         ("Image,Class\nx0,A\n", {"class_names": {"C": "D"}}, "class_names renames 'C', but the classes are 'A'"),
+        ("Image,Class\nx0,A\n", {"class_names": {"A": " "}}, "renames a class to ' '; the new name must be text"),
+        ("Image,Class\nx0,A\n", {"columns": {"file": "Image"}, "class_names": {"A": "B"}}, "there are no classes to rename"),
+        ("Image,Class\nx0,A\n", {"columns": {**NAMED, "finding": "x"}}, "`columns` has `finding`, but no box"),
+        ("Image,Class\nx0,A\n", {"columns": {**NAMED, "box_file": "x"}}, "`box_file`, but `boxes_table` is not set"),
+        ("Image,Class\nx0,\n", {}, "no image can be used; there are 1 faults, the first: .* have no class; left out"),
+        ("Image,Class\nx0,patients\n", {}, "the class 'patients' has the name of a column of the kit"),
         ("Image,Class\nx0,A\n", {"mask_folder": "masks"}, "or a folder and one of lung_fields, with_heart"),
+        (
+            "Image,Class\nx0,A\n",
+            {"mask_folder": "m", "mask_convention": "x"},
+            "or a folder and one of lung_fields, with_heart",
+        ),
         ("Image,Class\nx0,A\n", {"mask_folder": "m", "mask_convention": "with_heart"}, "no folder 'm' .* files: images"),
         ("Image,Class\nx0,A\n", {"boxes_table": "b.csv"}, "`boxes_table` is set, but `columns` lacks the boxes"),
         ("Image,Class,s\nx0,A,test\n", {"columns": {**NAMED, "split": "s"}}, "no image to training; leave `split` out"),
@@ -267,12 +292,13 @@ def test_the_split_is_train_or_test(folder):
 )
 def test_an_image_with_a_box_that_cannot_be_used_is_left_out(folder, row, problem):
     data = read(folder, f"{BOXES}{row}\n", BOX_COLUMNS)
-    assert data.images.image_id.tolist() == ["x0", "x1"] and [text for _, text in problems(data) if text.endswith(problem)]
+    assert data.images.image_id.tolist() == ["x0", "x1"]
+    assert [text.endswith(problem) for _, text in problems(data) if "the image is left out" in text] == [True]
     assert data.boxes.drop(columns="image_id").to_numpy().tolist() == [["Mass", 1, 2, 11, 12], ["Nodule", 20, 20, 30, 30]]
 
 
 def test_boxes_may_be_in_a_file_of_their_own(folder):
-    (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nx0.png,45,5,52,10\nx5.png,1,1,4,4\n")
+    (folder / "boxes.csv").write_text("name,a,b,c,d\nx0.png,45,5,52,10\nX0,45,5,52,10\nx5.png,1,1,4,4\n")
     columns = {**NAMED, "box_file": "name", "xmin": "a", "ymin": "b", "xmax": "c", "ymax": "d"}
     data = read(folder, "Image,Class\nx0,A\nx1,B\n", columns, boxes_table="boxes.csv")
     assert data.boxes.to_numpy().tolist() == [["x0", "opacity", 45, 5, COLUMNS, 10]]
@@ -280,6 +306,10 @@ def test_boxes_may_be_in_a_file_of_their_own(folder):
     assert "a box reaches 2.0 pixels beyond the image; cut at its edge" in texts
     assert "are boxes of images that are not listed, or left out" in texts
     assert "have no row; they count as images without a box" in texts
+    # All images, of which some have boxes.
+    columns = {"file": "name", "xmin": "a", "ymin": "b", "xmax": "c", "ymax": "d"}
+    data = read_own(folder, False, boxes_table="boxes.csv", columns=columns)
+    assert len(data.images) == 6 and data.boxes.image_id.tolist() == ["x0", "x5"]
 
 
 def test_unlabelled_images_are_a_data_set_with_folds(folder):
@@ -334,6 +364,11 @@ def test_own_images_are_pooled_with_published_ones(tmp_path):
         "COVID-19": 2, "normal": 2, "viral": 2
     }  # fmt: skip
     assert pool.images.patient_id.str.startswith(("radiography-", "kermany-")).all()
+    # The masks of the images of these classes.
+    assert list(pool.masks) == ["image_id", "structure", "path"]
+    assert pool.masks.image_id.tolist() == [
+        f"{name}-{number}" for name in ("COVID", "Normal", "Viral Pneumonia") for number in (1, 2)
+    ]
     with pytest.raises(ValueError, match="rename your classes to diagnoses by `class_names`"):
         read_pool(parts, "three", False, **WITH_MASKS)
     with pytest.raises(SettingsError, match=r"class_folders, .* can only be set for your own images\. To read"):

@@ -24,14 +24,14 @@ def save(path, pixels):
 
 def read_text(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
 
 
 @pytest.fixture
 def montgomery(tmp_path):
     root = tmp_path / "MontgomerySet"
     texts = {
-        "MCUCXR_0001_0": "Patient's Sex: F \nPatient's Age: 027Y\nnormal",
+        "MCUCXR_0001_0": "Patient's Sex: F \nPatient's Age: 027Y\nnormal, Córdoba",
         "MCUCXR_0017_1": "Patient's Sex: M\nPatient's Age: 063Y\ncavitary infiltrate",
         "MCUCXR_0023_1": "Patient's Sex: M\nPatient's Age: 064Y\nNO REPORT (same pt as MCUCXR_0017_1)",
     }
@@ -65,7 +65,7 @@ def test_montgomery_has_two_masks_an_image_and_readings(montgomery):
     assert data.masks.image_id.value_counts().tolist() == [2, 2, 2] and set(data.masks.structure) == {"lungs"}
     assert set(data.images.convention) == {"lung_fields"}
     # Jaeger et al. 2014.
-    assert [data.published[name] for name in ("images", "normal", "tuberculosis")] == [138, 80, 58]
+    assert data.published == {"images": 138, "normal": 80, "tuberculosis": 58, "masks": 138}
 
 
 def test_shenzhen_has_masks_of_most_images(shenzhen):

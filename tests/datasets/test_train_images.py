@@ -54,6 +54,14 @@ def test_listed_images_are_read_and_all_others_are_told(source, in_test_folders,
     assert source.count_images() == count  # without test images, unless they are training images, and without masks
 
 
+def test_images_in_a_folder_beside_the_masks_are_no_masks(tmp_path):
+    for name in ("lungs with masks/images/a.png", "lungs with masks/masks/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / name), np.zeros((8, 9), np.uint8))
+    images = read(DataFolder(tmp_path), ["a"])
+    assert images.path.tolist() == [str(tmp_path / "lungs with masks" / "images" / "a.png")]
+
+
 def test_without_a_listed_image_the_error_says_what_there_is(source):
     with pytest.raises(
         DatasetError, match=r"t\.csv lists 2 images .the first is d., .* the 3 images .*a\.png.* outside folders .*: get"

@@ -49,6 +49,7 @@ def test_boxes_have_their_readers_and_an_image_has_what_any_reader_found(folder)
         ["a", "Nodule/Mass", 70, 35, 90, 60, "R10"],
         ["d", "Calcification", 1, 1, 9, 4, "R2"],
     ]
+    assert data.labels.columns.name is None
     labels = data.labels.set_index("id")
     assert list(labels)[-2:] == ["Pulmonary fibrosis", "No finding"] and len(list(labels)) == 15
     assert {name: list(labels.columns[row == 1]) for name, row in labels.iterrows()} == {
