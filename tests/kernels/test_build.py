@@ -212,6 +212,15 @@ def test_starting_a_kernel_keeps_what_was_set_before(tmp_path, monkeypatch):
     assert before <= float(os.environ["KIT_STARTED"]) <= time.monotonic()
 
 
+def test_starting_a_kernel_installs_its_wheels(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(InputNotFound, match="no-such-wheels"):
+        kernel_start.start_kernel(pack_library([], {}), "no-such-wheels")
+
+
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_packed_files_import_only_packed_files(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]

@@ -274,14 +274,20 @@ def test_how_a_rehearsal_is_judged(
     assert result.scores is None if fault else result.scores["score"] == 1.0
 
 
-@pytest.mark.parametrize(("limit_s", "explained"), [(0.01, True), (100.0, False), (1000.0, False)])
-def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, wheel, monkeypatch, limit_s, explained):
-    monkeypatch.setattr(rehearsals, "IMPORTS", "import json")
+@pytest.mark.parametrize(
+    ("limit_s", "imports", "explained"),
+    [(0.01, "json", True), (100.0, "json", False), (1000.0, "json", False), (0.01, "no_such_module", False)],
+)
+def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, wheel, monkeypatch, limit_s, imports, explained):
+    monkeypatch.setattr(rehearsals, "IMPORTS", f"import {imports}")
     monkeypatch.setattr(rehearsals, "run_with_limit", lambda *_: (137, limit_s + 0.1))
     monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
     problem = rehearse(*built(tmp_path, wheel), competition / "inputs", limit_s).problem
     assert problem.startswith("the time limit was reached")
-    assert bool(re.search(r"; no limit below about \d+ s can hold on this machine", problem)) is explained
+    found = re.search(r"; no limit below about (\d+) s can hold on this machine, .* alone takes (\d+\.\d) s$", problem)
+    assert bool(found) is explained
+    # Half as much again as the imports take, rounded up.
+    assert not found or 1 <= int(found[1]) <= 1.5 * float(found[2]) + 1.1
 
 
 @pytest.mark.parametrize(
@@ -431,6 +437,21 @@ def test_a_container_gets_the_gpus_only_if_the_kernel_uses_them(tmp_path, monkey
     read_only = {row[2].removeprefix("target=") for row in mounts if row[3:] == ["readonly"]}
     assert read_only == {"/kaggle/input/a:b", "/rehearsal/kernel.ipynb"}
     assert ["type=bind", f"source={tmp_path / 'a, b'}", "target=/kaggle/input/a:b", "readonly"] in mounts
+
+
+@pytest.mark.parametrize("of_root", [True, False])
+def test_after_a_container_its_files_belong_to_this_user(tmp_path, monkeypatch, of_root):
+    commands = []
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: commands.append(command))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    owner = os.getuid() + of_root
+    monkeypatch.setattr(launch.os, "getuid", lambda: owner)
+    launch.end_container("its-name", "some/image", tmp_path)
+    assert commands[0] == ["docker", "rm", "--force", "its-name"] and len(commands) == 1 + of_root
+    if of_root:
+        assert commands[1][-5:] == ["some/image", "chown", "--recursive", f"{owner}:{os.getgid()}", "/kaggle/working"]
+        assert {"--rm", "--network=none", f"type=bind,source={tmp_path},target=/kaggle/working"} <= set(commands[1])
 
 
 @pytest.mark.parametrize("internet", [True, False])
@@ -677,6 +698,13 @@ def test_the_stand_in_is_made_again_only_for_other_packages(tmp_path, image):
     assert (folder / "mark").exists() and linked(folder) == file
     kaggle_environment.link_kaggle_packages(folder, image | {"typer": "0.0.1"})
     assert not (folder / "mark").exists() and not file.exists()
+
+
+def test_a_stand_in_needs_the_packages_that_run_a_notebook(tmp_path, image, monkeypatch):
+    few = [importlib.metadata.distribution(name) for name in ("pip", "typer")]
+    monkeypatch.setattr(kaggle_environment.importlib.metadata, "distributions", lambda: few)
+    with pytest.raises(KernelError, match="needs packages that are not installed: papermill, ipykernel; run `make` again"):
+        kaggle_environment.link_kaggle_packages(tmp_path / "stand-in", image)
 
 
 def test_packages_are_copied_where_they_cannot_be_linked(tmp_path, image, monkeypatch):
