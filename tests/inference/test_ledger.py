@@ -14,8 +14,8 @@ NO_LIMITS = SimpleNamespace(note="", slow=0)
 READ = [
     Outcome("a", "failed", "is empty"),
     Outcome("b", "decoded", warnings=("no view", "odd window")),
-    Outcome("c", "decoded", warnings=("odd window",)),
-    Outcome("d", "cached", warnings=("odd window",)),
+    Outcome("c", "decoded", warnings=("odd window", "small")),
+    Outcome("d", "cached", warnings=("odd window", "small")),
 ]
 
 
@@ -32,6 +32,7 @@ def test_failed_files_and_warnings_are_rows_the_most_frequent_warning_first():
     rows = [
         (1, "a keeps its placeholder prediction: is empty"),
         (3, "b and 2 more decoded with a warning: odd window"),
+        (2, "c and 1 more decoded with a warning: small"),
         (1, "b decoded with a warning: no view"),
     ]
     assert decoding_rows(4, READ) == rows and decoding_rows(1, [Outcome("a", "decoded")]) == []
