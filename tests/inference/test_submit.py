@@ -31,7 +31,7 @@ from kitlib.fusion.ensemble_bundle import Ensemble, read_ensemble, write_ensembl
 from kitlib.fusion.ensembles import combine
 from kitlib.fusion.model_fusion import write_settings
 from kitlib.inference import prediction_process
-from kitlib.inference.cached_lungs import CachedLungs
+from kitlib.inference.cached_lungs import CachedLungs, LungsReport
 from kitlib.inference.model_queue import Model
 from kitlib.inference.predict import VIEWS, study_and_image_scores
 from kitlib.inference.prediction_process import PredictionProcess
@@ -165,7 +165,8 @@ def _is_readable(path):
 
 def test_without_any_weights_the_placeholder_predictions_remain(competition, tmp_path):
     path, ledger = submit(competition, tmp_path / "nothing", tmp_path)
-    assert "failed: InputNotFound" in ledger.set_index("stage").note["predict"]
+    row = ledger.set_index("stage").loc["predict"]
+    assert "failed: InputNotFound" in row.note and row.files == 0
     assert validate(competition / "sample_submission.csv", path) == []
 
 
@@ -633,6 +634,9 @@ def test_any_test_set_gets_its_rows(competition, weights, tmp_path, kind):
     told = {"unreadable sample": 1, "odd sample": 5, "no sample": 1, "hidden": 0}
     listing = ledger[(ledger.stage == "listing") & ledger.note.str.startswith("sample_submission.csv")]
     assert len(listing) == told.get(kind, len(listing))
+    if kind == "flat":
+        (row,) = ledger[ledger.stage == "studies"].itertuples()
+        assert (row.files, row.note) == (14, f"read from the headers; {DAMAGED} images are of no study in the submission")
 
 
 def test_faults_of_the_written_file_are_noted(competition, tmp_path):
@@ -641,6 +645,46 @@ def test_faults_of_the_written_file_are_noted(competition, tmp_path):
     run.output.write_text("\n".join(text[:-1]) + "\n")
     note = run.finish().note.iloc[-1]
     assert note.startswith("Kaggle would reject") and f"1 faults; the first is: no row, {run.ids[-1]}" in note
+    with pytest.raises(SubmissionError, match=r"Kaggle would reject .* 1 faults; the first is: no row"):
+        run.check(allow_placeholders=True)
+
+
+def test_wheels_are_counted_and_a_failure_is_noted(competition, tmp_path, monkeypatch):
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.install("")
+    assert "wheels" not in set(run.ledger.stage)
+    run.install("no-such-dataset")
+    monkeypatch.setattr("kitlib.inference.submit.install_wheels", lambda slug: [f"{slug}==1", "b==1"])
+    run.install("a")
+    failed, installed = run.ledger[run.ledger.stage == "wheels"].itertuples()
+    assert failed.files == 0 and failed.note.startswith("failed: InputNotFound: ")
+    assert (installed.files, installed.note) == (2, "")
+
+
+def test_weights_without_a_usable_bundle_are_noted(competition, weights, tmp_path):
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    run.predict(with_manifest(weights, tmp_path / "weights", bundles=[]), tmp_path / "scratch")
+    assert "lists no usable bundle" in run.ledger.set_index("stage").note["predict"] and run.usage() == []
+
+
+def test_what_processes_tell_of_lungs_is_noted_and_they_are_ended(competition, weights, tmp_path, monkeypatch):
+    class Process:
+        lungs, killed = LungsReport(3, 1, 0, 1.0, ""), 0
+
+        def load(self, _bundle):
+            raise PredictionError("no GPU")
+
+        def kill(self):
+            self.killed += 1
+
+    processes = [Process(), Process()]
+    processes[1].lungs = None
+    run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
+    monkeypatch.setattr(run, "_prediction_processes", lambda _: processes)
+    run.predict(weights, tmp_path / "scratch")
+    rows = run.ledger.set_index("stage")
+    assert [process.killed for process in processes] == [1, 1] and rows.files[["lungs"]].tolist() == [3]
+    assert rows.note[["small-fold0", "small-fold1"]].tolist() == ["failed: PredictionError: no GPU"] * 2
 
 
 def test_placeholder_predictions_need_no_package_that_kaggles_image_lacks():
@@ -702,6 +746,7 @@ def test_damaged_files_and_models_do_not_change_other_predictions(hostile, of_wh
     for stage, words in expected.items():
         notes = ledger[ledger.stage == stage].note
         assert notes.str.contains(words, regex=False).sum() == 1, (stage, notes.tolist())
+        assert ledger.files[notes.index[notes.str.contains(words, regex=False)]].tolist() == [int(stage == "decode")], stage
     notes = ledger.set_index("stage").note
     assert notes["small-fold0"] == notes["small-fold1"] == "" and notes["validate"] == "valid"
     assert (scores_of(path) - of_whole_images).abs().max() < 1e-6
@@ -718,7 +763,7 @@ def with_manifest(weights, copy, **changes) -> Path:
 def test_usage_counts_every_listed_bundle(competition, weights, tmp_path):
     copy = with_manifest(weights, tmp_path / "weights", bundles=[{"folder": "small-fold0"}, {"folder": "gone"}])
     run = SubmissionRun(competition, tmp_path / "submission.csv", SETTINGS)
-    run.predict(copy, tmp_path / "scratch")
+    run.predict(copy, tmp_path / "new" / "scratch")
     readable = len(run.images) - DAMAGED
     assert run.usage() == [
         {"bundle": "small-fold0", "predicted": readable, "readable": readable},
