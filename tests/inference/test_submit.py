@@ -636,7 +636,16 @@ def test_any_test_set_gets_its_rows(competition, weights, tmp_path, kind):
     assert len(listing) == told.get(kind, len(listing))
     if kind == "flat":
         (row,) = ledger[ledger.stage == "studies"].itertuples()
-        assert (row.files, row.note) == (14, f"read from the headers; {DAMAGED} images are of no study in the submission")
+        # One of the damaged files has no readable header.
+        assert (row.files, row.note) == (14, "read from the headers; 1 images are of no study in the submission")
+
+
+def test_faults_of_the_test_set_are_counted_by_problem(competition, tmp_path):
+    faults = [["a.csv", "row 1", "odd"], ["b.csv", "row 2", "small"], ["c.csv", "row 3", "odd"]]
+    test = replace(SIIM_COVID19.read_test(competition), faults=pd.DataFrame(faults, columns=["file", "row", "problem"]))
+    run = SubmissionRun(competition, tmp_path / "s.csv", SETTINGS, replace(SIIM_COVID19, read_test=lambda _: test))
+    rows = run.ledger[run.ledger.stage == "listing"]
+    assert list(zip(rows.files, rows.note, strict=True)) == [(2, "a.csv row 1 and 1 more: odd"), (1, "b.csv row 2: small")]
 
 
 def test_faults_of_the_written_file_are_noted(competition, tmp_path):
@@ -769,6 +778,9 @@ def test_usage_counts_every_listed_bundle(competition, weights, tmp_path):
         {"bundle": "small-fold0", "predicted": readable, "readable": readable},
         {"bundle": "gone", "predicted": 0, "readable": readable},
     ]
+    fused = run.ledger.set_index("stage").loc["fuse and write"]
+    on_placeholders = int(fused.note.split()[0])
+    assert 0 < on_placeholders < fused.files == len(run.ids) - on_placeholders
 
 
 def test_a_model_that_makes_fusion_fail_is_dropped(competition, weights, tmp_path, monkeypatch):
@@ -783,8 +795,9 @@ def test_a_model_that_makes_fusion_fail_is_dropped(competition, weights, tmp_pat
 
     monkeypatch.setattr(answer, "fused_answer", failing)
     path, ledger = submit(competition, weights, tmp_path)
-    notes = ledger[ledger.stage == "fuse and write"].note.tolist()
-    assert notes[1] == "failed: RuntimeError: cannot be fused; small-fold1 is dropped" and len(notes) == 2
+    fused = ledger[ledger.stage == "fuse and write"]
+    assert fused.note.tolist()[1:] == ["failed: RuntimeError: cannot be fused; small-fold1 is dropped"]
+    assert fused.files.tolist()[0] > 0 == fused.files.tolist()[1]
     assert len(on_priors(path)) <= DAMAGED
 
 
@@ -799,8 +812,10 @@ def test_a_disk_that_is_full_for_a_while_costs_no_model(competition, weights, tm
 
     monkeypatch.setattr(Competition, "write", failing)
     path, ledger = submit(competition, weights, tmp_path)
-    notes = ledger[ledger.stage == "fuse and write"].note.tolist()
-    assert "No space left" in notes[0] and "placeholder" in notes[1] and not ledger.note.str.contains("is dropped").any()
+    fused = ledger[ledger.stage == "fuse and write"]
+    notes = fused.note.tolist()
+    assert "No space left" in notes[0] and fused.files.tolist()[0] == 0
+    assert "placeholder" in notes[1] and not ledger.note.str.contains("is dropped").any()
     assert len(on_priors(path)) <= DAMAGED
 
 
@@ -938,8 +953,8 @@ def test_a_stopped_model_waits_for_no_image_that_is_decoded_again():
     """The parent stops the model instead of answering that the image can be read now."""
     inbox = prediction_process._Inbox()
     inbox.image_ids.put("damaged")
-    connection, read = SimpleNamespace(send=lambda _: inbox.stop()), []
-    cache = SimpleNamespace(read=lambda image_id: {}[image_id])
+    connection, read, copies = SimpleNamespace(send=lambda _: inbox.stop()), [], iter([{}, {"damaged": "restored"}])
+    cache = SimpleNamespace(read=lambda image_id: next(copies)[image_id])
     thread = threading.Thread(target=lambda: read.extend(inbox.xrays(cache, connection)), daemon=True)
     thread.start()
     thread.join(30)

@@ -160,6 +160,9 @@ def test_runs_that_were_moved_together_are_found_beside_each_other(tmp_path):
     shutil.rmtree(runs / "one")
     with pytest.raises(RunError, match=rf"fuse combines the run {runs / 'one'}, which was not found; copy it to"):
         find_system(fuse)
+    write_json(fuse / "record.json", {"parameters": {"runs": [5]}})
+    with pytest.raises(RunError, match="fuse combines the run 5, which was not found"):
+        find_system(fuse)
 
 
 def test_bundles_that_cannot_be_combined_are_left_out_and_noted(tmp_path):
@@ -206,7 +209,7 @@ def test_an_ensemble_of_study_models_has_one_model_of_each_fold(tmp_path):
     write_run(tmp_path / "one", "study", {"fold0": STUDY})
     write_run(tmp_path / "two", "study", {"fold0": STUDY})
     stack = write_stack(tmp_path / "stack", ["study"], STUDY_CLASSES, "study_id", runs=["one", "two"])
-    system = find_system(stack)
+    system = find_system(tmp_path)  # the ensemble is preferred to its models
     assert folders_of(system, tmp_path) == ["one/fold0"] and system.notes[0].startswith("two/fold0 is left out")
     assert system.ensemble == stack / "ensemble"
 
