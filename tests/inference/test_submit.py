@@ -35,7 +35,7 @@ from kitlib.inference.cached_lungs import CachedLungs, LungsReport
 from kitlib.inference.model_queue import Model
 from kitlib.inference.predict import VIEWS, study_and_image_scores
 from kitlib.inference.prediction_process import PredictionProcess
-from kitlib.inference.submit import SubmissionRun, SubmitSettings
+from kitlib.inference.submit import LAST_SHARE, SubmissionRun, SubmitSettings
 from kitlib.lungs.finders import Lungs
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
 from kitlib.models.segmenter import Segmenter
@@ -150,6 +150,13 @@ def test_a_quick_save_predicts_few_files_but_the_scored_rerun_all(competition, w
     assert rerun or len(on_priors(path)) >= 8  # the 4 files belong to at most 4 of the 12 studies
     all_files = SubmissionRun(competition, tmp_path / "submission.csv", replace(SETTINGS, quick_save=14))
     assert "quick save" not in set(all_files.ledger.stage)
+
+
+def test_the_default_settings_have_siims_limit_and_leave_the_rest_to_models_and_machine():
+    settings = SubmitSettings()
+    assert settings.time_limit_s == 9 * 3600 and 0.5 <= settings.share < LAST_SHARE < 1
+    assert (settings.longest_side, settings.workers, settings.processes, settings.quick_save) == (0, 0, 0, 0)
+    assert settings.only_projections is False
 
 
 def test_outside_kaggle_a_quick_save_predicts_all(competition, tmp_path):
