@@ -59,7 +59,6 @@ def list_files(
     table["error"] = ["" if os.path.isfile(path) else "there is no such file" for path in table["path"]]
     usable = table["error"] == ""
     headers = read_headers(table.loc[usable, "path"].tolist(), progress)
-    table["study_id"] = table["table_study"]
     stated = pd.Series([header.study_id for header in headers], table.index[usable], dtype=object)
     table["image_id"] = _free_ids(table["path"])
     table["study_id"] = [

@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -20,10 +21,8 @@ def ahead(items: Iterator[Item], most: int = BATCHES_AHEAD) -> Generator[Item, N
 
     def put(item: Any) -> None:
         while not stopped.is_set():
-            try:
+            with suppress(queue.Full):
                 return prefetched.put(item, timeout=0.1)
-            except queue.Full:
-                continue
 
     def produce() -> None:
         try:

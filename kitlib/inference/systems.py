@@ -274,7 +274,7 @@ def _read_parameters(run: Path) -> dict[str, Any]:
     path = run / RECORD
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")).get("parameters") or {}) if path.is_file() else {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{path} cannot be read ({error}); copy the run again, or repeat its notebook") from error
 
 

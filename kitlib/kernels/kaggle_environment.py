@@ -65,7 +65,7 @@ def create_environment(folder: str | Path, packages: str | Path) -> Path:
     Installing into the environment does not change `packages`.
     """
     folder = Path(folder)
-    builder = venv.EnvBuilder(symlinks=True, with_pip=False)
+    builder = venv.EnvBuilder(symlinks=True)
     builder.create(folder)
     site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (site / "image.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n", encoding="utf-8")

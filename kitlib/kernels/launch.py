@@ -174,8 +174,8 @@ def _unisolated_command(notebook: BuiltNotebook, packages: Path) -> tuple[list[s
         folder.mkdir(parents=True)
     for name, folder in notebook.inputs.items():
         (root / "input" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "input" / name).symlink_to(folder, target_is_directory=True)
-    (root / "working").symlink_to(notebook.working, target_is_directory=True)
+        (root / "input" / name).symlink_to(folder)
+    (root / "working").symlink_to(notebook.working)
     python = create_environment(temporary_folder / "environment", packages)
     environment = _environment(python, home=str(temporary_folder / "tmp" / "home"))
     environment |= {"KIT_KAGGLE_ROOT": str(root), "TMPDIR": str(temporary_folder / "tmp")}

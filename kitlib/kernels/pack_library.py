@@ -42,7 +42,7 @@ def pack_library(sources: Iterable[str], files: Mapping[str, bytes]) -> str:
     differs between implementations.
     """
     packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:bz2", compresslevel=9) as archive:
+    with tarfile.open(fileobj=packed, mode="w:bz2") as archive:
         for path in find_needed_files(sources):
             _add_file(archive, path, (ROOT / path).read_bytes())
         for path, content in files.items():

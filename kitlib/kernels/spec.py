@@ -307,5 +307,5 @@ def _find_source_faults(spec: KernelSpec, is_submission: bool) -> list[str]:
             )
         else:
             slugs.append("/".join(parts[1:]))  # Kaggle mounts each variation of a Model in its own folder
-    repeated = sorted({slug for slug in slugs if slug and slugs.count(slug) > 1})
+    repeated = sorted({slug for slug in slugs if slugs.count(slug) > 1})
     return faults + [f"two inputs have the slug {slug}, but Kaggle mounts both at one path; remove one" for slug in repeated]

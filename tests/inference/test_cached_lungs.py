@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kitlib.inference import cached_lungs
-from kitlib.inference.cached_lungs import CachedLungs
+from kitlib.inference.cached_lungs import CachedLungs, LungsReport
 from kitlib.lungs.finders import Lungs
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 
@@ -20,7 +20,7 @@ class Segmenter:
     """Finds a different frame and mask in each image, none in the first; raises for the images in `breaks`."""
 
     def __init__(self, breaks=()):
-        self.breaks, self.asked = breaks, []
+        self.breaks, self.asked, self.loaded = breaks, [], []
 
     def find(self, xrays):
         self.asked += [xray.image_id for xray in xrays]
@@ -40,7 +40,12 @@ class Segmenter:
 @pytest.fixture
 def segmenter(monkeypatch):
     fake = Segmenter()
-    monkeypatch.setattr(cached_lungs, "load_segmenter", lambda bundle, batch_size: fake)
+
+    def load(bundle, batch_size):
+        fake.loaded.append((bundle, batch_size))
+        return fake
+
+    monkeypatch.setattr(cached_lungs, "load_segmenter", load)
     return fake
 
 
@@ -51,14 +56,25 @@ def same(one, other):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_cached_lungs_are_unchanged_and_segmented_once(segmenter, tmp_path, masked):
-    lungs = CachedLungs(tmp_path, masked)
+    lungs = CachedLungs(tmp_path, masked, batch_size=4)
     expected = [Segmenter.of(xray) if masked else Lungs(Segmenter.of(xray).frame) for xray in XRAYS]
     first = lungs.find(XRAYS[:5])
     again = lungs.find(XRAYS[::-1])[::-1]
     assert all(same(*each) for each in zip(again, expected, strict=True))
     assert all(same(*each) for each in zip(first, expected, strict=False))
     assert sorted(segmenter.asked) == SMALL.image_ids
-    assert (lungs.segmented, lungs.missed, lungs.fault) == (8, 1, "") and lungs.seconds > 0
+    assert segmenter.loaded == [(tmp_path, 4)]
+    assert 0 < lungs.seconds < 60 and lungs.report() == LungsReport(8, 1, 0, lungs.seconds, "")
+
+
+def test_only_the_latest_lungs_are_kept(segmenter, tmp_path):
+    lungs = CachedLungs(tmp_path, masked=False, most=3)
+    assert [each.frame is not None for each in lungs.find(XRAYS[:5])] == [False, True, True, True, True]
+    assert lungs.segmented == 3
+    lungs.find(XRAYS[2:5])
+    assert segmenter.asked == SMALL.image_ids[:5]
+    lungs.find(XRAYS[1:2])
+    assert segmenter.asked == [*SMALL.image_ids[:5], "image001"] and lungs.segmented == 3
 
 
 def test_without_a_valid_bundle_no_lungs_are_found_and_fault_says_why(tmp_path):
@@ -73,10 +89,11 @@ def test_without_a_valid_bundle_no_lungs_are_found_and_fault_says_why(tmp_path):
 
 
 def test_an_image_on_which_the_segmenter_fails_does_not_affect_the_others(segmenter, tmp_path):
-    segmenter.breaks, lungs = ["image005"], CachedLungs(tmp_path, masked=False)
+    segmenter.breaks, lungs = ["image003", "image005"], CachedLungs(tmp_path, masked=False)
+    assert lungs.find(XRAYS[3:4])[0].frame is None  # a batch of one image says nothing about the segmenter
     found = lungs.find(XRAYS)
-    assert [each.frame is not None for each in found] == [False, True, True, True, True, False, True, True]
-    assert lungs.fault == "" and (lungs.segmented, lungs.missed) == (8, 2)
+    assert [each.frame is not None for each in found] == [False, True, True, False, True, False, True, True]
+    assert lungs.fault == "" and (lungs.segmented, lungs.missed) == (8, 3)
 
 
 def test_a_segmenter_that_fails_on_a_whole_batch_is_not_used_again(segmenter, tmp_path):

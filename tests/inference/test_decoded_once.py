@@ -9,6 +9,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from kitlib.errors import CacheError
 from kitlib.inference.decoded_once import DecodedOnce
 from kitlib.xrays.cache import XrayCache
+from kitlib.xrays.worker import Outcome
 from kitlib.xrays.writing import write_xray
 
 
@@ -29,7 +30,12 @@ def test_a_lost_or_damaged_copy_is_decoded_again_and_costs_at_most_its_image(tmp
     assert sorted(second) == ["a", "b", "d"]
     assert all((second[name] == first[name]).all() for name in second)
     assert {done.image_id for done in xrays.outcomes if done.status == "failed"} == {"c"}
-    assert sorted(xrays.sized(images).image_id) == ["a", "b", "d"] and xrays.error is None
+    sized = xrays.sized(images)
+    assert sorted(sized.image_id) == ["a", "b", "d"] and xrays.error is None
+    assert set(zip(sized["rows"], sized["columns"], strict=True)) == {(8, 6)}
+    assert sorted(xrays.ids_without({"a"})) == ["b", "d"]
+    (cache.folder / "d.safetensors").unlink()
+    assert [xrays.restore(name) for name in "dc"] == [True, False] and (cache.folder / "d.safetensors").is_file()
     xrays.close()
 
 
@@ -56,6 +62,13 @@ def test_a_copy_that_is_lost_twice_costs_its_image_and_no_other(tmp_path, monkey
     assert sorted(xray.image_id for xray in xrays.without(set())) == ["a", "c"]
     (failed,) = (done for done in xrays.outcomes if done.status == "failed")
     assert failed.image_id == "b" and failed.reason == "its decoded copy was lost: the disk is dying"
+    xrays.close()
+
+
+def test_slow_files_lower_the_time_limit_of_later_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(XrayCache, "decode", lambda *_: (Outcome(name, "failed", seconds=19.9) for name in "abc"))
+    xrays, _ = three(tmp_path)
+    assert list(xrays.without(set())) == [] and xrays.limits.slow == 3
     xrays.close()
 
 

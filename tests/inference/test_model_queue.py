@@ -39,6 +39,8 @@ def test_each_model_gets_a_turn_in_order_and_another_one_if_it_was_stopped(kinds
             answered |= turn.model.answers
             first_of.append(turn.model)
             turn.model.stopped = turn.may_stop and data.draw(st.booleans())
+        else:
+            assert turn.may_stop and turn.budget == 60
         predict(turn.model, f"i{len(turns)}")
     again = [model for model in first_of if model.stopped]
     assert turns == [*models, *again]
@@ -62,6 +64,26 @@ def test_a_model_that_runs_elsewhere_counts_as_the_first_of_its_kind():
     """The second process gets a model that must finish, because the first one predicts the same kind already."""
     queue = make_queue([make_model("boxes"), make_model("boxes")], processes=2)
     assert [queue.next().may_stop, queue.next().may_stop] == [True, False] and queue.next() is None
+
+
+def test_a_stopped_model_waits_until_its_turn_has_ended_and_gets_none_once_it_is_dropped():
+    boxes = make_model("boxes")
+    queue = make_queue([boxes], processes=2)
+    assert queue.next().model is boxes
+    boxes.stopped = True  # while the process that runs it has not ended its turn
+    assert queue.next() is None and not boxes.may_be_fused
+    predict(boxes, "x")
+    assert boxes.may_be_fused
+    boxes.drop()
+    assert queue.next() is None and not boxes.may_be_fused
+    boxes = make_model("boxes")
+    queue = make_queue([boxes])
+    queue.next()
+    predict(boxes, "x")
+    boxes.stopped = True
+    # In a second turn, the predictions of the first one are of use meanwhile.
+    assert queue.next().model is boxes and boxes.may_be_fused
+    assert queue.next() is None
 
 
 def test_images_of_boxes_and_masks_count_without_a_row_and_those_of_classes_only_with_a_number():

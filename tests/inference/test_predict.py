@@ -25,6 +25,7 @@ from kitlib.settings import override
 from kitlib.tables import BOX, check_table
 from kitlib.training.xray_dataset import XrayDataset
 from kitlib.xrays.cache import CachedXray
+from tests.small_kernels import make_run
 from tests.small_xrays import COLUMNS, RECIPE, ROWS, SmallXrays
 
 CPU = torch.device("cpu")
@@ -283,6 +284,11 @@ def test_a_model_predicts_on_the_crop_that_its_training_saw(bundle):
     np.testing.assert_allclose(found[list(OUTPUTS)], expected, atol=1e-6)
 
 
+def test_a_lung_segmenter_is_no_predictor(tmp_path):
+    with pytest.raises(BundleError, match="contains a lung segmenter; load it with"):
+        load_predictor(make_run(tmp_path, family="segmenter") / "bundle", CPU)
+
+
 def test_unknown_views_are_refused():
     with pytest.raises(ValueError, match="valid views, each at most once: full, flip, lungs, lungs_flip"):
         detecting(views=("left",))
@@ -330,12 +336,13 @@ def test_exact_boxes_convert_back_exactly_and_are_clipped_to_the_image():
 
         def predict(self, pixels):
             inside = np.c_[placement.boxes_to_canvas(truth), [0.25], [0]]
-            beyond = [[0.0, 0.0, 512.0, 512.0, 1.0, 0], [0.0, 0.0, float(placement.left), 512.0, 0.9, 0]]
+            beyond = [[0.0, 0.0, 512.0, 512.0, 1.25, 0], [0.0, 0.0, float(placement.left), 512.0, 0.9, 0]]
             return [np.r_[inside, beyond]]
 
     xray = CachedXray(image_id="a", pixels=np.zeros((300, 200), np.uint8), rows=3001, columns=2003)
     found = next(Predictor(RECORD | {"family": "yolo", "image_size": 512}, Exact(), CPU, 1).predict([xray]))
-    # the box in the padding left of the image is dropped, the box around the whole canvas becomes the image
+    # The box in the padding left of the image is dropped, the box around the whole canvas becomes the image; a score above
+    # 1, as float16 has by rounding, becomes 1.
     np.testing.assert_allclose(found[["xmin", "ymin", "xmax", "ymax"]], [truth[0], [0, 0, 2003, 3001]], atol=1e-3)
     assert found.score.tolist() == [0.25, 1.0]
 
@@ -464,15 +471,16 @@ class Overflowing(torch.nn.Module):
         return torch.cat([logits[:, :4].softmax(dim=1), 1 - (logits[:, 4:] > 0).float()], dim=1)
 
 
-def test_a_batch_that_overflows_in_half_precision_is_predicted_in_float32(monkeypatch):
+@pytest.mark.parametrize(("batch_size", "overflowed"), [(1, 2), (3, 3)])
+def test_a_batch_that_overflows_in_half_precision_is_predicted_in_float32(monkeypatch, batch_size, overflowed):
     half = functools.partial(torch.autocast, "cpu", dtype=torch.float16)
     monkeypatch.setattr("kitlib.inference.predict.autocast", lambda *_: half())
     images = {"dark": 1, "bright": 200, "broken": 9}
     xrays = [CachedXray(name, np.full((32, 32), value, np.uint8), 32, 32) for name, value in images.items()]
-    predictor = Predictor(RECORD, Overflowing(), CPU, batch_size=1)
+    predictor = Predictor(RECORD, Overflowing(), CPU, batch_size)
     table = pd.concat(predictor.predict(xrays)).set_index("image_id")
     # 200 x 1000 exceeds 65,504, float16's largest number; the broken image has no prediction, in either precision.
-    assert predictor.overflowed == 2
+    assert predictor.overflowed == overflowed
     assert table.loc[["dark", "bright"], list(OUTPUTS)].notna().all(axis=None)
     assert table.loc["broken", list(OUTPUTS)].isna().all()
 

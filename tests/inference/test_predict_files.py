@@ -20,16 +20,18 @@ from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.rsna_pneumonia import RSNA_PNEUMONIA
 from kitlib.competitions.siim_acr import SIIM_ACR, SiimAcrSettings
+from kitlib.competitions.siim_covid19 import Fused
 from kitlib.competitions.vinbigdata import VINBIGDATA
 from kitlib.errors import DatasetError, RunError, RunNotFound
 from kitlib.fusion.model_fusion import ModelPredictions, merge, write_settings
 from kitlib.inference import predict_files
+from kitlib.inference.answer import AnsweringModel
 from kitlib.inference.listed_files import list_files
-from kitlib.inference.loaded_models import LoadedModels
+from kitlib.inference.loaded_models import Answer, LoadedModels
 from kitlib.inference.predict import load_predictor
 from kitlib.inference.predict_files import predict, predict_parts
 from kitlib.inference.submit import SubmissionRun, SubmitSettings
-from kitlib.inference.systems import find_system
+from kitlib.inference.systems import System, find_system
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.paths import project_root
 from kitlib.runs.run_kinds import find_kind
@@ -227,6 +229,80 @@ def test_boxes_of_several_findings_are_named(folder, tmp_path, monkeypatch):
     assert (tmp_path / "drawn" / "x.png").is_file()
 
 
+def predicted_studies(*studies, nones, detections):
+    """Return a Fused; `studies` and `nones` are rows without the last two classes."""
+    columns = ["study_id", *STUDY_CLASSES, "prior"]
+    return Fused(
+        pd.DataFrame([[name, *numbers, 0.0, 0.0, prior] for name, *numbers, prior in studies], columns=columns),
+        pd.DataFrame(nones, columns=["image_id", "none", "prior", "seen"]),
+        pd.DataFrame(detections, columns=["image_id", "finding", "score", *BOX]),
+    )
+
+
+def test_the_table_has_what_was_predicted_and_tells_why_the_rest_is_empty(tmp_path, monkeypatch, caplog):
+    """The models are replaced by their answer."""
+    for name in "abc":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((60, 80), 100, np.uint8))
+    (tmp_path / "d.png").write_bytes(b"no image")
+    weak, strong = ["a", "opacity", 0.19, 50.0, 30.0, 70.0, 50.0], ["a", "opacity", 0.912345678, 5.123, 6.0, 40.0, 30.5]
+    fused = predicted_studies(
+        *(("a", 0.123456781, 0.5, False), ("b", 0.5, 0.5, True), ("c", 0.5, 0.5, True)),
+        nones=[["a", 0.25, False, True], ["b", 0.5, True, False], ["c", 0.5, True, True]],
+        detections=[weak, strong],
+    )
+    answer = Answer(pd.DataFrame(), ("of the run", "broken"), ("broken",), fused)
+    monkeypatch.setattr(LoadedModels, "answer", lambda *_: answer)
+    model = ("m", 0, frozenset({"study", "none", "boxes"}), 40, False, False, "", "", ("opacity",))
+    system = System("small", (AnsweringModel(tmp_path, *model),), notes=("of the run",))
+    monkeypatch.setattr(predict_files, "PART", 2)
+    files = list_files([tmp_path / f"{name}.png" for name in "abcde"])
+    parts = list(predict_parts(files, system, tmp_path / "new" / "drawn", workers=1))
+    assert [len(part) for part in parts] == [2, 2, 1]  # no studies of several files
+    assert [sum(text in caplog.messages for text in texts) for texts in (["of the run"], ["broken"])] == [1, 1]
+    table = pd.concat(parts, ignore_index=True)
+    assert list(table.columns) == ["file", "image_id", "study_id", *STUDY_CLASSES, "none", "boxes", "warning", "error"]
+    assert table.image_id.tolist() == list("abcde") and table.file.tolist() == [
+        str(tmp_path / f"{name}.png") for name in "abcde"
+    ]
+    numbers = table[[*STUDY_CLASSES, "none"]].to_numpy()
+    assert numbers[0].tolist() == [0.1234568, 0.5, 0, 0, 0.25] and np.isnan(numbers[1:]).all()
+    # The highest score first. An image that a detector has seen has a list, if an empty one.
+    boxes = [json.loads(cell) if cell else None for cell in table.boxes]
+    rounded = {"finding": "opacity", "score": 0.9123457, "xmin": 5.12, "ymin": 6.0, "xmax": 40.0, "ymax": 30.5}
+    assert boxes == [[rounded, dict(zip(rounded, weak[1:], strict=True))], None, [], None, None]
+    assert table.warning.tolist() == ["of the run; broken", "", "of the run; broken", "", ""]
+    assert table.error[:3].tolist() == ["", "no model has predicted finite numbers for the file", ""] and table.error[3]
+    assert table.error[4] == "there is no such file"
+    # The decoded copies have half the size of the images and of their pictures; boxes below 0.2 are not drawn.
+    drawn = tmp_path / "new" / "drawn"
+    assert sorted(path.name for path in drawn.iterdir()) == ["a.png", "b.png", "c.png"]
+    picture = cv2.imread(str(drawn / "a.png"))[..., ::-1]
+    assert (picture == draw_boxes(np.full((60, 80), 100, np.uint8), [rounded])).all() and (picture != 100).any()
+    assert (cv2.imread(str(drawn / "b.png")) == 100).all()
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(LoadedModels, "answer", fail)
+    error = OSError("the disk is gone")
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(predict_parts(files, system, workers=1))
+    error = ValueError("a bug")
+    monkeypatch.setattr(predict_files, "find_system", lambda _: system)
+    table = predict([tmp_path / f"{name}.png" for name in "abcde"], "run", pictures=drawn, workers=1)
+    assert table.error[:3].tolist() == ["no model has predicted the file: ValueError: a bug"] * 3
+    assert not table.error[3:].str.contains("no model").any() and set(table.warning) == {""}
+    assert table.index.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("answers", "name"), [({"classes"}, "error"), ({"classes", "boxes"}, "boxes"), ({"masks"}, "file")])
+def test_a_class_must_not_have_the_name_of_another_column(tmp_path, answers, name):
+    model = ("m", 0, frozenset(answers), 40, False, False, "", "")
+    assert predict_files.table_columns(System("small", (AnsweringModel(tmp_path, *model, ("ill", "well")),)))
+    with pytest.raises(RunError, match=f"small: the class '{name}' has the name of another column of the result"):
+        predict_files.table_columns(System("small", (AnsweringModel(tmp_path, *model, ("ill", name)),)))
+
+
 def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
     image = np.zeros((200, 300), np.uint8)
     image[20:180, 30:270] = 250  # bright is lung for this segmenter
@@ -240,7 +316,10 @@ def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
     )
     (frame,) = json.loads(table.boxes[0])
     assert frame["finding"] == "lungs" and frame["xmin"] < 30 and frame["xmax"] > 270
-    assert cv2.imread(str(tmp_path / "drawn" / "lungs.png")).shape[2] == 3
+    outlined = (cv2.imread(str(tmp_path / "drawn" / "lungs.png"))[..., ::-1] == (255, 165, 0)).all(axis=-1)
+    # The outline of the block on the decoded copy: not its middle, and not the edge of the image.
+    rows, columns = outlined.shape
+    assert 0.02 < outlined.mean() < 0.3 and not outlined[rows // 2, columns // 2] and not outlined[0].any()
 
 
 def test_masks_of_a_tuned_fusion_are_those_of_its_submission(folder, tmp_path):

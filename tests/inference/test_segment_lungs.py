@@ -10,7 +10,7 @@ from scipy import ndimage
 from kitlib.bundle import save_bundle
 from kitlib.classes import LUNG_CODES, MASK_CODES
 from kitlib.errors import BundleError
-from kitlib.inference.segment_lungs import LungSegmenter, load_segmenter
+from kitlib.inference.segment_lungs import LungSegmenter, MaskPredictor, load_segmenter
 from kitlib.letterbox import letterbox
 from kitlib.lungs.clean_up import (
     BLANK,
@@ -24,11 +24,13 @@ from kitlib.lungs.clean_up import (
     lung_frame,
     remove_islands,
 )
+from kitlib.lungs.finders import segmenter_digest
 from kitlib.models.segmenter import Segmenter
 from kitlib.recipes.fields import SegmenterRecipe, SparseSegmenterRecipe
 from kitlib.recipes.named import RECIPES
 from kitlib.settings import override
 from kitlib.xrays.cache import CachedXray
+from kitlib.xrays.mask_store import decode_grey
 from tests.small_masks import RECIPE, SmallMasks
 
 CPU = torch.device("cpu")
@@ -231,6 +233,50 @@ def test_a_finder_returns_frames_and_masks_and_counts_missed_images(small):
             assert lungs.mask.shape == image.pixels.shape and (lungs.mask | ~drawn).mean() > 0.98
             tight = lung_frame(drawn, 0.0) * 2  # the copy has half the pixels
             assert (lungs.frame[:2] <= tight[:2] + 2).all() and (lungs.frame[2:] >= tight[2:] - 2).all()
+
+
+class Marks(torch.nn.Module):
+    """Finds the structure in bright pixels of the left half."""
+
+    recipe = SparseSegmenterRecipe(image_size=32, views=("full", "flip"))
+
+    def normalise(self, pixels):
+        return pixels[:, None].float()
+
+    def forward(self, x):
+        return x
+
+    def probabilities(self, x):
+        found = (x > 100).float()
+        found[..., 16:] = 0
+        return torch.cat([1 - found, found], dim=1)
+
+
+def test_mirrored_views_are_mirrored_back_and_averaged(monkeypatch):
+    left = np.tile(np.where(np.arange(32) < 16, 200, 0).astype(np.uint8), (32, 1))
+    images = [CachedXray("left", left, 32, 32), CachedXray("all", np.full((32, 32), 200, np.uint8), 32, 32)]
+    record = {"family": "sparse_segmenter", "model": "m", "classes": ["pneumothorax"], "precision": "float32", "fold": 3}
+    segmenter = MaskPredictor(record, Marks(), CPU, batch_size=2)
+    assert (segmenter.lungs_missed, segmenter.wants_masks, segmenter.overflowed) == (0, False, 0)
+    (table,) = segmenter.predict(images)
+    maps = [decode_grey(png) for png in table["map"]]
+    # Each half is found in one of two views, the left half of the first image in the whole view.
+    assert [np.unique(each[:, :16]).tolist() for each in maps] == [[128], [128]]
+    assert [np.unique(each[:, 16:]).tolist() for each in maps] == [[0], [128]]
+    assert table[["image_id", "model", "fold", "finding"]].to_numpy().tolist() == [
+        [name, "m", 3, "pneumothorax"] for name in ("left", "all")
+    ]
+    assert (segmenter.seen, segmenter.overflowed) == (["left", "all"], 0)
+    monkeypatch.setattr("kitlib.inference.segment_lungs.finite_or_float32", lambda network, _: (network(), True))
+    list(segmenter.predict([*images, images[0]]))
+    assert (segmenter.seen, segmenter.overflowed) == (["left", "all", "left"], 3)
+
+
+def test_a_lung_segmenters_digest_is_that_of_its_record():
+    record = {"model": "m", "precision": "float32", "recipe": {}, "weights_sha256": "ab"}
+    assert LungSegmenter(record, Marks(), CPU).segmenter == segmenter_digest(record)
+    del record["weights_sha256"]  # of a network that is being trained
+    assert LungSegmenter(record, Marks(), CPU).segmenter == ""
 
 
 def test_equalisation_ignores_the_padding_of_the_canvas(small):

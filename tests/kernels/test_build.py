@@ -29,7 +29,7 @@ from kitlib.kernels import build as kernel
 from kitlib.kernels import start as kernel_start
 from kitlib.kernels.build import build_kernel
 from kitlib.kernels.pack_library import find_needed_files, pack_library
-from kitlib.kernels.spec import read_spec
+from kitlib.kernels.spec import KernelSpec, read_spec
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.parameters import read_parameters
 from kitlib.recipes.named import RECIPES, recipe
@@ -63,11 +63,12 @@ def built_notebook(out: Path) -> nbformat.NotebookNode:
 
 def test_the_same_sources_give_the_same_bytes(tmp_path, wheel):
     spec = read_spec(make_submission(tmp_path / "one", "print(1)"))
-    build_kernel(spec, tmp_path / "first", [wheel])
+    first = tmp_path / "new" / "first"
+    assert build_kernel(spec, first, [wheel]) == {part: first / part for part in ("kernel", "wheels", "weights")}
     random.seed(99)
     build_kernel(spec, tmp_path / "second", [wheel])
-    assert contents(tmp_path / "first") == contents(tmp_path / "second")
-    assert set(contents(tmp_path / "first")) == {
+    assert contents(first) == contents(tmp_path / "second")
+    assert set(contents(first)) == {
         "kernel/kernel-metadata.json",
         "kernel/small-test-kernel.ipynb",
         "wheels/dataset-metadata.json",
@@ -212,6 +213,15 @@ def test_starting_a_kernel_keeps_what_was_set_before(tmp_path, monkeypatch):
     assert before <= float(os.environ["KIT_STARTED"]) <= time.monotonic()
 
 
+def test_starting_a_kernel_installs_its_wheels(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(InputNotFound, match="no-such-wheels"):
+        kernel_start.start_kernel(pack_library([], {}), "no-such-wheels")
+
+
 @pytest.mark.parametrize("notebook", sorted((PROJECT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_packed_files_import_only_packed_files(notebook):
     sources = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
@@ -252,6 +262,10 @@ def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, whe
         assert hashlib.sha256(weights.read_bytes()).hexdigest() == entry["weights_sha256"]
         assert load_file(weights)["weight"].tolist() == [[entry["fold"]] * 3] * 2
     assert (tmp_path / "out/weights/fusion.json").read_text() == '{"opacity_power": 0.5}'
+    # Only a run that has a record gets the score of its fusion.
+    assert read_spec(spec).fused_run() is None
+    (tmp_path / "record.json").write_text("{}")
+    assert read_spec(spec).fused_run() == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -345,12 +359,14 @@ def test_a_segmenters_bundle_is_copied_into_its_own_subfolder(tmp_path, wheel):
     lungs = make_run(tmp_path / "lungs" / "fold0", "unet", family="segmenter")
     architecture = {"segmenter": segmenter_digest(read_record(lungs / "bundle"))}
     runs = [str(make_run(tmp_path / "study", architecture=architecture, lungs="masks", views=["lungs"]))]
+    runs.append(str(make_run(tmp_path / "whole", "whole")))  # a model that needs no masks
     spec = read_spec(make_submission(tmp_path / "spec", runs=runs, lungs=str(lungs)))
     for out in ("out", "again"):
         build_kernel(spec, tmp_path / out, [wheel])
     weights = tmp_path / "out" / "weights"
     listing = json.loads((weights / "weights.json").read_text())
-    assert listing["lungs"] == "lungs" and [entry["folder"] for entry in listing["bundles"]] == ["effnet-fold0"]
+    folders = [entry["folder"] for entry in listing["bundles"]]
+    assert (listing["lungs"], folders) == ("lungs", ["effnet-fold0", "whole-fold0"])
     assert contents(weights / "lungs") == contents(lungs / "bundle")
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     # Without the key, a new build removes the lungs of the earlier one.
@@ -423,11 +439,19 @@ def test_a_notebook_over_a_megabyte_is_refused_and_the_last_good_build_stays(tmp
 
 
 def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
+    assert kernel.DATASET_BYTES == 200_000_000_000  # Kaggle's limit
     monkeypatch.setattr(kernel, "DATASET_BYTES", 100)
     with pytest.raises(
         KernelError, match=r"dataset somebody/small-test-kernel-weights has .* bytes, but Kaggle accepts at most 100"
     ):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
+
+
+def test_the_size_of_a_folder_is_that_of_its_files(tmp_path):
+    (tmp_path / "below").mkdir()
+    for name, size in (("a", 3), ("below/b", 4)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert kernel.sum_file_sizes(tmp_path) == 7
 
 
 def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
@@ -452,6 +476,8 @@ def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
             "'.*weights' has 55 characters, but Kaggle allows 6 to 50",
         ),
         ({"title": "Four", "slug": "four"}, "'Four' has 4 characters, but Kaggle allows 6 to 50"),
+        ({"title": "Ab ! !", "slug": "ab"}, "the slug 'ab' has 2 characters, but Kaggle allows 3 to 50"),
+        ({"title": "ß" * 25 + "a", "slug": "ss" * 25 + "a"}, "the slug '.*' has 51 characters, but Kaggle allows 3 to 50"),
         ({"accelerator": "NvidiaTeslaP100"}, "Kaggle has retired the P100 and runs these kernels on T4 x2; .*NvidiaTeslaT4"),
         ({"accelerator": "tpuv5e8"}, "accelerator tpuv5e8: the kit computes with PyTorch on GPUs and CPUs, not on TPUs"),
         ({"accelerator": "nvidiaL4"}, "accelerator 'nvidiaL4' is unknown; write NvidiaL4"),
@@ -469,7 +495,8 @@ def test_a_submission_is_read_strictly(tmp_path, keys, message):
 
 @pytest.mark.parametrize(("hours", "valid"), [(-1, False), (0, False), (0.25, True), (12, True), (12.5, False)])
 def test_a_session_lasts_at_most_twelve_hours(tmp_path, hours, valid):
-    """Kaggle's limit."""
+    """Kaggle's limit. That of SIIM's competition, the default, is nine hours."""
+    assert KernelSpec().time_limit_s == 9 * 3600
     path = make_submission(tmp_path, time_limit_hours=hours)
     if valid:
         assert read_spec(path).time_limit_s == hours * 3600
@@ -497,7 +524,7 @@ def named(length):
 )
 def test_names_are_as_long_as_kaggle_allows(tmp_path, make, keys, shortest, longest):
     """Kaggle allows titles of 6 to 50 characters; its client requires 3 for an attached dataset and 5 for a kernel."""
-    for length in filter(None, (shortest, longest)):
+    for length in (shortest or 1, longest):
         read_spec(make(tmp_path, **keys(length)))
     for length in (*([shortest - 1] if shortest else []), longest + 1):
         with pytest.raises(KernelError, match=r" has \d+ characters, but Kaggle allows"):
@@ -571,6 +598,7 @@ def test_slugs_are_made_as_kaggle_makes_them(tmp_path, title, slug):
         ({"dataset_sources": ["datasets/data-set"]}, "nor OWNER/SLUG; write data-set"),
         ({"dataset_sources": ["/kaggle/input/data-set"]}, "nor OWNER/SLUG; write data-set"),
         ({"dataset_sources": ["a/b/c"]}, "nor OWNER/SLUG; write a/b"),
+        ({"dataset_sources": ["a//data-set"]}, "nor OWNER/SLUG; write a/data-set"),
         ({"kernel_sources": ["https://www.kaggle.com/code/a/some-kernel"]}, "nor OWNER/SLUG; write a/some-kernel"),
     ],
 )

@@ -74,6 +74,25 @@ def test_a_list_of_another_machine_is_refused(tmp_path, image_list):
         refresh_image(tmp_path / "own.txt", image_list)
 
 
+def test_a_list_may_lack_half_of_the_packages(tmp_path):
+    image_list, frozen_list = tmp_path / "kaggle_image.txt", tmp_path / "freeze.txt"
+    image_list.write_text("a==1\nb==1\nc==1\nd==1\n")
+    frozen_list.write_text("a==1\ne==1\n")
+    with pytest.raises(KernelError, match="has 2 packages, but only 1 of the 4 packages"):
+        refresh_image(frozen_list, image_list)
+    frozen_list.write_text("a==1\nb==1\n")
+    assert list(map(str, refresh_image(frozen_list, image_list))) == ["removed c 1", "removed d 1"]
+    frozen_list.write_bytes(b"a==1\nb==1\n\xff\n")  # no text, such as a wheel
+    with pytest.raises(KernelError, match="lines without a version"):
+        refresh_image(frozen_list, image_list)
+
+
+def test_of_many_lines_without_a_version_five_are_quoted(tmp_path, image_list):
+    for count, end in ((5, r"line0; .*line4\. Save"), (7, r"line0; .*line4 and 2 more\. Save")):
+        with pytest.raises(KernelError, match=f"lines without a version: {end}"):
+            refresh_image(frozen(tmp_path, more="".join(f"line{number}\n" for number in range(count))), image_list)
+
+
 def test_what_requirements_have_to_change(tmp_path):
     (tmp_path / "requirements.txt").write_text("a==1\nb==1  # *\nc==1\nd==1  # *\ne==1\n# f==1 # *\n")
     changes = list_changes(tmp_path / "requirements.txt", {"a": "1", "c": "2", "d": "3"})

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from kitlib.__main__ import app
 from kitlib.bundle import read_bundle, save_bundle
 from kitlib.errors import BundleError, KernelError, RunError
-from kitlib.kernels.publish import write_publication
+from kitlib.kernels.publish import publish, write_publication
 from kitlib.paths import find_starting_weights
 from kitlib.recipes.fields import StudyRecipe
 from tests.small_bundles import edit_record
@@ -21,7 +21,8 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "nih"
     for fold in (0, 1):
         recipe = asdict(StudyRecipe(starting_weights="imagenet.safetensors"))
-        save_bundle(folder / f"fold{fold}" / "bundle", WEIGHTS, RECORD | {"fold": fold, "recipe": recipe})
+        record = RECORD | {"fold": fold, "recipe": recipe, "data_fingerprint": "0123456789abcdef"}
+        save_bundle(folder / f"fold{fold}" / "bundle", WEIGHTS, record)
     (folder / "metrics.json").write_text(
         json.dumps({"score": 0.81234, "folds": [0, 1], "auc": {"mean": 0.9}, "test": {"mean": 0.7}})
     )
@@ -31,7 +32,8 @@ def run(tmp_path):
 
 
 def test_a_publication_has_each_folds_bundle_and_a_card_of_what_was_measured(tmp_path, run, monkeypatch):
-    folder = write_publication([run], tmp_path / "new" / "out", "My NIH backbones", "me", "CC-BY-NC-4.0")
+    folder = write_publication([run], tmp_path / "new" / "er" / "out", "My NIH backbones", "me", "CC-BY-NC-4.0")
+    assert [path.name for path in folder.parent.iterdir()] == ["out"]
     assert json.loads((folder / "dataset-metadata.json").read_text()) == {
         "title": "My NIH backbones",
         "id": "me/my-nih-backbones",
@@ -49,7 +51,8 @@ def test_a_publication_has_each_folds_bundle_and_a_card_of_what_was_measured(tmp
         '| recipe | nih_heidelberg, overrides {"epochs": 3} |',
     ):
         assert line in card.splitlines()
-    assert "the prepared run `prepared_nih`" in card and "Licence: CC-BY-NC-4.0" in card
+    assert "| trained on | the prepared run `prepared_nih`, fingerprint 0123456789ab |" in card.splitlines()
+    assert "Licence: CC-BY-NC-4.0" in card and "`starting_weights: my-nih-backbones/RUN/FOLD`" in card
     # Attached on Kaggle, a fold starts a training by its name.
     monkeypatch.setattr("kitlib.paths.inputs_root", lambda: tmp_path)
     folder.rename(tmp_path / "my-nih-backbones")
@@ -61,6 +64,7 @@ def test_a_run_of_one_model_is_published_with_what_is_known_of_it(tmp_path):
     run = tmp_path / "runs" / "single"
     save_bundle(run / "bundle", WEIGHTS, RECORD | {"recipe": asdict(StudyRecipe(starting_weights=""))})
     (run / "metrics.json").write_text("{}")
+    write_publication([run], tmp_path / "short", "A" * 6, "me", "other")
     folder = write_publication([run], tmp_path / "out", "A" * 50, "me", "other", "Trained last night.")
     assert read_bundle(folder / "single")[0]["fold"] == RECORD["fold"]
     assert {path.name for path in folder.iterdir()} == {"single", "README.md", "dataset-metadata.json"}
@@ -99,6 +103,13 @@ def test_a_folder_that_exists_is_not_replaced(tmp_path, run):
     with pytest.raises(KernelError, match="out exists; give a new folder"):
         write_publication([run], tmp_path / "out", "My NIH backbones", "me", "other")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_the_folder_is_uploaded_by_the_name_in_its_metadata(tmp_path, run, monkeypatch):
+    uploads = []
+    monkeypatch.setattr("kitlib.kernels.publish.push_dataset", lambda *given: uploads.append(given))
+    folder = write_publication([run], tmp_path / "out", "My NIH backbones", "me", "other")
+    assert publish(folder) == "me/my-nih-backbones" and uploads == [("me/my-nih-backbones", folder)]
 
 
 def test_the_command_prints_the_new_folder_and_fails_if_it_exists(tmp_path, run):

@@ -70,6 +70,13 @@ def test_a_dataset_that_is_there_gets_a_version_and_the_kernel_waits_for_it(kagg
     assert [body["body"]["versionNotes"] for body in kaggle.requests("CreateDatasetVersion")] == ["built by the kit"] * 2
 
 
+def test_a_dataset_of_which_kaggle_says_forbidden_is_created(kaggle, out):
+    """Kaggle answers so for missing datasets, too."""
+    answers = iter([(403, {"code": 403, "message": "Forbidden"})])
+    kaggle.answers["GetDatasetStatus"] = lambda body: next(answers, None) or kaggle._GetDatasetStatus(body)
+    assert pushed(out).datasets == {WHEELS: "created", WEIGHTS: "created"}
+
+
 def test_wheels_that_are_there_are_left_alone(kaggle, out):
     kaggle.datasets = {WHEELS: 4}
     wheel = next((out / "wheels").glob("*.whl"))

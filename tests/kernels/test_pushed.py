@@ -7,7 +7,7 @@ import pytest
 
 from kitlib.errors import KernelError
 from kitlib.kernels.pushed import Pushed, digest_build, is_pushed, read_pushed, write_new_version, write_pushed
-from kitlib.kernels.submit import fetch_output, submit_version, wait_for_run, wait_for_score
+from kitlib.kernels.submit import check_output, fetch_output, submit_version, wait_for_run, wait_for_score
 
 FIRST = Pushed("somebody/small-kernel", "https://www.kaggle.com/code/somebody/small-kernel", 3, ("effnet-fold0",), "")
 SCORED = dataclasses.replace(FIRST, status="complete", competition="siim-covid19-detection", submission=700)
@@ -88,6 +88,23 @@ def test_a_step_that_is_done_returns_its_record(out):
     (out / "output").mkdir()
     assert wait_for_run(out) == submit_version(out) == wait_for_score(out) == SCORED
     assert fetch_output(out) == out / "output"
+
+
+def test_a_file_with_a_fault_or_without_a_models_predictions_is_not_submitted(out):
+    rows = [f"i{number}_image,none 1 0 0 1 1\n" for number in range(25)]
+    text = "id,PredictionString\na_study,negative 1 0 0 1 1\n" + "".join(rows)
+    (out / "output").mkdir()
+    for name in ("submission.csv", "sample_submission.csv"):
+        (out / "output" / name).write_text(text)
+    (out / "output" / "usage.json").write_text('[{"bundle": "effnet-fold0", "predicted": 1, "readable": 2}]')
+    write_pushed(out, SCORED)
+    with pytest.raises(KernelError, match=r"because of 1 fault; ledger.*Found:\n  effnet-fold0 predicted 1 of 2 readable"):
+        check_output(out)
+    check_output(out, allow_placeholders=True)
+    (out / "output" / "submission.csv").write_text(text.replace("_image", "_other"))
+    with pytest.raises(KernelError, match=r"because of \d\d faults") as raised:
+        check_output(out)
+    assert len(str(raised.value).splitlines()) == 1 + 20  # the others are as the first ones
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -222,6 +223,28 @@ def test_without_namespaces_the_kernel_runs_unisolated_with_a_warning(tmp_path, 
     assert "could reach the network, write into its inputs and see this machine's files" in caplog.text
 
 
+def test_a_command_is_run_with_its_own_variables_and_its_output_kept(tmp_path):
+    script = """
+read line || echo no input
+echo $OWN $KIT_TIME_LIMIT_S ${KIT_STARTED:+started} ${HOME:-homeless}
+echo error >&2
+pwd
+printf 'not \\377 text\\n'
+set -- $(cat /proc/$$/stat); [ $6 = $$ ] && echo own session
+exit 3
+"""
+    expected = ["no input", "own 60 started homeless", "error", str(tmp_path), "not \ufffd text", "own session"]
+    for on_line in (lines := [], None):
+        on_line = None if on_line is None else on_line.append
+        code, seconds = run_with_limit(["sh", "-c", script], {"OWN": "own"}, tmp_path, 60.0, tmp_path / "log", on_line)
+        assert code == 3 and 0 <= seconds < 60
+        assert (tmp_path / "log").read_text().splitlines() == expected
+    assert lines == expected
+    for timer in [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]:
+        timer.join(30)  # it would kill another process that has got the same number
+        assert not timer.is_alive()
+
+
 @pytest.mark.parametrize("command", [["sh", "-c"], pytest.param(["sandbox"], marks=isolated)])
 def test_at_the_limit_every_process_is_stopped(tmp_path, command):
     # A duration that no other process uses, by which the test finds its own.
@@ -274,14 +297,20 @@ def test_how_a_rehearsal_is_judged(
     assert result.scores is None if fault else result.scores["score"] == 1.0
 
 
-@pytest.mark.parametrize(("limit_s", "explained"), [(0.01, True), (100.0, False), (1000.0, False)])
-def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, wheel, monkeypatch, limit_s, explained):
-    monkeypatch.setattr(rehearsals, "IMPORTS", "import json")
+@pytest.mark.parametrize(
+    ("limit_s", "imports", "explained"),
+    [(0.01, "json", True), (100.0, "json", False), (1000.0, "json", False), (0.01, "no_such_module", False)],
+)
+def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, wheel, monkeypatch, limit_s, imports, explained):
+    monkeypatch.setattr(rehearsals, "IMPORTS", f"import {imports}")
     monkeypatch.setattr(rehearsals, "run_with_limit", lambda *_: (137, limit_s + 0.1))
     monkeypatch.setattr(rehearsals, "link_kaggle_packages", lambda: tmp_path)
     problem = rehearse(*built(tmp_path, wheel), competition / "inputs", limit_s).problem
     assert problem.startswith("the time limit was reached")
-    assert bool(re.search(r"; no limit below about \d+ s can hold on this machine", problem)) is explained
+    found = re.search(r"; no limit below about (\d+) s can hold on this machine, .* alone takes (\d+\.\d) s$", problem)
+    assert bool(found) is explained
+    # Half as much again as the imports take, rounded up.
+    assert not found or 1 <= int(found[1]) <= 1.5 * float(found[2]) + 1.1
 
 
 @pytest.mark.parametrize(
@@ -413,9 +442,19 @@ def test_an_unisolated_kernel_gets_links_to_its_inputs_and_only_the_gpus_variabl
 def test_this_machines_kaggle_folder_is_hidden(tmp_path):
     """Otherwise the kernel would see its inputs, and the sandbox would create mount points in it."""
     files = {"path": tmp_path / "kernel.ipynb", "executed": tmp_path / "executed.ipynb", "working": tmp_path / "out"}
-    notebook = launch.BuiltNotebook(**files, inputs={}, options=[], temporary_folder=tmp_path / "temporary")
-    command, _ = launch.stand_in_command(notebook, tmp_path / "packages")
-    assert json.loads(command[-1])["hidden"] == [str(PROJECT), "/kaggle"]
+    notebook = launch.BuiltNotebook(**files, inputs={"a": tmp_path}, options=[], temporary_folder=tmp_path / "temporary")
+    command, environment = launch.stand_in_command(notebook, tmp_path / "packages")
+    plan = json.loads(command[-1])
+    assert plan["hidden"] == [str(PROJECT), "/kaggle"]
+    # The kernel gets what Kaggle gives it, and may write where it may on Kaggle.
+    folders = {"/image": tmp_path / "packages", "/rehearsal/kernel.ipynb": files["path"], "/kaggle/input/a": tmp_path}
+    assert plan["read_only"] == {path: str(folder) for path, folder in folders.items()}
+    assert set(plan["writable"]) == {"/kaggle/working", "/rehearsal/executed.ipynb", "/environment", "/tmp"}
+    assert (plan["folder"], plan["writable"]["/kaggle/working"]) == ("/kaggle/working", str(files["working"]))
+    assert (environment["HOME"], plan["command"][0]) == ("/tmp/home", "/environment/bin/python")
+    assert all(
+        Path(folder).is_dir() for folder in (plan["root"], plan["writable"]["/tmp"], plan["writable"]["/environment"])
+    )
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -431,6 +470,21 @@ def test_a_container_gets_the_gpus_only_if_the_kernel_uses_them(tmp_path, monkey
     read_only = {row[2].removeprefix("target=") for row in mounts if row[3:] == ["readonly"]}
     assert read_only == {"/kaggle/input/a:b", "/rehearsal/kernel.ipynb"}
     assert ["type=bind", f"source={tmp_path / 'a, b'}", "target=/kaggle/input/a:b", "readonly"] in mounts
+
+
+@pytest.mark.parametrize("of_root", [True, False])
+def test_after_a_container_its_files_belong_to_this_user(tmp_path, monkeypatch, of_root):
+    commands = []
+    monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: commands.append(command))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    owner = os.getuid() + of_root
+    monkeypatch.setattr(launch.os, "getuid", lambda: owner)
+    launch.end_container("its-name", "some/image", tmp_path)
+    assert commands[0] == ["docker", "rm", "--force", "its-name"] and len(commands) == 1 + of_root
+    if of_root:
+        assert commands[1][-5:] == ["some/image", "chown", "--recursive", f"{owner}:{os.getgid()}", "/kaggle/working"]
+        assert {"--rm", "--network=none", f"type=bind,source={tmp_path},target=/kaggle/working"} <= set(commands[1])
 
 
 @pytest.mark.parametrize("internet", [True, False])
@@ -668,6 +722,15 @@ def linked(folder) -> Path:
     return package / "METADATA"
 
 
+def test_an_environment_has_the_packages_of_a_folder_beside_its_own(tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "extra.py").write_text("ANSWER = 42")
+    python = kaggle_environment.create_environment(tmp_path / "environment", tmp_path / "packages")
+    code = "import extra, importlib.util, sys; print(extra.ANSWER, importlib.util.find_spec('pip'), sys.prefix)"
+    printed = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["42", "None", str(tmp_path / "environment")]
+
+
 def test_the_stand_in_is_made_again_only_for_other_packages(tmp_path, image):
     folder = tmp_path / "new" / "stand-in"
     assert kaggle_environment.link_kaggle_packages(folder, image) == folder
@@ -675,8 +738,18 @@ def test_the_stand_in_is_made_again_only_for_other_packages(tmp_path, image):
     (folder / "mark").touch()
     kaggle_environment.link_kaggle_packages(folder, image)
     assert (folder / "mark").exists() and linked(folder) == file
+    installed = Path(importlib.metadata.distribution("typer").locate_file("typer"))
+    compiled = {path.name for path in installed.glob(f"__pycache__/*.{sys.implementation.cache_tag}.pyc")}
+    assert {path.name for path in (folder / "typer").glob("__pycache__/*")} == compiled
     kaggle_environment.link_kaggle_packages(folder, image | {"typer": "0.0.1"})
     assert not (folder / "mark").exists() and not file.exists()
+
+
+def test_a_stand_in_needs_the_packages_that_run_a_notebook(tmp_path, image, monkeypatch):
+    few = [importlib.metadata.distribution(name) for name in ("pip", "typer")]
+    monkeypatch.setattr(kaggle_environment.importlib.metadata, "distributions", lambda: few)
+    with pytest.raises(KernelError, match="needs packages that are not installed: papermill, ipykernel; run `make` again"):
+        kaggle_environment.link_kaggle_packages(tmp_path / "stand-in", image)
 
 
 def test_packages_are_copied_where_they_cannot_be_linked(tmp_path, image, monkeypatch):
