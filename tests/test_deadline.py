@@ -1,4 +1,5 @@
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kitlib.deadline import Deadline, OutOfTime, SessionOver, session_deadline, session_limit
+from kitlib.deadline import Deadline, OutOfTime, SessionOver, epoch_fits, session_deadline, session_limit
 
 
 def test_the_deadline_interrupts_a_wait():
@@ -30,9 +31,22 @@ def test_except_exception_does_not_catch_the_deadline():
 
 
 def test_a_deadline_that_was_met_does_not_interrupt_later():
+    before = signal.getsignal(signal.SIGALRM)
     with Deadline(0.2).enforced():
-        pass
-    time.sleep(0.3)
+        assert signal.getsignal(signal.SIGALRM) != before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
+
+
+def test_a_deadline_needs_a_positive_number_of_seconds():
+    with pytest.raises(ValueError, match="a positive number of seconds, got 0"):
+        Deadline(0)
+
+
+@pytest.mark.parametrize(("seconds", "fits"), [([], True), ([60.0], True), ([60.0, 70.0, 10.0], False)])
+def test_an_epoch_fits_if_there_is_time_for_half_as_much_again_as_the_longest_took(seconds, fits):
+    # 1.5 * 60 s = 90 s and 1.5 * 70 s = 105 s.
+    assert epoch_fits(Deadline(100), seconds) is fits
+    assert epoch_fits(None, seconds)
 
 
 def test_a_past_deadline_interrupts_at_once():

@@ -64,11 +64,18 @@ def test_clipping_drops_boxes_with_less_than_a_pixel_inside():
     boxes, kept = clip_boxes([[-5, -5, 10, 10], [90, 0, 100.5, 20], [99.5, 0, 130, 20]], rows=50, columns=100)
     assert boxes.tolist() == [[0, 0, 10, 10], [90, 0, 100, 20], [99.5, 0, 100, 20]]
     assert kept.tolist() == [True, True, False]
+    # A whole pixel is enough; rows count like columns.
+    boxes, kept = clip_boxes([[99, 49, 130, 60], [0, 49.5, 20, 60], [-9, -9, 1, 1]], rows=50, columns=100)
+    assert boxes.tolist() == [[99, 49, 100, 50], [0, 49.5, 20, 50], [0, 0, 1, 1]]
+    assert kept.tolist() == [True, False, True]
 
 
-def test_an_image_of_unknown_size_is_an_error():
+@pytest.mark.parametrize("place", PLACEMENTS.values())
+@pytest.mark.parametrize(("rows", "columns"), [(0, 100), (100, 0)])
+def test_an_image_of_unknown_size_is_an_error(place, rows, columns):
     with pytest.raises(ValueError, match="read its size from the file first"):
-        letterbox(0, 100, 64)
+        place(rows, columns, 64)
+    assert place(1, 1, 64).boxes_to_original([[0, 0, 64, 64]]).shape == (1, 4)
 
 
 def test_a_centre_crop_equals_heidelbergs_256_to_224():
@@ -102,10 +109,13 @@ def test_a_crop_of_a_reduced_copy_shows_the_right_pixels():
     assert np.abs(block - [120, 80, 200, 160]).max() <= 4 / 2
 
 
-@pytest.mark.parametrize("frame", [[0, 0, 0, 10], [-1, 0, 10, 10], [0, 0, 321, 10]])
+@pytest.mark.parametrize(
+    "frame", [[0, 0, 0, 10], [0, 9, 10, 9], [-1, 0, 10, 10], [0, -1, 10, 10], [0, 0, 321, 10], [0, 0, 10, 401]]
+)
 def test_a_frame_outside_the_image_or_without_area_is_refused(frame):
     with pytest.raises(ValueError, match="lie in the 400 x 320 pixel image"):
         within(letterbox, np.array(frame), 400, 320, 64)
+    assert within(letterbox, np.array([0, 0, 320, 400]), 400, 320, 64).frame == (0, 0, 320, 400)
 
 
 @given(sides, sides, st.sampled_from(sorted(PLACEMENTS)), st.integers(0, 10**6))

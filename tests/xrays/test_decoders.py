@@ -1,5 +1,6 @@
 """The faster decoders give pylibjpeg's pixels, and pylibjpeg is used if imagecodecs is missing."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydicom.uid import (
 )
 
 from kitlib.errors import UnreadableXray
-from kitlib.xrays.codestream import read_frame_header
+from kitlib.xrays.codestream import FrameHeader, has_component_transform, read_frame_header
 from kitlib.xrays.decoders import PLUGIN, plugin_for
 from kitlib.xrays.dicom import decode_xray, read_stored_values
 from kitlib.xrays.writing import write_xray
@@ -134,6 +135,66 @@ def test_tables_between_frame_headers_are_no_frame_header(tmp_path, kind):
     frame = get_frame(dcmread(written(tmp_path, JPEGLosslessSV1)).PixelData, 0, number_of_frames=1)
     with_table = frame[:2] + bytes([0xFF, kind, 0, 4, 0, 0]) + frame[2:]
     assert read_frame_header(with_table, JPEGLosslessSV1) == read_frame_header(frame, JPEGLosslessSV1)
+
+
+def jpeg_2000(area, tile, components=((7, 1, 1),), blocks=4, transform=0) -> bytes:
+    """Return the SIZ and COD segments of a JPEG 2000 codestream (ITU-T T.800, A.5.1 and A.6.1).
+
+    `area` is the image's left, top, right and bottom on the reference grid, `tile` the left, top, width and height of the
+    first tile, a component its precision - 1 and subsampling, `blocks` the exponent - 2 of a code-block's sides.
+    """
+    left, top, right, bottom = area
+    tile_left, tile_top, width, height = tile
+    numbers = (right, bottom, left, top, width, height, tile_left, tile_top)
+    sizes = struct.pack(">4sHH8IH", b"\xff\x4f\xff\x51", 38 + 3 * len(components), 0, *numbers, len(components))
+    style = struct.pack(">2sHBBHBBBBBB", b"\xff\x52", 12, 0, 0, 1, transform, 5, blocks, blocks, 0, 1)
+    return sizes + b"".join(map(bytes, components)) + style + b"\xff\xd9"
+
+
+GREY, ONE_TILE = ((7, 1, 1),), (0, 0, 9000, 9000)
+
+
+@pytest.mark.parametrize(
+    ("frame", "rows", "columns", "samples", "precision"),
+    [
+        (jpeg_2000((3, 10, 40, 60), ONE_TILE), 50, 37, 1, 8),
+        (jpeg_2000((0, 0, 1, 1), ONE_TILE), 1, 1, 1, 8),
+        (jpeg_2000((0, 0, 37, 50), ONE_TILE, ((7, 1, 1), (0x8B, 1, 1), (8, 1, 1))), 50, 37, 3, 12),  # 0x80: signed
+        (jpeg_2000((0, 0, 37, 50), ONE_TILE, GREY * 4), 50, 37, 4, 8),
+        (jpeg_2000((12, 22, 265, 277), (10, 20, 1, 1)), 255, 253, 1, 8),  # 255 x 257 tiles
+        (jpeg_2000((0, 0, 509, 770), (0, 0, 2, 3)), 770, 509, 1, 8),  # also, with incomplete ones
+        (jpeg_2000((8, 16, 4104, 4112), ONE_TILE, blocks=0), 4096, 4096, 1, 8),  # 2^20 blocks of 4 x 4
+    ],
+)
+def test_a_jpeg_2000_states_its_size(frame, rows, columns, samples, precision):
+    header = FrameHeader(rows, columns, samples, precision, has_end_marker=True)
+    assert read_frame_header(frame, JPEG2000Lossless) == header
+
+
+@pytest.mark.parametrize(
+    ("frame", "reason"),
+    [
+        (jpeg_2000((40, 10, 40, 60), ONE_TILE), "size: 50 x 0 pixels"),
+        (jpeg_2000((3, 60, 40, 60), ONE_TILE), "size: 0 x 37 pixels"),
+        (jpeg_2000((0, 0, 37, 50), (0, 0, 0, 50)), "invalid JPEG 2000 size"),
+        (jpeg_2000((0, 0, 37, 50), (0, 0, 37, 0)), "invalid JPEG 2000 size"),
+        (jpeg_2000((0, 0, 37, 50), ONE_TILE, ()), r"0 component\(s\)"),
+        (jpeg_2000((0, 0, 37, 50), ONE_TILE, GREY * 5), r"5 component\(s\)"),
+        (jpeg_2000((10, 20, 266, 276), (10, 20, 1, 1)), "65536 tiles"),
+        (jpeg_2000((0, 0, 509, 769), (0, 0, 1, 3)), "130813 tiles"),
+        (jpeg_2000((0, 0, 37, 50), ONE_TILE, GREY * 2 + ((7, 2, 1),)), "subsampled"),
+        (jpeg_2000((0, 0, 37, 50), ONE_TILE, ((7, 1, 2), *GREY * 2)), "subsampled"),
+        (jpeg_2000((0, 0, 4112, 4096), ONE_TILE, blocks=0), "4096 x 4112 pixels has blocks of 4 x 4"),
+    ],
+)
+def test_an_invalid_or_costly_jpeg_2000_is_refused(frame, reason):
+    with pytest.raises(ValueError, match=reason):
+        read_frame_header(frame, JPEG2000Lossless)
+
+
+def test_a_jpeg_2000_states_its_colour_transform():
+    stated = [has_component_transform(jpeg_2000((0, 0, 37, 50), ONE_TILE, GREY * 3, transform=n)) for n in (0, 1)]
+    assert stated == [False, True] and not has_component_transform(b"\xff\x4f\xff\x51")
 
 
 def test_progressive_frames_and_tiny_blocks_are_refused(tmp_path):

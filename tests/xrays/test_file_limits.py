@@ -73,3 +73,24 @@ def test_only_decoded_files_tell_what_usual_files_take(outcomes, limit_s):
         for number in range(10):
             limits.count(Outcome(str(number), status, seconds=seconds))
     assert limits.next_limit() == limit_s
+
+
+@pytest.mark.parametrize(
+    ("times", "limit_s"),
+    [
+        ([], 8.0),  # slow files have a tenth of 400 s in two processes, 80 s, and each has a tenth of what remains
+        ([10.0], 7.0),
+        ([5.0], 7.5),
+        ([4.9], 8.0),
+        ([1.0, *[1.5] * 8], 8.0),  # nine files do not tell what is usual
+        ([1.0, *[1.5] * 9], 15.0),  # ten times the second of ten, in order of time
+        ([4.0] * 10, 20.0),  # 20 files of 20 s take half of the 800 s
+    ],
+)
+def test_the_limit_follows_from_what_remains_and_from_what_usual_files_take(times, limit_s):
+    limits = FileLimits(100.0, 400.0, 2, 20)
+    for number, seconds in enumerate(times):
+        limits.count(Outcome(str(number), "decoded", seconds=seconds))
+    assert limits.next_limit() == pytest.approx(limit_s)
+    slow = [seconds for seconds in times if seconds >= 5]
+    assert (limits.slow, limits.slow_s, limits.lowest_s) == (len(slow), sum(slow), pytest.approx(limit_s))
