@@ -1,4 +1,4 @@
-"""Limits of the clean-up of lung masks: each verdict at its boundary, the frame's margin, and probabilities near one half."""
+"""The clean-up of lung masks: verdicts at their boundaries, the frame's margin, and probabilities near one half."""
 
 import numpy as np
 import pytest

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
 from kitlib.tables import check_table
-from kitlib.training.fold_folder import FitResult, draw_curves, mean_curves, open_run
+from kitlib.training.fold_folder import FitResult, continue_from, draw_curves, mean_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from tests.small_tasks import small_task
@@ -52,6 +53,9 @@ def test_a_run_folder_belongs_to_one_run(tmp_path):
     identity = {"fold": 0, "recipe": {"epochs": 3, "rates": (1, 2)}, "data_fingerprint": "abc"}
     begin(tmp_path, identity)
     assert open_run(tmp_path, identity, resume=True) is False
+    # Neither the place of the weights nor another format of the curves makes another run.
+    moved = {"epochs": 3, "rates": (1, 2), "curves": "wandb", "starting_weights": "elsewhere"}
+    assert open_run(tmp_path, identity | {"recipe": moved}, resume=True) is False
     other = identity | {"recipe": {"epochs": 5, "rates": (1, 2)}, "data_fingerprint": "abd"}
     listing = r"data_fingerprint: 'abc' recorded, 'abd' requested; recipe\.epochs: 3 recorded, 5 requested"
     advice = f"to keep it, set run_folder to another name; to replace it, delete {tmp_path}"
@@ -73,10 +77,48 @@ def test_a_folder_without_a_checkpoint_is_taken_over_by_another_run(tmp_path):
     assert open_run(tmp_path, wrong, resume=True) is False
     (tmp_path / "checkpoints" / ".last.ckpt.half").touch()
     assert open_run(tmp_path, right, resume=True) is False
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert open_run(tmp_path, right, resume=True) is False
-    with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 recorded, 3 requested"):
-        open_run(tmp_path, wrong, resume=True)
+    for result in ("last.ckpt", "lungs-000000.parquet"):  # of training and of segmenting
+        (tmp_path / "checkpoints" / result).touch()
+        assert open_run(tmp_path, right, resume=True) is False
+        with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 recorded, 3 requested"):
+            open_run(tmp_path, wrong, resume=True)
+        (tmp_path / "checkpoints" / result).unlink()
+
+
+def folder_of(fold, epoch=None, finished=False):
+    """Write a fold's folder with the last complete epoch `epoch` (from 0), or none."""
+    (fold / "checkpoints").mkdir(parents=True)
+    (fold / "checkpoints" / "run.json").write_text("{}")
+    if epoch is not None:
+        torch.save({"epoch": epoch}, fold / "checkpoints" / "last.ckpt")
+    if finished:
+        (fold / "metrics.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "own", "copied"),
+    [
+        ((0, False), None, True),
+        ((0, False), (None, False), True),
+        ((1, False), (0, False), True),
+        ((1, False), (1, False), False),
+        ((1, False), (2, False), False),
+        ((1, True), (1, False), True),
+        ((5, False), (1, True), False),  # a finished fold may have ended early
+    ],
+)
+def test_a_fold_is_copied_if_the_earlier_session_has_trained_it_further(tmp_path, earlier, own, copied):
+    folder_of(tmp_path / "earlier" / "fold1", *earlier)
+    if own:
+        folder_of(tmp_path / "run" / "fold1", *own)
+    leftover = tmp_path / "run" / ".fold1.copying" / "leftover"  # of a copy that was killed
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    (line,) = continue_from(tmp_path / "earlier", tmp_path / "run")
+    assert line.startswith("fold1: resumes from" if copied else "fold1: not copied")
+    files = {path.name for path in (tmp_path / "run" / "fold1").rglob("*") if path.is_file()}
+    has_checkpoint, is_finished = (earlier if copied else own)[0] is not None, (earlier if copied else own)[1]
+    assert files == {"run.json", *["last.ckpt"] * has_checkpoint, *["metrics.json"] * is_finished}
 
 
 def begin(folder, identity):
@@ -88,6 +130,10 @@ def begin(folder, identity):
 def test_curves_show_what_was_logged(tmp_path):
     columns = {"epoch": [1, 2], "seconds": [1.0, 1.0], "images_per_s": [9.0, 9.0], "learning_rate": [0.1, 0.05]}
     history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
+    fitted = FitResult(history.assign(seconds=[1.006, 2.0], images_per_s=[9.0, 10.999], atypical=math.inf), 1)
+    assert fitted.best() == {"train_loss": 2.0, "score": 0.4}  # without unknown values
+    described = {"best_epoch": 1, "epochs": 2, "seconds": 3.01, "images_per_s": 10.0, "device": "cpu"}
+    assert fitted.metrics(torch.device("cpu")) == described | {"best": fitted.best(), "precision": "32-true"}
     draw_curves(FitResult(history, 2), tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -156,6 +202,9 @@ def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_one
         joined(small, again)
     marked = ExtraImages(extra.images.assign(false_none=[True] * 12 + [False] * 4), extra.labels, extra.boxes, extra.cache)
     assert len(joined(small, marked)[0]) == 8 + 4
+    none = ExtraImages(extra.images.assign(false_none=True), extra.labels, extra.boxes, extra.cache)
+    with pytest.raises(ValueError, match="the extra run has no image to train this model on"):
+        joined(small, none)
 
 
 def test_extra_tables_do_not_change_other_images(caplog):

@@ -57,6 +57,9 @@ def test_patients_studies_and_near_duplicates_count_as_seen():
     seen = seen_by(images, TRAINED, FOLDS, MODELS, groups)
     assert set(seen["fold"]) == {0} and set(seen["image_id"]) == {"same patient", "same study", "copy", "its study"}
     assert len(seen) == 2 * 4  # two models of fold 0
+    # Also if the copy is the only image that is like a training image.
+    seen = seen_by(images[2:], TRAINED, FOLDS, MODELS, groups)
+    assert set(seen["image_id"]) == {"copy", "its study"}
 
 
 def test_extra_images_were_seen_in_every_fold():
