@@ -26,6 +26,8 @@ def test_the_split_keeps_folds_apart_and_drops_false_none_images():
     marked = small.images.assign(false_none=small.images.image_id == "image002")
     train, validation = split(marked, small.fold_table, 1, seed=0)
     assert len(train) == 15 and len(validation) == 16
+    for part in (train, validation, split(marked, small.fold_table, 1, 0, limit_train=4)[0]):
+        assert part.columns.equals(marked.columns) and part.index.tolist() == list(range(len(part)))
     assert set(train.patient_id).isdisjoint(validation.patient_id)
     assert set(validation.image_id) == set(small.fold_table.id[small.fold_table.fold == 1])
 
@@ -200,7 +202,9 @@ def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_one
     again = ExtraImages(train, small.labels, small.boxes, small)
     with pytest.raises(ValueError, match=r"8 of 8 extra images have the same image_id as training images; .* 'image008'"):
         joined(small, again)
-    marked = ExtraImages(extra.images.assign(false_none=[True] * 12 + [False] * 4), extra.labels, extra.boxes, extra.cache)
+    marked = ExtraImages(
+        extra.images.assign(false_none=[True] * 12 + [False] * 3 + [None]), extra.labels, extra.boxes, extra.cache
+    )
     assert len(joined(small, marked)[0]) == 8 + 4
     none = ExtraImages(extra.images.assign(false_none=True), extra.labels, extra.boxes, extra.cache)
     with pytest.raises(ValueError, match="the extra run has no image to train this model on"):
@@ -216,6 +220,9 @@ def test_extra_tables_do_not_change_other_images(caplog):
     assert len(boxes) == 2 * len(small.boxes) and not boxes.duplicated().any()
     assert list(labels.columns) == ["id", *STUDY_CLASSES] and labels.iloc[len(small.labels) :, 1:].isna().all(axis=None)
     assert "no labels for negative, typical, indeterminate, atypical" in caplog.text
+    caplog.clear()
+    joined(small, ExtraImages(extra.images, extra.labels.assign(typical=math.nan), extra.boxes, extra.cache))
+    assert "no labels for typical;" in caplog.text
 
 
 def identity(extra=None, lungs=None):
