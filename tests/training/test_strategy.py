@@ -11,6 +11,7 @@ from kitlib.letterbox import stretch, within
 from kitlib.settings import override
 from kitlib.training.driver import _strategies
 from kitlib.training.strategy import without_images
+from kitlib.training.task import Task
 from tests.small_lungs import FRAME, stored_lungs
 from tests.small_masks import RECIPE as MASKS_RECIPE
 from tests.small_masks import SmallMasks
@@ -105,6 +106,12 @@ def test_a_task_without_a_table_or_with_impossible_workers_is_refused(changes, m
         task = dataclasses.replace(task, tables={name: task.tables[name] for name in ("images", "labels", "boxes")})
     with pytest.raises(ValueError, match=message):
         task.checked()
+
+
+def test_a_task_continues_and_chooses_its_workers_unless_told_otherwise():
+    small = SmallXrays()
+    task = Task(small.tables(), small, STUDY_RECIPE, "small")
+    assert (task.seed, task.workers, task.in_sample, task.resume) == (0, -1, False, True)  # as documented
 
 
 def test_a_class_has_images_if_a_label_is_at_least_one_half():
