@@ -82,3 +82,11 @@ def test_the_least_area_of_a_sparse_structure_is_a_share_of_the_image():
         maps = np.zeros((1, 40, 50), np.uint8)
         maps[0, 10, 10 : 10 + count] = 255
         assert np.count_nonzero(decode_maps(maps, letterbox(40, 50, (40, 50)), (40, 50), recipe)) == found
+
+
+def test_a_pixel_of_the_canvas_that_is_half_lung_is_lung():
+    # At 1024 pixels, two columns are one of the canvas; of its first column, the lungs cover the right half.
+    codes = np.zeros((1024, 1024), np.uint8)
+    codes[:400, 201:400] = MASK_CODES["lungs"]
+    xray = CachedXray("a", image().pixels.repeat(2, axis=0).repeat(2, axis=1), 1024, 1024)
+    assert clean_up_mask(xray, codes, PLAIN).area == 200 * 100 / SIDE**2
