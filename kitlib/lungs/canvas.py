@@ -68,8 +68,6 @@ class Canvas:
         The square's side length is `image_size`.
         """
         edge = (self.whole - self.image_size) // 2
-        if not edge and self.whole == self.image_size:
-            return place
         return dataclasses.replace(
             place,
             canvas_rows=self.image_size,

@@ -107,10 +107,10 @@ def in_original(box: np.ndarray, xray: CachedXray) -> np.ndarray:
 
 def remove_islands(lungs: np.ndarray, least: float) -> np.ndarray:
     """Return a bool mask (rows, columns) without its connected parts that cover less than a share `least` of the image."""
-    count, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
+    _, places, stats, _ = cv2.connectedComponentsWithStats(lungs.astype(np.uint8), connectivity=8)
     large = stats[:, cv2.CC_STAT_AREA] >= least * lungs.size
     large[0] = False  # the background
-    return large[places] if count > 1 else lungs
+    return large[places]
 
 
 def dilate_and_close(lungs: np.ndarray, dilations: int, closings: int) -> np.ndarray:

@@ -36,8 +36,6 @@ def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
         )
         # In a container, this may be the path outside the container; the group's files are then directly in the root.
         for group in (root / path.strip("/"), *(root / path.strip("/")).parents):
-            if not group.is_relative_to(root):
-                break
             try:
                 most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -66,7 +64,7 @@ class KeptMemory:
         if not self._reserved:
             processes = self.folds_at_once * data_parallel.rank_and_world_size()[1]
             self._budget = int(SHARE * self.available()) // processes
-        fitting = min(count, (self._budget - self._reserved) // max(1, bytes_each))
+        fitting = min(count, (self._budget - self._reserved) // bytes_each)
         if fitting < count:
             logger.warning(
                 "%d of %d canvases (resized images) fit into the memory reserved for them (%.1f GB); the others are resized "

@@ -88,7 +88,7 @@ def with_extra(
     added = check_table(extra.images, "images", "the extra images")
     added_labels = check_table(extra.labels, "labels", "the extra images")
     if "false_none" in added.columns:
-        added = added[~added.false_none.fillna(False).astype(bool)]
+        added = added[added.false_none.ne(True)]
     if added.empty:
         raise ValueError(
             "the extra run has no image to train this model on (NIH images have no boxes for a detector); choose another run"

@@ -114,6 +114,14 @@ def test_grey_is_adjusted_before_a_mask_blackens_it(seed, equalise, gamma):
     assert np.array_equal(read_canvas(probe).grey(pixels, None), grey)
 
 
+def test_a_recipe_chooses_how_an_image_is_reduced():
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 70)).astype(np.uint8)
+    place = PLACEMENTS["letterbox"](90, 70, 32)
+    area, bicubic = (read_canvas({"image_size": 32, "resize": resize}).lay(pixels, place) for resize in ("area", "bicubic"))
+    assert np.array_equal(area, place.image(pixels)) and np.array_equal(bicubic, place.image(pixels, bicubic=True))
+    assert not np.array_equal(area, bicubic)
+
+
 @pytest.mark.parametrize(("side", "edge"), [(224, 22), (32, 3), (4, 1)])
 def test_a_border_is_a_tenth_of_the_side(side, edge):
     shown = keep_border(np.full((side, side), 200, np.uint8))

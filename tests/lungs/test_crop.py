@@ -68,6 +68,10 @@ def test_without_a_frame_the_whole_image_is_shown():
         # The frame of the whole image gives the same.
         whole = crop(place, np.array([0.0, 0.0, COLUMNS, ROWS]), ROWS, COLUMNS, 512)
         np.testing.assert_array_equal(whole.offset, place(ROWS, COLUMNS, 512).offset)
+        boxes = np.array([[-9, -9, COLUMNS + 9, ROWS + 9, 3.0], [-9, -9, -1, 50, 4.0], [100, 200, 900, 950, 5.0]])
+        found = clip_boxes_to_canvas(place(ROWS, COLUMNS, 512), boxes)
+        np.testing.assert_array_equal(found, clip_boxes_to_canvas(whole, boxes))
+        assert found[:, 4].tolist() == [3, 5]  # of the boxes that are left
 
 
 def test_outside_of_the_mask_all_is_black():

@@ -47,6 +47,50 @@ def test_the_frame_scales_with_the_image():
     assert np.abs(large / 3 - frame).max() < 0.03 * max(pixels.shape)
 
 
+RIGHT, LEFT = (20, 30, 50, 100), (78, 30, 108, 100)  # xmin, ymin, xmax, ymax of two lungs
+
+
+def chest(*lungs):
+    """Return 128 x 128 pixels: bright, with grey air at the top and the sides, and dark rectangles."""
+    pixels = np.full((128, 128), 200, np.uint8)
+    pixels[:14] = pixels[:, :12] = pixels[:, -12:] = 100
+    for xmin, ymin, xmax, ymax in lungs:
+        pixels[ymin:ymax, xmin:xmax] = 20
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("left", "scale", "expected"),
+    [
+        # Both lungs are 88 x 70; 88 x 0.95 = 83.6 rows from the top, then 0.13 of the sides on each side.
+        (LEFT, (2, 2), (8.6, 19.1, 119.4, 124.5)),
+        (LEFT, (2, 3), (8.6, 20.9, 119.4, 109.1)),  # 176 x 210: high enough
+        ((78, 30, 98, 100), (1, 1), (8.6, 19.1, 119.4, 124.5)),  # a part of a lung: reaches as far as the other lung
+        ((78, 40, 108, 128), (1, 1), (8.6, 17.3, 119.4, 128)),  # a lung may reach the lower edge, where the frame ends
+    ],
+)
+def test_the_frame_of_two_dark_rectangles_is_the_one_computed_by_hand(left, scale, expected):
+    pixels = chest(RIGHT, left).repeat(scale[1], axis=0).repeat(scale[0], axis=1)
+    np.testing.assert_allclose(lung_box(pixels) / (scale * 2), expected, atol=5)  # edges are blurred
+
+
+@pytest.mark.parametrize(
+    "lungs",
+    [
+        [LEFT],
+        [RIGHT, (78, 0, 108, 100)],
+        [(0, 30, 50, 100), LEFT],
+        [RIGHT, (78, 30, 128, 100)],
+        [RIGHT, (78, 30, 108, 46)],
+        [(20, 20, 50, 60), (78, 70, 108, 110)],
+        [(45, 50, 60, 80), (68, 50, 83, 80)],
+    ],
+    ids=["one", "at the top", "at the left", "at the right", "low", "one above the other", "small frame"],
+)
+def test_dark_areas_that_are_no_pair_of_lungs_are_not_found(lungs):
+    assert lung_box(chest(*lungs)) is None
+
+
 @pytest.mark.real_data
 def test_real_lungs_lie_in_the_frame():
     # 401 COVID chests with masks of the whole lung. Measured: found in 0.78 of them; of these, half are inside whole and

@@ -24,7 +24,7 @@ from tests.small_tasks import train_small
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     small = SmallMasks(tmp_path_factory.mktemp("masks"))
-    small.pixels["chest003"] = np.zeros_like(small.pixels["chest003"])  # a blank image
+    small.pixels["chest003"] = np.full_like(small.pixels["chest003"], 90)  # a blank image
     return small
 
 
@@ -117,7 +117,12 @@ def test_an_interrupted_run_continues_and_ends_with_the_same_lungs(run, small, b
     pd.testing.assert_frame_equal(lungs, run[1])
     nothing = Counting(small)
     pd.testing.assert_frame_equal(apply_lungs(small.images, nothing, bundle, tmp_path, progress=False), lungs)
-    assert nothing.reads == []
+    assert nothing.reads == [] and not (tmp_path / "masked").exists()  # copies are written only on request
+    with pytest.raises(TrainingError, match="data_fingerprint: "):
+        apply_lungs(small.images[:8], small, bundle, tmp_path, progress=False)
+    everything = Counting(small)
+    again = apply_lungs(small.images, everything, bundle, tmp_path, resume=False, progress=False)
+    assert sorted(everything.reads) == small.image_ids and again.equals(lungs)
 
 
 def test_rows_without_their_masks_are_made_again(run, small, bundle, tmp_path, monkeypatch):
@@ -147,6 +152,7 @@ def test_a_changed_clean_up_is_kept_in_the_bundle_and_is_another_run(run, small,
 def test_the_published_least_area_is_only_for_dilated_masks(small, bundle, tmp_path, caplog):
     with pytest.raises(SettingsError, match=r"least_area is 0\.1907, .* the recipe has 0 dilations .* set least_area"):
         applied(small, bundle, tmp_path, clean_up=PUBLISHED_CLEAN_UP | {"dilations": 0})
+    assert "but its network is resunet" not in caplog.text
     applied(small, bundle, tmp_path / "old", clean_up=PUBLISHED_CLEAN_UP)  # as in the bundles of a resunet until clean-up 2
     assert "but its network is resunet" in caplog.text
 

@@ -80,6 +80,40 @@ def test_the_shares_are_betas():
         assert np.var(shares) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.2)
 
 
+def cutmix_places(draws, side):
+    """Return for each draw of CutMix with alpha 1 which pixels come from the other image."""
+    pixels = torch.stack([torch.zeros(side, side), torch.ones(side, side)])
+    one, places = {"pixels": pixels, "label": torch.eye(2), "none": torch.zeros(2)}, []
+    torch.manual_seed(0)
+    while len(places) < draws:
+        pasted = mix_batch(one, 0.0, 1.0)["pixels"][0] == 1
+        if pasted.any():  # mixed with the other image, not with itself
+            places.append(pasted)
+    return torch.stack(places).double()
+
+
+def test_cutmix_pastes_squares_at_even_places_that_are_cut_at_the_edges():
+    # A square of the side a, 0..1, with a centre drawn evenly from 0..1 covers a - a^2 / 4 of an axis on average. With a^2
+    # drawn evenly, the mean of (a - a^2 / 4)^2 is 1/2 - 1/5 + 1/48.
+    places = cutmix_places(500, side=64)
+    assert places.mean().item() == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.05)  # four standard deviations
+    rows, columns = places.mean(dim=(0, 2)), places.mean(dim=(0, 1))
+    for axis in (rows, columns):
+        assert axis[0] > 0.1 and axis[-1] > 0.1  # squares reach the edges
+        assert axis[:32].mean().item() == pytest.approx(axis[32:].mean().item(), abs=0.1)
+    inner = places[(places[:, [0, -1]].sum(dim=(1, 2)) == 0) & (places[:, :, [0, -1]].sum(dim=(1, 2)) == 0)]
+    heights, widths = inner.any(dim=2).sum(dim=1), inner.any(dim=1).sum(dim=1)
+    assert len(inner) > 50 and (heights - widths).abs().max() <= 1  # in whole pixels
+
+
+def test_each_method_mixes_half_of_the_batches():
+    one = {"pixels": torch.zeros(2, 1, 1, dtype=torch.uint8), "label": torch.eye(2), "none": torch.zeros(2)}
+    torch.manual_seed(0)
+    kinds = [mix_batch(one, 0.4, 1.0)["pixels"].dtype for _ in range(400)]
+    # Only MixUp needs fractions of grey levels. Four standard deviations are 0.1.
+    assert np.mean([kind == torch.uint8 for kind in kinds]) == pytest.approx(0.5, abs=0.1)
+
+
 def test_without_an_alpha_the_batch_passes_and_nothing_is_drawn():
     one = batch(3, seed=0)
     state = torch.get_rng_state()

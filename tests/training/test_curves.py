@@ -1,6 +1,8 @@
 """Curves for TensorBoard, W&B and MLflow: one point an epoch, from either training loop."""
 
 import importlib.util
+import inspect
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from pytorch_lightning.loggers import CSVLogger
 from kitlib.errors import TrainingError
 from kitlib.recipes.fields import DetectorRecipe, StudyRecipe, TrainingRecipe
 from kitlib.settings import field_kinds, override
+from kitlib.training import curves
 from kitlib.training.curves import LOGGERS, open_curves
 from kitlib.training.progress import Progress
 from tests.small_tasks import train_small
@@ -60,6 +63,36 @@ def test_either_training_loop_writes_its_epochs_and_closes_the_logger(tmp_path, 
     points = pd.read_csv(tmp_path / "curves" / "metrics.csv")
     assert points.step.tolist() == [1, 2] and points.score.tolist() == pytest.approx(scores.tolist())
     assert Closing.closed == 1
+
+
+def test_curves_are_written_to_the_folder_alone_and_a_later_session_adds_to_them(tmp_path, monkeypatch):
+    """The arguments of the loggers, whose packages need not be installed; Weights & Biases would otherwise send data."""
+    folder = tmp_path / "fold0" / "curves"
+    mlflow = {"experiment_name": "kit", "run_name": "title", "tracking_uri": f"sqlite:///{folder}/mlflow.db"}
+    expected = {
+        "tensorboard": ("TensorBoardLogger", {"save_dir": folder, "name": "", "version": ""}),
+        "wandb": ("WandbLogger", {"name": "title", "save_dir": folder, "project": "kit", "offline": True}),
+        "mlflow": ("MLFlowLogger", mlflow),
+    }
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for kind, (name, arguments) in expected.items():
+        parameters, made, finished = inspect.signature(getattr(curves, name)), [], []
+        logger = SimpleNamespace(finalize=finished.append)
+
+        class Fake(SimpleNamespace):
+            def __init__(self, *given, **named):
+                made.append(parameters.bind(*given, **named).arguments)  # noqa: B023
+                super().__init__(**vars(logger))  # noqa: B023
+                self.experiment = SimpleNamespace(finish=lambda: self.finalize("finished"))
+
+        monkeypatch.setattr(curves, name, Fake)
+        for _ in range(2):
+            with pytest.raises(ConnectionError), open_curves(kind, folder, "title"):
+                raise ConnectionError
+        assert made == [arguments] * 2 and folder.is_dir()
+        assert finished == ["success", *["finished"] * (kind == "wandb")] * 2
+        monkeypatch.undo()
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
 
 
 def test_the_recipe_offers_what_can_be_written():

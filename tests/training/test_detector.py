@@ -177,9 +177,21 @@ def test_a_finished_run_is_read_back_and_another_is_refused(uninterrupted, monke
 
 
 @pytest.mark.parametrize(("nominal_batch", "steps"), [(0, 4), (8, 2)])
-def test_a_faster_rcnn_gathers_batches_into_a_step(tmp_path, nominal_batch, steps):
+def test_a_faster_rcnn_gathers_batches_into_a_step(tmp_path, monkeypatch, nominal_batch, steps):
+    step, losses = PyramidDetectorTraining.training_step, []
+
+    def noted(self, batch, number):
+        losses.append(step(self, batch, number))
+        return losses[-1]
+
+    monkeypatch.setattr(PyramidDetectorTraining, "training_step", noted)
     # Two epochs of two batches of four images.
-    train(tmp_path, override(FASTER_RCNN, nominal_batch=nominal_batch))
+    history = train(tmp_path, override(FASTER_RCNN, nominal_batch=nominal_batch)).history
+    parts = history.drop(columns=[*TIMES, "epoch", "learning_rate", "score", "train_loss"])
+    assert parts.shape[1] == 4  # losses of regions and of boxes
+    means = np.array([each.item() for each in losses]).reshape(2, 2).mean(axis=1)
+    np.testing.assert_allclose(history.train_loss, means, rtol=1e-5)
+    np.testing.assert_allclose(parts.sum(axis=1), means, rtol=1e-5)
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == steps
 
@@ -240,7 +252,10 @@ def test_a_fold_without_boxes_is_refused(tmp_path):
     small = SmallXrays(16)
     fold = small.fold_table.id[small.fold_table.fold == 1]
     small.boxes = small.boxes[~small.boxes.image_id.isin(fold)]
-    with pytest.raises(ValueError, match="none of the 8 images in the validation fold 1 has a box"):
+    with pytest.raises(ValueError, match="none of the 8 images in the validation fold 1 has a box; raise limit_train"):
+        train(tmp_path, FASTER_RCNN, small)
+    small.boxes = small.boxes[:0]
+    with pytest.raises(ValueError, match="images in the training folds has a box; the prepared run has no boxes"):
         train(tmp_path, FASTER_RCNN, small)
 
 
@@ -402,6 +417,16 @@ def test_the_published_settings_reach_ultralytics(tmp_path):
     expected = {"flipud": 0.1, "fliplr": 0.5, "lr0": 0.01, "momentum": 0.937, "weight_decay": 5e-4, "nbs": 64, "mixup": 0.5}
     expected["mosaic"] = 0.0
     assert {name: given[name] for name in expected} == expected and given["imgsz"] == 512
+    # The kit's schedule, ultralytics' defaults for warm-up, and neither files nor a test of float16 with a download.
+    assert (given["lrf"], given["cos_lr"], given["patience"], given["batch"]) == (0.05, True, 0, 16)
+    assert (given["warmup_bias_lr"], given["amp"], given["device"], given["exist_ok"]) == (0.1, False, "cpu", True)
+    assert [given[name] for name in ("plots", "verbose", "deterministic", "hsv_h", "hsv_s")] == [False] * 3 + [0.0, 0.0]
+    adam = settings(override(YOLO, epochs=40, optimizer="adam", momentum=0.8), tmp_path, torch.device("cuda", 1), 0, 0)
+    assert (adam["momentum"], adam["warmup_bias_lr"], adam["device"]) == (0.9, 0.0, "1")
+    # Without mosaic: ultralytics' last 10 epochs, but at most a third of all.
+    assert adam["close_mosaic"] == 10 and settings(YOLO, tmp_path, torch.device("cpu"), 0, 0)["close_mosaic"] == 0
+    short = settings(override(YOLO, epochs=6, batch_size=3), tmp_path, torch.device("cpu"), 0, 0)
+    assert (short["close_mosaic"], short["nbs"]) == (2, 3)
     published = settings(find_recipe("heidelberg_yolo_published", DetectorRecipe), tmp_path, torch.device("cpu"), 0, 0)
     assert (published["box"], published["cls"]) == (0.075, 0.8)
 

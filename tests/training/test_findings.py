@@ -15,10 +15,11 @@ from kitlib.models.classifier import FindingsClassifier, StudyClassifier
 from kitlib.models.starting_weights import load_starting_weights
 from kitlib.recipes.fields import FindingsRecipe, StudyRecipe
 from kitlib.recipes.named import RECIPES
-from kitlib.scoring.metrics import class_weights, exclusive_scores, mean_auc
+from kitlib.scoring.metrics import CALL_METRICS, class_weights, exclusive_scores, mean_auc
 from kitlib.settings import override
 from kitlib.tables import read_table
-from kitlib.training.findings import FindingsTraining, findings_loss
+from kitlib.training.findings import FindingsTraining, findings_loss, unseen_test_images
+from kitlib.training.fold_folder import NOT_METRICS
 from kitlib.training.loop import learning_rate_factor
 from tests.small_lungs import stored_lungs
 from tests.small_tasks import train_small
@@ -173,9 +174,19 @@ def test_a_learner_of_exclusive_classes_learns_and_predicts_its_training_images_
     )
 
 
-def test_the_validation_loss_has_neither_smoothing_nor_penalty(tmp_path):
-    """It is the cross-entropy of the predictions that the run writes; with smoothing by 0.4 it would not be."""
-    small = SmallFindings()
+def test_the_validation_loss_has_neither_smoothing_nor_penalty(tmp_path, monkeypatch):
+    """It is the cross-entropy of the predictions that the run writes; with smoothing by 0.4 it would not be.
+
+    The training loss is the mean over the epoch's batches, without the penalty.
+    """
+    small, batch_losses = SmallFindings(), []
+    loss = FindingsTraining.training_loss
+
+    def noted(training, batch):
+        batch_losses.append(loss(training, batch))
+        return batch_losses[-1]
+
+    monkeypatch.setattr(FindingsTraining, "training_loss", noted)
     run = train(tmp_path, small, override(RECIPE, epochs=1, label_smoothing=0.4, l1=0.01))
     scores = run.tables["class_scores"]
     study_of = small.images.set_index("image_id").study_id
@@ -183,6 +194,12 @@ def test_the_validation_loss_has_neither_smoothing_nor_penalty(tmp_path):
     predicted = scores[FINDINGS].to_numpy()
     losses = -(truth * np.log(predicted) + (1 - truth) * np.log(1 - predicted))
     assert run.history.validation_loss.item() == pytest.approx(losses.mean(), rel=1e-3)
+    assert run.history.train_loss.item() == pytest.approx(np.mean([each.item() for each in batch_losses]), rel=1e-5)
+    assert len(batch_losses) == 4
+    # The columns of the stored history, which later stages read.
+    columns = [*NOT_METRICS, "train_loss", "validation_loss", "score", *FINDINGS, *CALL_METRICS]
+    assert sorted(run.history.columns) == sorted(columns)
+    assert run.metrics["lungs_missed"] == {"training": 0, "predicted": 0}
 
 
 def test_a_class_without_images_is_reported_and_left_out_of_the_score(tmp_path):
@@ -220,6 +237,7 @@ def test_the_loss_of_a_batch_has_its_weights_its_auxiliary_head_and_its_penalty(
     training = FindingsTraining(model, OneBatch(), class_weights(OneBatch.label))
     monkeypatch.setattr(training, "log", lambda *_, **__: None)
     batch = {"pixels": torch.randint(0, 256, (4, 32, 32), dtype=torch.uint8), "label": torch.tensor(OneBatch.label).float()}
+    assert "weights" not in training.state_dict()  # they follow from the data
     model.eval()
     logits = model(model.normalise(batch["pixels"]))
     # Weights 4 / (2 x 1) and 4 / (2 x 3); the mean over the four images.
@@ -244,6 +262,25 @@ def test_nan_predictions_give_a_nan_score(judged_by):
     assert training.scores()["score"] == 1
     training.validation_probabilities[2] = np.nan  # one NaN is enough
     assert np.isnan(training.scores()["score"])
+
+
+def test_a_class_is_called_if_it_is_likely_or_of_exclusive_classes_the_most_likely():
+    scores = {}
+    for multi_label in (True, False):
+        recipe = override(EXCLUSIVE, multi_label=multi_label, judged_by="auc")
+        training = FindingsTraining(FindingsClassifier(recipe, FINDINGS), OneBatch())
+        training.validation_probabilities = np.array([[0.5, 0.1], [0.1, 0.5], [0.2, 0.4], [0.3, 0.4]])
+        scores[multi_label] = training.scores()["recall"]
+    # Two of four images have a class of at least 0.5; the most likely class is always right.
+    assert scores == {True: pytest.approx((1 + 1 / 3) / 2), False: 1}
+
+
+def test_at_most_as_many_test_images_are_predicted_as_the_limit():
+    images = SmallFindings(32).images
+    test = images[images.split == "test"]
+    assert unseen_test_images(images, images[:4], limit=3).image_id.tolist() == test.image_id.tolist()[:3]
+    assert unseen_test_images(images, images[:4]).image_id.tolist() == test.image_id.tolist()
+    assert unseen_test_images(images.drop(columns="split"), images[:4]).empty
 
 
 def test_images_with_unknown_labels_are_trained_on_and_not_counted(tmp_path):
@@ -289,10 +326,8 @@ def test_test_images_of_trained_patients_are_not_predicted(tmp_path, caplog):
     with caplog.at_level("WARNING"):
         run = train(tmp_path, small, recipe=override(RECIPE, epochs=1))
     assert run.tables["test_scores"].image_id.tolist() == small.image_ids[29:]
-    assert (
-        "1 test images are not predicted, because the model is trained on other images of their patients; the first is image"
-        in caplog.text
-    )
+    assert "1 test images are not predicted, because the model is trained on other images of their patients" in caplog.text
+    assert "the first is image028" in caplog.text
 
 
 def test_an_untrainable_task_is_refused_before_anything_is_written(tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
 from kitlib.runs.finished_run import ExtraImages
 from kitlib.tables import check_table
-from kitlib.training.fold_folder import FitResult, draw_curves, mean_curves, open_run
+from kitlib.training.fold_folder import FitResult, continue_from, draw_curves, mean_curves, open_run
 from kitlib.training.split import split, with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from tests.small_tasks import small_task
@@ -25,6 +26,8 @@ def test_the_split_keeps_folds_apart_and_drops_false_none_images():
     marked = small.images.assign(false_none=small.images.image_id == "image002")
     train, validation = split(marked, small.fold_table, 1, seed=0)
     assert len(train) == 15 and len(validation) == 16
+    for part in (train, validation, split(marked, small.fold_table, 1, 0, limit_train=4)[0]):
+        assert part.columns.equals(marked.columns) and part.index.tolist() == list(range(len(part)))
     assert set(train.patient_id).isdisjoint(validation.patient_id)
     assert set(validation.image_id) == set(small.fold_table.id[small.fold_table.fold == 1])
 
@@ -52,6 +55,9 @@ def test_a_run_folder_belongs_to_one_run(tmp_path):
     identity = {"fold": 0, "recipe": {"epochs": 3, "rates": (1, 2)}, "data_fingerprint": "abc"}
     begin(tmp_path, identity)
     assert open_run(tmp_path, identity, resume=True) is False
+    # Neither the place of the weights nor another format of the curves makes another run.
+    moved = {"epochs": 3, "rates": (1, 2), "curves": "wandb", "starting_weights": "elsewhere"}
+    assert open_run(tmp_path, identity | {"recipe": moved}, resume=True) is False
     other = identity | {"recipe": {"epochs": 5, "rates": (1, 2)}, "data_fingerprint": "abd"}
     listing = r"data_fingerprint: 'abc' recorded, 'abd' requested; recipe\.epochs: 3 recorded, 5 requested"
     advice = f"to keep it, set run_folder to another name; to replace it, delete {tmp_path}"
@@ -73,10 +79,48 @@ def test_a_folder_without_a_checkpoint_is_taken_over_by_another_run(tmp_path):
     assert open_run(tmp_path, wrong, resume=True) is False
     (tmp_path / "checkpoints" / ".last.ckpt.half").touch()
     assert open_run(tmp_path, right, resume=True) is False
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
-    assert open_run(tmp_path, right, resume=True) is False
-    with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 recorded, 3 requested"):
-        open_run(tmp_path, wrong, resume=True)
+    for result in ("last.ckpt", "lungs-000000.parquet"):  # of training and of segmenting
+        (tmp_path / "checkpoints" / result).touch()
+        assert open_run(tmp_path, right, resume=True) is False
+        with pytest.raises(TrainingError, match=r"recipe\.epochs: 5 recorded, 3 requested"):
+            open_run(tmp_path, wrong, resume=True)
+        (tmp_path / "checkpoints" / result).unlink()
+
+
+def folder_of(fold, epoch=None, finished=False):
+    """Write a fold's folder with the last complete epoch `epoch` (from 0), or none."""
+    (fold / "checkpoints").mkdir(parents=True)
+    (fold / "checkpoints" / "run.json").write_text("{}")
+    if epoch is not None:
+        torch.save({"epoch": epoch}, fold / "checkpoints" / "last.ckpt")
+    if finished:
+        (fold / "metrics.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("earlier", "own", "copied"),
+    [
+        ((0, False), None, True),
+        ((0, False), (None, False), True),
+        ((1, False), (0, False), True),
+        ((1, False), (1, False), False),
+        ((1, False), (2, False), False),
+        ((1, True), (1, False), True),
+        ((5, False), (1, True), False),  # a finished fold may have ended early
+    ],
+)
+def test_a_fold_is_copied_if_the_earlier_session_has_trained_it_further(tmp_path, earlier, own, copied):
+    folder_of(tmp_path / "earlier" / "fold1", *earlier)
+    if own:
+        folder_of(tmp_path / "run" / "fold1", *own)
+    leftover = tmp_path / "run" / ".fold1.copying" / "leftover"  # of a copy that was killed
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    (line,) = continue_from(tmp_path / "earlier", tmp_path / "run")
+    assert line.startswith("fold1: resumes from" if copied else "fold1: not copied")
+    files = {path.name for path in (tmp_path / "run" / "fold1").rglob("*") if path.is_file()}
+    has_checkpoint, is_finished = (earlier if copied else own)[0] is not None, (earlier if copied else own)[1]
+    assert files == {"run.json", *["last.ckpt"] * has_checkpoint, *["metrics.json"] * is_finished}
 
 
 def begin(folder, identity):
@@ -88,6 +132,10 @@ def begin(folder, identity):
 def test_curves_show_what_was_logged(tmp_path):
     columns = {"epoch": [1, 2], "seconds": [1.0, 1.0], "images_per_s": [9.0, 9.0], "learning_rate": [0.1, 0.05]}
     history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
+    fitted = FitResult(history.assign(seconds=[1.006, 2.0], images_per_s=[9.0, 10.999], atypical=math.inf), 1)
+    assert fitted.best() == {"train_loss": 2.0, "score": 0.4}  # without unknown values
+    described = {"best_epoch": 1, "epochs": 2, "seconds": 3.01, "images_per_s": 10.0, "device": "cpu"}
+    assert fitted.metrics(torch.device("cpu")) == described | {"best": fitted.best(), "precision": "32-true"}
     draw_curves(FitResult(history, 2), tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -154,8 +202,13 @@ def test_extra_images_that_are_trained_on_already_are_refused_and_false_none_one
     again = ExtraImages(train, small.labels, small.boxes, small)
     with pytest.raises(ValueError, match=r"8 of 8 extra images have the same image_id as training images; .* 'image008'"):
         joined(small, again)
-    marked = ExtraImages(extra.images.assign(false_none=[True] * 12 + [False] * 4), extra.labels, extra.boxes, extra.cache)
+    marked = ExtraImages(
+        extra.images.assign(false_none=[True] * 12 + [False] * 3 + [None]), extra.labels, extra.boxes, extra.cache
+    )
     assert len(joined(small, marked)[0]) == 8 + 4
+    none = ExtraImages(extra.images.assign(false_none=True), extra.labels, extra.boxes, extra.cache)
+    with pytest.raises(ValueError, match="the extra run has no image to train this model on"):
+        joined(small, none)
 
 
 def test_extra_tables_do_not_change_other_images(caplog):
@@ -167,6 +220,9 @@ def test_extra_tables_do_not_change_other_images(caplog):
     assert len(boxes) == 2 * len(small.boxes) and not boxes.duplicated().any()
     assert list(labels.columns) == ["id", *STUDY_CLASSES] and labels.iloc[len(small.labels) :, 1:].isna().all(axis=None)
     assert "no labels for negative, typical, indeterminate, atypical" in caplog.text
+    caplog.clear()
+    joined(small, ExtraImages(extra.images, extra.labels.assign(typical=math.nan), extra.boxes, extra.cache))
+    assert "no labels for typical;" in caplog.text
 
 
 def identity(extra=None, lungs=None):

@@ -34,13 +34,17 @@ def test_without_control_groups_the_machine_decides(tmp_path):
     assert available_memory(tmp_path / "none", tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
-def test_folds_side_by_side_share_the_memory():
+def test_folds_side_by_side_and_their_processes_share_the_memory(monkeypatch, caplog):
     class Owner:
         pass
 
+    monkeypatch.setenv("WORLD_SIZE", "2")
     memory, owner = KeptMemory(lambda: int(100 / SHARE)), Owner()
-    memory.folds_at_once = 4
-    assert [memory.reserve(owner, count, 10) for count in (1, 5, 5)] == [1, 1, 0]  # 25 bytes each
+    memory.folds_at_once = 2
+    assert memory.reserve(owner, 1, 10) == 1 and not caplog.text
+    assert [memory.reserve(owner, 5, 10) for _ in range(2)] == [1, 0]  # 25 bytes for each of four processes
+    assert "1 of 5 canvases" in caplog.text
     memory.folds_at_once = 1
+    monkeypatch.delenv("WORLD_SIZE")
     del owner
     assert memory.reserve(Owner(), 50, 10) == 10

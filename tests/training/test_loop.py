@@ -1,5 +1,6 @@
 """Schedules, early stopping, parameter groups, batches per step, and the moving average after a resume."""
 
+import itertools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from kitlib.recipes.fields import FindingsRecipe
 from kitlib.recipes.named import recipe
 from kitlib.settings import override
 from kitlib.training import loop as training
+from kitlib.training import progress
 from kitlib.training.fold_folder import find_kept_epoch, is_over
 from kitlib.training.loop import (
     RecipeTraining,
@@ -42,6 +44,8 @@ def test_warm_up_is_linear_and_the_cosine_takes_the_rest():
     warm = override(STEPWISE, epochs=6, warmup_epochs=1.0)  # of 24 steps, four
     assert [learning_rate_factor(step, 24, warm) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
     assert learning_rate_factor(14, 24, warm) == pytest.approx(0.525)
+    # With a single step after the warm-up, that step ends at the lowest rate.
+    assert learning_rate_factor(4, 4, override(STEPWISE, epochs=4, warmup_epochs=3.0)) == pytest.approx(0.05)
 
 
 def test_an_epochwise_schedule_is_a_staircase():
@@ -108,6 +112,9 @@ def test_biases_and_norms_do_not_decay_and_what_is_frozen_is_left_out():
     decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
     assert len(decays) == 4 and decays[id(model[2].weight)] == 0.1
     assert decays[id(model[2].bias)] == decays[id(model[1].weight)] == 0
+    model[2].bias = torch.nn.Parameter(torch.zeros(1, 2))  # whatever its shape
+    groups = make_optimizer(model, override(RECIPE, weight_decay=0.1)).param_groups
+    assert [len(group["params"]) for group in groups if group["weight_decay"] == 0] == [3]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +248,16 @@ def test_lightning_gets_device_precision_and_strategy(tmp_path, monkeypatch, dev
     assert {name: recorded[name] for name in expected} == expected
     assert (recorded["max_epochs"], recorded["accumulate_grad_batches"]) == (5, 4)
     assert recorded["default_root_dir"] == tmp_path and len(recorded["callbacks"]) == 1
+    # The kit itself writes checkpoints, the history and log lines, and splits batches among processes.
+    switched_off = (
+        "logger",
+        "enable_checkpointing",
+        "enable_progress_bar",
+        "enable_model_summary",
+        "use_distributed_sampler",
+    )
+    assert [recorded[name] for name in switched_off] == [False] * 5 and recorded["num_sanity_val_steps"] == 0
+    assert recorded["gradient_clip_val"] is None  # the recipe's 0
 
 
 @pytest.mark.parametrize(("batch", "nominal", "gathered"), [(16, 64, 4), (10, 0, 1), (16, 8, 1), (24, 64, 3), (8, 32, 4)])
@@ -285,9 +302,17 @@ FLAT = override(RECIPE, optimizer="sgd", learning_rate=0.1, epochs=4, schedule_e
 GATHERED = {"nominal_batch": 4 * FLAT.batch_size}  # one optimiser step per four batches
 
 
-def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path):
+def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path, monkeypatch, caplog):
     # By hand: the gradient of a batch of ones is w; Nesterov SGD 0.9; groups of 4 and 2 of the 6 batches, each over 4.
-    module, _ = train_slope(tmp_path, override(FLAT, epochs=2, **GATHERED))
+    clock = itertools.count()  # read when an epoch begins, when its last batch is done and when it ends
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "BETWEEN_LINES_S", 0.0)
+    caplog.set_level("INFO", logger="kitlib")
+    module, fitted = train_slope(tmp_path, override(FLAT, epochs=2, **GATHERED))
+    times = fitted.history[["epoch", "seconds", "images_per_s"]].to_numpy().tolist()
+    assert times == [[1, 2, 12], [2, 2, 12]]  # six batches of two images
+    lines = [line.partition(": ")[2] for line in caplog.messages if "batch" in line]
+    assert lines == [f"epoch {epoch} of 2, batch {batch} of 6" for epoch in (1, 2) for batch in range(1, 7)]
     weight, momentum, expected = 1.0, 0.0, []
     for step, batches in enumerate((4, 2, 4, 2)):
         expected += [weight] * batches

@@ -23,7 +23,9 @@ from kitlib.runs.run_kinds import find_kind
 from kitlib.scoring.metrics import threshold_map
 from kitlib.settings import override
 from kitlib.training.driver import train_fold
-from kitlib.training.lungs import SegmenterStrategy, score_masks
+from kitlib.training.fold_folder import NOT_METRICS
+from kitlib.training.lungs import LungsTraining, SegmenterStrategy, check_other_source, score_masks
+from kitlib.training.mask_dataset import MaskDataset, collate_masks
 from kitlib.training.task import Task
 from kitlib.xrays.mask_store import MaskStore, decode_grey
 from tests.small_masks import COLUMNS, RECIPE, ROWS, SPARSE, SmallMasks
@@ -69,6 +71,8 @@ def test_the_bundle_segments_as_the_run_did(run, small):
     pd.testing.assert_series_equal(again.dice, run.tables["mask_scores"].dice, atol=0.02)
     record, _ = read_bundle(run.run_folder / "bundle")
     assert record["family"] == "segmenter" and record["classes"] == ["lungs"]
+    assert set(again.fold) == {-1} and set(run.tables["mask_scores"].fold) == {0}
+    assert sorted(run.history.columns) == sorted([*NOT_METRICS, "train_loss", "validation_loss", "score", "jaccard"])
 
 
 @pytest.mark.gpu
@@ -100,6 +104,42 @@ def test_a_training_that_sessions_interrupt_ends_bit_for_bit_alike(small, tmp_pa
     weights = [read_bundle(run.run_folder / "bundle")[0]["weights_sha256"] for run in (whole, parts)]
     assert weights[0] == weights[1]
     pd.testing.assert_frame_equal(parts.tables["mask_scores"], whole.tables["mask_scores"], check_exact=True)
+
+
+def test_the_validation_score_is_the_mean_dice_of_the_structures(tmp_path, monkeypatch):
+    small = SmallMasks(tmp_path, count=6, sides=True)
+    structures = ("heart", "left_lung", "right_lung")
+    torch.manual_seed(0)
+    model = Segmenter(override(RECIPE, structures=structures)).eval()
+    training, logged = LungsTraining(model, 6), {}
+    monkeypatch.setattr(training, "log", lambda name, value, **_: logged.update({name: value.item()}))
+    monkeypatch.setattr(training, "log_dict", logged.update)
+    dataset = MaskDataset(small.images, small, small.masks, model.recipe)
+    dice = np.zeros((6, 3))
+    for rows in ([0, 1, 2, 3], [5, 4]):
+        batch = collate_masks([dataset[row] for row in rows])
+        training.validation_step(batch, 0)
+        found, truth = model.labels(model(model.normalise(batch["pixels"]))), batch["truth"].numpy()
+        for row, one, other in zip(rows, found, truth, strict=True):
+            for number in range(3):
+                a, b = one == number + 1, other == number + 1
+                dice[row, number] = 2 * (a & b).sum() / (a.sum() + b.sum())
+    training.on_validation_epoch_end()
+    assert logged.pop("validation_loss") > 0 and dice.std() > 0
+    jaccard = (dice / (2 - dice)).mean()
+    expected = {"score": dice.mean(), "jaccard": jaccard, **dict(zip(structures, dice.mean(axis=0), strict=True))}
+    assert logged == pytest.approx(expected)
+
+
+def test_a_source_that_shares_images_or_patients_is_not_independent(small):
+    other = small.images.assign(image_id="x" + small.images.image_id, patient_id="x" + small.images.patient_id)
+    check_other_source(small.images, other, "elsewhere")
+    for column in ("image_id", "patient_id"):
+        shared = other.assign(**{column: [small.images[column].iloc[0], *other[column][1:]]})
+        with pytest.raises(
+            ValueError, match=f"elsewhere is not an independent source: 1 of its .* the same {column} as .*000"
+        ):
+            check_other_source(small.images, shared, "elsewhere")
 
 
 def test_another_set_of_masks_is_another_run(small, tmp_path):

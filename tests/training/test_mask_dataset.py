@@ -180,6 +180,7 @@ def test_turns_shears_and_shifts_reach_as_far_as_the_recipe_says():
             ys, xs = np.nonzero(augmentation(line, line, seed)[1][30:71])
             found.append(np.polyfit(ys, xs, 1)[0])
         shifts.append(frame(shifting(*block(), seed)[1])[:2] - [30, 40])
+        assert frame(shearing(*block(), seed)[1])[[1, 3]].tolist() == [40, 60]  # a shear along x leaves rows where they are
     # Of 120 even draws the largest is in the last tenth but for a probability of 0.9^120, 3 in a million; either sign.
     assert 40 < np.degrees(np.arctan(max(angles))) < 46.5 and -46.5 < np.degrees(np.arctan(min(angles))) < -40
     assert 0.17 < max(leans) < 0.22 and -0.22 < min(leans) < -0.17  # tan 11.3 degrees is 0.2
@@ -190,8 +191,9 @@ def test_turns_shears_and_shifts_reach_as_far_as_the_recipe_says():
 def test_known_changes_of_grey_have_known_sizes():
     even = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     empty = np.zeros_like(even)
-    squared, _ = MaskAugmentation(override(STILL, gamma_drawn=(2.0, 2.0)))(even, empty, 0)
-    assert np.abs(squared - 255 * (even / 255.0) ** 2).max() <= 1
+    for seed in range(8):
+        squared, _ = MaskAugmentation(override(STILL, gamma_drawn=(2.0, 2.0)))(even, empty, seed)
+        assert np.abs(squared - 255 * (even / 255.0) ** 2).max() <= 1
     grey = np.full((256, 256), 128, np.uint8)
     speckled, _ = MaskAugmentation(override(STILL, salt_pepper_p=1.0, salt_pepper=0.01))(grey, empty, 0)
     assert set(np.unique(speckled)) == {0, 128, 255}
@@ -217,6 +219,7 @@ def test_an_augmentation_meets_its_share_of_images(field, probability):
 def test_an_example_is_the_image_and_its_mask_on_the_canvas(small, sided):
     recipe = override(STILL, equalise=True, gamma=0.5)
     place = letterbox(ROWS, COLUMNS, 64)
+    assert of(small, recipe).example_bytes == 2 * 64 * 64  # of image and mask
     for index, example in enumerate(of(small, recipe)):
         image_id = small.image_ids[index]
         assert example["index"] == index and example["pixels"].dtype == example["truth"].dtype == torch.uint8
@@ -355,6 +358,9 @@ def test_the_share_of_images_with_a_structure_changes_from_the_first_to_the_last
         assert {key[0] for key in keys} == {epoch} and len(keys) == 50 and keys == list(sampler)
         times = np.bincount([index for _, index in keys], minlength=100)
         assert times[has].sum() == count and np.ptp(times[has]) <= 1 and times[~has].max() == 1
+    in_two = PositivesSampler(has, (0.8, 0.4), 2, seed=3)
+    in_two.set_epoch(1)
+    assert sum(has[index] for _, index in in_two) == 20  # the second epoch is the last
     # With a share of 0.1 an epoch has 200 images: 180 draws of the 80 others.
     times = np.bincount([index for _, index in PositivesSampler(has, (0.1, 0.1), 1, seed=3)])
     assert times[has].tolist() == [1] * 20 and sorted(times[~has]) == [2] * 60 + [3] * 20

@@ -104,6 +104,7 @@ def test_each_row_has_the_fold_and_the_outer_fold_of_its_model(tmp_path, split):
     assert {outer: [run.run_folder for run in runs] for outer, runs in trained.items()} == {
         outer: [tmp_path / f"outer{outer}" / f"fold{fold}" for fold in range(3) if fold != outer] for outer in range(3)
     }
+    assert is_complete(trained, range(3), range(3))
     found = gather_scores(trained, FOLDS)
     own = found.nested.image_id.map(FOLDS.set_index("id").fold)
     # 6 models predict 12 images each: 4 out of fold, 4 of the outer fold, 4 that the model was trained on.
@@ -129,8 +130,10 @@ def test_the_evaluated_prediction_is_the_mean_of_the_models_without_the_images_f
 
 
 def test_without_outer_folds_the_out_of_fold_prediction_is_evaluated(tmp_path, split):
-    found = gather_scores(train_all(tmp_path, [], split), FOLDS)
-    assert set(found.nested.outer) == {NOT_NESTED}
+    trained = train_all(tmp_path, [], split)
+    assert is_complete(trained, [0, 1, 2], []) and not is_complete(trained, [0, 1], [])
+    found = gather_scores(trained, FOLDS)
+    assert set(found.nested.outer) == {NOT_NESTED} == {-1}  # in stored tables
     assert found.judged.set_index("image_id").yes["image2"] == pytest.approx(0.2)
     assert len(found.judged) == 12 and len(found.test) == 3
 

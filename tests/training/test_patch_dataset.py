@@ -8,11 +8,12 @@ import torch
 from kitlib.letterbox import PLACEMENTS
 from kitlib.lungs.equalise import adjust_grey
 from kitlib.lungs.finders import Lungs
-from kitlib.models.patches import centres, cut_patches, image_seed
+from kitlib.models.patches import PatchCanvas, centres, cut_patches, image_seed
 from kitlib.recipes.fields import PatchRecipe
 from kitlib.settings import override
-from kitlib.training.patch_dataset import PatchDataset, collate_canvases
+from kitlib.training.patch_dataset import PatchCanvasCache, PatchDataset, collate_canvases
 from kitlib.training.xray_dataset import batches
+from kitlib.xrays.cache import CachedXray
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays, limit_kept
 
 RECIPE = PatchRecipe(backbone="test_resnet", channels=1, canvas=60, image_size=15, validation_patches=3)
@@ -47,6 +48,7 @@ def canvas(small, image_id):
 def test_a_validation_image_is_its_canvas_with_the_same_centres_each_time():
     small = SmallXrays(8)
     examples = dataset(small)
+    assert (examples.example_bytes, dataset(small, augment=True).example_bytes) == (60**2, 15**2)
     for index, image_id in enumerate(small.image_ids):
         for _ in range(2):  # the second time from the cached canvas
             example = examples[index]
@@ -109,7 +111,7 @@ def test_batches_hold_canvases_with_different_numbers_of_centres():
     assert first["pixels"].shape == (4, 15, 15) and first["none"].isnan().all()
 
 
-@pytest.mark.parametrize("room", [1, 3, 8])
+@pytest.mark.parametrize("room", [0, 1, 3, 8])
 def test_as_many_canvases_are_kept_as_fit(monkeypatch, room):
     small, finder = SmallXrays(8), Finder(["image001"])
     limit_kept(monkeypatch, room * (60**2 + 60**2 // 8))
@@ -122,6 +124,13 @@ def test_as_many_canvases_are_kept_as_fit(monkeypatch, room):
         torch.equal(dataset(small, lungs=Finder(["image001"]), augment=True)[key]["pixels"], each)
         for key, each in zip(keys, first, strict=True)
     )
+
+
+def test_a_kept_mask_whose_pixels_do_not_fill_its_last_byte_comes_back_whole():
+    mask = np.random.default_rng(0).random((13, 13)) < 0.5  # 169 bits in 22 bytes
+    kept = PatchCanvasCache(2, override(RECIPE, canvas=13, image_size=8))
+    kept.put(1, PatchCanvas(mask * np.uint8(200), mask, 8), CachedXray("a", np.zeros((3, 4), np.uint8), 30, 40))
+    assert kept.get(0) is None and np.array_equal(kept.get(1).mask, mask) and kept.get(1).side == 8
 
 
 def test_workers_share_the_canvases_and_change_nothing():

@@ -19,16 +19,23 @@ def test_an_epoch_is_one_line_with_what_is_left(caplog):
     assert caplog.messages[1].endswith("60 s, the last epoch")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (7200, "2.0 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99.4, "99 s"), (99.5, "2 min"), (5969, "99 min"), (5970, "1.7 h"), (7200, "2.0 h")],
+)
 def test_durations_are_readable(seconds, text):
     assert duration(seconds) == text
 
 
 def test_within_a_long_epoch_there_is_a_line_now_and_then(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="kitlib")
-    now = iter([0.0, 30.0, 61.0, 61.0, 100.0])  # when it starts, then at each batch; twice when a line is logged
+    # When it starts, then at each batch and at the epoch's end; twice at a batch for which a line is logged.
+    now = iter([0.0, 59.9, 60.0, 60.0, 119.9, 130.0, 189.9])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     lines = Progress("study fold 0", 6)
     for batch in (1, 2, 3):
         lines.log_batch(1, batch, 900)
     assert caplog.messages == ["study fold 0: epoch 1 of 6, batch 2 of 900"]
+    lines.log_epoch([{"seconds": 130.0, "score": 0.5}], [130.0])
+    lines.log_batch(2, 1, 900)  # less than a minute after the epoch's line
+    assert len(caplog.messages) == 2

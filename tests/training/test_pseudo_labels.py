@@ -14,12 +14,15 @@ from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.siim_covid19 import SiimFusion
 from kitlib.inference.predict import study_and_image_scores
 from kitlib.models.classifier import OUTPUTS, StudyClassifier
+from kitlib.models.families import family_of
 from kitlib.settings import override
 from kitlib.tables import BOX, empty_table
 from kitlib.training.pseudo_labels import Predictions, duplicate_groups, predict_unseen, pseudo_labels, seen_by
 from tests.fused_tables import fuse
 from tests.small_lungs import stored_lungs
 from tests.small_xrays import RECIPE, SmallXrays
+from tests.training.test_detector import FASTER_RCNN
+from tests.training.test_findings import RECIPE as FINDINGS
 
 MODELS = pd.DataFrame([("c", 0), ("c", 1), ("d", 0)], columns=["model", "fold"])
 PLAIN = SiimFusion()
@@ -57,6 +60,9 @@ def test_patients_studies_and_near_duplicates_count_as_seen():
     seen = seen_by(images, TRAINED, FOLDS, MODELS, groups)
     assert set(seen["fold"]) == {0} and set(seen["image_id"]) == {"same patient", "same study", "copy", "its study"}
     assert len(seen) == 2 * 4  # two models of fold 0
+    # Also if the copy is the only image that is like a training image.
+    seen = seen_by(images[2:], TRAINED, FOLDS, MODELS, groups)
+    assert set(seen["image_id"]) == {"copy", "its study"}
 
 
 def test_extra_images_were_seen_in_every_fold():
@@ -202,6 +208,25 @@ def test_an_image_that_was_not_predicted_is_left_out():
     images = pd.concat([IMAGES, images_of(("e", "E", "pe"))], ignore_index=True)
     found = pseudo_labels(predictions(), images, empty_table("coverage"), PLAIN)
     assert found.left_out.to_numpy().tolist() == [["e", "no model has predicted it"]]
+
+
+def test_a_detector_is_asked_about_unseen_images_and_a_model_of_findings_is_refused(tmp_path):
+    small = SmallXrays(8)
+    record = {"architecture": {}, "longest_side": 50, "image_size": 32, "placement": "stretch", "mean": [0.5], "std": [0.5]}
+    record |= {"data_fingerprint": "", "precision": "float32", "validation": {}, "fold": 1}
+    for recipe, classes in ((FASTER_RCNN, ["opacity"]), (FINDINGS, ["Mass"])):
+        family = family_of(recipe)
+        changes = {"family": family.name, "model": family.name, "classes": classes, "recipe": asdict(recipe)}
+        save_bundle(tmp_path / family.name, family.network(recipe, classes).state_dict(), record | changes)
+    models = pd.DataFrame({"model": "faster_rcnn", "fold": [1], "bundle": [tmp_path / "faster_rcnn"]})
+    rows = [("image001", "faster_rcnn", 1), ("image002", "faster_rcnn", 0), ("image003", "other", 1)]
+    seen = pd.DataFrame(rows, columns=["image_id", "model", "fold"])
+    found = predict_unseen(models, small.images, small, seen)
+    assert found.coverage.image_id.tolist() == [name for name in small.image_ids if name != "image001"]
+    assert set(found.coverage.model) == {"faster_rcnn"} and set(found.coverage.fold) == {1}
+    assert found.probabilities.empty and set(found.detections.image_id) <= set(found.coverage.image_id)
+    with pytest.raises(ValueError, match="findings predicts classes; give only runs of study classifiers and detectors"):
+        predict_unseen(models.assign(bundle=tmp_path / "findings"), small.images, small, seen)
 
 
 def test_models_of_a_segmenters_lungs_require_them_and_others_do_not(tmp_path, caplog):

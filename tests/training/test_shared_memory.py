@@ -1,5 +1,6 @@
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,13 @@ from tests.small_xrays import SmallXrays
 def test_workers_need_room_for_the_batches_they_prefetch(caplog, workers, free, fitting):
     assert workers_that_fit(workers, 1000, lambda: free) == fitting
     assert bool(caplog.text) is (fitting < workers)
+
+
+def test_the_advice_for_more_shared_memory_is_twice_what_the_batches_need(caplog, monkeypatch):
+    monkeypatch.setattr("kitlib.training.shared_memory.SHARED_MEMORY", Path("/nowhere"))
+    assert workers_that_fit(2, 100_000_000) == 2  # unlimited without the folder
+    assert workers_that_fit(2, 100_000_000, lambda: 150_000_000) == 1
+    assert "--shm-size=382m" in caplog.text  # 2 x 200,000,000 / 2^20 = 381.5
 
 
 class Waiting(torch.utils.data.Dataset):

@@ -14,6 +14,7 @@ def test_images_without_lungs_leave_the_folds_and_are_counted_by_class(tmp_path)
     missed = small.images.image_id[:3].tolist()
     folds, counts = leave_out_rejected(tables, stored_lungs(tmp_path, small, missed=missed))
     assert folds.id.tolist() == [name for name in small.fold_table.id if name not in missed]
+    assert folds.columns.equals(small.fold_table.columns) and folds.index.tolist() == list(range(5))
     counts = counts.set_index("class")
     assert counts.loc["all"].tolist() == [8, 3]
     expected = small.labels.set_index("id").loc[small.images.study_id[:3], ill].sum()

@@ -12,11 +12,14 @@ import torch
 from kitlib.bundle import data_fingerprint, read_bundle
 from kitlib.classes import STUDY_CLASSES
 from kitlib.errors import TrainingError
+from kitlib.models.box_mask import mask_loss
+from kitlib.models.classifier import StudyClassifier, study_loss
 from kitlib.runs.finished_run import ExtraImages
 from kitlib.scoring.metrics import CALL_METRICS
 from kitlib.settings import override
 from kitlib.tables import read_table
 from kitlib.training.study import StudyTraining, validation_scores
+from kitlib.training.xray_dataset import XrayDataset, batches
 from tests.small_lungs import stored_lungs
 from tests.small_tasks import train_small
 from tests.small_xrays import RECIPE, SmallXrays
@@ -270,6 +273,20 @@ def test_only_trained_outputs_are_scored():
     assert alone == {"score": 1, "none": 1}
     classes = validation_scores(np.c_[study, [np.nan] * 4], np.arange(4), study, none, "study")
     assert classes == dict.fromkeys(["score", *STUDY_CLASSES, *CALL_METRICS], 1)
+
+
+def test_the_loss_of_a_batch_adds_that_of_its_mask(monkeypatch):
+    torch.manual_seed(0)
+    small, recipe = SmallXrays(8), override(RECIPE, image_size=64, segmentation=0.25, label_smoothing=0.1, none_weight=2.0)
+    model = StudyClassifier(recipe).eval()
+    training = StudyTraining(model, [None] * 8, small.images.study_id.to_numpy())
+    monkeypatch.setattr(training, "log", lambda *_, **__: None)
+    examples = XrayDataset(small.images, small.labels, small.boxes, small, recipe)
+    batch = training.targets(next(iter(batches(examples, 8))))
+    assert batch["mask"].shape == (8, model.mask_cells, model.mask_cells) and batch["mask"][2].max() == 1
+    logits, mask = model.with_mask(model.normalise(batch["pixels"]))
+    of_classes = study_loss(logits, batch["label"], batch["none"], 2.0, "both", 0.1)
+    torch.testing.assert_close(training.training_loss(batch), of_classes + 0.25 * mask_loss(mask, batch["mask"]))
 
 
 def test_classes_are_scored_over_studies():

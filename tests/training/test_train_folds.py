@@ -185,9 +185,27 @@ class OneEpoch(Deadline):
         return math.inf if self.asked == 1 else 0.0
 
 
+@pytest.mark.parametrize(
+    ("gpus", "at_once", "processes", "expected"),
+    [(0, 0, 1, 1), (2, 0, 1, 2), (8, 0, 1, 3), (2, 1, 1, 1), (0, 3, 1, 3), (2, 0, 2, 1), (2, 1, 2, 1)],
+)
+def test_as_many_folds_train_side_by_side_as_there_are_gpus(tmp_path, monkeypatch, gpus, at_once, processes, expected):
+    begun = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("kitlib.training.train_folds._train_side_by_side", lambda *given: begun.append(given[-1]))
+    monkeypatch.setattr("kitlib.training.train_folds.train_together", lambda *given: given[2:])
+    found = train_folds(with_folds(task(), 3), [0, 1, 2], tmp_path, at_once, processes, train=lambda *given: given[1:])
+    # Folds that were trained side by side are read only if they are finished.
+    assert begun == ([expected] if expected > 1 else []) and len(found) == (0 if expected > 1 else 3)
+    assert expected > 1 or found[1] == (1, tmp_path / "fold1", *[processes] * (processes > 1))
+
+
 def test_trainings_that_processes_cannot_share_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`at_once` is 2 and `processes` is 2, but only one"):
         train_folds(task(), [0, 1], tmp_path, at_once=2, processes=2)
+    for at_once, processes in ((-1, 1), (0, 0)):
+        with pytest.raises(ValueError, match=rf"`at_once` is {at_once} and `processes` is {processes}; expected >= 0"):
+            train_folds(task(), [0, 1], tmp_path, at_once=at_once, processes=processes)
     with pytest.raises(ValueError, match="2 processes cannot share a batch of 7 images evenly"):
         train_folds(task(override(ALONE, batch_size=7)), [1], tmp_path, processes=2)
     with pytest.raises(ValueError, match="several processes cannot train stages of the backbone that are unfrozen later"):

@@ -135,10 +135,15 @@ def test_augmentation_does_not_change_the_cached_canvas():
 
 def test_a_soft_none_counts_where_it_is_known():
     small = SmallXrays(8)
-    small.images = small.images.assign(none=[np.nan, 0.25, np.nan, 0.75, *[np.nan] * 4])
-    assert dataset(small).none.tolist() == [1, 0.25, 0, 0.75, 0, 0, 0, 0]
+    small.images = small.images.assign(none=[np.nan, 0.25, np.nan, 0.75, 0.0, 1.0, np.nan, np.nan])
+    assert dataset(small).none.tolist() == [1, 0.25, 0, 0.75, 0, 1, 0, 0]
+    # Without an annotator's look at it, an image without a box may have an opacity.
+    unknown = small.images.assign(boxes_known=[False, False, True, *[None] * 5])
+    np.testing.assert_array_equal(dataset(small, images=unknown.drop(columns="none")).none, [np.nan] * 2 + [0] * 6)
     with pytest.raises(ValueError, match=r"column 'none' of `images` has values from 0\.25 to 1\.5; valid"):
         dataset(SmallXrays(8), images=small.images.assign(none=[0.25, 1.5, *[np.nan] * 6]))
+    with pytest.raises(ValueError, match=r"column 'none' of `images` has values from -0\.5 to 0\.25; valid"):
+        dataset(SmallXrays(8), images=small.images.assign(none=[0.25, -0.5, *[np.nan] * 6]))
 
 
 class Ellipse:
@@ -223,10 +228,11 @@ def test_each_augmentation_meets_the_share_of_images_that_its_recipe_says(recipe
 
 
 def test_sharpening_and_blurring_exclude_each_other():
-    recipe = {"sharpen_p": 0.2, "blur_p": 0.6}
     # Single pixels stand out by 40: less when blurred over nine pixels or more, more when sharpened.
-    assert share(recipe, lambda _, after: np.ptp(after.astype(int)) < 20) == pytest.approx(0.6, abs=0.1)
-    assert share(recipe, lambda _, after: np.ptp(after.astype(int)) > 40) == pytest.approx(0.2, abs=0.1)
+    for sharpened, blurred in ((0.1, 0.6), (0.6, 0.1)):
+        recipe = {"sharpen_p": sharpened, "blur_p": blurred}
+        assert share(recipe, lambda _, after: np.ptp(after.astype(int)) < 20) == pytest.approx(blurred, abs=0.1)
+        assert share(recipe, lambda _, after: np.ptp(after.astype(int)) > 40) == pytest.approx(sharpened, abs=0.1)
     with pytest.raises(SettingsError, match=r"sharpen_p 0\.7 and blur_p 0\.5 add up to more than 1"):
         override(RECIPE, sharpen_p=0.7, blur_p=0.5)
 
@@ -247,6 +253,12 @@ def test_cutouts_are_squares_of_a_sixteenth_and_one_erased_rectangle_has_the_pub
         erased = (erase(white, none, seed)[0] == 0).mean()
         assert 0.009 < erased < 0.105  # 1 to 10 %, in whole pixels
     assert counts >= {1, 2, 3, 4, 5}
+
+
+def test_boxes_are_cut_at_the_canvas_and_dropped_below_a_pixel():
+    boxes = np.array([[-5, 3, 10, 200, 1], [3, 3, 3.9, 9, 2], [3, 3, 9, 3.9, 3], [3, 3, 4.1, 9, 4], [3, 3, 9, 4.1, 5.0]])
+    seen = Augmentation(override(STILL, image_size=160))(np.zeros((160, 160), np.uint8), boxes, 0)[1]
+    np.testing.assert_allclose(seen, [[0, 3, 10, 160, 1], [3, 3, 4.1, 9, 4], [3, 3, 9, 4.1, 5]], rtol=1e-5)
 
 
 def test_a_box_cut_off_by_the_canvas_is_cut_at_its_edge():
@@ -272,6 +284,7 @@ def test_as_many_canvases_are_kept_as_fit_over_all_data_sets(monkeypatch, caplog
     limit_kept(monkeypatch, 13 * 32 * 32 + 1)
     examples, others = dataset(small), dataset(small)
     assert len(examples.canvas_cache.pixels) == 8 and len(others.canvas_cache.pixels) == 5
+    assert caplog.text.count("canvases (resized images)") == 1
     assert "5 of 8 canvases (resized images) fit into the memory" in caplog.text
     assert all(same(each[index], expected[index]) for each in (examples, others) for index in [*range(8)] * 2)
     del examples
@@ -290,6 +303,26 @@ def test_workers_change_nothing():
     for epoch in (0, 1):
         for one, other in zip(read(alone, epoch), read(helped, epoch), strict=True):
             assert torch.equal(one["pixels"], other["pixels"]) and torch.equal(one["index"], other["index"])
+    assert (alone.timeout, helped.timeout) == (0, 600)  # seconds; only workers can fail to deliver a batch
+
+
+def test_reading_batches_draws_no_random_number_that_training_would_draw():
+    state = torch.get_rng_state()
+    list(batches(dataset(SmallXrays(8)), 4, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_processes_read_every_other_image_of_a_batch_or_of_the_data_set(monkeypatch):
+    training, validation = (batches(dataset(SmallXrays(8)), 4, shuffle=shuffle) for shuffle in (True, False))
+    whole = [batch["index"].tolist() for batch in training]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert [batch["index"].tolist() for batch in training] == [indices[rank::2] for indices in whole]
+        loader = batches(dataset(SmallXrays(8)), 4)
+        assert [batch["index"].tolist() for batch in loader] == [[rank, rank + 2], [rank + 4, rank + 6]]
+        assert [len(batch["index"]) for batch in batches(dataset(SmallXrays(8)), 1)] == [1] * 4
+    assert len(training) == 2 and len(validation) == 2
 
 
 @given(st.integers(1, 50), st.integers(0, 5), st.integers(0, 5))
