@@ -195,6 +195,14 @@ def maps_of(pixels):
     return SimpleNamespace(masks=masks)
 
 
+def test_the_published_thresholds_are_tried_and_none_whose_bottom_is_above_its_top():
+    """The 1st place's two triplets, of which the first is the default."""
+    names, values = SiimAcrSettings.GRIDS["mask"]
+    assert names == ("top", "least_area", "bottom") and {(0.75, 2000, 0.3), (0.7, 600, 0.3)} <= set(values)
+    assert all(bottom <= top for top, _, bottom in values) and (0.3, 600, 0.3) in values
+    assert SiimAcrSettings() == SiimAcrSettings(top=0.75, least_area=2000, bottom=0.3)
+
+
 def test_a_triplet_decides_on_the_mask():
     level = np.zeros((1024, 1024), np.uint8)
     level[10:30, 50:80] = 200  # 600 pixels above 0.75 = 191.25
@@ -206,6 +214,16 @@ def test_a_triplet_decides_on_the_mask():
         assert decode_mask(encode_runs(runs)).sum() == rows * 30
         assert not rows or decode_mask(encode_runs(runs))[10:40, 50:80].all()
     assert fill(["b", "a"], {"a": np.array([[3, 5], [9, 10]])}) == ([["b", "-1"], ["a", "3 2 4 1"]], ["b"])
+
+
+def test_a_map_is_averaged_if_it_is_reduced_and_interpolated_if_it_is_enlarged():
+    reduced, enlarged = np.zeros((3072, 1024), np.uint8), np.zeros((512, 1024), np.uint8)
+    reduced[1::3] = 255  # a third of the rows: 85
+    enlarged[:256] = 255  # the rows 511 and 512 are at 3/4 and 1/4 between 255 and 0: 191 and 64
+    merged = maps_of({"reduced": reduced, "enlarged": enlarged})
+    for bottom, rows in ((0.2, (1024, 513)), (0.3, (1024, 512)), (0.4, (0, 512))):
+        decided = decide(merged, SiimAcrSettings(top=bottom, least_area=1, bottom=bottom))
+        assert [draw_runs(runs).sum() for runs in decided.values()] == [1024 * count for count in rows]
 
 
 @pytest.fixture(scope="module")
