@@ -78,6 +78,8 @@ def test_the_parts_are_the_scores_at_each_threshold(tmp_path):
 def test_without_any_box_the_score_is_undefined(tmp_path):
     truth = write_truth(tmp_path / "truth.csv", {"a": []})
     assert np.isnan(list(RSNA_PNEUMONIA.score_files(truth, write_rows(tmp_path / "rows.csv", {"a": ""})).values())).all()
+    empty, found = as_tables([], [])
+    assert np.isnan(metric(BoxTruth((), empty.boxes), found)["score"])
 
 
 side = st.integers(1, 8)

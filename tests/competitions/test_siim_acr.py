@@ -70,6 +70,7 @@ def test_parts_are_the_images_with_and_without_a_pneumothorax(tmp_path):
     truth, rows, _ = BY_HAND["D7"]
     scores = SIIM_ACR.score_files(write(tmp_path / "a.csv", truth), write(tmp_path / "submission.csv", rows))
     assert scores == pytest.approx({"score": 5 / 9, "with_pneumothorax": 2 / 3, "without": 1 / 2})
+    assert np.isnan(list(metric({}, {}).values())).tolist() == [True] * 3
 
 
 def test_the_table_of_stage_2_is_preferred(tmp_path):

@@ -152,6 +152,11 @@ def test_the_interval_holds_the_value_and_follows_patients_not_images():
     intervals = bootstrap_auc(given_answers, samples=100).set_index("name")
     aucs = [roc_auc_score(labels[name], scores[name]) for name in CLASSES]
     assert intervals.value.tolist() == pytest.approx([np.mean(aucs), *aucs])
+    drawn = auc_draws(given_answers, samples=100).iloc[1:]
+    for level, tail in ((0.95, 0.025), (0.5, 0.25)):
+        again = bootstrap_auc(given_answers, samples=100, level=level)
+        assert again.low.tolist() == pytest.approx(drawn.quantile(tail).tolist())
+        assert again.high.tolist() == pytest.approx(drawn.quantile(1 - tail).tolist())
     assert ((intervals.low < intervals.value) & (intervals.value < intervals.high)).all()
     # Ten copies of each image of a patient add no information.
     copies = range(10)
@@ -170,6 +175,42 @@ def test_two_models_of_the_same_patients_get_the_same_draws():
     pd.testing.assert_frame_equal(one[CLASSES[1:]], two[CLASSES[1:]])
     assert two["Mass"].tolist() == pytest.approx([0.5] * 6)
     assert one["mean"].to_numpy() == pytest.approx(one[CLASSES].mean(axis=1).to_numpy())
+
+
+def test_a_draw_has_the_areas_of_repeated_patients_and_curves_are_sorted_by_area():
+    given_answers = answers(*tables(60, unknown=0.1))
+    patients, codes = np.unique(given_answers.patient, return_inverse=True)
+    count = np.random.default_rng(3).multinomial(len(patients), np.full(len(patients), 1 / len(patients)))
+    rows = np.repeat(np.arange(60), count[codes])
+    repeated = class_report(given_answers.rows(rows), np.full(3, 0.5)).roc_auc
+    drawn = auc_draws(given_answers, samples=1, seed=3).iloc[1]
+    assert drawn[CLASSES].tolist() == pytest.approx(repeated.tolist()) and drawn["mean"] == pytest.approx(repeated.mean())
+    areas = class_report(given_answers, np.full(3, 0.5)).set_index("class").roc_auc.sort_values(ascending=False)
+    curves = roc_curves(given_answers)
+    assert list(curves) == [f"{name} (AUC {area:.3f})" for name, area in areas.items()]
+    for curve, area in zip(curves.values(), areas, strict=True):
+        x, y = curve.false_positives.to_numpy(), curve.recall.to_numpy()
+        assert np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) == pytest.approx(area)
+
+
+def test_the_halves_of_a_single_folds_patients_have_equal_numbers_and_choose_for_each_other():
+    given_answers = answers(*tables(40, folds=1))
+    chosen = cross_fitted_thresholds(given_answers)
+    halves = [np.flatnonzero((chosen == value).all(axis=1)) for value in np.unique(chosen, axis=0)]
+    assert sorted(map(len, halves)) == [20, 20]
+    for half, other in (halves, halves[::-1]):
+        assert set(given_answers.patient[half]).isdisjoint(given_answers.patient[other])
+        assert np.array_equal(chosen[half[0]], best_thresholds(given_answers.rows(other)))
+
+
+def test_labels_from_a_half_on_are_true_and_a_class_that_all_images_have_has_no_area():
+    whole = of_one_class([0.5, 1, 0.9], [0.2, 0.4, 0.6])
+    assert whole.truth.tolist() == [[1], [1], [1]] and roc_curves(whole) == {}
+    row = class_report(whole, np.array([0.4])).iloc[0]
+    assert np.isnan(row.roc_auc) and row.recall == pytest.approx(2 / 3) and row.average_precision == 1
+    nothing = class_report(of_one_class([np.nan, np.nan], [0.2, 0.4]), np.array([0.4])).iloc[0]
+    assert nothing.of == 0 and nothing[["roc_auc", "average_precision", "threshold", "f1"]].isna().all()
+    assert auc_draws(of_one_class([np.nan, np.nan], [0.2, 0.4]), samples=1).isna().all(axis=None)
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says():
