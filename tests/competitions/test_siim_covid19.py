@@ -79,3 +79,13 @@ def test_the_published_formulas_are_tried_and_the_default_is_the_classifier_alon
 def test_decided_tables_have_names_if_there_are_several():
     assert SIIM_COVID19.tables(Fused("s", "n", "d")) == {"studies": "s", "nones": "n", "detections": "d"}
     assert SIIM_COVID19.tables({"a": "mask"}) == {}
+
+
+def test_the_test_set_is_listed_without_opening_its_images(tmp_path):
+    (tmp_path / "test" / "s" / "x").mkdir(parents=True)
+    (tmp_path / "test" / "s" / "x" / "i.dcm").write_bytes(b"no DICOM")
+    (tmp_path / "sample_submission.csv").write_text(
+        "id,PredictionString\ns_study,negative 1 0 0 1 1\ni_image,none 1 0 0 1 1\n"
+    )
+    test = SIIM_COVID19.read_test(tmp_path)
+    assert test.images[["image_id", "study_id", "rows"]].to_numpy().tolist() == [["i", "s", 0]] and test.faults.empty

@@ -54,6 +54,7 @@ def test_the_class_table_has_the_metrics_of_scikit_learn():
 
 def test_aggregates_are_macro_means_and_the_share_of_images_with_all_classes_right():
     scores, images, labels = tables()
+    scores[CLASSES] = scores[CLASSES].round(1)  # some are equal to the thresholds
     given_answers = answers(scores, images, labels)
     figures = heidelberg_figures(given_answers, np.full(3, 0.4))
     # section 4.1 of the report

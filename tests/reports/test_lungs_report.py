@@ -27,7 +27,7 @@ IMAGES = pd.DataFrame(
     }
 )
 LABELS = pd.DataFrame(
-    {"id": [f"s{number}" for number in range(5)], "ill": [1.0, 1.0, 0.0, 0.0, 0.9], "well": [0.0, 0.0, 1.0, 1.0, np.nan]}
+    {"id": [f"s{number}" for number in range(5)], "ill": [1.0, 1.0, 0.0, 0.0, 0.5], "well": [0.0, 0.0, 1.0, 1.0, np.nan]}
 )
 DICE = np.array([0.9, 0.8, 0.7, 1.0, 0.5, 0.6])
 
