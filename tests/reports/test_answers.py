@@ -82,6 +82,8 @@ def test_every_submitted_box_is_drawn_however_low_its_confidence():
         pytest.approx([9.5, 4.5, 19.5, 14.5], abs=0.5)
     ]
     assert len(ill.patches) == 1 and healthy.texts and not ill.texts
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["annotated", "predicted, with confidence"]
 
 
 def test_submitted_masks_are_drawn_in_the_size_of_the_decoded_copy():

@@ -235,6 +235,7 @@ def test_draws_of_several_findings_are_the_mean_of_those_that_occur(findings):
 
 def test_false_positives_on_images_without_a_box_lower_the_ap(tables):
     detections, coverage, images, boxes = tables
+    assert np.isnan(detection_draws(detections, coverage, images, boxes[:0], 2)).tolist() == [True] * 3
     boxed = coverage[coverage.image_id.isin(boxes.image_id)]
     assert (
         detection_draws(detections, coverage, images, boxes, 0)[0] < detection_draws(detections, boxed, images, boxes, 0)[0]

@@ -95,7 +95,8 @@ def test_names_of_findings_stay_inside_the_picture():
 def test_of_a_long_id_only_the_end_is_a_title():
     long_id = "1.2.826.0.1.3680043.8.498." + "0123456789" * 3
     image = pd.DataFrame({"image_id": [long_id], "study_id": ["s0"]})
-    (axis,) = figures.example_images(Cache(), image, LABELS, per_row=1).axes
+    labels = LABELS.assign(negative=0.5, typical=0.49)  # at least half is true
+    (axis,) = figures.example_images(Cache(), image, labels, per_row=1).axes
     first, second = axis.get_title().splitlines()
     assert first.startswith("…") and long_id.endswith(first[1:]) and len(first) == figures.LONGEST_WORD
     assert second == "ground truth: negative"
@@ -166,6 +167,7 @@ def test_fold_shares_have_one_bar_per_fold_and_class():
     heights = [patch.get_height() for patch in axis.patches]
     # Fold 0 is all negative, fold 1 all typical.
     assert heights == [1, 0, 0, 0, 0, 1, 0, 0] and axis.get_ylabel() == "share of the fold's images"
+    assert axis.get_legend().get_title().get_text() == "fold"
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["0", "1"]
     more = pd.concat([folds, folds[:1]])
     (axis,) = figures.fold_shares(more, IMAGES, LABELS[["id"]]).axes

@@ -255,4 +255,5 @@ def test_mismatched_tables_are_refused():
 def test_uncertainty_is_the_entropy_in_bits():
     scores = pd.DataFrame({"image_id": list("abc"), "model": "m", "fold": 0, "x": [0.5, 1.0, 0.25], "y": [0.5, 0.0, 1.0]})
     # A probability of 0.5 has one bit, one of 0.25 has 2 - 3/4 log2 3 bits.
-    assert uncertainty(scores).tolist() == pytest.approx([2, 0, 2 - 0.75 * np.log2(3)])
+    entropy = uncertainty(scores.set_axis([7, 8, 9]))
+    assert entropy.to_dict() == pytest.approx({7: 2, 8: 0, 9: 2 - 0.75 * np.log2(3)}) and entropy.name == "uncertainty"

@@ -37,7 +37,11 @@ def draw(studies, images, **options):
 def test_the_most_confident_studies_come_first_and_the_least_confident_below():
     # Studies 0, 1, 2, 3 are negative, typical, indeterminate, atypical, with two images each.
     studies, images = scores({"study000": 0.9, "study001": 0.2, "study002": 0.7, "study003": 0.4})
-    shown = titles(draw(studies, images, count=2))
+    figure = draw(studies, images, count=2)
+    # Images of negative studies have no box, all others have one.
+    assert [len(axis.patches) for axis in figure.axes] == [0, 1, 1, 1]
+    assert [axis.get_subplotspec().rowspan.start for axis in figure.axes] == [0, 0, 1, 1]
+    shown = titles(figure)
     assert [title.splitlines()[0] for title in shown] == ["image000", "image004", "image002", "image006"]
     assert shown[0].splitlines()[1] == "ground truth: negative, no box" and shown[0].endswith("none 0.80")
     assert shown[2].splitlines()[1:3] == ["ground truth: typical, boxes", "predicted: indeterminate 0.80  typical 0.20"]
