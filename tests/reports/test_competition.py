@@ -36,9 +36,9 @@ def case():
 
 def test_confusion_counts_most_probable_classes():
     labels = pd.DataFrame(np.eye(4)[[0, 0, 1, 3]], columns=list(STUDY_CLASSES)).assign(id=list("abcd"))
-    studies = pd.DataFrame(np.eye(4)[[0, 1, 1, 2]], columns=list(STUDY_CLASSES)).assign(study_id=list("abcd"))
+    studies = pd.DataFrame(np.eye(4)[[0, 1, 1, 1]], columns=list(STUDY_CLASSES)).assign(study_id=list("abcd"))
     matrix = reports.confusion(Truth(labels, (), pd.DataFrame(columns=["image_id", *BOX])), studies.iloc[::-1])
-    assert matrix.to_numpy().tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert matrix.to_numpy().tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert list(matrix.index) == list(matrix.columns) == list(STUDY_CLASSES)
 
 
@@ -72,6 +72,7 @@ def test_calibration_of_known_answers():
     assert list(curves) == ["negative (AP 0.800)", "typical (AP 0.200)", "none (AP 1.000)", "opacity (AP 0.000)"]
     assert curves["opacity (AP 0.000)"].to_numpy().tolist() == [[0, 0]]
     bins = reports.reliability(truth, studies, nones)
+    assert bins.index.is_unique
     assert bins.iloc[0].tolist() == ["negative", pytest.approx(0.85), pytest.approx(0.8), 10]
     # A probability of 1 belongs to the last bin.
     of_none = bins[bins["class"] == "none"][["predicted", "observed", "count"]]
@@ -207,7 +208,9 @@ def findings():
 
 
 def test_each_finding_has_its_own_row_and_curve(findings):
-    table = reports.detection_by_finding(*findings).set_index("finding")
+    table = reports.detection_by_finding(*findings)
+    assert table.index.is_unique
+    table = table.set_index("finding")
     assert list(table.index) == ["effusion", "mass", "nodule", "all findings"]
     assert table[["images", "boxes"]].to_numpy().tolist() == [[1, 1], [2, 2], [1, 1], [2, 4]]
     # Mass: precision 1 at recall 1/2, 2/3 at recall 1: AP 1/2 + 1/2 * 2/3. The best F1 is 4/5, of all three.
