@@ -51,6 +51,9 @@ def test_the_metrics_of_each_class_are_those_of_its_images():
     # All images of `well` are of one patient, so every draw has the same mean.
     assert report.dice_low.well == report.dice_high.well == pytest.approx(0.85)
     assert report.dice_low["all"] < report.dice["all"] < report.dice_high["all"]
+    # The class `all` comes first whatever the classes are called.
+    named = overlap_report(scores(), IMAGES, LABELS.rename(columns={"ill": "Ill"}))
+    assert named["class"].tolist() == ["all", "Ill", "well"]
 
 
 def test_structures_have_their_own_rows_and_get_the_same_draws():

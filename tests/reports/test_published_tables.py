@@ -116,6 +116,12 @@ def test_a_printed_share_is_rounded_or_truncated(positives, printed, hits):
     assert not renamed and sorted(set(counts.true_positives)) == hits
 
 
+def test_the_sensitivity_keeps_its_name_if_another_metric_can_be_renamed():
+    """A ppv of 1/3 is impossible with a sensitivity of 0; 0 of 1 and 1 of 2 give an accuracy of 1/3."""
+    counts, renamed = possible_counts(1, 2, {"sensitivity": 0, "ppv": 33.33})
+    assert renamed == {"ppv": ("accuracy",)} and counts.to_numpy().tolist() == [[0, 1, 1, 1]]
+
+
 def test_the_number_of_other_possibilities_is_told():
     half = replace(find_published("hrnet"), rows=pd.DataFrame({"accuracy": [0.5]}, index=["m"]), counts=(1, 1))
     checked = check_counts(half).loc["m"]
