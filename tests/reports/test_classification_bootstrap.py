@@ -118,5 +118,8 @@ def test_a_class_that_does_not_occur_has_no_interval():
     scores, images, labels = tables(30, shares=(0.5, 0.5, 0))
     table = intervals(draws(judged(scores, images, labels), 20)).set_index("name")
     assert table.loc["f1 normal"].isna().all() and table.loc["f1 macro"].notna().all()
+    for metric in ("accuracy", "brier"):  # are defined for such a class, but not in the mean
+        occurring = table.value[[f"{metric} COVID-19", f"{metric} viral"]]
+        assert table.value[f"{metric} macro"] == pytest.approx(occurring.mean()) and table.value[f"{metric} normal"] >= 0
     with pytest.raises(ValueError, match="`samples` is 0"):
         draws(judged(scores, images, labels), 0)

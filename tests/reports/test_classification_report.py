@@ -118,7 +118,9 @@ def test_a_probability_of_0_costs_16_nats_not_infinity():
     scores, images, labels = tables(6)
     scores[CLASSES] = 1 - labels[CLASSES]
     scores[CLASSES] /= 2
-    assert overall(judged(scores, images, labels))["log_loss"] == pytest.approx(7 * np.log(10))
+    values = overall(judged(scores, images, labels))
+    assert values["log_loss"] == pytest.approx(7 * np.log(10))
+    assert values["accuracy"] == values["papers_micro_f1"] == 0
 
 
 def test_predictive_values_at_a_prevalence():
@@ -139,7 +141,9 @@ def test_predictive_values_at_a_prevalence():
 def test_the_source_table_has_all_sources_pooled_and_each_source_alone():
     scores, images, labels = tables()
     images["source"] = np.where(labels["COVID-19"] == 1, "ieee8023", "kermany")
-    pooled = source_table(judged(scores, images, labels)).set_index(["source", "class"])
+    pooled = source_table(judged(scores, images, labels))
+    assert pooled.index.is_unique
+    pooled = pooled.set_index(["source", "class"])
     assert pooled.loc[("ieee8023", "COVID-19")].of == pooled.loc[("pooled", "COVID-19")].support
     # The source has no other class, so these metrics are undefined.
     assert np.isnan(pooled.loc[("ieee8023", "COVID-19")].specificity)
