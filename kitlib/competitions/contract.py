@@ -48,7 +48,7 @@ class Competition(Settings):
 
     `read_truth` returns the ground truth, read from a file in the format of the training data, or from the folder of this
     file. `truth_ids` gets a ground truth and returns the ids that a submission must have. `read_sample` returns the ids in a
-    sample submission. `read_truth` and `read_sample` raise a KitError if the file is invalid. `read_submission`
+    sample submission. `read_truth` and `read_sample` raise a KitError if the file is invalid or empty. `read_submission`
     gets a file and the ids that it must have; it raises SubmissionError if the file has a fault. `find_faults` gets the ids
     that a file must have, the file, and a text that says where these ids are from; it returns every fault and never raises.
     `metric` is a pure function of a ground truth and a submission; it returns a dict with `score` first, then its parts by
@@ -189,10 +189,7 @@ class Competition(Settings):
 
         Raises SubmissionError if the sample cannot be read or has no rows.
         """
-        ids = list(self.read_sample(Path(sample)))
-        if not ids:
-            raise SubmissionError(f"{sample} has no rows; copy the competition's file again")
-        return len(self.write(path, ids, None))
+        return len(self.write(path, self.read_sample(Path(sample)), None))
 
 
 def fill_rows(baseline: list[list[str]], answers: Mapping[str, list[str]]) -> tuple[list[list[str]], list[str]]:

@@ -68,8 +68,6 @@ class Rows(Generic[V]):
 class TestSet:
     """Test images: an `images` table, a table of the faults found (see Dataset.faults), and the ids of a submission."""
 
-    __test__ = False  # pytest would collect the class
-
     images: pd.DataFrame
     faults: pd.DataFrame
     submission_ids: tuple[str, ...]
@@ -86,7 +84,7 @@ def find_sample(folder: str | Path, name: str = SAMPLE) -> Path:
     for files in _levels(folder):
         if found := [path for path in files if path.name == name]:
             return _only(found)
-        candidates += (path for path in files if "sample_submission" in path.name and path.suffix == ".csv")
+        candidates += (path for path in files if "sample_submission" in path.name)
     if not candidates:
         raise SubmissionError(f"found no sample submission (the list of ids to predict) in {folder}; add the file {name}")
     candidates = [path for path in candidates if "stage_2" in path.name] or candidates
@@ -99,7 +97,7 @@ def _levels(folder: str | Path) -> Iterator[list[Path]]:
 
     Links to folders are not followed. If a folder has more than MANY_FOLDERS subfolders, all of them are skipped.
     """
-    folders = [str(folder)] if Path(folder).is_dir() else []
+    folders = [str(folder)]
     while folders:
         files, below = [], []
         for place in folders:
@@ -194,5 +192,5 @@ def join_rows(rows: dict[str, np.ndarray], columns: Sequence[str]) -> pd.DataFra
     """Return a table with image_id and `columns`. `rows` maps each image_id to its k rows, an array (k, len(columns))."""
     numbers = np.concatenate([np.empty((0, len(columns))), *rows.values()])
     table = pd.DataFrame(numbers, columns=list(columns))
-    table.insert(0, "image_id", np.repeat(np.array(list(rows), dtype=object), [len(array) for array in rows.values()]))
+    table.insert(0, "image_id", np.repeat(list(rows), [len(array) for array in rows.values()]))
     return table

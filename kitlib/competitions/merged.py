@@ -28,7 +28,7 @@ class MergedPredictions:
     def detections(self) -> pd.DataFrame:
         """Return the table `boxes` with the column image_id instead of `row`."""
         boxes = self.boxes.drop(columns="row")
-        boxes.insert(0, "image_id", self.images["image_id"].to_numpy(dtype=object)[self.boxes["row"].to_numpy()])
+        boxes.insert(0, "image_id", self.images["image_id"].to_numpy()[self.boxes["row"].to_numpy()])
         return boxes
 
     def probability(self, name: str) -> np.ndarray:

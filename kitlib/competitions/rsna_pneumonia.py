@@ -211,7 +211,7 @@ def decide(merged: MergedPredictions, settings: RsnaPneumoniaFusion) -> pd.DataF
     middle = (corners[:, :2] + corners[:, 2:]) / 2
     half = settings.box_size * (corners[:, 2:] - corners[:, :2]) / 2
     corners = np.hstack([middle - half, middle + half]).clip(0, SIDE)
-    ids = merged.images["image_id"].to_numpy(dtype=object)[merged.seen]
+    ids = merged.images["image_id"].to_numpy()[merged.seen]
     image_id = pd.Categorical.from_codes((np.cumsum(merged.seen) - 1)[row], categories=ids)
     table = pd.DataFrame({"image_id": image_id, "finding": boxes["finding"].to_numpy(object), "score": score[is_answered]})
     return table.assign(**dict(zip(BOX, corners.T, strict=True)))

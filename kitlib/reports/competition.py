@@ -271,7 +271,7 @@ def detection_draws(
         [ranking.average_precision(counts[boxed].sum(), counts[detected]) for counts in draws]
         for ranking, boxed, detected in rankings
     ]
-    return pd.DataFrame(precisions, columns=range(len(draws))).mean().to_numpy()  # NaN if there is no finding at all
+    return pd.DataFrame(precisions, columns=range(len(draws))).mean().to_numpy(float)  # NaN if there is no finding at all
 
 
 def _by_finding(

@@ -367,7 +367,7 @@ def _draw_boxes(
 def _true_classes(labels: pd.DataFrame) -> dict[str, str]:
     """Return a dict that maps each id in `labels` to the names of its true classes, joined by commas."""
     classes = class_columns(labels, "labels")
-    true = labels[classes].to_numpy() > 0.5
+    true = labels[classes].to_numpy() >= 0.5
     return {
         name: ", ".join(class_name for class_name, is_true in zip(classes, row, strict=True) if is_true)
         for name, row in zip(labels["id"], true, strict=True)

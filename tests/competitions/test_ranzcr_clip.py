@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from kitlib.competitions.fusion_settings import FusionSettings
 from kitlib.competitions.merged import MergedPredictions
-from kitlib.competitions.ranzcr_clip import LABELS, RANZCR_CLIP, decide, metric, read_truth
+from kitlib.competitions.ranzcr_clip import LABELS, RANZCR_CLIP, decide, metric, read_truth, truth_of
 from kitlib.errors import ScoringError, SubmissionError
 
 ID = "StudyInstanceUID"
@@ -40,6 +40,13 @@ def test_an_image_without_any_prediction_is_not_decided_and_a_missing_label_gets
     assert decided.index.tolist() == ["i0", "i1"]
     assert decided.loc["i0", LABELS[0]] == pytest.approx(79 / 30_083) and decided.loc["i1", LABELS[0]] == 0.3
     assert decided.loc["i0", LABELS[1]] == 0.2
+
+
+def test_the_truth_of_prepared_images_has_those_whose_labels_are_all_known():
+    images = pd.DataFrame({"image_id": list("abc"), "study_id": ["i2", "i1", "i0"]})
+    truth = truth_of(images, as_table([(1, 0, 1), (0, float("nan"), 1)], "id"), None, None)
+    assert list(truth) == ["image_id", *LABELS] and truth.index.tolist() == [0, 1]
+    assert truth["image_id"].tolist() == ["a", "c"] and truth.iloc[:, 1:3].to_numpy().tolist() == [[1, 1], [1, 0]]
 
 
 BY_HAND = {

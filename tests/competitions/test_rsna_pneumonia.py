@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kitlib.classes import RSNA_CLASSES
 from kitlib.competitions.contract import BoxTruth
-from kitlib.competitions.rsna_pneumonia import RSNA_PNEUMONIA, metric, read_truth
+from kitlib.competitions.merged import MergedPredictions
+from kitlib.competitions.rsna_pneumonia import (
+    RSNA_PNEUMONIA,
+    RsnaPneumoniaFusion,
+    decide,
+    fill,
+    metric,
+    read_submission,
+    read_truth,
+    truth_of,
+)
 from kitlib.errors import ScoringError
 from kitlib.tables import BOX
 from tests.voc_reference import iou
@@ -38,6 +49,7 @@ BY_HAND = {
     "R2, an IoU of exactly 1/2": ({"a": [ONE]}, {"a": ".9 0 0 100 50"}, 2 / 8),
     "R3": ({"a": [ONE]}, {"a": ".9 0 0 100 51"}, 3 / 8),
     "R4, an IoU of exactly 2/5": ({"a": [ONE]}, {"a": ".9 0 0 100 40"}, 0),
+    "R4, with two more pixels in a hundred": ({"a": [ONE]}, {"a": ".9 0 0 100 42"}, 1 / 8),
     "R5, an empty image is left out": ({"a": [ONE], "b": []}, {"a": f".9 {ONE}", "b": ""}, 1),
     "R6": ({"a": [ONE], "b": []}, {"a": f".9 {ONE}", "b": ".1 0 0 50 50"}, 1 / 2),
     "R7": ({"a": [ONE, "200 0 100 100"]}, {"a": f".9 {ONE} .2 500 500 10 10"}, 1 / 3),
@@ -66,6 +78,8 @@ def test_the_parts_are_the_scores_at_each_threshold(tmp_path):
 def test_without_any_box_the_score_is_undefined(tmp_path):
     truth = write_truth(tmp_path / "truth.csv", {"a": []})
     assert np.isnan(list(RSNA_PNEUMONIA.score_files(truth, write_rows(tmp_path / "rows.csv", {"a": ""})).values())).all()
+    empty, found = as_tables([], [])
+    assert np.isnan(metric(BoxTruth((), empty.boxes), found)["score"])
 
 
 side = st.integers(1, 8)
@@ -190,15 +204,18 @@ def test_an_iou_of_exactly_the_threshold_is_no_hit_where_the_better_true_box_is_
         ("0.5 0 0 inf 100", ["group 1: box 0 0 inf 100 is not finite"]),
         ("0.5 0 0 0 100", ["group 1: box 0 0 0 100 has no area"]),
         ("0.5 50 50 10 -10", ["group 1: box 50 50 10 -10 has no area"]),
-        ("0.5 -3 0 10 10", ["group 1: box -3 0 10 10 reaches beyond the image of 1024 x 1024 pixels"]),
-        ("0.5 600 600 800 900", ["group 1: box 600 600 800 900 reaches beyond the image"]),
+        ("0.5 0 0 9 0", ["group 1: box 0 0 9 0 has no area"]),
+        ("0.5 -1.5 0 10 10", ["group 1: box -1.5 0 10 10 reaches beyond the image of 1024 x 1024 pixels"]),
+        ("0.5 0 -1.5 10 10", ["group 1: box 0 -1.5 10 10 reaches beyond the image"]),
+        ("0.5 600 0 425.5 10", ["group 1: box 600 0 425.5 10 reaches beyond the image"]),
+        ("0.5 0 600 10 425.5", ["group 1: box 0 600 10 425.5 reaches beyond the image"]),
         ("2 0 0 0 9 0.5 0 0 9 9 0.5 1 1 -1 1", ["group 1: confidence 2", "group 1: box 0 0 0 9", "group 3: box 1 1 -1 1"]),
         (",", ["the row has 3 cells, but must have 2"]),
     ],
 )
 def test_every_fault_of_a_row_is_named(tmp_path, bad, problems):
     sample = write_rows(tmp_path / "sample.csv", dict.fromkeys("abc", "0.5 0 0 100 100"))
-    submission = write_rows(tmp_path / "submission.csv", {"a": "", "b": bad, "c": "0.5 0 0 1024 1024 1 924.5 0 99.5 7"})
+    submission = write_rows(tmp_path / "submission.csv", {"a": "", "b": bad, "c": "0 -1 -1 1026 1026 1 924.5 0 99.5 7"})
     faults = RSNA_PNEUMONIA.validate_file(submission, sample)
     assert [(fault.row, fault.id) for fault in faults] == [(3, "b")] * len(problems)
     assert all(fault.problem.startswith(problem) for fault, problem in zip(faults, problems, strict=True))
@@ -220,6 +237,50 @@ def test_a_contradictory_row_of_the_truth_is_an_error(tmp_path, rows, problem):
     path.write_text(f"patientId,x,y,width,height,Target\n{rows}\n")
     with pytest.raises(ScoringError, match=rf"row 2 \(a\): {problem}"):
         read_truth(path)
+
+
+def test_boxes_are_read_as_corners(tmp_path):
+    truth = read_truth(write_truth(tmp_path / "truth.csv", {"b": [], "a": ["10 20 30 50", "5 6 7 8"]}))
+    assert truth.image_ids == ("b", "a") and list(truth.boxes) == ["image_id", "finding", *BOX]
+    assert truth.boxes.to_numpy().tolist() == [["a", "opacity", 10, 20, 40, 70], ["a", "opacity", 5, 6, 12, 14]]
+    found = read_submission(write_rows(tmp_path / "rows.csv", {"a": ".5 10 20 30 50", "b": ""}), ["b", "a"])
+    assert list(found) == ["image_id", "finding", "score", *BOX]
+    assert found.to_numpy().tolist() == [["a", "opacity", 0.5, 10, 20, 40, 70]]
+
+
+def merged_boxes():
+    """Predictions for a, with a copy of 512 x 256 pixels, b and c, with copies of full size, and d, seen by no detector."""
+    images = pd.DataFrame({"image_id": list("dabc"), "study_id": list("dabc")})
+    images = images.assign(rows=[9, 512, 1024, 1024], columns=[9, 256, 1024, 1024])
+    places = [(1, 0.5, 10, 20, 30, 60), (1, 0.4, 0, 0, 9, 9), (2, 0.3, 900, 0, 1000, 100), (2, 0.6, 100, 200, 300, 400)]
+    boxes = pd.DataFrame(places, columns=["row", "score", *BOX]).assign(finding="opacity")
+    scores = pd.DataFrame([("a", 0.7, 0.05, 0.25), ("c", 0.1, 0.2, 0.7)], columns=["image_id", *RSNA_CLASSES])
+    return MergedPredictions(images, None, scores, boxes, np.array([False, True, True, True]), None)
+
+
+def test_boxes_are_weighted_by_the_classifier_selected_and_enlarged():
+    settings = RsnaPneumoniaFusion(gate_power=0.5, least_score=0.25, box_size=1.5)
+    decided = decide(merged_boxes(), settings)
+    assert list(decided) == ["image_id", "finding", "score", *BOX] and set(decided["finding"]) == {"opacity"}
+    # a: 0.5 * sqrt(0.25) = 0.25 is kept, 0.4 * sqrt(0.25) is not; published, the box is 40 40 120 120, and enlarged
+    # 20 20 140 140. b has no probability of an opacity; its box 875 -25 1025 125 is cut at the image's edges.
+    of_b = "0.6 50.0 150.0 300.0 300.0 0.3 875.0 0.0 149.0 125.0"
+    rows = [["d", ""], ["c", ""], ["b", of_b], ["a", "0.25 20.0 20.0 120.0 120.0"]]
+    assert fill(list("dcba"), decided) == (rows, ["d"])
+
+
+def test_by_default_scores_and_sizes_of_boxes_do_not_change():
+    decided = decide(merged_boxes(), RsnaPneumoniaFusion())
+    assert decided["score"].tolist() == [0.5, 0.4, 0.3, 0.6]
+    assert decided[list(BOX)].to_numpy().tolist()[::3] == [[40, 40, 120, 120], [100, 200, 300, 400]]
+
+
+def test_the_truth_of_prepared_images_is_in_published_pixels():
+    rows = [("z", "opacity", 1, 2, 3, 4), ("a", "opacity", 10, 20, 30, 60)]
+    boxes = pd.DataFrame(rows, columns=["image_id", "finding", *BOX])
+    truth = truth_of(merged_boxes().images, None, boxes, None)
+    assert truth.image_ids == tuple("dabc")
+    assert truth.boxes.to_numpy().tolist() == [["a", "opacity", 40, 40, 120, 120]]
 
 
 def test_a_box_on_an_unknown_image_is_an_error():

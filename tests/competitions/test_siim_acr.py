@@ -70,6 +70,7 @@ def test_parts_are_the_images_with_and_without_a_pneumothorax(tmp_path):
     truth, rows, _ = BY_HAND["D7"]
     scores = SIIM_ACR.score_files(write(tmp_path / "a.csv", truth), write(tmp_path / "submission.csv", rows))
     assert scores == pytest.approx({"score": 5 / 9, "with_pneumothorax": 2 / 3, "without": 1 / 2})
+    assert np.isnan(list(metric({}, {}).values())).tolist() == [True] * 3
 
 
 def test_the_table_of_stage_2_is_preferred(tmp_path):
@@ -195,6 +196,14 @@ def maps_of(pixels):
     return SimpleNamespace(masks=masks)
 
 
+def test_the_published_thresholds_are_tried_and_none_whose_bottom_is_above_its_top():
+    """The 1st place's two triplets, of which the first is the default."""
+    names, values = SiimAcrSettings.GRIDS["mask"]
+    assert names == ("top", "least_area", "bottom") and {(0.75, 2000, 0.3), (0.7, 600, 0.3)} <= set(values)
+    assert all(bottom <= top for top, _, bottom in values) and (0.3, 600, 0.3) in values
+    assert SiimAcrSettings() == SiimAcrSettings(top=0.75, least_area=2000, bottom=0.3)
+
+
 def test_a_triplet_decides_on_the_mask():
     level = np.zeros((1024, 1024), np.uint8)
     level[10:30, 50:80] = 200  # 600 pixels above 0.75 = 191.25
@@ -206,6 +215,16 @@ def test_a_triplet_decides_on_the_mask():
         assert decode_mask(encode_runs(runs)).sum() == rows * 30
         assert not rows or decode_mask(encode_runs(runs))[10:40, 50:80].all()
     assert fill(["b", "a"], {"a": np.array([[3, 5], [9, 10]])}) == ([["b", "-1"], ["a", "3 2 4 1"]], ["b"])
+
+
+def test_a_map_is_averaged_if_it_is_reduced_and_interpolated_if_it_is_enlarged():
+    reduced, enlarged = np.zeros((3072, 1024), np.uint8), np.zeros((512, 1024), np.uint8)
+    reduced[1::3] = 255  # a third of the rows: 85
+    enlarged[:256] = 255  # the rows 511 and 512 are at 3/4 and 1/4 between 255 and 0: 191 and 64
+    merged = maps_of({"reduced": reduced, "enlarged": enlarged})
+    for bottom, rows in ((0.2, (1024, 513)), (0.3, (1024, 512)), (0.4, (0, 512))):
+        decided = decide(merged, SiimAcrSettings(top=bottom, least_area=1, bottom=bottom))
+        assert [draw_runs(runs).sum() for runs in decided.values()] == [1024 * count for count in rows]
 
 
 @pytest.fixture(scope="module")

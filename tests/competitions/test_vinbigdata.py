@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kitlib.competitions.contract import BoxTruth
-from kitlib.competitions.vinbigdata import CLASSES, FINDINGS, VINBIGDATA, VinBigDataFusion, metric, read_truth
+from kitlib.competitions.merged import MergedPredictions
+from kitlib.competitions.vinbigdata import (
+    CLASSES,
+    FINDINGS,
+    VINBIGDATA,
+    VinBigDataFusion,
+    decide,
+    fill,
+    metric,
+    read_submission,
+    read_truth,
+    truth_of,
+)
 from kitlib.errors import ScoringError, SettingsError, SubmissionError
 from kitlib.tables import BOX
 from tests.voc_reference import slow_average_precision
@@ -202,6 +214,7 @@ def test_a_valid_file_has_no_fault(tmp_path):
     [
         ("a,Nodule,15,R1,0,0,9,9", "class_id must be a whole number from 0 to 14"),
         ("a,Nodule,8,R1,0,0,0,9", "a finding must have a box"),
+        ("a,Nodule,8,R1,0,9,9,9", "a finding must have a box"),
         ("a,Nodule,8,R1,,,,", "a finding must have a box"),
         ("a,No finding,14,R1,0,0,9,9", "No finding must have no box"),
         ("a,Nodule,8,R1,0,0,x,9", "x_max is 'x', but must be a number or empty"),
@@ -220,6 +233,59 @@ def test_a_box_on_an_unknown_image_or_of_an_unknown_class_is_an_error(column, va
     truth, found = as_tables([("a", "ILD", (0, 0, 9, 9))], [("a", "ILD", 0.5, (0, 0, 9, 9))])
     with pytest.raises(ScoringError, match=f"1 boxes have an unknown {column}, such as '{value}'; expected"):
         metric(truth, found.assign(**{column: value}))
+
+
+def test_boxes_are_read_with_the_names_of_their_findings(tmp_path):
+    truth = read_truth(write_truth(tmp_path / "train.csv", ["b 14", "a 3 10 20 30 40", "c 14 0 0 1 1"]))
+    assert truth.image_ids == ("b", "a", "c") and list(truth.boxes) == ["image_id", "finding", *BOX]
+    nothing = ["No finding", 0, 0, 1, 1]
+    assert truth.boxes.to_numpy().tolist() == [["b", *nothing], ["a", "Cardiomegaly", 10, 20, 30, 40], ["c", *nothing]]
+    found = read_submission(write_rows(tmp_path / "rows.csv", {"a": "3 .5 10 20 30 40"}), ["a"])
+    assert list(found) == ["image_id", "finding", "score", *BOX]
+    assert found.to_numpy().tolist() == [["a", "Cardiomegaly", 0.5, 10, 20, 30, 40]]
+
+
+def merged_boxes():
+    """Predictions for a to e; no model has seen c, and the classifier only a."""
+    images = pd.DataFrame({"image_id": list("abcde"), "study_id": list("abcde")})
+    found = [(0, FINDINGS[3], 0.8, 10, 20, 30, 40), (0, FINDINGS[5], 0.1, 1, 2, 3, 4)]
+    found += [(1, FINDINGS[8], 0.5, 10, 20, 30, 40), (4, FINDINGS[8], 0.4, 10, 20, 30, 40)]
+    boxes = pd.DataFrame(found, columns=["row", "finding", "score", *BOX])
+    scores = pd.DataFrame({"image_id": ["a"], "No finding": [0.4]})
+    return MergedPredictions(images, None, scores, boxes, np.array([True, True, False, True, True]), None)
+
+
+def test_no_finding_lowers_the_scores_of_boxes_and_drops_those_of_normal_images():
+    settings = VinBigDataFusion(classifier_weight=1.0, no_box_weight=3.0, box_power=2.0, least_abnormal=0.5)
+    decided = decide(merged_boxes(), settings)
+    assert list(decided) == ["image_id", "finding", "score", *BOX] and decided.index.is_unique
+    # No finding is (0.4 + 3 * 0.2) / 4 for a, 1 - 0.5 for b, 1 for d, which has no box, and 1 - 0.4 for e.
+    rows = [
+        ["e", "14 0.6 0 0 1 1"],
+        ["d", "14 1 0 0 1 1"],
+        ["c", "14 0.7070667 0 0 1 1"],
+        ["b", "14 0.5 0 0 1 1 8 0.125 10.0 20.0 30.0 40.0"],
+        ["a", "3 0.45 10.0 20.0 30.0 40.0 14 0.25 0 0 1 1 5 0.05625 1.0 2.0 3.0 4.0"],
+    ]
+    assert fill(list("edcba"), decided) == (rows, ["c"])
+
+
+def test_by_default_the_classifier_decides_and_scores_of_boxes_do_not_change():
+    decided = decide(merged_boxes(), VinBigDataFusion()).set_index(["image_id", "finding"])["score"]
+    assert decided["a"].to_dict() == pytest.approx({FINDINGS[3]: 0.8, FINDINGS[5]: 0.1, "No finding": 0.4})
+    assert decided["e"].to_dict() == pytest.approx({FINDINGS[8]: 0.4, "No finding": 0.6})
+
+
+def test_the_truth_of_prepared_images_has_no_finding_where_there_is_no_box():
+    boxes = pd.DataFrame([("z", "ILD", 1, 2, 3, 4), ("b", "ILD", 5, 6, 7, 8)], columns=["image_id", "finding", *BOX])
+    truth = truth_of(pd.DataFrame({"image_id": ["a", "b"]}), None, boxes, None)
+    assert truth.image_ids == ("a", "b") and truth.boxes.index.is_unique
+    assert truth.boxes.to_numpy().tolist() == [["b", "ILD", 5, 6, 7, 8], ["a", "No finding", 0, 0, 1, 1]]
+
+
+def test_without_any_true_box_the_score_is_undefined():
+    truth, found = as_tables([], [("a", "ILD", 0.5, (0, 0, 9, 9))])
+    assert math.isnan(metric(truth, found)["score"])
 
 
 def read_real(real_data):
@@ -247,5 +313,7 @@ def test_the_baseline_on_the_real_training_labels(real_data, tmp_path):
 def test_the_probability_of_no_finding_needs_a_part_with_a_weight():
     with pytest.raises(SettingsError, match="classifier_weight or no_box_weight"):
         VinBigDataFusion(classifier_weight=0.0, no_box_weight=0.0)
+    _, mixtures = VinBigDataFusion.GRIDS["no finding: classifier, no box"]
+    assert [sum(mixture) for mixture in mixtures] == [1] * len(mixtures) and {(1, 0), (0, 1)} <= set(mixtures)
     assert VinBigDataFusion(classifier_weight=0.0, no_box_weight=0.5).no_box_weight == 0.5
     assert VinBigDataFusion(classifier_weight=0.5, no_box_weight=0.0).classifier_weight == 0.5

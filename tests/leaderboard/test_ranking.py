@@ -278,6 +278,9 @@ def test_the_figure_has_one_panel_per_ranking():
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["AP, 9 images, folds 1"] * 2
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["a", "b"]
+    assert first.lines[0].get_xydata().tolist() == [[0.5, 0], [0.25, 1]]
+    assert first.collections[0].get_segments()[1].tolist() == pytest.approx(np.array([[0.25, 1], [0.35, 1]]))
+    assert [text.get_text() for text in first.texts] == ["0.500  small", "0.250  small"]
     # The best is on top, and the axis does not extend below 0, where no score can be.
     assert first.transData.transform((0.5, 0))[1] > first.transData.transform((0.5, 1))[1]
     assert figure.axes[1].get_xlim()[0] == 0

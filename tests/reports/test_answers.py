@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from kitlib.classes import MASK_CODES, STUDY_CLASSES
 from kitlib.competitions.registry import find_competition
-from kitlib.reports.answers import RunMasks, answered_boxes, answers_figure, varied_sample
+from kitlib.reports.answers import RunMasks, answered_boxes, answers_figure, score_table, submitted_ids, varied_sample
 from kitlib.tables import BOX
-from kitlib.xrays.run_lengths import runs_of
+from kitlib.xrays.run_lengths import NO_RUNS, runs_of
 from tests.small_xrays import COLUMNS, ROWS, SmallXrays
 
 SMALL = SmallXrays(8)  # image000 and image001 have no box, the others have one
@@ -36,6 +36,22 @@ def test_samples_of_different_seeds_differ():
     assert len(set(map(tuple, samples))) > 1
 
 
+def test_images_without_a_label_are_one_of_the_kinds():
+    images = SMALL.images[["image_id", "study_id"]].replace({"study_id": {"study000": "elsewhere"}})
+    assert sorted(varied_sample(images, SMALL.labels, 8, 0)["image_id"]) == SMALL.image_ids
+
+
+def test_submissions_are_scored_side_by_side(tmp_path):
+    truth = {"a": NO_RUNS, "b": np.array([[0, 4]])}
+    for name, of_b in (("half", "2 4"), ("empty", "-1")):
+        (tmp_path / f"{name}.csv").write_text(f"ImageId,EncodedPixels\nb,{of_b}\na,-1\n")
+    files = {name: tmp_path / f"{name}.csv" for name in ("half", "empty")}
+    table = score_table(find_competition("siim-acr"), truth, files)
+    assert table["half"].to_dict() == {"score": 0.75, "with_pneumothorax": 0.5, "without": 1}
+    assert table["empty"].to_dict() == {"score": 0.5, "with_pneumothorax": 0, "without": 1}
+    assert submitted_ids(files["half"]) == ["b", "a"]
+
+
 def found(*rows):
     return pd.DataFrame(rows, columns=["image_id", "finding", "score", *BOX])
 
@@ -46,6 +62,7 @@ def test_boxes_of_a_submission_are_in_pixels_of_the_image_files():
     )
     # The published images have 1024 x 1024 pixels, the files 100 x 80.
     boxes = answered_boxes(find_competition("rsna-pneumonia"), rows, SMALL.images)
+    assert boxes.columns.tolist() == rows.columns.tolist()
     assert boxes.image_id.tolist() == ["image000"] and boxes[list(BOX)].to_numpy().tolist() == [[50, 40, 100, 80]]
     unscaled = answered_boxes(
         find_competition("vinbigdata"), rows.assign(finding=["Cardiomegaly", "No finding"]), SMALL.images
@@ -65,11 +82,13 @@ def test_every_submitted_box_is_drawn_however_low_its_confidence():
         pytest.approx([9.5, 4.5, 19.5, 14.5], abs=0.5)
     ]
     assert len(ill.patches) == 1 and healthy.texts and not ill.texts
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["annotated", "predicted, with confidence"]
 
 
 def test_submitted_masks_are_drawn_in_the_size_of_the_decoded_copy():
     left = np.zeros((1024, 1024), bool)
-    left[:, :512] = True
+    left[:, :502] = True  # interpolated, the last column would get another structure's code
     runs = {"image001": runs_of(left)}
     masks = RunMasks(runs, SMALL, MASK_CODES["pneumothorax"])
     expected = np.zeros((ROWS // 2, COLUMNS // 2))

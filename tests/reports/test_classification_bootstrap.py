@@ -27,11 +27,13 @@ def test_draws_equal_the_metrics_of_repeated_images():
     scores[CLASSES] = scores[CLASSES].round(1)  # equal scores
     scores[CLASSES] = scores[CLASSES].div(scores[CLASSES].sum(axis=1), axis=0)
     predictions = judged(scores, images, labels)
-    drawn = draws(predictions, samples=5, seed=3)
+    drawn = draws(predictions, samples=67, seed=3)
+    assert drawn.index.tolist() == list(range(68))
     patients, codes = np.unique(predictions.answers.patient, return_inverse=True)
     # Repeats the documented draw: as many patients as in the data, each with all their images.
-    chosen = np.random.default_rng(3).integers(len(patients), size=(5, len(patients)))
-    for row, picked in zip(drawn.iloc[1:].to_dict("records"), chosen, strict=True):
+    chosen = np.random.default_rng(3).integers(len(patients), size=(67, len(patients)))
+    for number in (0, 1, 63, 64, 66):  # draws are computed in batches
+        row, picked = drawn.loc[1 + number], chosen[number]
         repeated = predictions.rows(np.concatenate([np.flatnonzero(codes == patient) for patient in picked]))
         table = class_table(repeated).set_index("class")
         assert row["pr_auc viral"] == pytest.approx(table.pr_auc["viral"])
@@ -95,9 +97,29 @@ def test_precomputed_draws_give_the_same_differences():
         paired_differences(models, "mean", drawn=drawn)
 
 
+def test_differences_are_those_of_the_same_draw_and_sides_is_twice_the_smaller_share():
+    predictions = judged(*tables(20))
+    columns = {"better": [0.5, 0.1, 0.2, 0.3, -0.1], "worse": [-0.5, -0.1, 0.0, -0.3, np.nan], "equal": [0.0] * 5}
+    columns["undefined"] = [0.25, *[np.nan] * 4]
+    drawn = {"zero": pd.DataFrame(dict.fromkeys(columns, 1.0), index=range(5)), "mine": 1 + pd.DataFrame(columns)}
+    table = paired_differences(dict.fromkeys(drawn, predictions), "zero", level=0.5, drawn=drawn)
+    assert table["model"].tolist() == ["mine"] * 4 and table["reference"].tolist() == ["zero"] * 4
+    assert table["name"].tolist() == list(columns) and table["images"].tolist() == [20] * 4
+    # Of the draws, one of four is at most zero; one of three is at least zero; all are both.
+    assert table["sides"].tolist() == pytest.approx([2 / 4, 2 / 3, 1, np.nan], nan_ok=True)
+    assert table["value"].tolist() == pytest.approx([0.5, -0.5, 0, 0.25])
+    assert table["low"].tolist() == pytest.approx([0.05, -0.2, 0, np.nan], nan_ok=True)
+    assert table["high"].tolist() == pytest.approx([0.225, -0.05, 0, np.nan], nan_ok=True)
+    alone = paired_differences({"zero": predictions}, "zero", drawn={"zero": drawn["zero"]})
+    assert alone.empty and list(alone) == list(table)
+
+
 def test_a_class_that_does_not_occur_has_no_interval():
     scores, images, labels = tables(30, shares=(0.5, 0.5, 0))
     table = intervals(draws(judged(scores, images, labels), 20)).set_index("name")
     assert table.loc["f1 normal"].isna().all() and table.loc["f1 macro"].notna().all()
+    for metric in ("accuracy", "brier"):  # are defined for such a class, but not in the mean
+        occurring = table.value[[f"{metric} COVID-19", f"{metric} viral"]]
+        assert table.value[f"{metric} macro"] == pytest.approx(occurring.mean()) and table.value[f"{metric} normal"] >= 0
     with pytest.raises(ValueError, match="`samples` is 0"):
         draws(judged(scores, images, labels), 0)

@@ -13,6 +13,7 @@ from kitlib.reports.classification_report import (
     calibration_table,
     check_one_class,
     class_table,
+    confidence_bins,
     confusion,
     count_metrics,
     ece,
@@ -44,6 +45,8 @@ def test_metrics_equal_those_of_scikit_learn():
     table, matrix = class_table(predictions).set_index("class"), confusion(predictions)
     truth, called, probabilities = predictions.truth, predictions.predicted, predictions.probabilities
     assert (matrix.to_numpy() == metrics.confusion_matrix(truth, called)).all()
+    assert (matrix.index.name, matrix.columns.name) == ("truth", "called")
+    assert table.support["macro"] == 240
     for index, name in enumerate(CLASSES):
         true, calls, row = truth == index, called == index, table.loc[name]
         assert row.support == true.sum()
@@ -99,11 +102,25 @@ def test_calibration_error_of_bins_known_by_hand():
     assert ece(np.array([[1.0, 0.0]] * 4), np.zeros(4, int)) == 0
 
 
+def test_there_are_15_bins_of_confidence_which_include_their_upper_edges():
+    """As in Guo et al. 2017. Of 15 bins, 0.66 and 0.67 are in different ones; of 16, in the same."""
+    highest = np.array([1 + 1e-7, 1.0, 0.93, 0.8, 0.67, 0.66])  # means in single precision may exceed 1
+    assert confidence_bins(np.stack([highest, 1 - highest], axis=1)).tolist() == [14, 14, 13, 11, 10, 9]
+    assert ece(np.array([[0.66, 0.34], [0.67, 0.33]]), np.array([0, 1])) == pytest.approx((0.34 + 0.67) / 2)
+    scores, images, labels = tables(2)
+    scores[CLASSES] = 0.0
+    scores[CLASSES[0]], scores[CLASSES[1]] = [0.66, 0.67], [0.34, 0.33]
+    labels[CLASSES] = np.eye(3)[:2]
+    assert overall(judged(scores, images, labels))["ece"] == pytest.approx((0.34 + 0.67) / 2)
+
+
 def test_a_probability_of_0_costs_16_nats_not_infinity():
     scores, images, labels = tables(6)
     scores[CLASSES] = 1 - labels[CLASSES]
     scores[CLASSES] /= 2
-    assert overall(judged(scores, images, labels))["log_loss"] == pytest.approx(7 * np.log(10))
+    values = overall(judged(scores, images, labels))
+    assert values["log_loss"] == pytest.approx(7 * np.log(10))
+    assert values["accuracy"] == values["papers_micro_f1"] == 0
 
 
 def test_predictive_values_at_a_prevalence():
@@ -116,20 +133,30 @@ def test_predictive_values_at_a_prevalence():
     sensitivity, specificity = table.sensitivity["viral"], table.specificity["viral"]
     rare = at_prevalence(predictions, [0.01]).set_index("class").loc["viral"]
     assert rare.ppv == pytest.approx(0.01 * sensitivity / (0.01 * sensitivity + 0.99 * (1 - specificity)))
-    with pytest.raises(ValueError, match=r"above 0 and below 1"):
-        at_prevalence(predictions, [5])
+    for impossible in (0, 1, 5):
+        with pytest.raises(ValueError, match=r"above 0 and below 1"):
+            at_prevalence(predictions, [impossible])
 
 
 def test_the_source_table_has_all_sources_pooled_and_each_source_alone():
     scores, images, labels = tables()
     images["source"] = np.where(labels["COVID-19"] == 1, "ieee8023", "kermany")
-    pooled = source_table(judged(scores, images, labels)).set_index(["source", "class"])
+    pooled = source_table(judged(scores, images, labels))
+    assert pooled.index.is_unique
+    pooled = pooled.set_index(["source", "class"])
     assert pooled.loc[("ieee8023", "COVID-19")].of == pooled.loc[("pooled", "COVID-19")].support
     # The source has no other class, so these metrics are undefined.
     assert np.isnan(pooled.loc[("ieee8023", "COVID-19")].specificity)
     assert np.isnan(pooled.loc[("ieee8023", "COVID-19")].roc_auc)
+    # Classes without images of a source and means over classes are left out.
+    of_sources = {"pooled": CLASSES, "ieee8023": CLASSES[:1], "kermany": CLASSES[1:]}
+    assert pooled.index.tolist() == [(source, name) for source, names in of_sources.items() for name in names]
     alone = judged(scores, images, labels, source="kermany")
     assert len(alone.truth) == pooled.loc[("kermany", "viral")].of
+    assert set(judged(scores, images, labels, source="not kermany").source) == {"ieee8023"}
+    for absent in ("not nih", "ieee8023"):
+        with pytest.raises(ValueError, match=f"no predicted image is from source '{absent}'; available sources: ieee8023"):
+            judged(scores[(labels["COVID-19"] == 0).to_numpy()], images, labels, source=absent)
     with pytest.raises(ValueError, match=r"no predicted image is from source 'nih'; available sources: ieee8023, kermany"):
         judged(scores, images, labels, source="nih")
 
@@ -137,13 +164,16 @@ def test_the_source_table_has_all_sources_pooled_and_each_source_alone():
 def test_failures_by_class():
     scores, images, labels = tables(12)
     folds = pd.DataFrame({"id": images.image_id[:10], "fold": 0})
-    lungs = pd.DataFrame({"image_id": images.image_id, "verdict": ["too_small", *["found"] * 11]})
+    lungs = pd.DataFrame({"image_id": images.image_id, "verdict": ["too_small", *["found"] * 10, "too_small"]})
     table = failures(scores.iloc[2:10], images, labels, folds, lungs).set_index("class")
     assert table.images.tolist() == labels[CLASSES].sum().tolist()
     assert table[["outside_folds", "unanswered", "answered"]].sum().tolist() == [2, 2, 8]
     first = labels[CLASSES].iloc[0].idxmax()
     assert table.lungs_not_found[first] == 1 == table.lungs_not_found.sum()
-    assert table.unanswered_share[first] == table.unanswered[first] / (table.unanswered + table.answered)[first]
+    in_folds = labels[CLASSES][:10].sum()
+    assert table.unanswered_share[first] == table.unanswered[first] / in_folds[first]
+    assert table.lungs_not_found_share.to_dict() == (table.lungs_not_found / in_folds).to_dict()
+    assert "lungs_not_found" not in failures(scores, images, labels, folds)
 
 
 def test_folds_are_averaged_and_models_are_split():
@@ -153,8 +183,8 @@ def test_folds_are_averaged_and_models_are_split():
     both = judged(pd.concat([scores, other]), images, labels)
     mean = (scores[CLASSES].to_numpy() + other[CLASSES].to_numpy()) / 2
     assert np.allclose(pd.DataFrame(both.probabilities, both.image_id).loc[scores.image_id], mean)
-    parted = by_model(pd.concat([scores, scores.assign(model="n").iloc[5:]]))
-    assert list(parted) == ["m", "n"]
+    parted = by_model(pd.concat([scores.assign(model="n").iloc[5:], scores]))
+    assert list(parted) == ["n", "m"] and parted["m"].index.tolist() == list(range(20))
     shared = on_shared_images({name: judged(rows, images, labels) for name, rows in parted.items()})
     assert len(shared["m"].truth) == 15 and (shared["m"].image_id == shared["n"].image_id).all()
     assert (shared["m"].probabilities == shared["n"].probabilities).all()
@@ -165,7 +195,15 @@ def test_several_or_unknown_classes_are_refused_before_training():
     prepared = {"images": images, "labels": labels, "folds": pd.DataFrame({"id": images.image_id.iloc[:8], "fold": 0})}
     check_one_class(prepared, multi_label=False)
     several = labels.assign(**{CLASSES[0]: 1.0, CLASSES[1]: np.nan})
-    # Images without a fold are not judged.
+    unknown = labels.assign(**{name: labels[name].where(labels[name] == 1) for name in CLASSES})
+    with pytest.raises(DatasetError, match=r"8 images have more, fewer or unknown ones"):
+        check_one_class(prepared | {"labels": unknown}, multi_label=False)
+    none = labels[["id"]]  # training raises its own error
+    check_one_class(prepared | {"labels": none}, multi_label=True)
+    # Images without a fold are not judged, unless they are in the split for testing.
+    tested = images.assign(split=["train"] * 9 + ["test"])
+    with pytest.raises(DatasetError, match=r"9 images have more, fewer or unknown ones"):
+        check_one_class(prepared | {"labels": several, "images": tested}, multi_label=False)
     partly = labels.where(labels.id.isin(images.study_id.iloc[:8]), several)
     check_one_class(prepared | {"labels": partly}, multi_label=False)
     with pytest.raises(DatasetError, match=r"8 images have more, fewer or unknown ones; the first is i000\. Use notebook"):
@@ -180,6 +218,18 @@ def test_inconsistent_scores_and_labels_are_refused():
         judged(scores.assign(viral=0.9), images, labels)
     with pytest.raises(ValueError, match=r"10 images do not have exactly one true class"):
         judged(scores, images, labels.assign(**dict.fromkeys(CLASSES, 1.0)))
+    unknown = labels.assign(**{name: labels[name].where(labels[name] == 1) for name in CLASSES})
+    with pytest.raises(ValueError, match=r"10 images do not have exactly one true class"):
+        judged(scores, images, unknown)
+    with pytest.raises(ValueError, match="the `class_scores` table is empty"):
+        judged(scores[:0], images, labels)
+    other = judged(scores[["image_id", "model", "fold", *CLASSES[::-1]]], images, labels)
+    with pytest.raises(
+        ValueError, match=r"different classes or class orders .*a: COVID-19, viral, normal; b: normal, viral"
+    ):
+        on_shared_images({"a": judged(scores, images, labels), "b": other})
+    with pytest.raises(ValueError, match=r"no image was predicted by all of these models: none given"):
+        on_shared_images({})
     with pytest.raises(ValueError, match=r"classes that the scores lack: \['normal'\]"):
         judged(scores.drop(columns="normal"), images, labels)
     with pytest.raises(ValueError, match=r"from several models \(m, n\); pass one of the tables from `by_model`"):

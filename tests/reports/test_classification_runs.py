@@ -39,6 +39,13 @@ def test_folds_are_merged_repeated_rows_count_once_and_different_scores_become_s
     tables_by_model = read_class_scores([ensemble, patched], folds_of(scores))
     assert list(tables_by_model) == ["m", "ensemble: mean", "patched: mean"]
     assert tables_by_model["patched: mean"].model.unique().tolist() == ["patched: mean"]
+    write(tmp_path / "ensemble", pd.concat([mean, scores]))
+    assert list(read_class_scores([ensemble], folds_of(scores))) == ["mean", "m"]
+    fewer = write(tmp_path / "fewer", mean.drop(columns=CLASSES[2]))
+    assert list(read_class_scores([ensemble, fewer], folds_of(scores))) == ["ensemble: mean", "fewer: mean", "m"]
+    namesake = write(tmp_path / "other" / "patched", mean)
+    with pytest.raises(RunError, match="two runs called patched have different scores for model mean; rename one"):
+        read_class_scores([patched, namesake], folds_of(scores))
 
 
 def test_test_images_get_the_mean_over_the_folds_models_even_if_runs_repeat_rows(tmp_path):
@@ -68,6 +75,8 @@ def test_test_images_get_the_mean_over_the_folds_models_even_if_runs_repeat_rows
 
 
 def test_a_run_without_scores_is_named(tmp_path):
+    with pytest.raises(RunError, match=r"metrics\.json is missing"):
+        read_class_scores([tmp_path], NO_FOLDS)
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(
         RunError, match=r"has no predictions in tables/class_scores.parquet; use runs of notebooks 20, 25 or 65"

@@ -36,9 +36,9 @@ def case():
 
 def test_confusion_counts_most_probable_classes():
     labels = pd.DataFrame(np.eye(4)[[0, 0, 1, 3]], columns=list(STUDY_CLASSES)).assign(id=list("abcd"))
-    studies = pd.DataFrame(np.eye(4)[[0, 1, 1, 2]], columns=list(STUDY_CLASSES)).assign(study_id=list("abcd"))
+    studies = pd.DataFrame(np.eye(4)[[0, 1, 1, 1]], columns=list(STUDY_CLASSES)).assign(study_id=list("abcd"))
     matrix = reports.confusion(Truth(labels, (), pd.DataFrame(columns=["image_id", *BOX])), studies.iloc[::-1])
-    assert matrix.to_numpy().tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert matrix.to_numpy().tolist() == [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert list(matrix.index) == list(matrix.columns) == list(STUDY_CLASSES)
 
 
@@ -48,23 +48,36 @@ def test_class_report_has_the_average_precisions_of_the_score(case):
     expected = score_tables(truth, studies, nones, detections)
     assert table["average_precision"].to_dict() == pytest.approx({name: expected[name] for name in (*STUDY_CLASSES, "none")})
     assert table.loc["none", ["positives", "of"]].tolist() == [20, 80]
+    predicted, true = studies["negative"].to_numpy(), truth.labels["negative"].to_numpy()
+    # The bins' gaps, weighted by their numbers of studies, are the sums of differences.
+    gaps = [abs((predicted - true)[np.floor(predicted * 10) == number].sum()) for number in range(10)]
+    assert table.calibration_error["negative"] == pytest.approx(sum(gaps) / 80)
 
 
 def test_calibration_of_known_answers():
     # Ten studies have 0.85 for negative, eight are negative: gap 0.05; Brier (8 * 0.15^2 + 2 * 0.85^2) / 10.
     labels = pd.DataFrame(np.eye(4)[[0] * 8 + [1] * 2], columns=list(STUDY_CLASSES)).assign(id=[f"s{n}" for n in range(10)])
     studies = pd.DataFrame([[0.85, 0.05, 0.05, 0.05]] * 10, columns=list(STUDY_CLASSES)).assign(study_id=labels["id"])
-    truth = Truth(labels, ("i", "j"), pd.DataFrame([("i", 0, 0, 9, 9)], columns=["image_id", *BOX]))
-    nones = pd.DataFrame({"image_id": ["i", "j"], "none": [0.0, 1.0]})
+    truth = Truth(labels, ("i", "j", "k"), pd.DataFrame([("i", 0, 0, 9, 9)], columns=["image_id", *BOX]))
+    nones = pd.DataFrame({"image_id": ["i", "j", "k"], "none": [0.0, 1.0, 0.9]})
     negative = reports.class_report(truth, studies, nones).iloc[0]
     assert negative["calibration_error"] == pytest.approx(0.05)
     assert negative["brier"] == pytest.approx((8 * 0.15**2 + 2 * 0.85**2) / 10)
     assert negative["roc_auc"] == pytest.approx(0.5)
+    # No study is indeterminate or atypical.
+    undefined = reports.class_report(truth, studies, nones).set_index("class").loc[["indeterminate", "atypical"]]
+    assert undefined[["average_precision", "roc_auc"]].isna().all(axis=None) and undefined["brier"].notna().all()
+    found = pd.DataFrame(columns=["image_id", "score", *BOX])
+    curves = reports.precision_recall_curves(truth, studies, nones, found)
+    assert list(curves) == ["negative (AP 0.800)", "typical (AP 0.200)", "none (AP 1.000)", "opacity (AP 0.000)"]
+    assert curves["opacity (AP 0.000)"].to_numpy().tolist() == [[0, 0]]
     bins = reports.reliability(truth, studies, nones)
+    assert bins.index.is_unique
     assert bins.iloc[0].tolist() == ["negative", pytest.approx(0.85), pytest.approx(0.8), 10]
     # A probability of 1 belongs to the last bin.
-    assert bins[bins["class"] == "none"][["predicted", "observed", "count"]].to_numpy().tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert bins.groupby("class")["count"].sum().to_dict() == {**dict.fromkeys(STUDY_CLASSES, 10), "none": 2}
+    of_none = bins[bins["class"] == "none"][["predicted", "observed", "count"]]
+    assert of_none.to_numpy().tolist() == [[0, 0, 1], [pytest.approx(0.95), 1, 2]]
+    assert bins.groupby("class")["count"].sum().to_dict() == {**dict.fromkeys(STUDY_CLASSES, 10), "none": 3}
 
 
 def test_area_under_the_curves_is_the_average_precision(case):
@@ -91,9 +104,29 @@ def test_bootstrap_brackets_the_score(case):
     assert list(table.index) == list(SCORE_KEYS)
     assert table["value"].to_dict() == pytest.approx(expected)
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
-    pd.testing.assert_frame_equal(
-        table, reports.bootstrap(truth, studies, nones, detections, images, samples=50).set_index("name")
-    )
+    half = reports.bootstrap(truth, studies, nones, detections, images, samples=50, level=0.5).set_index("name")
+    draws = reports.score_draws(truth, studies, nones, detections, images, samples=50).iloc[1:]
+    for intervals, tail in ((table, 0.025), (half, 0.25)):
+        assert intervals["low"].to_dict() == pytest.approx(draws.quantile(tail).to_dict())
+        assert intervals["high"].to_dict() == pytest.approx(draws.quantile(1 - tail).to_dict())
+
+
+def test_a_draw_has_the_score_of_repeated_patients(case):
+    truth, studies, nones, detections, images = case
+    elsewhere = pd.concat([detections.assign(image_id="elsewhere", score=1.0), detections])
+    draws = reports.score_draws(truth, studies, nones, elsewhere, images, samples=3, seed=5)
+    rng = np.random.default_rng(5)
+    for number in range(3):
+        # Patient k has the images and studies 2 k and 2 k + 1.
+        copies = np.repeat(rng.multinomial(40, np.full(40, 1 / 40)), 2)
+        rows = np.repeat(np.arange(N), copies)
+        image_ids, study_ids = ([f"{kind}{row}-{place}" for place, row in enumerate(rows)] for kind in "is")
+        boxes = [(image_ids[place], 10.0, 10.0, 60.0, 90.0) for place, row in enumerate(rows) if row % 4]
+        labels, boxes = truth.labels.iloc[rows].assign(id=study_ids), pd.DataFrame(boxes, columns=["image_id", *BOX])
+        repeated = (table.iloc[rows].assign(image_id=image_ids) for table in (nones, detections))
+        repeated_studies = studies.iloc[rows].assign(study_id=study_ids)
+        expected = score_tables(Truth(labels, tuple(image_ids), boxes), repeated_studies, *repeated)
+        assert draws.iloc[1 + number].to_dict() == pytest.approx(expected)
 
 
 def test_bootstrap_draws_whole_patients(case):
@@ -175,14 +208,18 @@ def findings():
 
 
 def test_each_finding_has_its_own_row_and_curve(findings):
-    table = reports.detection_by_finding(*findings).set_index("finding")
+    table = reports.detection_by_finding(*findings)
+    assert table.index.is_unique
+    table = table.set_index("finding")
     assert list(table.index) == ["effusion", "mass", "nodule", "all findings"]
     assert table[["images", "boxes"]].to_numpy().tolist() == [[1, 1], [2, 2], [1, 1], [2, 4]]
     # Mass: precision 1 at recall 1/2, 2/3 at recall 1: AP 1/2 + 1/2 * 2/3. The best F1 is 4/5, of all three.
     mass = [5 / 6, 1, 2 / 3, 0.7]
     assert table.loc["mass"].tolist()[2:] == pytest.approx(mass) and table.loc["effusion"].tolist()[2:] == [1, 1, 1, 0.3]
     assert table.loc["nodule", "average_precision"] == 0 and table.loc["nodule"].isna().sum() == 3
-    assert table.loc["all findings", "average_precision"] == pytest.approx((1 + 5 / 6 + 0) / 3)
+    # Means over the findings that are detected; there is no common confidence.
+    assert table.loc["all findings"].tolist()[2:5] == pytest.approx([(1 + 5 / 6 + 0) / 3, 1, (1 + 2 / 3) / 2])
+    assert np.isnan(table.loc["all findings", "confidence"])
     # With an IoU above 0.8, the third detection of mass is not a hit.
     assert reports.detection_by_finding(*findings, overlap=0.8).average_precision[1] == 0.5
     curves = reports.finding_curves(*findings)
@@ -201,6 +238,7 @@ def test_draws_of_several_findings_are_the_mean_of_those_that_occur(findings):
 
 def test_false_positives_on_images_without_a_box_lower_the_ap(tables):
     detections, coverage, images, boxes = tables
+    assert np.isnan(detection_draws(detections, coverage, images, boxes[:0], 2)).tolist() == [True] * 3
     boxed = coverage[coverage.image_id.isin(boxes.image_id)]
     assert (
         detection_draws(detections, coverage, images, boxes, 0)[0] < detection_draws(detections, boxed, images, boxes, 0)[0]
@@ -214,6 +252,12 @@ def test_one_seed_draws_the_same_patients_for_every_detector(tables):
     assert interval(once - again) == {"value": 0.0, "low": 0.0, "high": 0.0}
     spread = interval(once)
     assert spread["low"] < spread["value"] < spread["high"]
+
+
+def test_an_interval_has_the_percentiles_of_the_draws_without_the_first():
+    draws = np.array([7.0, *range(101), np.nan])
+    assert interval(draws) == pytest.approx({"value": 7, "low": 2.5, "high": 97.5})
+    assert interval(draws, level=0.5) == pytest.approx({"value": 7, "low": 25, "high": 75})
 
 
 def test_an_image_that_occurs_twice_in_the_coverage_is_refused(tables):

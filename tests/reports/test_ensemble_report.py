@@ -38,9 +38,19 @@ def test_the_table_has_a_row_for_each_learner_and_ensemble(learner_scores):
     # sick: 3 of 4 images are found without false positives: F1 6/7; well: 4 of 4 with one false positive: F1 8/9.
     assert table.macro_f1["good"] == pytest.approx((6 / 7 + 8 / 9) / 2) and table["f1 sick"]["good"] == pytest.approx(6 / 7)
     assert table.log_loss["bad"] == pytest.approx(-np.log(0.2))
+    # The confidence is always 0.8, and never right.
+    assert table.ece["bad"] == pytest.approx(0.8) and table.ece["good"] == pytest.approx(7 / 8 - 0.8)
+    assert table.index[0] == "bad" and table.macro_f1.is_monotonic_increasing
+    assert list(table) == ["learns", "rows", "macro_f1", "accuracy", "log_loss", "ece", "f1 sick", "f1 well"]
     # In both folds the good learner gets all of the weight.
     assert table.loc["weighted", "accuracy"] == 7 / 8 and judged.weights.good.min() > 0.999
-    assert len(weights_figure(judged.weights, learner_scores.learners).axes) == 1
+    (axis,) = weights_figure(judged.weights, learner_scores.learners).axes
+    assert axis.get_title() == "weighted" and axis.get_ylabel() == "weight"
+    bars = [each for each in axis.containers if each.get_label() in CLASSES]
+    assert [each.get_label() for each in bars] == CLASSES
+    for name, each in zip(CLASSES, bars, strict=True):
+        means = judged.weights[judged.weights["truth"] == name][["good", "bad"]].mean()
+        assert [patch.get_height() for patch in each.patches] == pytest.approx(means.tolist())
 
 
 def test_scores_are_scaled_on_the_other_fold_and_the_final_ensemble_records_its_protocol(learner_scores):
@@ -50,6 +60,8 @@ def test_scores_are_scaled_on_the_other_fold_and_the_final_ensemble_records_its_
     rows = judged.scores[(judged.scores.model == "good") & (judged.scores.fold == 1)]
     truth = learner_scores.answers.truth.loc[rows.image_id].to_numpy()
     assert temperatures[0] == pytest.approx(fit_temperature(rows[CLASSES].to_numpy(), truth))
+    # Seven of eight are right, with odds of 4: log 4 / T = log 7.
+    assert temperatures["all"] == pytest.approx(np.log(4) / np.log(7), abs=1e-3)
     ensemble = learnt_ensemble(learner_scores, "ensemble", ENSEMBLES["weighted"], temperature=0.8)
     assert (ensemble.name, ensemble.method, ensemble.folds, ensemble.protocol) == (
         "ensemble",

@@ -54,6 +54,7 @@ def test_the_class_table_has_the_metrics_of_scikit_learn():
 
 def test_aggregates_are_macro_means_and_the_share_of_images_with_all_classes_right():
     scores, images, labels = tables()
+    scores[CLASSES] = scores[CLASSES].round(1)  # some are equal to the thresholds
     given_answers = answers(scores, images, labels)
     figures = heidelberg_figures(given_answers, np.full(3, 0.4))
     # section 4.1 of the report
@@ -152,6 +153,11 @@ def test_the_interval_holds_the_value_and_follows_patients_not_images():
     intervals = bootstrap_auc(given_answers, samples=100).set_index("name")
     aucs = [roc_auc_score(labels[name], scores[name]) for name in CLASSES]
     assert intervals.value.tolist() == pytest.approx([np.mean(aucs), *aucs])
+    drawn = auc_draws(given_answers, samples=100).iloc[1:]
+    for level, tail in ((0.95, 0.025), (0.5, 0.25)):
+        again = bootstrap_auc(given_answers, samples=100, level=level)
+        assert again.low.tolist() == pytest.approx(drawn.quantile(tail).tolist())
+        assert again.high.tolist() == pytest.approx(drawn.quantile(1 - tail).tolist())
     assert ((intervals.low < intervals.value) & (intervals.value < intervals.high)).all()
     # Ten copies of each image of a patient add no information.
     copies = range(10)
@@ -170,6 +176,42 @@ def test_two_models_of_the_same_patients_get_the_same_draws():
     pd.testing.assert_frame_equal(one[CLASSES[1:]], two[CLASSES[1:]])
     assert two["Mass"].tolist() == pytest.approx([0.5] * 6)
     assert one["mean"].to_numpy() == pytest.approx(one[CLASSES].mean(axis=1).to_numpy())
+
+
+def test_a_draw_has_the_areas_of_repeated_patients_and_curves_are_sorted_by_area():
+    given_answers = answers(*tables(60, unknown=0.1))
+    patients, codes = np.unique(given_answers.patient, return_inverse=True)
+    count = np.random.default_rng(3).multinomial(len(patients), np.full(len(patients), 1 / len(patients)))
+    rows = np.repeat(np.arange(60), count[codes])
+    repeated = class_report(given_answers.rows(rows), np.full(3, 0.5)).roc_auc
+    drawn = auc_draws(given_answers, samples=1, seed=3).iloc[1]
+    assert drawn[CLASSES].tolist() == pytest.approx(repeated.tolist()) and drawn["mean"] == pytest.approx(repeated.mean())
+    areas = class_report(given_answers, np.full(3, 0.5)).set_index("class").roc_auc.sort_values(ascending=False)
+    curves = roc_curves(given_answers)
+    assert list(curves) == [f"{name} (AUC {area:.3f})" for name, area in areas.items()]
+    for curve, area in zip(curves.values(), areas, strict=True):
+        x, y = curve.false_positives.to_numpy(), curve.recall.to_numpy()
+        assert np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) == pytest.approx(area)
+
+
+def test_the_halves_of_a_single_folds_patients_have_equal_numbers_and_choose_for_each_other():
+    given_answers = answers(*tables(40, folds=1))
+    chosen = cross_fitted_thresholds(given_answers)
+    halves = [np.flatnonzero((chosen == value).all(axis=1)) for value in np.unique(chosen, axis=0)]
+    assert sorted(map(len, halves)) == [20, 20]
+    for half, other in (halves, halves[::-1]):
+        assert set(given_answers.patient[half]).isdisjoint(given_answers.patient[other])
+        assert np.array_equal(chosen[half[0]], best_thresholds(given_answers.rows(other)))
+
+
+def test_labels_from_a_half_on_are_true_and_a_class_that_all_images_have_has_no_area():
+    whole = of_one_class([0.5, 1, 0.9], [0.2, 0.4, 0.6])
+    assert whole.truth.tolist() == [[1], [1], [1]] and roc_curves(whole) == {}
+    row = class_report(whole, np.array([0.4])).iloc[0]
+    assert np.isnan(row.roc_auc) and row.recall == pytest.approx(2 / 3) and row.average_precision == 1
+    nothing = class_report(of_one_class([np.nan, np.nan], [0.2, 0.4]), np.array([0.4])).iloc[0]
+    assert nothing.of == 0 and nothing[["roc_auc", "average_precision", "threshold", "f1"]].isna().all()
+    assert auc_draws(of_one_class([np.nan, np.nan], [0.2, 0.4]), samples=1).isna().all(axis=None)
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says():
@@ -213,4 +255,5 @@ def test_mismatched_tables_are_refused():
 def test_uncertainty_is_the_entropy_in_bits():
     scores = pd.DataFrame({"image_id": list("abc"), "model": "m", "fold": 0, "x": [0.5, 1.0, 0.25], "y": [0.5, 0.0, 1.0]})
     # A probability of 0.5 has one bit, one of 0.25 has 2 - 3/4 log2 3 bits.
-    assert uncertainty(scores).tolist() == pytest.approx([2, 0, 2 - 0.75 * np.log2(3)])
+    entropy = uncertainty(scores.set_axis([7, 8, 9]))
+    assert entropy.to_dict() == pytest.approx({7: 2, 8: 0, 9: 2 - 0.75 * np.log2(3)}) and entropy.name == "uncertainty"

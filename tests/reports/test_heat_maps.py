@@ -1,6 +1,7 @@
 """Heat maps of a network that can be computed by hand and of real backbones, and the share of the heat inside the lungs."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,11 +121,44 @@ def test_heat_of_a_bundle_has_the_pixels_of_the_decoded_copy(tmp_path, family):
         heat_figure({"whole": heats, "segmented": heats[1:]})
 
 
+def test_heat_needs_a_classifier_of_whole_images():
+    detector = SimpleNamespace(model="m", family=SimpleNamespace(name="detector"))
+    with pytest.raises(ValueError, match="m belongs to the family detector; heat maps need a classifier of whole images"):
+        compute_heat(detector, [], [])
+
+
 class Finder:
     def find(self, xrays):
         mask = np.zeros((10, 20), bool)
         mask[:5, :10] = True
         return [Lungs(np.array(FRAME), mask)] * len(xrays)
+
+
+def test_heat_is_drawn_over_the_image_as_the_model_sees_it_with_the_outline_of_the_lungs():
+    xray = CachedXray("i", np.full((10, 20), 7, np.uint8), 10, 20)
+    heat, seen = np.linspace(0, 1, 200, dtype=np.float32).reshape(10, 20), np.full((10, 20), 9, np.uint8)
+    maps = [Heat(xray, "a", heat, seen)]
+    figure = heat_figure({"runs/one": maps, "runs/two": maps}, Finder())
+    image, first, _ = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == ["image", "one", "two"]
+    assert [axis.get_title() for axis in figure.axes] == ["i", "heat for a", "heat for a"]
+    (picture,) = image.images
+    below, above = first.images
+    assert (picture.get_array() == 7).all() and (below.get_array() == 9).all() and np.array_equal(above.get_array(), heat)
+    for each in (picture, below):
+        assert (each.get_cmap().name, each.get_clim()) == ("gray", (0, 255))
+    assert (above.get_cmap().name, above.get_clim()) == ("jet", (0, 1))
+    for axis in figure.axes:
+        assert len(axis.collections) == 1 and len(axis.get_xticks()) == len(axis.get_yticks()) == 0
+    # A whole name is at most two lines if the names end equally.
+    long = ["a/" + "x" * 60 + "/run", "b/" + "y" * 60 + "/run"]
+    labels = [axis.get_ylabel() for axis in heat_figure(dict.fromkeys(long, maps)).axes[1:]]
+    assert [label.replace("\n", "") for label in labels] == [name[-56:] for name in long]
+    assert all(len(label.splitlines()) == 2 for label in labels)
+    for mask in (np.zeros((10, 20), bool), np.ones((10, 20), bool)):
+        finder = SimpleNamespace(find=lambda xrays, mask=mask: [Lungs(np.array(FRAME), mask)])
+        assert not any(axis.collections for axis in heat_figure({"m": maps}, finder).axes)
+    assert [len(axis.images) for axis in heat_figure({"m": []}).axes] == [0, 0]
 
 
 def test_the_share_of_heat_inside_the_lungs():
@@ -135,6 +169,7 @@ def test_the_share_of_heat_inside_the_lungs():
     table = inside_lungs([Heat(xray, "a", each, xray.pixels) for each in (even, inside, 0 * even)], Finder())
     assert table.heat_inside.tolist()[:2] == pytest.approx([0.25, 0.75])
     assert table.concentration.tolist()[:2] == pytest.approx([1, 3]) and np.isnan(table.heat_inside[2])
+    assert table[["image_id", "class"]].to_numpy().tolist() == [["i", "a"]] * 3
     summary = heat_summary({"whole": table})
     assert summary.loc["whole"].to_dict() == pytest.approx(
         {"heat_inside": 0.5, "area_inside": 0.25, "concentration": 2, "images": 3, "not_judged": 1}

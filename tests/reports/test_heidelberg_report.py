@@ -13,8 +13,10 @@ from kitlib.reports.heidelberg_report import (
     best_confidence,
     check_filled,
     confidence_note,
+    document_tables,
     heidelberg_table,
     readable,
+    seen_by_all,
 )
 from kitlib.reports.published_tables import find_published
 from kitlib.scoring.score import score_tables, truth_of
@@ -173,3 +175,52 @@ def test_an_image_outside_the_folds_or_a_study_without_a_label_is_named(small):
 def test_counts_are_shown_without_decimals():
     table = pd.DataFrame({"images": [1189.0], "ap": [0.12345], "f1": [np.nan]}, index=["fused"])
     assert readable(table).loc["fused"].to_dict() == {"images": "1,189", "ap": "0.123", "f1": ""}
+
+
+def test_the_documents_tables_are_of_boxes_and_of_studies_without_rows_that_have_only_counts():
+    counts = dict.fromkeys(("images", "boxed_images", "studies"), 2.0) | {"confidence": 0.5}
+    rows = {"boxes": counts | {"ap": 0.5}, "studies": counts | {"study_f1": 0.25}, "counts": counts}
+    first, second = document_tables(pd.DataFrame.from_dict(rows, orient="index", columns=list(COLUMNS)))
+    assert list(first.index) == ["boxes"] and list(second.index) == ["studies"]
+    boxes = ["images", "boxed_images", "ap", "ap_boxed", "confidence", "f1", "recall", "precision", "precision_all"]
+    studies = ["studies", "study_accuracy", "study_recall", "study_precision", "study_f1", "study_map", "study_map_hard"]
+    assert (list(first), list(second)) == (boxes, studies)
+
+
+def test_images_that_all_detectors_have_seen(small):
+    images, _, boxes, _, detections = small
+    whole, part = answer(detections, images), answer(detections, images)
+    part.nones["seen"] = [True, True, False, True]
+    blind = answer(detections, images)
+    blind.nones["seen"] = False
+    assert seen_by_all({"whole": whole, "part": part, "a classifier": blind}, images, boxes) == ["a", "d"]
+    assert seen_by_all({"whole": whole, "a classifier": blind}, images, boxes) == []
+
+
+def test_without_a_predicted_or_an_annotated_box_there_is_no_best_confidence(small):
+    images, _, boxes, _, detections = small
+    assert np.isnan(best_confidence(answer(detected(), images), images, boxes))
+    assert np.isnan(best_confidence(answer(detections, images), images, boxes[:0]))
+
+
+def test_the_patients_of_a_single_fold_are_divided_into_two_equal_halves_which_are_always_the_same():
+    """If all boxes are hits, the best confidence of one half is the lowest score of the other half."""
+    scores = [0.11, 0.52, 0.63, 0.74, 0.86, 0.97]
+    ids = [f"i{number}" for number in range(6)]
+    images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
+    boxes = pd.DataFrame([(name, *ONE) for name in ids], columns=["image_id", *BOX])
+    mine = answer(detected(*((name, score, *ONE) for name, score in zip(ids, scores, strict=True))), images)
+    folds = pd.DataFrame({"id": ids, "fold": 0})
+    labels = pd.DataFrame(columns=["id", *STUDY_CLASSES])
+    confidences = {heidelberg_table({"m": mine}, images, labels, boxes, folds).loc["m", "confidence"] for _ in range(5)}
+    (confidence,) = confidences
+    assert any(confidence == pytest.approx((scores[0] + other) / 2) for other in scores[1:])
+
+
+def test_study_means_are_over_all_classes_and_average_precisions_over_those_that_occur(small):
+    images, labels, boxes, _, detections = small
+    studies = labels.rename(columns={"id": "study_id"}).assign(prior=False)
+    row = heidelberg_table({"m": answer(detections, images, studies)}, images, labels, boxes, None, {"m": 0.5}).loc["m"]
+    # Of the four classes, one does not occur; all studies are right.
+    names = ["study_accuracy", "study_recall", "study_precision", "study_f1", "study_map", "study_map_hard"]
+    assert row[names].tolist() == [1, 3 / 4, 3 / 4, 3 / 4, 1, 1]

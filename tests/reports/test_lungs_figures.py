@@ -34,6 +34,10 @@ def test_one_line_per_structure_with_one_step_per_image():
     assert lungs.get_xdata().tolist() == [0.5, 0.75, 0.9, 1.0] and lungs.get_ydata().tolist() == [0.25, 0.5, 0.75, 1.0]
     assert heart.get_ydata().tolist() == [0.5, 1.0]
     assert people.get_xdata() == [0.95, 0.95] and people.get_linestyle() == ":"
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("Dice, out of fold", "share of images") and axis.get_ylim() == (0, 1)
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["lungs", "heart", "two readers, median"] and lungs.get_drawstyle() == "steps-post"
+    assert len(overlap_figure(scores([0.9], "heart")).axes[0].lines) == 1
     assert axis.get_xlim() == (0.5, 1) and overlap_figure(scores([0.9])).axes[0].get_xlim() == (0.7, 1)
 
 
@@ -58,7 +62,9 @@ def test_predicted_masks_are_orange_and_annotated_masks_are_green(small, tmp_pat
         assert np.array_equal(axis.images[0].get_array(), small.pixels[image_id]) and not axis.axison
     (alone, *_) = mask_images(small, predicted, ids[:1], ["one"]).axes
     assert outlines(alone) == [orange] * 2
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["annotated", "predicted"]
+    for given, names in ((figure, ["annotated", "predicted"]), (mask_images(small, predicted, [], []), ["predicted"])):
+        assert [text.get_text() for text in given.legends[0].get_texts()] == names
+    assert [to_hex(line.get_color()) for line in figure.legends[0].get_lines()] == [green, orange]
     assert len(save_figure(figure, tmp_path / "figure.png").data) == (tmp_path / "figure.png").stat().st_size > 1000
 
 
@@ -85,7 +91,7 @@ def test_a_montage_dims_pixels_outside_the_lungs_and_frames_lungs_that_were_foun
     assert frame.get_bbox().extents.tolist() == [9.5, 11.5, 39.5, 49.5] and to_hex(frame.get_edgecolor()) == to_hex(
         PREDICTION
     )
-    assert len(second.patches) == 0
+    assert len(second.patches) == 0 and not frame.get_fill() and len(figure.legends) == 1
     shown, inside = first.images[0].get_array(), np.isin(small.masks.read("chest000"), LUNG_CODES)
     assert np.array_equal(shown[inside], small.pixels["chest000"][inside])
     assert np.array_equal(shown[~inside], small.pixels["chest000"][~inside] // 3)
@@ -109,3 +115,9 @@ def test_the_clean_up_is_shown_from_the_image_to_the_masked_image(tmp_path):
         assert np.array_equal(image, xray.pixels) and np.array_equal(drawn > 0, stored.masks.read(image_id) > 0)
         assert np.array_equal(cleaned > 0, stored.find_one(xray).mask)
         assert np.array_equal(masked, np.where(cleaned > 0, xray.pixels, 0))
+        assert drawn.max() == cleaned.max() == 255
+        assert figure.axes[column].get_title() == image_id
+    for axis in figure.axes:
+        assert (axis.images[0].get_cmap().name, axis.images[0].get_clim()) == ("gray", (0, 255))
+        assert len(axis.get_xticks()) == len(axis.get_yticks()) == 0
+    assert len(clean_up_figure(small, stored, []).axes) == 4

@@ -27,7 +27,7 @@ IMAGES = pd.DataFrame(
     }
 )
 LABELS = pd.DataFrame(
-    {"id": [f"s{number}" for number in range(5)], "ill": [1.0, 1.0, 0.0, 0.0, 0.9], "well": [0.0, 0.0, 1.0, 1.0, np.nan]}
+    {"id": [f"s{number}" for number in range(5)], "ill": [1.0, 1.0, 0.0, 0.0, 0.5], "well": [0.0, 0.0, 1.0, 1.0, np.nan]}
 )
 DICE = np.array([0.9, 0.8, 0.7, 1.0, 0.5, 0.6])
 
@@ -51,6 +51,9 @@ def test_the_metrics_of_each_class_are_those_of_its_images():
     # All images of `well` are of one patient, so every draw has the same mean.
     assert report.dice_low.well == report.dice_high.well == pytest.approx(0.85)
     assert report.dice_low["all"] < report.dice["all"] < report.dice_high["all"]
+    # The class `all` comes first whatever the classes are called.
+    named = overlap_report(scores(), IMAGES, LABELS.rename(columns={"ill": "Ill"}))
+    assert named["class"].tolist() == ["all", "Ill", "well"]
 
 
 def test_structures_have_their_own_rows_and_get_the_same_draws():

@@ -89,12 +89,44 @@ def test_impossible_values_are_reported_and_invalid_input_is_refused():
     assert not checked.consistent and "no counts result in these metrics" in checked.says
     with pytest.raises(ValueError, match=r"auc 50; expected .* for: accuracy, sensitivity, specificity"):
         possible_counts(3, 3, {"auc": 50})
-    with pytest.raises(ValueError, match=r"accuracy 150; expected .* percent"):
-        possible_counts(3, 3, {"accuracy": 150})
-    with pytest.raises(
-        ValueError, match="0 positives, 3 negatives and these invalid metrics: none; expected at least 1 positive"
-    ):
-        possible_counts(0, 3, {"accuracy": 50})
+    for value in (-0.5, 100.5):
+        with pytest.raises(ValueError, match=f"accuracy {value}; expected .* percent"):
+            possible_counts(3, 3, {"accuracy": value})
+    for sizes in ((0, 3), (3, 0)):
+        with pytest.raises(ValueError, match="these invalid metrics: none; expected at least 1 positive and 1 negative"):
+            possible_counts(*sizes, {"accuracy": 50})
+
+
+@pytest.mark.parametrize(
+    ("positives", "printed", "hits"),
+    [
+        (32, 3.11, []),
+        (32, 3.12, [1]),
+        (32, 3.13, [1]),
+        (32, 3.14, []),
+        (2, 49.99, []),
+        (2, 50, [1]),
+        (2, 0, [0]),
+        (2, 100, [2]),
+    ],
+)
+def test_a_printed_share_is_rounded_or_truncated(positives, printed, hits):
+    """1 of 32 is 3.125 %."""
+    counts, renamed = possible_counts(positives, 1, {"sensitivity": printed})
+    assert not renamed and sorted(set(counts.true_positives)) == hits
+
+
+def test_the_sensitivity_keeps_its_name_if_another_metric_can_be_renamed():
+    """A ppv of 1/3 is impossible with a sensitivity of 0; 0 of 1 and 1 of 2 give an accuracy of 1/3."""
+    counts, renamed = possible_counts(1, 2, {"sensitivity": 0, "ppv": 33.33})
+    assert renamed == {"ppv": ("accuracy",)} and counts.to_numpy().tolist() == [[0, 1, 1, 1]]
+
+
+def test_the_number_of_other_possibilities_is_told():
+    half = replace(find_published("hrnet"), rows=pd.DataFrame({"accuracy": [0.5]}, index=["m"]), counts=(1, 1))
+    checked = check_counts(half).loc["m"]
+    expected = "possible, with 0 true positives, 1 false negatives, 1 true negatives, 0 false positives, or 1 other counts"
+    assert checked.says == expected and checked[list(COUNTS)].tolist() == [0, 1, 1, 0]
 
 
 def test_own_results_are_listed_under_the_published_rows():
@@ -111,6 +143,8 @@ def test_own_results_are_listed_under_the_published_rows():
     assert text["f1 macro"].iloc[-1] == f"{np.mean(folds):.4f} (sd {np.std(folds, ddof=1):.2f})"
     differences = what_differs(find_published("flannel"), predictions, "2 folds by patient")
     assert differences.loc["protocol", "here"] == "2 folds by patient"
+    absent = what_differs(find_published("flannel"), predictions.rows(predictions.truth < 2), "").loc["data", "here"]
+    assert ", 0 normal; from one, two" in absent
     assert (
         "240 images of 120 patients" in differences.loc["data", "here"]
         and "from one, two" in differences.loc["data", "here"]
