@@ -68,6 +68,8 @@ class Rows(Generic[V]):
 class TestSet:
     """Test images: an `images` table, a table of the faults found (see Dataset.faults), and the ids of a submission."""
 
+    __test__ = False  # pytest would collect the class
+
     images: pd.DataFrame
     faults: pd.DataFrame
     submission_ids: tuple[str, ...]

@@ -253,7 +253,7 @@ def confidence_bins(probabilities: np.ndarray, bins: int = ECE_BINS) -> np.ndarr
 
     `bins` is the number of bins, which divide 0..1 equally; a bin includes its upper edge.
     """
-    return np.minimum(np.ceil(probabilities.max(axis=1) * bins).astype(int), bins) - 1
+    return np.clip(np.ceil(probabilities.max(axis=1) * bins).astype(int) - 1, 0, bins - 1)
 
 
 def ece(probabilities: np.ndarray, truth: np.ndarray, bins: int = ECE_BINS) -> float:
