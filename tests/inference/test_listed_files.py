@@ -48,7 +48,7 @@ def test_ids_are_free_names_that_can_be_file_names():
     assert table.image_id[:6].tolist() == ["x", "x-2", "x-3", "x-4", uid, f"{uid}-2"]
     # With the suffix of a decoded copy, a file name has at most 255 bytes.
     assert 100 < len(first) < 200 and first in long and second == f"{first}-2"
-    assert list_files([os.fsdecode(b"\xff.png")])[["file", "image_id"]].to_numpy().tolist() == [["\\xff.png", "\\xff"]]
+    assert list_files([os.fsdecode(b"\xff.png")])[["file", "image_id"]].to_numpy().tolist() == [["\\udcff.png", "\\udcff"]]
     assert table.image_id[8] == "png" and table.study_id.tolist() == table.image_id.tolist()
 
 
