@@ -10,7 +10,7 @@ from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
 from kitlib.errors import RunError
 from kitlib.recipes.fields import StudyRecipe
-from kitlib.runs.finished_run import read_extra, read_metrics, read_models, read_prepared
+from kitlib.runs.finished_run import read_extra, read_masks, read_metrics, read_models, read_prepared
 from kitlib.tables import write_table
 from kitlib.training.split import with_extra
 from kitlib.training.xray_dataset import XrayDataset
@@ -25,8 +25,15 @@ def test_a_run_that_is_not_finished_is_named_with_what_it_contains(tmp_path):
     with pytest.raises(RunError, match=r"metrics\.json is missing\. .*no such folder"):
         read_metrics(tmp_path / "nothing")
     (tmp_path / "record.json").touch()
-    with pytest.raises(RunError, match=r"contains: \['record.json'\]"):
-        read_metrics(tmp_path)
+    for read in (read_metrics, read_prepared):
+        with pytest.raises(RunError, match=r"contains: \['record.json'\]"):
+            read(tmp_path)
+
+
+def test_masks_are_those_in_the_runs_folder_if_it_has_one(tmp_path):
+    assert read_masks(tmp_path) is None
+    (tmp_path / "masks").mkdir()
+    assert read_masks(tmp_path).folder == tmp_path / "masks"
 
 
 def prepared_run(folder, small, **metrics):
@@ -53,6 +60,7 @@ def test_extra_images_of_a_prepared_run_are_those_in_its_folds(prepared):
     extra = read_extra(prepared)
     assert extra.images["image_id"].tolist() == [f"image{n:03d}" for n in range(6)]
     assert extra.cache.read("image003").pixels.shape == (40, 50)
+    assert len(read_extra(prepared, for_boxes=True).images) == 6  # no image is unsure
 
 
 def test_extra_images_of_a_labelled_run_are_decoded_in_the_run_that_it_names(tmp_path, prepared):
@@ -65,7 +73,8 @@ def test_extra_images_of_a_labelled_run_are_decoded_in_the_run_that_it_names(tmp
     extra = read_extra(tmp_path)
     assert len(extra.images) == 8 and extra.images["none"].tolist() == [0.25] * 8
     assert extra.cache.read("image000").pixels.shape == (40, 50)
-    assert read_extra(tmp_path, for_boxes=True).images["image_id"].tolist() == [f"image{n:03d}" for n in (0, 2, 4, 6)]
+    sure = read_extra(tmp_path, for_boxes=True).images
+    assert sure["image_id"].to_dict() == {row: f"image{2 * row:03d}" for row in range(4)} and "index" not in sure
 
 
 def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared):
@@ -120,8 +129,12 @@ def test_extra_images_are_identified_by_their_images_targets_and_boxes(prepared)
         replace(extra, labels=extra.labels.assign(negative=0.25)),
         replace(extra, boxes=extra.boxes.assign(xmin=extra.boxes.xmin + 1)),
     )
-    digests = [(one.identity()["data_fingerprint"], one.identity()["none_fingerprint"]) for one in (extra, *changed)]
-    assert len(set(digests)) == 5
+    assert identity["longest_side"] == 50
+    data, none = (
+        [one.identity()[f"{name}_fingerprint"] == identity[f"{name}_fingerprint"] for one in changed]
+        for name in ("data", "none")
+    )
+    assert data == [False, True, False, False] and none == [False, False, True, True]
 
 
 def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):

@@ -17,6 +17,7 @@ from kitlib.runs.predictions import (
     read_learners,
     read_out_of_fold,
     read_study_ensemble,
+    read_test_split,
 )
 from kitlib.tables import BOX, write_table
 
@@ -41,6 +42,12 @@ def test_predictions_of_several_runs_come_together(tmp_path):
         ["b", "other"],
     ]
     assert len(predictions.detections) == len(predictions.study_scores) == 0
+    # Scores of an image classifier's own classes are in the same table.
+    classes = pd.DataFrame({"image_id": ["a"], "model": "nih", "fold": 2, "Mass": 0.75})
+    third = make_run(tmp_path / "3", "nih", class_scores=classes)
+    scores = read_out_of_fold([first, third]).image_scores.set_index(["image_id", "model"])
+    assert scores["Mass"].dropna().to_dict() == {("a", "nih"): 0.75}
+    assert scores["none"].dropna().to_dict() == {("a", "study"): 0.25, ("b", "study"): 0.5}
 
 
 def test_the_folds_of_a_model_may_come_from_several_runs(tmp_path):
@@ -74,14 +81,15 @@ def test_detections_come_with_the_images_that_were_looked_at(tmp_path):
 
 
 def test_judged_images_have_predictions_of_none_and_of_the_study_classes():
-    images = pd.DataFrame({"image_id": list("abcd"), "study_id": ["s", "t", "u", "v"]})
+    images = pd.DataFrame({"image_id": list("bacd"), "study_id": ["t", "s", "u", "v"]})
     studies = pd.DataFrame(
         {"study_id": ["s", "t", "u"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True, False]}
     )
     nones = pd.DataFrame({"image_id": list("abcd"), "none": 0.5, "prior": [False, False, True, False]})
     detections = pd.DataFrame(columns=["image_id", "score", *BOX])
     # `b` has placeholder study classes, `c` a placeholder none, and the study of `d` no row at all.
-    assert judged_images(images, Fused(studies, nones, detections))["image_id"].tolist() == ["a"]
+    judged = judged_images(images, Fused(studies, nones, detections))
+    pd.testing.assert_frame_equal(judged, images.iloc[[1]].reset_index(drop=True))
     with pytest.raises(RunError, match=r"\(3 images have only `none`\); also fuse a run of study models"):
         judged_images(images, Fused(studies.assign(prior=True), nones, detections))
 
@@ -108,9 +116,14 @@ def test_a_fused_answer_comes_back_without_priors(tmp_path):
     for name, table in tables.items():
         table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
     fused = read_fused(tmp_path)
-    assert fused.studies["study_id"].tolist() == ["s"] and fused.nones["image_id"].tolist() == ["b"]
+    pd.testing.assert_frame_equal(fused.studies, tables["studies"].iloc[[0]])
+    pd.testing.assert_frame_equal(fused.nones, tables["nones"].iloc[[1]].reset_index(drop=True))
+    pd.testing.assert_frame_equal(fused.detections, tables["detections"])
     tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
     with pytest.raises(RunError, match=r"nones\.parquet, .* lacks the column `seen`; run notebook 60 again"):
+        read_fused(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    with pytest.raises(RunError, match=r"metrics\.json is missing"):
         read_fused(tmp_path)
 
 
@@ -124,6 +137,7 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     runs = [make_run(tmp_path / name, name, study_scores=table) for name, table in (("one", one), ("two", two))]
     learners = read_learners(runs, prepared)
     assert learners.learners == ("one", "two") and learners.key == "study_id"
+    assert read_test_split(runs, prepared, learners) is None
     of_images = scores.rename(columns={"study_id": "image_id"})
     nested = of_images.assign(model="net", outer=[0, 1, 2], fold=[1, 2, 0])
     both = make_run(tmp_path / "net", "net", nested_scores=nested, class_scores=of_images.assign(model="net"))
@@ -135,3 +149,9 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
     with pytest.raises(RunError, match=r"\(difference: two\)\. Give the runs of exactly these models: one, two"):
         read_study_ensemble(ensemble, one)
+    (ensemble / "tables" / "study_scores.parquet").unlink()
+    with pytest.raises(RunError, match=r"ensemble has no tables/study_scores\.parquet; give a run of notebook 65"):
+        read_study_ensemble(ensemble, pd.concat([one, two]))
+    (runs[0] / "metrics.json").unlink()
+    with pytest.raises(RunError, match=r"one/metrics\.json is missing"):
+        read_learners(runs, prepared)
