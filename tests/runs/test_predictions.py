@@ -10,6 +10,7 @@ from kitlib.competitions.siim_covid19 import Fused
 from kitlib.errors import RunError
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.runs.predictions import (
+    check_out_of_fold,
     judged_images,
     read_answer,
     read_answers,
@@ -20,6 +21,7 @@ from kitlib.runs.predictions import (
     read_test_split,
 )
 from kitlib.tables import BOX, write_table
+from tests.fusion import test_test_split as test_split
 
 SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
 
@@ -155,3 +157,21 @@ def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_st
     (runs[0] / "metrics.json").unlink()
     with pytest.raises(RunError, match=r"one/metrics\.json is missing"):
         read_learners(runs, prepared)
+
+
+def test_scores_of_test_images_are_gathered_from_the_runs_of_all_folds(tmp_path):
+    prepared = {"images": test_split.IMAGES, "labels": test_split.LABELS, "folds": test_split.FOLDS}
+    runs = []
+    for fold in (0, 1):
+        runs.append(make_run(tmp_path / f"{fold}", "one", class_scores=test_split.learner("one", fold)))
+        write_table(test_split.ONE.assign(fold=fold), "class_scores", runs[-1] / "tables" / "test_scores.parquet")
+    test = read_test_split(runs, prepared, read_learners(runs, prepared))
+    assert list(zip(test.rows["image_id"], test.rows["fold"], strict=True)) == [(i, k) for k in (0, 1) for i in "tuv"]
+
+
+def test_the_first_prediction_that_is_not_out_of_fold_is_named():
+    fold_of = pd.Series({"a": 0, "b": 1, "c": 1})
+    table = pd.DataFrame({"image_id": list("abca"), "model": list("mmno"), "fold": [0, 1, 0, 2]})
+    check_out_of_fold(table.head(2), "image_id", fold_of)
+    with pytest.raises(RunError, match="2 predictions are not out of fold; the first is for 'c' by model 'n' of fold 0"):
+        check_out_of_fold(table, "image_id", fold_of)
