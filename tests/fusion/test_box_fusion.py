@@ -85,6 +85,13 @@ def test_only_the_ratios_of_the_weights_matter(method, confidence, weights, fact
     np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("method", ["wbf", "nms", "nmw"])
+def test_boxes_are_merged_if_their_iou_exceeds_the_limit(method):
+    # The IoU of the two lists' first boxes is 0.18 / 0.2 = 0.9; no other boxes overlap.
+    counts = [len(merge_boxes(list(LISTS), list(SCORES), (1, 1), method, iou)[1]) for iou in (0.85, 0.95)]
+    assert counts == [3, 4]
+
+
 def test_fit_recovers_a_known_slope_and_offset():
     # Hits drawn with probability expit(0.7 logit(score) - 1.5); over 200,000 boxes the standard errors are below 0.01.
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from kitlib.errors import BundleError
+from kitlib.fusion import ensemble_bundle
 from kitlib.fusion.ensemble_bundle import Ensemble, apply_ensemble, read_ensemble, write_ensemble
 from kitlib.fusion.ensembles import combine
 from kitlib.paths import project_root
@@ -79,6 +80,9 @@ def damage(folder, fault):
     elif fault == "no json":
         (folder / "ensemble.json").write_text("{")
         return
+    elif fault == "no object":
+        (folder / "ensemble.json").write_text("[]")
+        return
     elif fault == "unknown key":
         record["more"] = 1
     elif fault == "type":
@@ -96,6 +100,7 @@ def damage(folder, fault):
         ("missing", r"weights\.safetensors is missing; .*Give the `ensemble` folder of a run of notebook 65"),
         ("other weights", "has SHA-256 .*, but ensemble.json has .*; copy both files again"),
         ("no json", "is not valid JSON"),
+        ("no object", "must have exactly the keys name, method, learners"),
         ("unknown key", "must have exactly the keys name, method, learners"),
         ("type", "temperature is 1, expected float"),
         ("learners", r"'flannel' with 3 learners and 2 classes needs weights .*\(3, 36\).* but the shapes are .*\(2, 16\)"),
@@ -114,7 +119,11 @@ def test_damaged_bundles_are_refused(fault, message, tmp_path):
     [
         ({"key": "patient_id"}, "key is 'patient_id'; valid keys are: image_id, study_id"),
         ({"learners": ("one", "one")}, "without duplicates"),
+        ({"learners": ()}, "expected at least one learner and two classes"),
+        ({"classes": ("sick", "sick")}, "expected at least one learner and two classes"),
+        ({"classes": ("sick",)}, "expected at least one learner and two classes"),
         ({"temperature": 0.0}, "temperature is 0.0, expected a finite number above 0"),
+        ({"temperature": np.inf}, "temperature is inf, expected a finite number above 0"),
         ({"weights": {"weight": np.full((2, 16), np.nan), "bias": np.zeros(2)}}, "a weight is not finite"),
     ],
 )
@@ -122,6 +131,20 @@ def test_invalid_ensembles_are_not_written(fields, message, tmp_path):
     with pytest.raises(BundleError, match=message):
         write_ensemble(tmp_path, flannel(**fields))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_whose_writing_was_interrupted_is_refused(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    write_ensemble(tmp_path / "bundle", flannel())
+    monkeypatch.setattr(ensemble_bundle, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_ensemble(tmp_path / "bundle", flannel(temperature=2.0))
+    with pytest.raises(BundleError, match=r"ensemble\.json is missing; the folder contains: \['weights.safetensors'\]"):
+        read_ensemble(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"ensemble\.json is missing; .*nowhere does not exist"):
+        read_ensemble(tmp_path / "nowhere")
 
 
 def test_reading_and_applying_needs_no_torch():

@@ -186,7 +186,13 @@ def test_settings_are_strict_and_the_published_ones_equal_the_authors_code():
     published = ENSEMBLES["flannel_published"]
     assert (published.gamma, published.alpha, published.reduction, published.learning_rate) == (10, "published", "sum", 1e-5)
     assert (published.batch_size, published.epochs, published.stack_on) == (20, 200, "in_sample")
-    assert EnsembleSettings().stack_on == "out_of_fold"
+    assert (published.start, published.patience, published.learns) == ("random", 0, True)
+    assert EnsembleSettings().stack_on == "out_of_fold" and EnsembleSettings().gamma == 2  # as in Lin et al.
+    assert ENSEMBLES["flannel_in_sample"] == EnsembleSettings(stack_on="in_sample")
+    methods = {name: (settings.method, settings.learns) for name, settings in ENSEMBLES.items()}
+    assert [methods[name] for name in ("mean", "vote", "weighted", "flannel")] == [
+        *(("mean", False), ("vote", False), ("weighted", True), ("flannel", True)),
+    ]
     for wrong, message in (
         ({"method": "median"}, "method is 'median'; expected one of 'mean', 'vote'"),
         ({"gama": 1.0}, "has no field 'gama'"),

@@ -13,8 +13,8 @@ def table(*rows):
     return pd.DataFrame(rows, columns=["image_id", "finding", *BOX, "reader"])
 
 
-def merged(*rows, iou=0.4):
-    result = merge_reader_boxes(table(*rows), IMAGES, iou)
+def merged(*rows, **options):
+    result = merge_reader_boxes(table(*rows), IMAGES, **options)
     return result[["image_id", "finding", *BOX, "readers"]].round(3).to_numpy().tolist()
 
 

@@ -11,12 +11,21 @@ from hypothesis import strategies as st
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.fusion_settings import CONFIDENCES, METHODS
 from kitlib.competitions.siim_covid19 import SiimFusion
+from kitlib.competitions.vinbigdata import VINBIGDATA
 from kitlib.errors import SettingsError
+from kitlib.fusion import model_fusion
 from kitlib.fusion.box_fusion import merge_boxes
-from kitlib.fusion.model_fusion import fuse_scores, read_settings, seen_images, write_settings
+from kitlib.fusion.model_fusion import (
+    BoxLists,
+    ModelPredictions,
+    fuse_scores,
+    read_settings,
+    seen_images,
+    write_settings,
+)
 from kitlib.scoring.submission_csv import PRIORS
 from kitlib.settings import from_dict
-from kitlib.tables import BOX
+from kitlib.tables import BOX, FINDINGS_SEPARATOR
 from tests.fused_tables import fuse, fuse_boxes
 
 PLAIN = SiimFusion()
@@ -156,6 +165,8 @@ def test_soft_nms_decays_the_overlapping_box_alone():
     assert dict(zip(map(tuple, merged), score, strict=True)) == pytest.approx(
         {(0, 0, 0.5, 0.4): 0.9, (0.6, 0.6, 0.9, 0.9): 0.7, (0, 0, 0.5, 0.5): 0.1}
     )
+    _, score = merge_boxes(boxes, [np.array([0.5, 0.7]), np.array([0.9])], [1.0, 1.0], "soft_nms", 0.5, min_score=0.15)
+    assert sorted(score) == pytest.approx([0.7, 0.9])
 
 
 @pytest.mark.parametrize(
@@ -263,6 +274,37 @@ def test_a_detector_without_any_box_still_halves_the_scores_of_the_others():
     assert fuse_boxes(table, IMAGES, without, coverage)["score"].tolist() == [0.6]
 
 
+def test_a_detector_lowers_the_scores_of_only_the_findings_that_it_predicts():
+    table = detections(("a", "m", 0, 0.6, *ONE), ("a", "n", 0, 0.6, *ONE), ("a", "n", 0, 0.8, *FAR))
+    coverage = pd.DataFrame([("a", "m", 0), ("a", "n", 0)], columns=["image_id", "model", "fold"])
+    table = table.assign(finding=["Mass", "Mass", "Nodule"])
+
+    def scores(findings, settings=PLAIN):
+        predictions = ModelPredictions.of(detections=table, coverage=coverage.assign(findings=findings))
+        fused = model_fusion.fuse_boxes(BoxLists.of(predictions.detections, IMAGES, predictions.coverage), settings)
+        return fused.astype({"finding": str}).set_index("finding")["score"].to_dict()
+
+    both = FINDINGS_SEPARATOR.join(("Mass", "Nodule"))
+    assert scores(["Mass", both]) == pytest.approx({"Mass": 0.6, "Nodule": 0.8})
+    assert scores([both, both]) == scores([None, both]) == pytest.approx({"Mass": 0.6, "Nodule": 0.4})
+    # Odds of 4, doubled by an offset of log 2; with several findings, each has its own calibration.
+    line = SiimFusion(calibration={"n: Nodule": (1.0, math.log(2)), "n": (1.0, 9.0)})
+    assert scores(["Mass", both], line) == pytest.approx({"Mass": 0.6, "Nodule": 8 / 9})
+
+
+@pytest.mark.parametrize(
+    ("row", "images", "message"),
+    [
+        (("x", "m", 0, 0.5, *ONE), IMAGES, "image 'x' has detections but no size in the table `images`"),
+        (("a", "m", 0, 0.5, *ONE), IMAGES.assign(rows=[0, 9, 9]), "image 'a' has detections but no size"),
+        (("a", "m", 0, float("nan"), *ONE), IMAGES, r"a detection in image a has no score \(NaN\)"),
+    ],
+)
+def test_detections_without_a_size_or_a_score_are_refused(row, images, message):
+    with pytest.raises(ValueError, match=message):
+        fuse_boxes(detections(("b", "m", 0, 0.5, *ONE), row), images, PLAIN)
+
+
 def test_only_images_that_a_detector_with_a_nonzero_weight_predicted_are_seen():
     table = detections(("a", "m", 0, 0.6, *ONE))
     coverage = pd.DataFrame([("a", "m", 0), ("b", "m", 0), ("c", "n", 0)], columns=["image_id", "model", "fold"])
@@ -293,6 +335,12 @@ def test_settings_survive_json(tmp_path):
     chosen = replace(chosen, calibration={"m": (0.7, -1.5)})
     write_settings(chosen, tmp_path / "fusion.json")
     assert read_settings(tmp_path / "fusion.json") == chosen
+    other = VINBIGDATA.settings(box_iou=0.5)
+    write_settings(other, tmp_path / "other.json", VINBIGDATA)
+    assert read_settings(tmp_path / "other.json", VINBIGDATA) == other
+    for name, competition in (("fusion", {"competition": VINBIGDATA}), ("other", {})):
+        with pytest.raises(SettingsError, match=rf"{name}\.json has settings for '\S+', but the submission is to '\S+';"):
+            read_settings(tmp_path / f"{name}.json", **competition)
     assert from_dict(SiimFusion, json.loads(json.dumps(asdict(PLAIN)))) == PLAIN
 
 

@@ -1,5 +1,7 @@
 """Scores of the test split: which are used, which are refused, and ensembles that are evaluated on them."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -114,6 +116,9 @@ def test_the_final_ensemble_predicts_as_evaluated_and_its_temperature_is_fitted_
     judged = judge_test_split(gathered, test.means, {"mean": ENSEMBLES["mean"]})
     ensemble = learnt_ensemble(gathered, "mean", ENSEMBLES["mean"])
     assert out_of_fold_temperature(ensemble, gathered) == pytest.approx(2, abs=1e-3) and ensemble.folds == (0, 1)
+    assert (ensemble.name, ensemble.method, ensemble.temperature, ensemble.key) == ("mean", "mean", 1, "image_id")
+    assert ensemble.settings == asdict(ENSEMBLES["mean"]) and ensemble.protocol == gathered.protocol
+    assert learnt_ensemble(gathered, "mean", ENSEMBLES["mean"], 2.0).temperature == 2
     table = collect_test_scores(judged, test, "mean", 0.5, "mean scaled")
     assert list(dict.fromkeys(table.model)) == ["one", "mean", "mean scaled"]
     after = table[table.model == "mean scaled"].set_index("image_id").sick

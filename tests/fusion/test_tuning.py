@@ -77,6 +77,11 @@ def test_every_change_gains_and_the_settings_reach_the_reported_score(oof, tuned
     assert steps["score"].diff().iloc[1:].tolist() == pytest.approx(steps["gain"].iloc[1:].tolist())
     assert steps["score"].iloc[-1] == pytest.approx(score_of(oof, settings))
     assert ((steps["setting"] == "unchanged") == (steps["gain"] == 0)).iloc[1:].all()
+    names = steps["step"].str.split(" ", n=1).str[1].tolist()
+    # Boxes are fused anew only in the first round, the calibration first.
+    assert names[:2] == ["default", "calibration"] and names.count("opacity_power") == 2
+    for name in ("calibration", "weight of good", "weight of blind", "box_method", "box_confidence", "box_iou"):
+        assert names.count(name) == 1
 
 
 def test_tuning_lowers_the_blind_detector_and_rescales_boxes_on_healthy_images(tuned):
@@ -246,8 +251,11 @@ def test_cross_fit_needs_two_folds(oof):
 
 def test_a_gain_below_the_least_is_not_kept(oof, monkeypatch):
     monkeypatch.setattr("kitlib.fusion.tuning.LEAST_GAIN", 0.5)
-    settings, steps = tune(siim_judge(**oof), rounds=1)
+    settings, steps = tune(siim_judge(**oof), rounds=3)
     assert settings == SiimFusion() and (steps["gain"] == 0).all()
+    assert (
+        steps["step"].str.endswith("box_iou").sum() == steps["step"].str.endswith("negative_share").sum() == 1
+    )  # one round
 
 
 def test_images_that_no_annotator_looked_at_are_not_scored(oof):

@@ -61,6 +61,16 @@ def test_merged_boxes_equal_those_of_ensemble_boxes(monkeypatch, lists, boxes):
     assert bool(merged) == (lists <= weighted_boxes.MOST_LISTS)
 
 
+def test_boxes_without_an_area_are_dropped():
+    whole, flat, thin = [0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.6, 0.2], [0.1, 0.1, 0.1, 0.5]
+    corners, ends = np.array([thin, whole, whole, flat]), np.array([2, 4])
+    lists = ImageLists(corners, np.array([0.9, 0.8, 0.6, 0.7]), ends, np.array([0, 1, 0, 1]), np.ones(4), ends)
+    boxes, score, image = merge_weighted(lists, 0.5, "avg")
+    # Each image keeps one box, which one of its two lists has.
+    np.testing.assert_allclose(boxes, [whole, whole], rtol=1e-6)
+    assert score == pytest.approx([0.4, 0.3]) and image.tolist() == [0, 1]
+
+
 def test_compiled_merging_equals_ensemble_boxes(tmp_path):
     program = (
         "from kitlib.fusion import weighted_boxes; weighted_boxes.FEW_BOXES = -1; "

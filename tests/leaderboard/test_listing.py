@@ -10,12 +10,14 @@ from tests.small_runs import coverage, false_boxes, prepare, study_scores, table
 from tests.small_xrays import RECIPE, SmallXrays
 
 TABLES = tables_of(SmallXrays())
+# A seed of 0 and no limit are the defaults.
+PLANNED_PARAMETERS = {"recipe": "r", "overrides": {"epochs": 2}, "seed": 0, "limit_train": 0, "limit_validation": 5}
 
 
 def planned(folder, plan, name, state, **details):
     """Write the files that `python -m kitlib run` leaves for an unfinished run; the plan's folder is next to the run's."""
     write_json(
-        folder / "plan.json", {"key": "1", "run": {"name": name, "notebook": "n.ipynb", "parameters": {"recipe": "r"}}}
+        folder / "plan.json", {"key": "1", "run": {"name": name, "notebook": "n.ipynb", "parameters": PLANNED_PARAMETERS}}
     )
     (folder.parent / plan).mkdir(exist_ok=True)
     (folder.parent / plan / "runs.json").write_text("{}")
@@ -27,7 +29,10 @@ def test_every_run_is_listed_with_its_state(tmp_path):
     train(tmp_path / "siim" / "study", TABLES, study_scores=study_scores(TABLES, 1.0))
     train(tmp_path / "siim" / "stopped", TABLES, folds=[0], parameters={"folds": [0, 1], "recipe": "r"}, finished=False)
     planned(tmp_path / "siim" / "failed", ".siim", "failed", "failed", problem="cell 4 raised ValueError: no\n  log: x")
-    planned(tmp_path / "siim" / "going", ".siim", "going", "running", cell=4, cells=9, host="node1")
+    write_json(tmp_path / "siim" / "failed" / "done-1.json", {"state": "done"})  # only commands have no other result
+    for plan, started in ((".first", 1), (".zero", 2)):
+        planned(tmp_path / "siim" / "going", plan, "going", "failed", problem="an earlier plan's", started=started)
+    planned(tmp_path / "siim" / "going", ".siim", "going", "running", cell=4, cells=9, host="node1", started=3)
     (train(tmp_path / "damaged", TABLES) / "metrics.json").write_text('{"model": "st')
     (train(tmp_path / "fold_damaged", TABLES) / "fold1" / "metrics.json").write_text("[]")
     write_json(tmp_path / "phantoms" / "plan.json", {"key": "2", "run": {"name": "phantoms", "command": ["python"]}})
@@ -54,6 +59,8 @@ def test_every_run_is_listed_with_its_state(tmp_path):
     assert runs["prepare"].remark == "no record.json: the run was written by an older kitlib"
     assert runs["siim/study"].remark == ""
     assert describe([runs["siim/stopped"]])["folds"] == "0 of 2"
+    going = describe([runs["siim/going"]])
+    assert (going["recipe"], going["changes"], going["folds"]) == ("r", "epochs=2, limit_validation=5", "")
     # A run that failed and was then completed is finished, even if an older plan recorded the failure.
     write_json(tmp_path / "siim" / "failed" / "metrics.json", {"model": "m"})
     assert {run.name: run.state for run in list_runs([tmp_path])}["siim/failed"] == "finished"
@@ -75,7 +82,8 @@ def test_a_model_is_described_over_all_runs_of_its_folds(tmp_path):
     recipe = override(RECIPES["small_study"], epochs=3)
     common = {"recipe": recipe, "coverage": coverage(TABLES)}
     parameters = {"recipe": "small_study", "overrides": {"epochs": 3}, "seed": 2, "extra_run": "pseudo"}
-    record = {"wall_s": 20.5, "peak_memory_mb": 800, "peak_child_memory_mb": 1200, "host": "n1", "git_commit": "c" * 40}
+    record = {"wall_s": 20.5, "peak_memory_mb": 800, "peak_child_memory_mb": 1200, "host": "n1"}
+    record["git_commit"] = f"{'c' * 40}+changes"
     train(tmp_path / "s-0", TABLES, folds=[0], parameters=parameters, record={**record, "started": "2026-11-02"}, **common)
     on_gpu = {"gpu": "Tesla T4", "peak_gpu_memory_mb": 3000}
     other = {**record, "started": "2026-11-01", "host": "n2", "git_commit": None, "kitlib_digest": "d" * 64}
@@ -98,7 +106,7 @@ def test_a_model_is_described_over_all_runs_of_its_folds(tmp_path):
         "gpu": "Tesla T4",
         "gpu_memory_mb": 3000,
         "host": "n1, n2",
-        "commit": "cccccccc, kitlib dddddddd",
+        "commit": "cccccccc+changes, kitlib dddddddd",
     }
 
 

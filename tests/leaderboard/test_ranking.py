@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_tables(tmp_path):
     assert sorted(ranked.values()) == [["boxes"], ["nones"], ["right", "blind"], ["studies"]]
     assert rows.loc["prepare", ["kind", "state"]].tolist() == ["prepared", "finished"] and pd.isna(rows.score["prepare"])
     assert leaderboard.summary().startswith("5 models in 4 rankings, 1 other runs without a score.")
-    assert "different sets of folds" not in leaderboard.summary()
+    assert "different sets of folds" not in leaderboard.summary() and "ranked separately" not in leaderboard.summary()
 
 
 def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
@@ -80,8 +80,10 @@ def test_folds_in_several_runs_are_one_model_whose_boxes_are_pooled(tmp_path):
     # A run with another recipe, or an unfinished one, is a model by itself.
     train(tmp_path / "yolo-2", TABLES, folds=[1], detections=NOTHING, recipe=override(RECIPE, epochs=9), **common)
     train(tmp_path / "yolo-3", TABLES, folds=[1], finished=False, **common)
+    for name, fold in (("net", 0), ("net-1", 1)):
+        train(tmp_path / name, TABLES, folds=[fold], model="net", study_scores=study_scores(TABLES, 1.0, "net"))
     rows = board(tmp_path).table.set_index("name")
-    assert set(rows.index) == {"prepare", "yolo-[0,1]", "yolo-2", "yolo-3"}
+    assert set(rows.index) == {"prepare", "yolo-[0,1]", "yolo-2", "yolo-3", "net + net-1"}
     # 16 false positive boxes rank above 12 of the 24 true positives: recall 0.5 at precision 12/28. The mean over folds
     # would be 0.5.
     assert rows.score["yolo-[0,1]"] == pytest.approx(0.5 * 12 / 28)
@@ -393,5 +395,14 @@ def test_exclusive_classifiers_compare_on_the_images_that_both_have_predicted(tm
 def test_nested_models_of_other_data_have_no_score(tmp_path):
     prepare(tmp_path / "prepare", {**EXCLUSIVE, "labels": EXCLUSIVE["labels"].assign(a=0.0, b=1.0, c=0.0, d=0.0)})
     nested_run(tmp_path / "learner", "learner", 0)
-    remark = board(tmp_path).table.set_index("name").remark["learner"]
-    assert "fold 0/1 of learner has training data other than" in remark
+
+    def remark():
+        (entry,) = (entry for entry in read_entries(list_runs([tmp_path])) if entry.name == "learner")
+        assert entry.predictions is None
+        return entry.remark
+
+    assert "fold 0/1 of learner has training data other than" in remark()
+    write_json(tmp_path / "learner" / "metrics.json", {"model": "learner", "folds_fingerprint": "of other folds"})
+    assert "learner was trained with other folds than those in" in remark()
+    write_json(tmp_path / "learner" / "record.json", {"parameters": {"prepare_run": "gone"}})
+    assert "the parameter prepare_run is 'gone', but this prepared run does not exist" in remark()

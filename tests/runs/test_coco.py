@@ -110,7 +110,7 @@ def test_the_real_competitions_boxes_come_back_bit_for_bit(tmp_path):
     assert (len(tables["images"]), len(boxes)) == (6334, 7853)
 
 
-def test_a_file_of_another_program(tmp_path):
+def test_a_file_of_another_program(tmp_path, caplog):
     """The file has only the keys that the format requires."""
     content = {
         "images": [{"id": 7, "file_name": "set/00000001_000.jpg", "width": 1024, "height": 1000}],
@@ -128,6 +128,7 @@ def test_a_file_of_another_program(tmp_path):
     )
     assert image.path == "set/00000001_000.jpg" and "folds" not in tables
     assert box.tolist() == ["00000001_000", "Nodule", 10, 20, 40.5, 60]
+    assert not caplog.records  # the box lies inside its image
 
 
 def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
@@ -146,7 +147,7 @@ def test_boxes_of_the_same_images_in_the_same_pixels(tmp_path):
 
 
 def test_images_that_are_not_fully_annotated_are_excluded():
-    assert annotated_images(IMAGES, BOXES).image_id.tolist() == ["b", "c"]
+    pd.testing.assert_frame_equal(annotated_images(IMAGES, BOXES), IMAGES.iloc[[0, 2]].reset_index(drop=True))
     assert annotated_images(IMAGES.assign(source="nih", false_none=False), BOXES).image_id.tolist() == ["b", "a"]
     assert len(annotated_images(IMAGES.drop(columns="false_none"), BOXES)) == 3
 
@@ -161,6 +162,7 @@ BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2]}
         ({"width": 0}, {}, "images, id 1.*width 0 are not positive whole"),
         ({"height": "10"}, {}, "images, id 1.*'10'"),
         ({}, {"bbox": [1, 1, -2, 2]}, r"annotations, id 1.*\[1, 1, -2, 2\]"),
+        ({}, {"bbox": [1, 1, 2, 0]}, r"annotations, id 1: bbox \[1, 1, 2, 0\] is not x, y"),
         ({}, {"bbox": [1, 1, float("nan"), 2]}, "annotations, id 1.*nan"),
         ({}, {"bbox": [1, 1, 10**400, 2]}, "annotations, id 1"),
         ({}, {"bbox": [1, 1, 2]}, "annotations, id 1"),
@@ -191,6 +193,8 @@ def test_an_error_names_the_invalid_entry(tmp_path, image, box, message):
             '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
             "categories, entry 1: an earlier entry also has the id 1",
         ),
+        ('{"categories": [{"id": [1], "name": "a"}]}', r"categories, entry 0: the id \[1\] is neither an integer nor text"),
+        ('{"categories": [3]}', "categories, entry 0: lacks the keys"),
     ],
 )
 def test_an_invalid_coco_file_is_refused(tmp_path, content, message):
@@ -214,6 +218,7 @@ def test_an_invalid_coco_file_is_refused(tmp_path, content, message):
         ),
         (IMAGES.assign(width=1), BOXES, None, "column names.*'width'.*rename"),
         (IMAGES.assign(mask=[np.zeros(1), None, None]), BOXES, None, "drop the column"),
+        (IMAGES.assign(exposure=np.inf), BOXES, None, "drop the column"),
         (IMAGES, BOXES, FOLDS.assign(id=["b", "z"]), "1 ids in `folds` are not in `images`, first 'z'"),
     ],
 )

@@ -3,28 +3,15 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 
 from kitlib.atomic import write_json
 from kitlib.bundle import data_fingerprint
-from kitlib.classes import STUDY_CLASSES
-from kitlib.competitions.siim_covid19 import Fused
 from kitlib.errors import RunError
-from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.recipes.fields import StudyRecipe
-from kitlib.runs.finished_run import read_extra, read_metrics, read_models, read_prepared
-from kitlib.runs.predictions import (
-    judged_images,
-    read_answer,
-    read_answers,
-    read_fused,
-    read_learners,
-    read_out_of_fold,
-    read_study_ensemble,
-)
-from kitlib.tables import BOX, write_table
+from kitlib.runs.finished_run import read_extra, read_masks, read_metrics, read_models, read_prepared
+from kitlib.tables import write_table
 from kitlib.training.split import with_extra
 from kitlib.training.xray_dataset import XrayDataset
 from kitlib.xrays.cache import XrayCache
@@ -33,100 +20,20 @@ from tests.small_bundles import edit_record
 from tests.small_kernels import make_run as make_bundle
 from tests.small_xrays import SmallXrays
 
-SCORES = pd.DataFrame({"image_id": ["a", "b"], "model": "study", "fold": [0, 1], "none": [0.25, 0.5]})
 
-
-def make_run(folder, model, **tables):
-    for name, table in tables.items():
-        write_table(table, name, folder / "tables" / f"{name}.parquet")
-    write_json(folder / "metrics.json", {"model": model})
-    return folder
-
-
-def test_predictions_of_several_runs_come_together(tmp_path):
-    first = make_run(tmp_path / "1", "study", image_scores=SCORES)
-    second = make_run(tmp_path / "2", "other", image_scores=SCORES.assign(model="other"))
-    predictions = read_out_of_fold([first, second])
-    assert predictions.image_scores[["image_id", "model"]].to_numpy().tolist() == [
-        ["a", "study"],
-        ["b", "study"],
-        ["a", "other"],
-        ["b", "other"],
-    ]
-    assert len(predictions.detections) == len(predictions.study_scores) == 0
-
-
-def test_the_folds_of_a_model_may_come_from_several_runs(tmp_path):
-    both = [make_run(tmp_path / f"study-{fold}", "study", image_scores=SCORES[SCORES.fold == fold]) for fold in (0, 1)]
-    pd.testing.assert_frame_equal(read_out_of_fold(both).image_scores, SCORES)
-    other = make_run(tmp_path / "other", "other", image_scores=SCORES.assign(model="other", none=1.0))
-    images = pd.DataFrame({"image_id": ["a", "b"], "study_id": "s", "rows": 9, "columns": 9})
-    answers = read_answers([*both, other], images)
-    assert {model: answer.nones.set_index("image_id").none.to_dict() for model, answer in answers.items()} == {
-        "study": {"a": 0.25, "b": 0.5},
-        "other": {"a": 1.0, "b": 1.0},
-    }
-
-
-def test_a_run_that_is_unfinished_or_of_another_kind_is_named(tmp_path):
-    run = make_run(tmp_path / "run", "study", image_scores=SCORES)
+def test_a_run_that_is_not_finished_is_named_with_what_it_contains(tmp_path):
     with pytest.raises(RunError, match=r"metrics\.json is missing\. .*no such folder"):
         read_metrics(tmp_path / "nothing")
-    with pytest.raises(RunError, match="has no tables of predictions"):
-        read_out_of_fold([make_run(tmp_path / "prepare", None)])
-    with pytest.raises(RunError, match="both have fold 0 of a model 'study'"):
-        read_out_of_fold([run, make_run(tmp_path / "again", "study", image_scores=SCORES)])
+    (tmp_path / "record.json").touch()
+    for read in (read_metrics, read_prepared):
+        with pytest.raises(RunError, match=r"contains: \['record.json'\]"):
+            read(tmp_path)
 
 
-def test_detections_come_with_the_images_that_were_looked_at(tmp_path):
-    box = pd.DataFrame([("a", "yolo", 0, 0.5, 0, 0, 9, 9)], columns=["image_id", "model", "fold", "score", *BOX])
-    coverage = SCORES.assign(model="yolo")[["image_id", "model", "fold"]]
-    predictions = read_out_of_fold([make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage)])
-    assert predictions.detections["image_id"].tolist() == ["a"]
-    assert predictions.coverage.to_numpy().tolist() == [["a", "yolo", 0], ["b", "yolo", 1]]
-    with pytest.raises(RunError, match=r"older has detections but no tables/coverage\.parquet"):
-        read_out_of_fold([make_run(tmp_path / "older", "yolo", detections=box)])
-
-
-def test_judged_images_have_predictions_of_none_and_of_the_study_classes():
-    images = pd.DataFrame({"image_id": list("abcd"), "study_id": ["s", "t", "u", "v"]})
-    studies = pd.DataFrame(
-        {"study_id": ["s", "t", "u"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True, False]}
-    )
-    nones = pd.DataFrame({"image_id": list("abcd"), "none": 0.5, "prior": [False, False, True, False]})
-    detections = pd.DataFrame(columns=["image_id", "score", *BOX])
-    # `b` has placeholder study classes, `c` a placeholder none, and the study of `d` no row at all.
-    assert judged_images(images, Fused(studies, nones, detections))["image_id"].tolist() == ["a"]
-    with pytest.raises(RunError, match=r"\(3 images have only `none`\); also fuse a run of study models"):
-        judged_images(images, Fused(studies.assign(prior=True), nones, detections))
-
-
-def test_images_without_predictions_of_a_run_get_placeholders(tmp_path):
-    images = pd.DataFrame({"image_id": list("ab"), "study_id": ["s", "t"], "rows": 100, "columns": 100})
-    box = pd.DataFrame(
-        [(name, "yolo", 0, 0.5, 0, 0, 9, 9) for name in "ac"], columns=["image_id", "model", "fold", "score", *BOX]
-    )
-    coverage = box[["image_id", "model", "fold"]]
-    answer = read_answer(make_run(tmp_path / "yolo", "yolo", detections=box, coverage=coverage), images)
-    assert answer.detections["image_id"].tolist() == ["a"] and answer.nones["seen"].tolist() == [True, False]
-    assert answer.studies["prior"].all()
-
-
-def test_a_fused_answer_comes_back_without_priors(tmp_path):
-    tables = {
-        "studies": pd.DataFrame({"study_id": ["s", "t"], **dict.fromkeys(STUDY_CLASSES, 0.25), "prior": [False, True]}),
-        "nones": pd.DataFrame({"image_id": ["a", "b"], "none": 0.5, "prior": [True, False], "seen": [False, True]}),
-        "detections": pd.DataFrame([("b", 0.5, 0, 0, 9, 9)], columns=["image_id", "score", *BOX]),
-    }
-    (tmp_path / "tables").mkdir()
-    write_json(tmp_path / "metrics.json", {})
-    for name, table in tables.items():
-        table.to_parquet(tmp_path / "tables" / f"{name}.parquet")
-    fused = read_fused(tmp_path)
-    assert fused.studies["study_id"].tolist() == ["s"] and fused.nones["image_id"].tolist() == ["b"]
-    tables["nones"].drop(columns="seen").to_parquet(tmp_path / "tables" / "nones.parquet")
-    with pytest.raises(RunError, match=r"nones\.parquet, .* lacks the column `seen`; run notebook 60 again"):
-        read_fused(tmp_path)
+def test_masks_are_those_in_the_runs_folder_if_it_has_one(tmp_path):
+    assert read_masks(tmp_path) is None
+    (tmp_path / "masks").mkdir()
+    assert read_masks(tmp_path).folder == tmp_path / "masks"
 
 
 def prepared_run(folder, small, **metrics):
@@ -153,6 +60,7 @@ def test_extra_images_of_a_prepared_run_are_those_in_its_folds(prepared):
     extra = read_extra(prepared)
     assert extra.images["image_id"].tolist() == [f"image{n:03d}" for n in range(6)]
     assert extra.cache.read("image003").pixels.shape == (40, 50)
+    assert len(read_extra(prepared, for_boxes=True).images) == 6  # no image is unsure
 
 
 def test_extra_images_of_a_labelled_run_are_decoded_in_the_run_that_it_names(tmp_path, prepared):
@@ -165,7 +73,8 @@ def test_extra_images_of_a_labelled_run_are_decoded_in_the_run_that_it_names(tmp
     extra = read_extra(tmp_path)
     assert len(extra.images) == 8 and extra.images["none"].tolist() == [0.25] * 8
     assert extra.cache.read("image000").pixels.shape == (40, 50)
-    assert read_extra(tmp_path, for_boxes=True).images["image_id"].tolist() == [f"image{n:03d}" for n in (0, 2, 4, 6)]
+    sure = read_extra(tmp_path, for_boxes=True).images
+    assert sure["image_id"].to_dict() == {row: f"image{2 * row:03d}" for row in range(4)} and "index" not in sure
 
 
 def test_extra_images_that_cannot_be_read_are_refused_at_once(tmp_path, prepared):
@@ -220,8 +129,12 @@ def test_extra_images_are_identified_by_their_images_targets_and_boxes(prepared)
         replace(extra, labels=extra.labels.assign(negative=0.25)),
         replace(extra, boxes=extra.boxes.assign(xmin=extra.boxes.xmin + 1)),
     )
-    digests = [(one.identity()["data_fingerprint"], one.identity()["none_fingerprint"]) for one in (extra, *changed)]
-    assert len(set(digests)) == 5
+    assert identity["longest_side"] == 50
+    data, none = (
+        [one.identity()[f"{name}_fingerprint"] == identity[f"{name}_fingerprint"] for one in changed]
+        for name in ("data", "none")
+    )
+    assert data == [False, True, False, False] and none == [False, False, True, True]
 
 
 def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):
@@ -235,26 +148,3 @@ def test_images_without_marked_opacities_do_not_train_a_detector(tmp_path):
     nothing = read_extra(tmp_path / "nih", for_boxes=True)
     with pytest.raises(ValueError, match="NIH images have no boxes for a detector"):
         with_extra(small.images.head(0), small.labels, small.boxes, small, nothing, small.images)
-
-
-def test_learners_are_read_from_the_fullest_table_of_each_run_and_an_ensemble_stands_for_them(tmp_path):
-    studies = ["s0", "s1", "s2"]
-    images = pd.DataFrame({"image_id": studies, "study_id": studies, "patient_id": studies})
-    labels = pd.DataFrame(np.eye(4)[:3], columns=list(STUDY_CLASSES)).assign(id=studies)
-    prepared = {"images": images, "labels": labels, "folds": pd.DataFrame({"id": studies, "fold": [0, 1, 2]})}
-    scores = pd.DataFrame({"study_id": studies, "fold": [0, 1, 2]}).assign(**dict.fromkeys(STUDY_CLASSES, 0.25))
-    one, two = scores.assign(model="one"), scores.assign(model="two")
-    runs = [make_run(tmp_path / name, name, study_scores=table) for name, table in (("one", one), ("two", two))]
-    learners = read_learners(runs, prepared)
-    assert learners.learners == ("one", "two") and learners.key == "study_id"
-    of_images = scores.rename(columns={"study_id": "image_id"})
-    nested = of_images.assign(model="net", outer=[0, 1, 2], fold=[1, 2, 0])
-    both = make_run(tmp_path / "net", "net", nested_scores=nested, class_scores=of_images.assign(model="net"))
-    assert read_learners([both], prepared).folds == [0, 1, 2] and read_learners([both], prepared).protocol == "nested"
-    with pytest.raises(RunError, match="none has none of the tables nested_scores, class_scores, study_scores"):
-        read_learners([make_run(tmp_path / "none", "none")], prepared)
-    ensemble = make_run(tmp_path / "ensemble", "mean", study_scores=scores.assign(model="mean"))
-    write_ensemble(ensemble / "ensemble", Ensemble("mean", "mean", ("one", "two"), STUDY_CLASSES, "study_id"))
-    assert read_study_ensemble(ensemble, pd.concat([one, two])).model.unique().tolist() == ["mean"]
-    with pytest.raises(RunError, match=r"\(difference: two\)\. Give the runs of exactly these models: one, two"):
-        read_study_ensemble(ensemble, one)

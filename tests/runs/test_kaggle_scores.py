@@ -36,4 +36,7 @@ def test_the_current_score_was_pushed_since_the_run_began():
     assert current_score({"submissions": [old, new]}, {"started": "2026-11-02"}) == new
     assert current_score({"submissions": [new, old]}, {"started": "2026-11-02"}) == new
     assert current_score({"submissions": [old]}, {"started": "2026-11-02"}) == {}
+    assert current_score({"submissions": [old]}, {"started": "2026-11-01"}) == old
     assert current_score({"submissions": [old]}, {}) == old
+    assert current_score({"submissions": [new, "damaged"]}, {}) == new
+    assert current_score({"submissions": 3}, {}) == current_score({}, {}) == {}

@@ -74,6 +74,7 @@ def test_a_finished_run_records_its_time_memory_and_versions():
     record = read(run / "record.json")
     assert 0.2 <= record["wall_s"] < 10
     assert abs((datetime.fromisoformat(record["started"]) - before).total_seconds()) < 2
+    assert "." not in record["started"]  # whole seconds, because times are compared as texts
     assert record["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["versions"]["numpy"] == np.__version__ and record["versions"]["pandas"] == pd.__version__
     assert record["cpus"] >= 1 and record["host"] and record["image"]["platform"]
@@ -162,8 +163,8 @@ def test_a_machine_without_git_has_no_commit(tmp_path, monkeypatch):
 
 
 def test_kaggles_docker_image_is_recorded_where_it_identifies_itself(tmp_path, monkeypatch):
-    for name in ("commit", "built"):
-        (tmp_path / name).write_text(f"{name} of the image\n")
+    (tmp_path / "commit").write_text("commit of the image\n")
+    (tmp_path / "built").write_bytes(b"built of the image \xff\n")  # not UTF-8
     monkeypatch.setattr(run_record, "IMAGE_FILES", {name: str(tmp_path / name) for name in ("commit", "built")})
     monkeypatch.setenv("KAGGLE_DOCKER_IMAGE", "gcr.io/kaggle-images/python@sha256:12")
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
@@ -174,7 +175,7 @@ def test_kaggles_docker_image_is_recorded_where_it_identifies_itself(tmp_path, m
         >= {
             "name": "gcr.io/kaggle-images/python@sha256:12",
             "commit": "commit of the image",
-            "built": "built of the image",
+            "built": "built of the image \ufffd",
         }.items()
     )
     monkeypatch.setattr(run_record, "IMAGE_FILES", {"commit": str(tmp_path / "none")})
@@ -195,6 +196,9 @@ def test_the_digest_follows_the_librarys_files_and_nothing_else(tmp_path, monkey
     third = kitlib_digest()
     (tmp_path / "a.yaml").write_text("2")
     assert len({first, second, third, kitlib_digest()}) == 4
+    # The part of the library in a kernel has the digest of the whole.
+    (tmp_path / "whole_library.sha256").write_text("ab" * 32)
+    assert kitlib_digest() == "ab" * 32
 
 
 def test_a_start_is_cheap(tmp_path):

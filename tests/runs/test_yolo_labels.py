@@ -66,7 +66,9 @@ def test_any_box_comes_back_bit_for_bit(tmp_path_factory, data, rows, columns):
 def test_boxes_beyond_the_edge_by_rounding_are_clipped(tmp_path):
     write_yolo(tmp_path, IMAGES, BOXES.head(0))
     (tmp_path / "labels" / "c.txt").write_text("0 0.833333 0.5 0.333335 1.000000\n\n")
+    (tmp_path / "classes.txt").write_text("\nopacity\n\n")  # people add blank lines
     box = read_yolo(tmp_path, IMAGES).iloc[0]
+    assert box.finding == "opacity"
     assert box.xmax == 90 and box.ymin == 0 and box.ymax == 100
     assert box.xmin == pytest.approx(90 * (0.833333 - 0.333335 / 2), abs=1e-9)
 

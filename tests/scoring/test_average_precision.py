@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kitlib.scoring.average_precision import average_precision, box_hits, match_boxes
+from kitlib.scoring.average_precision import average_precision, box_hits, iou, match_boxes, precision_recall
 from tests.voc_reference import slow_average_precision
 
 corner = st.integers(0, 6)
@@ -65,3 +65,23 @@ def test_second_detection_of_a_box_is_a_false_positive_even_if_it_overlaps_a_fre
     truth = [[0, 0, 10, 10], [0, 0, 10, 13]]
     hits = box_hits([0, 0], [0.9, 0.8], [[0, 0, 10, 10], [0, 0, 10, 10.5]], [0, 0], truth)
     assert hits.tolist() == [True, False]
+
+
+def test_precision_and_recall_by_hand():
+    # Four boxes, of which two are found; the second and third detection tie.
+    precision, recall = precision_recall([0.7, 0.8, 0.9, 0.8], [False, True, True, False], 4)
+    assert precision.tolist() == pytest.approx([1, 2 / 3, 2 / 4]) and recall.tolist() == [1 / 4, 2 / 4, 2 / 4]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([0, 0, 0.5, 0.5], [0, 0, 0.5, 0.25], 0.5),  # also of boxes smaller than a pixel, or in shares of the image
+        ([0, 0, 4, 2], [2, 0, 6, 2], 4 / 12),
+        ([0, 0, 1, 1], [2, 3, 4, 4], 0),
+        ([1, 1, 1, 5], [1, 1, 1, 5], 0),
+        ([5, 5, 0, 0], [5, 5, 0, 0], 0),
+    ],
+)
+def test_iou_by_hand(one, other, expected):
+    assert iou(np.array(one, float), np.array(other, float)) == pytest.approx(expected)

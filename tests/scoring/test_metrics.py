@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, jaccard_score, roc_auc_score
 
-from kitlib.scoring.metrics import call_metrics, class_weights, exclusive_scores, mean_auc, most_probable, overlap, roc_auc
+from kitlib.scoring.metrics import (
+    call_metrics,
+    class_weights,
+    exclusive_scores,
+    mean_auc,
+    most_probable,
+    overlap,
+    precision_recall_f1,
+    roc_auc,
+    threshold_map,
+)
 
 rows = st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=2, max_size=40)
 
@@ -119,3 +129,17 @@ def test_called_classes_are_scored_where_they_are_known_and_occur():
     assert call_metrics(truth, called) == pytest.approx(expected)
     assert np.isnan(list(call_metrics(truth * np.nan, called).values())).all()
     assert most_probable(np.array([[0.4, 0.4, 0.2], [0, 0.1, 0.9]])).tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_precision_and_recall_without_calls_or_without_the_class():
+    one, none = np.array([True, False]), np.array([False, False])
+    assert precision_recall_f1(one, one) == (1, 1, 1)
+    assert precision_recall_f1(one, none) == (0, 0, 0)
+    assert np.isnan(precision_recall_f1(none, one)).all()
+
+
+def test_a_map_is_cut_at_the_lower_threshold_if_enough_pixels_exceed_the_upper():
+    # 255 x 0.5 = 127.5 and 255 x 0.3 = 76.5: probabilities above them are at least 128 and 77.
+    probabilities = np.array([[127, 128, 200], [77, 76, 0]], np.uint8)
+    assert threshold_map(probabilities, 0.5, 2, 0.3).tolist() == [[True, True, True], [True, False, False]]
+    assert threshold_map(probabilities, 0.5, 3, 0.3).tolist() == [[False] * 3] * 2

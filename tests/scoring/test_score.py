@@ -8,7 +8,7 @@ import pytest
 
 from kitlib.classes import SCORED_CLASSES, STUDY_CLASSES, STUDY_LABEL_COLUMNS
 from kitlib.errors import ScoringError
-from kitlib.scoring.score import Truth, read_truth, score, score_files, score_tables
+from kitlib.scoring.score import Truth, competition_score, read_truth, score, score_files, score_tables, truth_of
 from kitlib.scoring.submission_csv import read_submission, submission_ids, write_all_negative, write_submission
 from kitlib.tables import BOX
 from tests.voc_reference import slow_average_precision
@@ -55,6 +55,24 @@ def test_perfect_predictions_score_one(competition):
     expected = dict.fromkeys(("score", *SCORED_CLASSES, "opacity_boxed"), 1.0)
     assert score_files(competition, write(competition / "submission.csv", truth, tables)) == pytest.approx(expected)
     assert score_tables(truth, *tables) == pytest.approx(expected)
+    studies, nones, boxes = tables
+    # Other images and studies are ignored, but none may be missing.
+    elsewhere = pd.concat([boxes.assign(image_id="elsewhere"), boxes])
+    assert score_tables(truth, studies, nones, elsewhere) == pytest.approx(expected)
+    with pytest.raises(ScoringError, match=r"1 studies or images have no probability, such as \['000000000000'\]"):
+        score_tables(truth, studies.iloc[1:], nones, boxes)
+    with pytest.raises(ScoringError, match=r"2 studies or images have no probability, such as \['000000000000', '0"):
+        score_tables(truth, studies, nones.iloc[2:], boxes)
+
+
+def test_the_truth_of_some_images_is_that_of_their_studies_and_boxes(competition):
+    whole = read_truth(competition)
+    images = pd.DataFrame({"image_id": whole.image_ids, "study_id": whole.image_ids}).iloc[[3, 1]]
+    truth = truth_of(images, whole.labels, whole.boxes)
+    assert truth.image_ids == (whole.image_ids[3], whole.image_ids[1])
+    assert truth.labels["id"].tolist() == [whole.image_ids[1], whole.image_ids[3]]
+    assert truth.boxes["image_id"].tolist() == [whole.image_ids[1]] + [whole.image_ids[3]] * 3  # image n has n % 4 boxes
+    assert math.isnan(competition_score(dict.fromkeys(SCORED_CLASSES, math.nan)))
 
 
 def test_the_all_negative_floor(competition):
@@ -152,6 +170,8 @@ def test_a_class_absent_from_the_truth_is_ignored_in_the_mean(tmp_path, caplog):
     ("file", "old", "new"),
     [
         *(("train_study_level.csv", ",1,0", f",{label},0") for label in ("x", "2", "0.5", "-1", "", "nan")),
+        ("train_study_level.csv", "000000000001_study", "000000000000_study"),
+        ("train_image_level.csv", "000000000001_image", "000000000000_image"),
         ("train_image_level.csv", "'width'", "'w'"),
         ("train_image_level.csv", "boxes", "b"),
     ],

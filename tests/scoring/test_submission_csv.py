@@ -9,6 +9,7 @@ from kitlib.errors import SubmissionError
 from kitlib.scoring.submission_csv import (
     PRIORS,
     as_tables,
+    box_groups,
     read_submission,
     split_id,
     submission_ids,
@@ -84,7 +85,8 @@ def test_scores_that_differ_in_float32_near_one_stay_different(tmp_path):
 
 
 def test_a_box_that_loses_its_area_by_rounding_is_dropped(tmp_path):
-    write_submission(tmp_path / "s.csv", ["i_image"], None, nones(i=0.5), boxes(("i", 0.9, 10.01, 5, 10.04, 50)))
+    flat = boxes(("i", 0.9, 10.01, 5, 10.04, 50), ("i", 0.8, 5, 10.01, 50, 10.04))
+    write_submission(tmp_path / "s.csv", ["i_image"], None, nones(i=0.5), flat)
     assert rows_of(tmp_path / "s.csv") == {"i_image": "none 0.5 0 0 1 1"}
 
 
@@ -92,12 +94,18 @@ def test_predictions_for_other_ids_are_ignored_and_logged(tmp_path, caplog):
     write_submission(tmp_path / "s.csv", ["i1_image"], None, nones(i1=0.5, i9=0.5), boxes(("i9", 0.9, 1, 1, 9, 9)))
     assert list(rows_of(tmp_path / "s.csv")) == ["i1_image"]
     assert "1 predictions are ignored, because their ids are not in the sample" in caplog.text
+    caplog.clear()
+    write_submission(tmp_path / "s.csv", IDS, studies(s1=[0.4, 0.3, 0.2, 0.1]), nones(i1=0.5, i2=float("nan")))
+    assert "ignored" not in caplog.text
 
 
 @pytest.mark.parametrize(
     ("given_", "words"),
     [
         ({"none_probabilities": nones(i1=1.5)}, "0..1"),
+        ({"none_probabilities": nones(i1=-0.5)}, "0..1"),
+        ({"detections": boxes(("i1", 1.5, 1, 1, 9, 9))}, "scores in 0..1"),
+        ({"detections": boxes(("i1", -0.5, 1, 1, 9, 9))}, "scores in 0..1"),
         ({"study_probabilities": pd.concat([studies(s1=[1, 0, 0, 0])] * 2)}, "s1 has several rows"),
         ({"detections": boxes(("i1", float("nan"), 1, 1, 9, 9))}, "scores in 0..1"),
         ({"detections": boxes(("i1", 0.5, 1, 1, float("inf"), 9))}, "finite boxes"),
@@ -174,3 +182,24 @@ def test_as_tables_returns_the_tables_that_were_written(tmp_path):
     write_submission(tmp_path / "submission.csv", ids, studies, nones, boxes)
     for written, read in zip((studies, nones, boxes), as_tables(read_submission(tmp_path / "submission.csv")), strict=True):
         pd.testing.assert_frame_equal(read, written, check_dtype=False)
+
+
+def test_tables_have_the_highest_confidence_of_a_repeated_class_and_0_for_a_missing_one(tmp_path):
+    text = "negative 0.25 0 0 1 1 negative 0.5 0 0 1 1 negative 0.125 0 0 1 1"
+    (tmp_path / "s.csv").write_text(
+        f"id,PredictionString\ns_study,{text}\ni_image,none 0.25 0 0 1 1 none 0.75 0 0 1 1 opacity 1 1 2 3 4\n"
+    )
+    study_table, none_table, detections = as_tables(read_submission(tmp_path / "s.csv"))
+    assert study_table.to_dict("records") == [
+        {"study_id": "s", "negative": 0.5, "typical": 0, "indeterminate": 0, "atypical": 0}
+    ]
+    assert none_table.to_dict("records") == [{"image_id": "i", "none": 0.75}]
+    assert detections.to_dict("records") == [{"image_id": "i", "score": 1, "xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4}]
+
+
+def test_groups_of_several_labels_are_sorted_by_score_and_labels_without_a_box_have_one_pixel():
+    table = boxes(("i", 0.25, 1, 2, 30, 40.06), ("i", 0.5, 0, 0, 1, 1), ("j", 1, 5, 6, 7, 8))
+    assert box_groups(table.assign(label=["Mass", "No finding", "ILD"]), boxless=("No finding",)) == {
+        "i": ["No finding 0.5 0 0 1 1", "Mass 0.25 1.0 2.0 30.0 40.1"],
+        "j": ["ILD 1 5.0 6.0 7.0 8.0"],
+    }

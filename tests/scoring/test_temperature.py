@@ -44,6 +44,12 @@ def test_the_fit_recovers_the_temperature_that_was_applied(spoilt):
     )  # the power can be smaller than LEAST
 
 
+def test_log_loss_is_the_mean_over_rows_and_finite():
+    found = np.array([[0.5, 0.5], [0.25, 0.75]])
+    assert log_loss(found, np.array([0, 1])) == pytest.approx(-(np.log(0.5) + np.log(0.75)) / 2)
+    assert log_loss(np.array([[1.0, 0.0]]), np.array([1])) == pytest.approx(7 * np.log(10))  # at least 1e-7
+
+
 def test_temperature_in_closed_form_for_two_classes():
     # p = .9 everywhere, right 3 times in 4: logit 3 after scaling is log(.9/.1) / T = log 3, so T = 2
     found, truth = np.tile([0.9, 0.1], (4, 1)), np.array([0, 0, 0, 1])
@@ -55,6 +61,10 @@ def test_certain_scores_and_bounds_stay_finite():
     assert np.isfinite(fit_temperature(certain, np.array([0, 0, 0, 1])))
     right = scaled(certain, fit_temperature(certain, np.zeros(4, int)))
     assert np.isfinite(right).all() and right[0, 0] == pytest.approx(1)
+    # The more equal, the better; and the less equal, the better: the limits of the temperature.
+    unsure = np.tile([0.6, 0.4], (4, 1))
+    assert fit_temperature(unsure, np.ones(4, int)) == pytest.approx(50, rel=0.01)
+    assert fit_temperature(unsure, np.zeros(4, int)) == pytest.approx(0.02, rel=0.01)
     with pytest.raises(ValueError, match="temperature is 0, expected a number above 0"):
         scaled(certain, 0)
     with pytest.raises(ValueError, match="no rows"):

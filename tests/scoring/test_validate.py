@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from kitlib.errors import SubmissionError
 from kitlib.scoring.submission_csv import write_all_negative, write_submission
-from kitlib.scoring.validate import prediction_faults, validate
+from kitlib.scoring.validate import Fault, prediction_faults, validate
 
 STUDY = "negative 0.61 0 0 1 1 typical 0.22 0 0 1 1 indeterminate 0.11 0 0 1 1 atypical 0.06 0 0 1 1"
 IMAGE = "opacity 0.62 789.3 582.4 1815.9 2499.7 opacity 0.03 10 10 400 900 none 0.27 0 0 1 1"
@@ -66,6 +66,7 @@ def test_text_formats_that_pandas_accepts_are_valid(sample, change):
         ("opacity 0.5 10 10 5 20", "inverted"),
         ("opacity 0.5 10 20 15 10", "inverted"),
         ("opacity 0.5 10 10 10 20", "no area"),
+        ("opacity 0.5 10 20 15 20", "no area"),
         ("opacity 0.5 10 10 nan 20", "not finite"),
         ("opacity 0.5 10 10 inf 20", "not finite"),
     ],
@@ -112,6 +113,13 @@ def test_a_wrong_header_is_a_fault_of_row_one(sample, header):
 def test_additional_cells_are_a_fault(sample):
     ((row, _, problem),) = faults_of(sample, (GOOD | {"i2_image": "none 1 0 0 1 1,"}).items())
     assert (row, problem) == (5, "the row has 3 cells, but must have 2")
+
+
+def test_a_missing_cell_is_a_fault_and_a_fault_names_its_row_and_id(sample):
+    path = sample.parent / "submission.csv"
+    path.write_text(sample.read_text().replace("i2_image,none 1 0 0 1 1", "i2_image"))
+    assert list(map(str, validate(sample, path))) == ["row 5, i2_image: the row has 1 cells, but must have 2"]
+    assert str(Fault(1, None, "wrong")) == "row 1: wrong" and str(Fault(None, "a", "wrong")) == "no row, a: wrong"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00", "folder"])
