@@ -447,13 +447,6 @@ def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
         build_kernel(read_spec(make_submission(tmp_path)), tmp_path / "out", [wheel])
 
 
-def test_the_size_of_a_folder_is_that_of_its_files(tmp_path):
-    (tmp_path / "below").mkdir()
-    for name, size in (("a", 3), ("below/b", 4)):
-        (tmp_path / name).write_bytes(bytes(size))
-    assert kernel.sum_file_sizes(tmp_path) == 7
-
-
 def test_wheels_that_the_image_cannot_install_are_refused(tmp_path):
     wheel = make_wheel(tmp_path, "kit_extra", "1.2", ["pandas>=3"])
     with pytest.raises(KernelError, match=r"kit-extra requires pandas>=3, but the image has pandas 2\.3\.3"):
