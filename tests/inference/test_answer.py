@@ -1,4 +1,4 @@
-"""What a submission can use of a model, by its record, and how an ensemble replaces its learners."""
+"""Which models a submission can use, what their records say, and how an ensemble replaces its learners."""
 
 import pandas as pd
 import pytest
@@ -38,28 +38,48 @@ IMAGES = pd.DataFrame({"image_id": ["a", "b"], "study_id": ["s", "t"], "rows": 8
     ],
 )
 def test_a_model_is_wanted_if_the_competition_uses_one_of_its_classes(family, classes, competition, is_wanted):
-    problem = unwanted({"family": family, "classes": list(classes)}, competition)
-    assert (problem == "") is is_wanted
-    advice = "give its run in the kernel's key `lungs`" if family == "segmenter" else "leave out its run"
-    assert is_wanted or problem.endswith(f"of which a submission to {competition.name} contains none; {advice}")
+    assert (unwanted({"family": family, "classes": list(classes)}, competition) == "") is is_wanted
 
 
-def test_of_many_unwanted_classes_three_are_named():
-    for classes, named in ((["a", "b", "c"], "(a, b, c)"), (["a", "b", "c", "d"], "(a, b, c, ...)")):
-        assert unwanted({"family": "findings", "classes": classes}, SIIM_COVID19).startswith(f"predicts classes {named}, of")
+@pytest.mark.parametrize(
+    ("family", "classes", "predicted", "advice"),
+    [
+        ("findings", ["a", "b", "c"], "classes (a, b, c)", "leave out its run"),
+        ("findings", ["a", "b", "c", "d"], "classes (a, b, c, ...)", "leave out its run"),
+        ("segmenter", ["lungs"], "lungs (lungs)", "give its run in the kernel's key `lungs`"),
+    ],
+)
+def test_the_reason_names_three_classes_and_what_to_do(family, classes, predicted, advice):
+    problem = unwanted({"family": family, "classes": classes}, SIIM_ACR)
+    assert problem == f"predicts {predicted}, of which a submission to siim-acr contains none; {advice}"
 
 
 def test_a_model_is_described_by_its_record(tmp_path):
-    keys = {"architecture": {"segmenter": "ab"}, "lungs": "masks", "views": ["lungs"], "masked": True}
-    bundle = make_run(tmp_path / "boxes", "boxes", 3, "yolo", **keys) / "bundle"
+    recipe = {"lungs": "masks", "views": ["lungs"], "masked": True}
+    bundle = make_run(tmp_path, "boxes", 3, "yolo", architecture={"segmenter": "ab"}, **recipe) / "bundle"
     edit_record(bundle, longest_side=64, data_fingerprint="of data")
-    expected = AnsweringModel(bundle, "boxes", 3, frozenset({"boxes"}), 64, True, True, "ab", "of data", ("opacity",))
-    assert read_any_model(bundle) == expected
-    for outputs, answers in ((None, {"study", "none"}), ("both", {"study", "none"}), ("none", {"none"})):
-        recipe = {} if outputs is None else {"outputs": outputs}
-        bundle = make_run(tmp_path / str(outputs), "study", classes=OUTPUTS, **recipe) / "bundle"
-        expected = AnsweringModel(bundle, "study", 0, frozenset(answers), 8, False, False, "", "", tuple(OUTPUTS))
-        assert read_any_model(bundle) == expected
+    assert read_any_model(bundle) == AnsweringModel(
+        folder=bundle,
+        model="boxes",
+        fold=3,
+        answers=frozenset({"boxes"}),
+        longest_side=64,
+        wants_masks=True,
+        masked=True,
+        segmenter="ab",
+        data_fingerprint="of data",
+        classes=("opacity",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "answers"),
+    [({}, {"study", "none"}), ({"outputs": "both"}, {"study", "none"}), ({"outputs": "none"}, {"none"})],
+)
+def test_a_study_model_answers_what_its_recipe_says(tmp_path, recipe, answers):
+    model = read_any_model(make_run(tmp_path, "study", classes=OUTPUTS, **recipe) / "bundle")
+    assert (model.answers, model.classes, model.longest_side) == (answers, tuple(OUTPUTS), 8)
+    assert (model.wants_masks, model.masked, model.segmenter) == (False, False, "")
 
 
 def test_a_model_whose_recipe_has_an_unknown_field_is_refused(tmp_path):
@@ -80,13 +100,14 @@ def test_the_longest_side_is_one_that_a_dicom_file_can_have(tmp_path, side, is_v
 
 
 def scores(model, image_id, *probabilities):
+    """Return a study model's prediction for one image; its `none` is 0.5."""
     return pd.DataFrame(
         [[image_id, model, 0, *probabilities, 0.5]], columns=["image_id", "model", "fold", *STUDY_CLASSES, "none"]
     )
 
 
 def stacked(tables, *learners, classes=STUDY_CLASSES):
-    """Return the fused probabilities of the studies s and t, and the report, with a mean of `learners` as the ensemble."""
+    """Return the fused probabilities of study s and of study t, and the report, if the ensemble is a mean of `learners`."""
     ensemble = Ensemble("stacked", "mean", learners, tuple(classes), "study_id")
     fused, report = fused_answer(tables, [], [], IMAGES, SiimFusion(), ensemble)
     studies = fused.studies.set_index("study_id")[list(STUDY_CLASSES)]
@@ -97,23 +118,23 @@ def test_an_ensemble_counts_as_one_model_instead_of_its_learners():
     tables = [scores("one", "a", 0.8, 0.2, 0, 0), scores("two", "a", 0.4, 0.6, 0, 0), scores("other", "a", 0, 0, 0, 1)]
     tables += [scores(model, "b", 0, 0, 1, 0) for model in ("one", "two", "other")]
     of_s, of_t, report = stacked(tables, "one", "two")
-    # The mean of the ensemble's 0.6 and 0.4, and of the other model.
+    # The mean of the ensemble, which is (0.6, 0.4, 0, 0), and the other model.
     assert of_s == pytest.approx([0.3, 0.2, 0, 0.5]) and of_t == pytest.approx([0, 0, 1, 0])
     assert (report.studies, report.note) == (2, "") and 0 <= report.seconds < 60
-    fused, none = fused_answer(tables, [], [], IMAGES, SiimFusion())
+    fused, no_report = fused_answer(tables, [], [], IMAGES, SiimFusion())
     # Without an ensemble, all three models count alike.
-    assert fused.studies[list(STUDY_CLASSES)].to_numpy()[0].tolist() == pytest.approx([0.4, 0.8 / 3, 0, 1 / 3])
-    assert none is None
+    of_s = fused.studies.set_index("study_id").loc["s", list(STUDY_CLASSES)].tolist()
+    assert of_s == pytest.approx([0.4, 0.8 / 3, 0, 1 / 3]) and no_report is None
 
 
 def test_studies_without_a_learner_get_the_mean_of_the_others_and_are_noted():
     tables = [scores("one", "a", 0.8, 0.2, 0, 0), scores("one", "b", 0.6, 0.4, 0, 0), scores("two", "a", 0.4, 0.6, 0, 0)]
     of_s, of_t, report = stacked(tables, "one", "two")
     assert of_s == pytest.approx([0.6, 0.4, 0, 0]) and of_t == pytest.approx([0.6, 0.4, 0, 0])
-    lacking = "studies lack {}; they get the plain mean of the other learners"
-    assert (report.studies, report.note) == (1, f"1 of 2 {lacking.format('a learner that was stopped')}")
-    report = stacked(tables, "one", "two", "three")[-1]
-    assert (report.studies, report.note) == (0, f"2 of 2 {lacking.format('three')}")
+    others = "they get the plain mean of the other learners"
+    assert (report.studies, report.note) == (1, f"1 of 2 studies lack a learner that was stopped; {others}")
+    *_, report = stacked(tables, "one", "two", "three")
+    assert (report.studies, report.note) == (0, f"2 of 2 studies lack three; {others}")
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def test_cached_lungs_are_unchanged_and_segmented_once(segmenter, tmp_path, mask
 
 def test_only_the_latest_lungs_are_kept(segmenter, tmp_path):
     lungs = CachedLungs(tmp_path, masked=False, most=3)
+    # A batch may have more images.
     assert [each.frame is not None for each in lungs.find(XRAYS[:5])] == [False, True, True, True, True]
-    assert lungs.segmented == 3
     lungs.find(XRAYS[2:5])
     assert segmenter.asked == SMALL.image_ids[:5]
     lungs.find(XRAYS[1:2])

@@ -70,18 +70,20 @@ def test_a_stopped_model_waits_until_its_turn_has_ended_and_gets_none_once_it_is
     boxes = make_model("boxes")
     queue = make_queue([boxes], processes=2)
     assert queue.next().model is boxes
-    boxes.stopped = True  # while the process that runs it has not ended its turn
+    boxes.stopped = True  # the process that runs it has not ended its turn
     assert queue.next() is None and not boxes.may_be_fused
     predict(boxes, "x")
     assert boxes.may_be_fused
     boxes.drop()
     assert queue.next() is None and not boxes.may_be_fused
+
+
+def test_predictions_of_a_first_turn_may_be_fused_during_the_second():
     boxes = make_model("boxes")
     queue = make_queue([boxes])
     queue.next()
     predict(boxes, "x")
     boxes.stopped = True
-    # In a second turn, the predictions of the first one are of use meanwhile.
     assert queue.next().model is boxes and boxes.may_be_fused
     assert queue.next() is None
 

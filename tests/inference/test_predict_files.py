@@ -1,7 +1,6 @@
 """Predictions for any files: those of a submission for the same run, whatever the files are called and however many fail."""
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -15,17 +14,13 @@ from typer.testing import CliRunner
 
 from kitlib import draw_boxes, train_classifier
 from kitlib.__main__ import app
-from kitlib.atomic import write_json
 from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
-from kitlib.competitions.rsna_pneumonia import RSNA_PNEUMONIA
 from kitlib.competitions.siim_acr import SIIM_ACR, SiimAcrSettings
 from kitlib.competitions.siim_covid19 import Fused
-from kitlib.competitions.vinbigdata import VINBIGDATA
-from kitlib.errors import DatasetError, RunError, RunNotFound
+from kitlib.errors import RunError
 from kitlib.fusion.model_fusion import ModelPredictions, merge, write_settings
 from kitlib.inference import predict_files
-from kitlib.inference.answer import AnsweringModel
 from kitlib.inference.listed_files import list_files
 from kitlib.inference.loaded_models import Answer, LoadedModels
 from kitlib.inference.predict import load_predictor
@@ -43,6 +38,7 @@ from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.run_lengths import draw_runs
 from tests.small_bundles import edit_record
 from tests.small_page import CLASSES, CLASSIFIER, page_runs, sparse_run, write_classifiers
+from tests.small_systems import describe_model
 
 pytestmark = pytest.mark.usefixtures("quick_processes")
 
@@ -130,39 +126,6 @@ def test_parts_do_not_change_the_predictions_and_keep_studies_whole(folder, comp
     np.testing.assert_allclose(alone, whole.loc[alone.index], atol=2e-6)
 
 
-def test_files_keep_their_names_and_get_ids_and_studies_of_their_own(competition, pngs, tmp_path, caplog):
-    dicom = next(competition.glob("test/*/*/*.dcm"))
-    shutil.copy(dicom, tmp_path / "b" / "IM-0001")  # without a suffix
-    (tmp_path / "b" / ".hidden.png").write_bytes(b"")
-    (tmp_path / "b" / "notes.txt").write_text("no image")
-    (tmp_path / "list.csv").write_text("Image;Study\na/x.png;s1\nb/x.png;s1\nnowhere.png;\n", encoding="utf-8")
-    os.mkfifo(tmp_path / "pipe.png")  # opening it would wait for ever
-    given = [tmp_path / "a", f"{tmp_path}/b", tmp_path / "list.csv", tmp_path / "pipe.png", tmp_path / "a" / "y.png"]
-    caplog.set_level("INFO")
-    table = list_files(given, "Image", "Study").set_index("file")
-    uid = dicom.parents[1].name
-    expected = {
-        str(pngs[0]): ("x", "x", ""),
-        str(pngs[1]): ("y", "y", ""),  # given twice, one row
-        f"{tmp_path}/b/IM-0001": ("IM-0001", uid, ""),
-        f"{tmp_path}/b/x.png": ("x-2", "x-2", ""),
-        "a/x.png": ("x-3", "s1", ""),
-        "b/x.png": ("x-4", "s1", ""),
-        "nowhere.png": ("nowhere", "nowhere", "there is no such file"),
-        str(tmp_path / "pipe.png"): ("pipe", "pipe", "there is no such file"),
-    }
-    assert {file: (row.image_id, row.study_id, row.error) for file, row in table.iterrows()} == expected
-    assert "1 files are neither DICOM nor pictures" in caplog.text
-    # Files of a study follow one another.
-    first, last = (table.index.get_loc(name) for name in ("a/x.png", "b/x.png"))
-    assert last == first + 1
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="no image file"):
-        list_files(tmp_path / "empty")
-    with pytest.raises(DatasetError, match=r"no column 'file' of files; it has: Image, Study"):
-        list_files(tmp_path / "list.csv")
-
-
 def own_predictions(run, pngs):
     """Return the plain mean of all models of a run, images x classes, and the predictions of each."""
     xrays = [CachedXray(name, read_xray(path), 60, 80) for name, path in zip(("x", "y", "x-2"), pngs, strict=True)]
@@ -184,32 +147,6 @@ def test_classifiers_and_ensembles_predict_their_own_classes(folder, pngs, tmp_p
     np.testing.assert_allclose(both[CLASSES], roots / roots.sum(axis=1, keepdims=True), atol=1e-6)
 
 
-def test_a_fusion_for_another_competition_has_its_findings_and_classes(folder, tmp_path):
-    """The records of a detector and of a classifier are edited to have classes of VinBigData; no model is loaded."""
-    for name, classes in (("faster_rcnn", ["ILD", "Cardiomegaly"]), ("first", ["No finding", "other"]), ("study", None)):
-        shutil.copytree(folder / "runs" / name, tmp_path / name)
-        for bundle in tmp_path.glob(f"{name}/fold*/bundle") if classes else ():
-            edit_record(bundle, classes=classes)
-    settings = VINBIGDATA.settings(box_iou=0.4)
-    write_settings(settings, tmp_path / "fuse" / "fusion.json", VINBIGDATA)
-    parameters = {"competition": "vinbigdata", "runs": ["faster_rcnn", "first", "study"]}
-    (tmp_path / "fuse" / "record.json").write_text(json.dumps({"parameters": parameters}))
-    (tmp_path / "fuse" / "metrics.json").write_text("{}")
-    system = find_system(tmp_path / "fuse")
-    assert system.findings == ("Cardiomegaly", "ILD") and system.classes() == ["No finding", "other"]
-    assert (system.competition, system.settings) == (VINBIGDATA, settings)
-    assert system.fusion.box_iou == 0.4 and not system.fills_siim and "study/fold0 is left out" in system.notes[0]
-    columns = ["file", "image_id", "study_id", "none", "No finding", "other", "boxes", "warning", "error"]
-    assert predict_files.table_columns(system) == columns
-    alone = find_system(tmp_path / "faster_rcnn")
-    assert alone.findings == ("Cardiomegaly", "ILD") and not alone.fills_siim
-    # A finding called opacity does not make a detector one of SIIM's: RSNA's detectors have it too.
-    fuse, detector = (find_system(folder / "runs" / name) for name in ("fuse", "faster_rcnn"))
-    assert fuse.findings == detector.findings == ("opacity",) and fuse.fills_siim
-    assert not detector.fills_siim and not replace(fuse, competition=RSNA_PNEUMONIA).fills_siim
-    assert find_system(folder / "runs" / "first").findings == ()
-
-
 def test_boxes_of_several_findings_are_named(folder, tmp_path, monkeypatch):
     """The boxes of the detector are taken for ones of two findings in turn, and those of its classifiers are added."""
     answer_of_one = LoadedModels.answer
@@ -229,78 +166,86 @@ def test_boxes_of_several_findings_are_named(folder, tmp_path, monkeypatch):
     assert (tmp_path / "drawn" / "x.png").is_file()
 
 
-def predicted_studies(*studies, nones, detections):
-    """Return a Fused; `studies` and `nones` are rows without the last two classes."""
-    columns = ["study_id", *STUDY_CLASSES, "prior"]
-    return Fused(
-        pd.DataFrame([[name, *numbers, 0.0, 0.0, prior] for name, *numbers, prior in studies], columns=columns),
-        pd.DataFrame(nones, columns=["image_id", "none", "prior", "seen"]),
-        pd.DataFrame(detections, columns=["image_id", "finding", "score", *BOX]),
-    )
+@pytest.fixture
+def answered(tmp_path, monkeypatch):
+    """A system whose models are replaced by an answer, and five files: three pictures, a damaged one and a missing one.
 
-
-def test_the_table_has_what_was_predicted_and_tells_why_the_rest_is_empty(tmp_path, monkeypatch, caplog):
-    """The models are replaced by their answer."""
+    Image b has no prediction of a model, and image c only empty boxes.
+    """
     for name in "abc":
         cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((60, 80), 100, np.uint8))
     (tmp_path / "d.png").write_bytes(b"no image")
-    weak, strong = ["a", "opacity", 0.19, 50.0, 30.0, 70.0, 50.0], ["a", "opacity", 0.912345678, 5.123, 6.0, 40.0, 30.5]
-    fused = predicted_studies(
-        *(("a", 0.123456781, 0.5, False), ("b", 0.5, 0.5, True), ("c", 0.5, 0.5, True)),
-        nones=[["a", 0.25, False, True], ["b", 0.5, True, False], ["c", 0.5, True, True]],
-        detections=[weak, strong],
+    studies = [["a", 0.123456781, 0.5, 0.0, 0.0, False], ["b", 0.5, 0.5, 0.0, 0.0, True], ["c", 0.5, 0.5, 0.0, 0.0, True]]
+    nones = [["a", 0.25, False, True], ["b", 0.5, True, False], ["c", 0.5, True, True]]
+    boxes = [["a", "opacity", 0.19, 50.0, 30.0, 70.0, 50.0], ["a", "opacity", 0.912345678, 5.123, 6.0, 40.0, 30.5]]
+    fused = Fused(
+        pd.DataFrame(studies, columns=["study_id", *STUDY_CLASSES, "prior"]),
+        pd.DataFrame(nones, columns=["image_id", "none", "prior", "seen"]),
+        pd.DataFrame(boxes, columns=["image_id", "finding", "score", *BOX]),
     )
     answer = Answer(pd.DataFrame(), ("of the run", "broken"), ("broken",), fused)
     monkeypatch.setattr(LoadedModels, "answer", lambda *_: answer)
-    model = ("m", 0, frozenset({"study", "none", "boxes"}), 40, False, False, "", "", ("opacity",))
-    system = System("small", (AnsweringModel(tmp_path, *model),), notes=("of the run",))
     monkeypatch.setattr(predict_files, "PART", 2)
-    files = list_files([tmp_path / f"{name}.png" for name in "abcde"])
-    parts = list(predict_parts(files, system, tmp_path / "new" / "drawn", workers=1))
-    assert [len(part) for part in parts] == [2, 2, 1]  # no studies of several files
-    assert [sum(text in caplog.messages for text in texts) for texts in (["of the run"], ["broken"])] == [1, 1]
-    table = pd.concat(parts, ignore_index=True)
+    model = describe_model("m", "study", "none", "boxes", longest_side=40, classes=["opacity"])
+    return System("small", (model,), notes=("of the run",)), [tmp_path / f"{name}.png" for name in "abcde"]
+
+
+STRONG = {"finding": "opacity", "score": 0.9123457, "xmin": 5.12, "ymin": 6.0, "xmax": 40.0, "ymax": 30.5}
+WEAK = {"finding": "opacity", "score": 0.19, "xmin": 50.0, "ymin": 30.0, "xmax": 70.0, "ymax": 50.0}
+
+
+def test_the_table_has_what_was_predicted_and_tells_why_the_rest_is_empty(answered, caplog):
+    system, paths = answered
+    parts = list(predict_parts(list_files(paths), system, workers=1))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert caplog.messages.count("of the run") == caplog.messages.count("broken") == 1
+    table = pd.concat(parts)
     assert list(table.columns) == ["file", "image_id", "study_id", *STUDY_CLASSES, "none", "boxes", "warning", "error"]
-    assert table.image_id.tolist() == list("abcde") and table.file.tolist() == [
-        str(tmp_path / f"{name}.png") for name in "abcde"
-    ]
+    assert table.image_id.tolist() == list("abcde") and table.file.tolist() == list(map(str, paths))
     numbers = table[[*STUDY_CLASSES, "none"]].to_numpy()
     assert numbers[0].tolist() == [0.1234568, 0.5, 0, 0, 0.25] and np.isnan(numbers[1:]).all()
     # The highest score first. An image that a detector has seen has a list, if an empty one.
-    boxes = [json.loads(cell) if cell else None for cell in table.boxes]
-    rounded = {"finding": "opacity", "score": 0.9123457, "xmin": 5.12, "ymin": 6.0, "xmax": 40.0, "ymax": 30.5}
-    assert boxes == [[rounded, dict(zip(rounded, weak[1:], strict=True))], None, [], None, None]
+    assert [json.loads(cell) if cell else None for cell in table.boxes] == [[STRONG, WEAK], None, [], None, None]
     assert table.warning.tolist() == ["of the run; broken", "", "of the run; broken", "", ""]
-    assert table.error[:3].tolist() == ["", "no model has predicted finite numbers for the file", ""] and table.error[3]
-    assert table.error[4] == "there is no such file"
-    # The decoded copies have half the size of the images and of their pictures; boxes below 0.2 are not drawn.
-    drawn = tmp_path / "new" / "drawn"
-    assert sorted(path.name for path in drawn.iterdir()) == ["a.png", "b.png", "c.png"]
-    picture = cv2.imread(str(drawn / "a.png"))[..., ::-1]
-    assert (picture == draw_boxes(np.full((60, 80), 100, np.uint8), [rounded])).all() and (picture != 100).any()
-    assert (cv2.imread(str(drawn / "b.png")) == 100).all()
+    *others, damaged, missing = table.error
+    assert others == ["", "no model has predicted finite numbers for the file", ""]
+    assert damaged and missing == "there is no such file"
 
+
+def test_a_picture_has_the_size_of_its_image_and_the_boxes_of_a_score_from_a_fifth_on(answered, tmp_path):
+    """The decoded copies have half the size."""
+    system, paths = answered
+    list(predict_parts(list_files(paths), system, tmp_path / "new" / "drawn", workers=1))
+    drawn = {path.name: cv2.imread(str(path))[..., ::-1] for path in (tmp_path / "new" / "drawn").iterdir()}
+    assert set(drawn) == {"a.png", "b.png", "c.png"}
+    expected = draw_boxes(np.full((60, 80), 100, np.uint8), [STRONG])
+    assert (drawn["a.png"] == expected).all() and (expected != 100).any()
+    assert (drawn["b.png"] == 100).all()
+
+
+def test_an_error_of_all_models_is_told_in_the_table_and_one_of_the_disk_is_raised(answered, monkeypatch):
     def fail(*_):
         raise error
 
+    system, paths = answered
     monkeypatch.setattr(LoadedModels, "answer", fail)
+    monkeypatch.setattr(predict_files, "find_system", lambda _: system)
     error = OSError("the disk is gone")
     with pytest.raises(OSError, match="the disk is gone"):
-        list(predict_parts(files, system, workers=1))
+        predict(paths, "run", workers=1)
     error = ValueError("a bug")
-    monkeypatch.setattr(predict_files, "find_system", lambda _: system)
-    table = predict([tmp_path / f"{name}.png" for name in "abcde"], "run", pictures=drawn, workers=1)
+    table = predict(paths, "run", workers=1)
     assert table.error[:3].tolist() == ["no model has predicted the file: ValueError: a bug"] * 3
     assert not table.error[3:].str.contains("no model").any() and set(table.warning) == {""}
     assert table.index.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("answers", "name"), [({"classes"}, "error"), ({"classes", "boxes"}, "boxes"), ({"masks"}, "file")])
-def test_a_class_must_not_have_the_name_of_another_column(tmp_path, answers, name):
-    model = ("m", 0, frozenset(answers), 40, False, False, "", "")
-    assert predict_files.table_columns(System("small", (AnsweringModel(tmp_path, *model, ("ill", "well")),)))
+@pytest.mark.parametrize(("answers", "name"), [(["classes"], "error"), (["classes", "boxes"], "boxes"), (["masks"], "file")])
+def test_a_class_must_not_have_the_name_of_another_column(answers, name):
+    valid, invalid = (System("small", (describe_model("m", *answers, classes=["ill", each]),)) for each in ("well", name))
+    assert {"ill", "well"} <= set(predict_files.table_columns(valid))
     with pytest.raises(RunError, match=f"small: the class '{name}' has the name of another column of the result"):
-        predict_files.table_columns(System("small", (AnsweringModel(tmp_path, *model, ("ill", name)),)))
+        predict_files.table_columns(invalid)
 
 
 def test_a_segmenter_draws_masks_of_the_original_size(folder, tmp_path):
@@ -417,43 +362,6 @@ def test_models_of_masked_images_find_their_segmenter_beside_them(folder, pngs, 
     cv2.imwrite(str(tmp_path / "black.png"), np.zeros((60, 80), np.uint8))  # no lungs for a segmenter of bright pixels
     predict(tmp_path / "black.png", run)
     assert "first used 1 images uncropped, because no lungs were found" in caplog.text
-
-
-def test_runs_that_cannot_predict_are_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("kitlib.paths.runs_root", lambda: tmp_path)
-    runs = folder / "runs"
-    shutil.copytree(runs / "faster_rcnn", tmp_path / "some" / "faster_rcnn")
-    shutil.copytree(runs / "study", tmp_path / "some" / "study")
-    shutil.copytree(runs / "first", tmp_path / "untrained")
-    shutil.rmtree(tmp_path / "untrained" / "fold0"), shutil.rmtree(tmp_path / "untrained" / "fold1")
-    shutil.copytree(runs / "first", tmp_path / "unfinished")
-    (tmp_path / "unfinished" / "metrics.json").unlink()
-    shutil.copytree(runs / "both", tmp_path / "both")
-    shutil.copytree(runs / "both", tmp_path / "half")
-    combined = [str(runs / "first"), str(tmp_path / "untrained")]
-    write_json(tmp_path / "half" / "record.json", {"parameters": {"runs": combined}})
-    (tmp_path / "nothing").mkdir()
-    refused = {
-        "gone": (RunNotFound, "no run 'gone'"),
-        runs / "prepare": (RunError, "kind 'prepared', which predicts nothing"),
-        tmp_path / "nothing": (RunError, "no finished run that can predict; found: no run"),
-        tmp_path / "some": (RunError, r"2 runs in .* can predict(?s:.)*faster_rcnn \(detector\)(?s:.)*study \(study\)"),
-        tmp_path / "untrained": (RunError, "no trained classifiers .* in: .*untrained$"),
-        tmp_path / "half": (RunError, "no trained classifiers .* in: [^,]*untrained$"),
-        tmp_path / "unfinished": (RunError, "unfinished/metrics.json is missing"),
-        tmp_path / "both": (RunError, "combines the run first, which was not found"),
-    }
-    for name, (error, message) in refused.items():
-        with pytest.raises(error, match=message):
-            find_system(name)
-    assert find_system(tmp_path / "some" / "faster_rcnn").detectors == ("faster_rcnn",)
-
-
-def test_of_several_runs_the_fusion_predicts_or_else_the_ensemble_the_only_model_or_the_segmenter(folder, tmp_path):
-    for name, *needed in (("lungs",), ("first",), ("both", "second"), ("fuse", "study", "faster_rcnn")):
-        for run in (name, *needed):
-            shutil.copytree(folder / "runs" / run, tmp_path / run)
-        assert find_system(tmp_path).name.partition(":")[0] == name
 
 
 def test_the_python_of_the_page_runs_as_written(folder, competition, tmp_path, monkeypatch):

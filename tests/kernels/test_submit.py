@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from datetime import datetime
 
 import pytest
 from typer.testing import CliRunner
@@ -85,7 +86,8 @@ def test_from_push_to_score(finished, run, tmp_path):
     assert not (tmp_path / "out" / "output" / "other.csv").exists()
     pushed = read_pushed(tmp_path / "out")
     assert (pushed.submission, pushed.public_score, pushed.private_score) == (700, 0.612, 0.598)
-    assert "2026" < pushed.pushed <= pushed.submitted <= pushed.scored < "2999"
+    times = [datetime.fromisoformat(moment) for moment in (pushed.pushed, pushed.submitted, pushed.scored)]
+    assert times == sorted(times)
     kaggle_scores = json.loads((tmp_path / "fuse" / "kaggle.json").read_text())
     shown = current_score(kaggle_scores, {"started": "2026-01-01T00:00:00+00:00"})
     assert (shown["kernel"], shown["version"], shown["public_score"]) == (KERNEL, 3, 0.612)
