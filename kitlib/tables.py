@@ -222,7 +222,7 @@ def parse_text_table(text: str, where: str, separator: str = ",") -> pd.DataFram
 
 
 def storable(text: str) -> str:
-    """Return `text` as valid Unicode: bytes that are not UTF-8, as in some file names, become text such as \\xff."""
+    """Return `text` as valid Unicode: bytes that are not UTF-8, as in some file names, become text such as \\udcff."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
