@@ -3,7 +3,7 @@
 import pytest
 
 from kitlib.errors import BundleError
-from kitlib.models.families import BOXES, CLASSES, FAMILIES, LUNGS, MASKS, STUDIES, family_of, recorded_family
+from kitlib.models.families import FAMILIES, family_of, recorded_family
 from kitlib.recipes.fields import DetectorRecipe, TrainingRecipe
 
 
@@ -12,15 +12,6 @@ def test_each_familys_recipe_and_record_belong_to_it(name):
     kind = FAMILIES[name].recipe
     recipe = kind(family=name) if kind is DetectorRecipe else kind()
     assert family_of(recipe) is recorded_family({"family": name}) is FAMILIES[name]
-
-
-def test_families_differ_in_what_they_predict_see_and_how_many_processes_train_them():
-    assert {name: family.answers for name, family in FAMILIES.items()} == {
-        **{"study": STUDIES, "findings": CLASSES, "patches": CLASSES, "segmenter": LUNGS, "sparse_segmenter": MASKS},
-        **{"faster_rcnn": BOXES, "retinanet": BOXES, "yolo": BOXES},
-    }
-    assert [name for name, family in FAMILIES.items() if family.sees_patches] == ["patches"]
-    assert [name for name, family in FAMILIES.items() if family.one_process] == ["yolo"]  # ultralytics' losses
 
 
 def test_what_belongs_to_no_family_is_refused():

@@ -14,7 +14,7 @@ from kitlib.classes import RANZCR_LABELS, RSNA_CLASSES
 from kitlib.competitions.registry import find_competition
 from kitlib.datasets.registry import read_dataset
 from kitlib.datasets.rsna import CLASSES, LABELS, MAPPING, read_rsna
-from kitlib.phantoms.challenges import COURSES, LAYOUTS, WIDTHS, Planned, write_challenge
+from kitlib.phantoms.challenges import LAYOUTS, Planned, write_challenge
 from kitlib.phantoms.patients import draw_exposure
 from kitlib.xrays.image_file import read_xray
 from kitlib.xrays.run_lengths import decode_mask
@@ -107,9 +107,14 @@ def test_no_patient_is_in_both_sets_and_every_class_has_images(challenge):
     assert len(data.faults) <= 1 and not is_loss.any()
 
 
-def test_three_readers_agree_on_findings_but_not_on_corners(tmp_path):
-    folder = write_challenge(tmp_path, "vinbigdata", images=60, side=64, seed=2, workers=1, progress=False)
-    table = pd.read_csv(folder / "train.csv")
+@pytest.fixture(scope="module")
+def vinbigdata(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vinbigdata")
+    return write_challenge(folder, "vinbigdata", images=60, side=64, seed=2, workers=1, progress=False)
+
+
+def test_three_readers_agree_on_findings_but_not_on_corners(vinbigdata):
+    table = pd.read_csv(vinbigdata / "train.csv")
     assert set(table.groupby("image_id").rad_id.nunique()) == {3}
     none = set(table.image_id[table.class_id == 14])
     assert not none & set(table.image_id[table.class_id < 14]) and 20 <= len(none) <= 40
@@ -118,27 +123,33 @@ def test_three_readers_agree_on_findings_but_not_on_corners(tmp_path):
     boxes = table[table.class_id < 14].drop(columns="rad_id").drop_duplicates()
     assert len(boxes) > 2 * counts["R8"]
     first, last = (table[table.rad_id == reader].dropna() for reader in ("R8", "R10"))
-    # Images with one box: the first and the last reader differ by a few hundredths of its sides, and by more than rounding.
-    ones = [first[~first.image_id.duplicated(keep=False)], last[last.image_id.isin(first.image_id)]]
-    pairs = ones[0].merge(ones[1], on=["image_id", "class_name"])
-    sides = (pairs[["x_max_x", "y_max_x"]].to_numpy() - pairs[["x_min_x", "y_min_x"]].to_numpy()).astype(float)
-    moved = pairs[["x_min_y", "y_min_y"]].to_numpy() - pairs[["x_min_x", "y_min_x"]].to_numpy()
-    assert len(pairs) >= 5 and (abs(moved) <= 0.2 * sides + 2).all() and moved.any()
-    # The last reader misses three in ten of the boxes, but never the first of an image.
-    assert set(last.image_id) == set(first.image_id)
-    more = len(first) - first.image_id.nunique()
-    assert 0.4 < (len(last) - last.image_id.nunique()) / more < 0.95
-    hearts = first[first.class_name == "Cardiomegaly"]
-    assert len(hearts) == 9  # 15 % of 60; the heart is in the middle of the image
-    assert (hearts.x_min < 32).all() and hearts.x_max.between(33, 58).all() and hearts.y_max.between(33, 60).all()
-    assert ((hearts.x_max - hearts.x_min) > 12).all() and ((hearts.y_max - hearts.y_min) > 12).all()
-    headers = [dcmread(path) for path in sorted((folder / "train").iterdir())]
+    assert set(last.image_id) == set(first.image_id)  # R10 finds at least one box of each image
+    # In images with one box, corners differ by a small share of its sides, which are rounded to pixels.
+    single = first[~first.image_id.duplicated(keep=False)]
+    pairs = single.merge(last, on=["image_id", "class_name"], suffixes=("", "_last"))
+    for low, high in (("x_min", "x_max"), ("y_min", "y_max")):
+        moved = (pairs[f"{low}_last"] - pairs[low]).abs()
+        assert (moved <= 0.2 * (pairs[high] - pairs[low]) + 2).all() and moved.any()
+
+
+def test_an_enlarged_heart_is_boxed_in_the_middle_of_the_image(vinbigdata):
+    table = pd.read_csv(vinbigdata / "train.csv")
+    hearts = table[(table.class_name == "Cardiomegaly") & (table.rad_id == "R8")]
+    assert len(hearts)
+    for low, high in ((hearts.x_min, hearts.x_max), (hearts.y_min, hearts.y_max)):  # of at most 64 pixels
+        assert low.lt(40).all() and high.between(33, 60).all() and (high - low).gt(12).all()
+    assert hearts.x_min.lt(32).all()  # it covers the midline
+
+
+def test_vinbigdatas_files_have_12_bits_and_either_polarity(vinbigdata):
+    paths = sorted((vinbigdata / "train").iterdir())
+    headers = [dcmread(path) for path in paths]
     assert {header.BitsStored for header in headers} == {12} and len({each.SOPInstanceUID for each in headers}) == 60
-    assert 3 <= sum(header.PhotometricInterpretation == "MONOCHROME1" for header in headers) <= 24  # one in five
-    greys = [read_xray(path)[10:50, 10:45].ravel().astype(float) for path in sorted((folder / "train").iterdir())]
-    mean = np.mean(greys, axis=0)
-    assert min(np.corrcoef(grey, mean)[0, 1] for grey in greys) > 0  # of the same polarity
-    assert all(header.pixel_array.max() <= 4095 and np.ptp(header.pixel_array) > 2500 for header in headers)
+    assert all(header.pixel_array.max() <= 4095 and np.ptp(header.pixel_array) > 2048 for header in headers)
+    assert {header.PhotometricInterpretation for header in headers} == {"MONOCHROME1", "MONOCHROME2"}
+    # Read as X-rays, all correlate with their mean; one with the wrong polarity would correlate below zero.
+    greys = [read_xray(path)[10:50, 10:45].ravel().astype(float) for path in paths]
+    assert min(np.corrcoef(grey, np.mean(greys, axis=0))[0, 1] for grey in greys) > 0
 
 
 def test_a_pneumothorax_is_darker_than_the_mirrored_lung(tmp_path):
@@ -158,7 +169,6 @@ def test_each_label_has_a_share_and_is_in_one_group():
             assert sum(group.values()) == pytest.approx(1) and min(group.values()) >= 0
         labels = [label for group in layout.groups for label in group if label]
         assert len(labels) == len(set(labels))
-    assert [group[""] for group in LAYOUTS["ranzcr-clip"].groups] == pytest.approx([0.4, 0.36, 0.1, 0.75])
 
 
 DIGITS = "0123456789abcdef" * 4
@@ -185,18 +195,6 @@ def test_ids_and_paths_have_the_competitions_form(name, split, image_id, path):
 
 def test_ranzcrs_ids_are_uids_with_38_digits():
     assert re.fullmatch(r"1\.2\.826\.0\.1\.3680043\.8\.498\.\d{38}", LAYOUTS["ranzcr-clip"].make_id("train", DIGITS))
-
-
-def test_lines_enter_at_their_place_and_run_smoothly_to_their_tip():
-    assert set(COURSES) == set(RANZCR_LABELS)
-    for label, course in COURSES.items():
-        points = np.array(course, dtype=float)
-        # Tubes enter through mouth or nose, above the image's upper border, and central lines from the patient's right.
-        assert points[0, 0] < -1.2 if label.startswith("CVC") else (points[0, 1] == -1.6 and -0.21 < points[0, 0] < 0.1)
-        steps = abs(np.diff(points, axis=0))
-        assert steps[:, 0].max() <= 0.51 and steps[:, 1].max() <= (2 if "Incompletely" in label else 1.3)
-        assert abs(points[1:, 0]).max() <= 0.8 and points[:, 1].min() >= -1.6
-    assert 0.1 > WIDTHS["ETT"] > WIDTHS["NGT"] > WIDTHS["Swan"] > WIDTHS["CVC"] > 0
 
 
 def test_the_position_of_a_tip_decides_on_its_label(tmp_path, monkeypatch):

@@ -50,13 +50,13 @@ def test_zoom_size_and_shift_change_the_lungs_in_proportion():
 
 
 def test_a_rotation_turns_the_lungs_about_their_middle():
+    angles, distances = [], []
     for degrees in (0, 20):
         masks = draw_masks(PATIENT, replace(EXPOSURE, rotation=degrees))
-        right, left = centre(masks["right_lung"]), centre(masks["left_lung"])
-        turned = np.rad2deg(np.arctan2(*(left - right)[::-1]))
-        if not degrees:
-            before, distance = turned, np.linalg.norm(left - right)
-    assert turned - before == pytest.approx(20, abs=1) and np.linalg.norm(left - right) == pytest.approx(distance, rel=0.01)
+        across, down = centre(masks["left_lung"]) - centre(masks["right_lung"])
+        angles.append(np.rad2deg(np.arctan2(down, across)))
+        distances.append(np.hypot(across, down))
+    assert angles[1] - angles[0] == pytest.approx(20, abs=1) and distances[1] == pytest.approx(distances[0], rel=0.01)
 
 
 def test_the_border_is_black_and_has_its_share_of_the_longer_side():

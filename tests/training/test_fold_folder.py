@@ -87,7 +87,7 @@ def test_a_folder_without_a_checkpoint_is_taken_over_by_another_run(tmp_path):
         (tmp_path / "checkpoints" / result).unlink()
 
 
-def folder_of(fold, epoch=None, finished=False):
+def write_fold(fold, epoch, finished):
     """Write a fold's folder with the last complete epoch `epoch` (from 0), or none."""
     (fold / "checkpoints").mkdir(parents=True)
     (fold / "checkpoints" / "run.json").write_text("{}")
@@ -110,17 +110,17 @@ def folder_of(fold, epoch=None, finished=False):
     ],
 )
 def test_a_fold_is_copied_if_the_earlier_session_has_trained_it_further(tmp_path, earlier, own, copied):
-    folder_of(tmp_path / "earlier" / "fold1", *earlier)
+    write_fold(tmp_path / "earlier" / "fold1", *earlier)
     if own:
-        folder_of(tmp_path / "run" / "fold1", *own)
+        write_fold(tmp_path / "run" / "fold1", *own)
     leftover = tmp_path / "run" / ".fold1.copying" / "leftover"  # of a copy that was killed
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     (line,) = continue_from(tmp_path / "earlier", tmp_path / "run")
     assert line.startswith("fold1: resumes from" if copied else "fold1: not copied")
     files = {path.name for path in (tmp_path / "run" / "fold1").rglob("*") if path.is_file()}
-    has_checkpoint, is_finished = (earlier if copied else own)[0] is not None, (earlier if copied else own)[1]
-    assert files == {"run.json", *["last.ckpt"] * has_checkpoint, *["metrics.json"] * is_finished}
+    epoch, is_finished = earlier if copied else own
+    assert files == {"run.json", *["last.ckpt"] * (epoch is not None), *["metrics.json"] * is_finished}
 
 
 def begin(folder, identity):
@@ -129,14 +129,21 @@ def begin(folder, identity):
     (folder / "checkpoints" / "last.ckpt").touch()
 
 
+def history():
+    columns = {"epoch": [1, 2], "seconds": [1.006, 2.0], "images_per_s": [9.0, 10.999], "learning_rate": [0.1, 0.05]}
+    return pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
+
+
+def test_a_run_is_described_by_its_best_epoch_its_seconds_and_its_mean_speed():
+    fitted = FitResult(history().assign(atypical=math.inf), 1)
+    assert fitted.metrics(torch.device("cpu")) == {
+        **{"best_epoch": 1, "epochs": 2, "seconds": 3.01, "images_per_s": 10.0, "device": "cpu", "precision": "32-true"},
+        "best": {"train_loss": 2.0, "score": 0.4},  # without unknown values
+    }
+
+
 def test_curves_show_what_was_logged(tmp_path):
-    columns = {"epoch": [1, 2], "seconds": [1.0, 1.0], "images_per_s": [9.0, 9.0], "learning_rate": [0.1, 0.05]}
-    history = pd.DataFrame(columns | {"train_loss": [2.0, 1.0], "score": [0.4, 0.5], "typical": [math.nan, 0.5]})
-    fitted = FitResult(history.assign(seconds=[1.006, 2.0], images_per_s=[9.0, 10.999], atypical=math.inf), 1)
-    assert fitted.best() == {"train_loss": 2.0, "score": 0.4}  # without unknown values
-    described = {"best_epoch": 1, "epochs": 2, "seconds": 3.01, "images_per_s": 10.0, "device": "cpu"}
-    assert fitted.metrics(torch.device("cpu")) == described | {"best": fitted.best(), "precision": "32-true"}
-    draw_curves(FitResult(history, 2), tmp_path / "figures" / "curves.png")
+    draw_curves(FitResult(history(), 2), tmp_path / "figures" / "curves.png")
     assert (tmp_path / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,7 +1,7 @@
 """Schedules, early stopping, parameter groups, batches per step, and the moving average after a resume."""
 
-import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,17 +302,33 @@ FLAT = override(RECIPE, optimizer="sgd", learning_rate=0.1, epochs=4, schedule_e
 GATHERED = {"nominal_batch": 4 * FLAT.batch_size}  # one optimiser step per four batches
 
 
-def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path, monkeypatch, caplog):
-    # By hand: the gradient of a batch of ones is w; Nesterov SGD 0.9; groups of 4 and 2 of the 6 batches, each over 4.
-    clock = itertools.count()  # read when an epoch begins, when its last batch is done and when it ends
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+def test_an_epochs_seconds_include_the_validation_and_its_images_per_second_do_not(tmp_path, monkeypatch, caplog):
+    """A clock on which each of six training batches takes a second, and the validation six."""
+    clock = SimpleNamespace(seconds=0.0, perf_counter=lambda: clock.seconds)
+    monkeypatch.setattr(training, "time", clock)
     monkeypatch.setattr(progress, "BETWEEN_LINES_S", 0.0)
-    caplog.set_level("INFO", logger="kitlib")
-    module, fitted = train_slope(tmp_path, override(FLAT, epochs=2, **GATHERED))
+
+    class Timed(Slope):
+        def training_step(self, batch, number):
+            clock.seconds += 1
+            return super().training_step(batch, number)
+
+        def validation_step(self, batch, number):
+            clock.seconds += 6
+            super().validation_step(batch, number)
+
+    recipe = override(FLAT, epochs=2)
+    with caplog.at_level("INFO", logger="kitlib"):
+        fitted = fit(Timed(recipe), recipe, slope_batches(6), slope_batches(1), tmp_path, torch.device("cpu"), 0, False)
     times = fitted.history[["epoch", "seconds", "images_per_s"]].to_numpy().tolist()
-    assert times == [[1, 2, 12], [2, 2, 12]]  # six batches of two images
+    assert times == [[1, 12, 2], [2, 12, 2]]  # two images a batch
     lines = [line.partition(": ")[2] for line in caplog.messages if "batch" in line]
     assert lines == [f"epoch {epoch} of 2, batch {batch} of 6" for epoch in (1, 2) for batch in range(1, 7)]
+
+
+def test_an_incomplete_group_of_batches_steps_at_the_epochs_end_and_counts_by_its_images(tmp_path):
+    # By hand: the gradient of a batch of ones is w; Nesterov SGD 0.9; groups of 4 and 2 of the 6 batches, each over 4.
+    module, _ = train_slope(tmp_path, override(FLAT, epochs=2, **GATHERED))
     weight, momentum, expected = 1.0, 0.0, []
     for step, batches in enumerate((4, 2, 4, 2)):
         expected += [weight] * batches

@@ -1,6 +1,7 @@
 """The lines that a training logs."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,13 +30,14 @@ def test_durations_are_readable(seconds, text):
 
 def test_within_a_long_epoch_there_is_a_line_now_and_then(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="kitlib")
-    # When it starts, then at each batch and at the epoch's end; twice at a batch for which a line is logged.
-    now = iter([0.0, 59.9, 60.0, 60.0, 119.9, 130.0, 189.9])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
     lines = Progress("study fold 0", 6)
-    for batch in (1, 2, 3):
+    for batch, clock.now in ((1, 59.9), (2, 60.0), (3, 119.9)):
         lines.log_batch(1, batch, 900)
     assert caplog.messages == ["study fold 0: epoch 1 of 6, batch 2 of 900"]
+    clock.now = 130.0
     lines.log_epoch([{"seconds": 130.0, "score": 0.5}], [130.0])
+    clock.now = 189.9
     lines.log_batch(2, 1, 900)  # less than a minute after the epoch's line
     assert len(caplog.messages) == 2

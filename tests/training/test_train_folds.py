@@ -185,19 +185,23 @@ class OneEpoch(Deadline):
         return math.inf if self.asked == 1 else 0.0
 
 
-@pytest.mark.parametrize(
-    ("gpus", "at_once", "processes", "expected"),
-    [(0, 0, 1, 1), (2, 0, 1, 2), (8, 0, 1, 3), (2, 1, 1, 1), (0, 3, 1, 3), (2, 0, 2, 1), (2, 1, 2, 1)],
-)
-def test_as_many_folds_train_side_by_side_as_there_are_gpus(tmp_path, monkeypatch, gpus, at_once, processes, expected):
+@pytest.mark.parametrize(("gpus", "at_once", "processes", "started"), [(2, 0, 1, 2), (8, 0, 1, 3), (0, 3, 1, 3)])
+def test_as_many_folds_train_side_by_side_as_there_are_gpus(tmp_path, monkeypatch, gpus, at_once, processes, started):
     begun = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr("kitlib.training.train_folds._train_side_by_side", lambda *given: begun.append(given[-1]))
-    monkeypatch.setattr("kitlib.training.train_folds.train_together", lambda *given: given[2:])
-    found = train_folds(with_folds(task(), 3), [0, 1, 2], tmp_path, at_once, processes, train=lambda *given: given[1:])
-    # Folds that were trained side by side are read only if they are finished.
-    assert begun == ([expected] if expected > 1 else []) and len(found) == (0 if expected > 1 else 3)
-    assert expected > 1 or found[1] == (1, tmp_path / "fold1", *[processes] * (processes > 1))
+    assert train_folds(with_folds(task(), 3), [0, 1, 2], tmp_path, at_once, processes) == []  # none is finished
+    assert begun == [started]
+
+
+@pytest.mark.parametrize(("gpus", "at_once", "processes"), [(0, 0, 1), (2, 1, 1), (2, 0, 2), (2, 1, 2)])
+def test_other_folds_train_one_after_the_other(tmp_path, monkeypatch, gpus, at_once, processes):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("kitlib.training.train_folds.train_together", lambda *given: (*given[2:4], given[4]))
+    found = train_folds(
+        with_folds(task(), 3), [0, 2], tmp_path, at_once, processes, train=lambda _, fold, folder: (fold, folder, 1)
+    )
+    assert found == [(fold, tmp_path / f"fold{fold}", processes) for fold in (0, 2)]
 
 
 def test_trainings_that_processes_cannot_share_are_refused(tmp_path):

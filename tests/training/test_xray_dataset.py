@@ -303,7 +303,7 @@ def test_workers_change_nothing():
     for epoch in (0, 1):
         for one, other in zip(read(alone, epoch), read(helped, epoch), strict=True):
             assert torch.equal(one["pixels"], other["pixels"]) and torch.equal(one["index"], other["index"])
-    assert (alone.timeout, helped.timeout) == (0, 600)  # seconds; only workers can fail to deliver a batch
+    assert alone.timeout == 0 < helped.timeout  # only workers can fail to deliver a batch
 
 
 def test_reading_batches_draws_no_random_number_that_training_would_draw():
