@@ -110,7 +110,7 @@ class Tests:
 
         The files that judge the module come first, and among them quick ones; tests beyond MOST_SECONDS are left out. Of the
         other files, only tests that run the line are chosen. A line that runs on import is judged by all tests that run any
-        line of the module, or else by all tests of the files that judge it.
+        line of the module, or else, if none of the files that judge it has one, by all their tests.
         """
         chosen, is_own = {}, {path: self.judges(path, module) for path in self.files}
         for depth in (2, 1, 0):
@@ -124,8 +124,8 @@ class Tests:
                     chosen[path] = [file["tests"][index] for index in sorted(indices)]
             if not mutation.on_import and any(is_own[path] for path in chosen):
                 break
-        if mutation.on_import and not chosen:  # as in a module of constants
-            chosen = {path: file["tests"] for path, file in self.files.items() if is_own[path] and file["tests"]}
+        if mutation.on_import and not any(is_own[path] for path in chosen):  # as in a module of constants
+            chosen |= {path: file["tests"] for path, file in self.files.items() if is_own[path] and file["tests"]}
         order = sorted(chosen, key=lambda path: (not is_own[path], sum(seconds for _, seconds in chosen[path])))
         groups = [chosen[path] for path in order]
         others = [[test for test in self.files[path]["tests"] if test not in chosen[path]] for path in order if is_own[path]]

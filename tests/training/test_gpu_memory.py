@@ -104,12 +104,17 @@ def test_a_training_without_enough_memory_names_the_fields_to_change(tmp_path, m
     assert len(calls) == 1  # ultralytics would go on with half of the batch
 
 
-def test_other_errors_and_single_images_get_their_own_message(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch_size", "advice"),
+    [(1, "Lower image_size, or choose a smaller backbone"), (2, r'Set overrides \{"batch_size": 1, "nominal_batch": 2\}')],
+)
+def test_a_batch_is_halved_unless_it_is_a_single_image(batch_size, advice):
+    recipe = override(RECIPES["small_study"], batch_size=batch_size)
+    with pytest.raises(TrainingError, match=rf"batch_size {batch_size} .*{advice}"), explaining_memory(recipe):
+        raise ERRORS[0]
+
+
+def test_other_errors_are_not_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(Classifier, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match=r"^shapes do not fit$"):
         train_small(tmp_path, SmallXrays(16), override(RECIPES["small_study"], image_size=64))
-    with (
-        pytest.raises(TrainingError, match=r"batch_size 1 .*Lower image_size, or choose"),
-        explaining_memory(override(RECIPES["small_study"], batch_size=1)),
-    ):
-        raise ERRORS[0]
