@@ -110,7 +110,7 @@ class Tests:
 
         The files that judge the module come first, and among them quick ones; tests beyond MOST_SECONDS are left out. Of the
         other files, only tests that run the line are chosen. A line that runs on import is judged by all tests that run any
-        line of the module, or else, if none of the files that judge it has one, by all their tests.
+        line of the module, and then by all others of the files that judge it.
         """
         chosen, is_own = {}, {path: self.judges(path, module) for path in self.files}
         for depth in (2, 1, 0):
@@ -124,11 +124,16 @@ class Tests:
                     chosen[path] = [file["tests"][index] for index in sorted(indices)]
             if not mutation.on_import and any(is_own[path] for path in chosen):
                 break
-        if mutation.on_import and not any(is_own[path] for path in chosen):  # as in a module of constants
-            chosen |= {path: file["tests"] for path, file in self.files.items() if is_own[path] and file["tests"]}
         order = sorted(chosen, key=lambda path: (not is_own[path], sum(seconds for _, seconds in chosen[path])))
         groups = [chosen[path] for path in order]
-        others = [[test for test in self.files[path]["tests"] if test not in chosen[path]] for path in order if is_own[path]]
+        if mutation.on_import:  # a test may use a constant without running a line of its module
+            unchosen = [path for path in self.files if is_own[path] and path not in chosen]
+            order += sorted(unchosen, key=lambda path: sum(seconds for _, seconds in self.files[path]["tests"]))
+        others = [
+            [test for test in self.files[path]["tests"] if test not in chosen.get(path, ())]
+            for path in order
+            if is_own[path]
+        ]
         names, exact, total = [], sum(len(group) for group in groups), 0.0
         for number, (name, seconds) in enumerate(test for group in [*groups, *others] for test in group):
             if not names or total + seconds <= MOST_SECONDS:
