@@ -32,7 +32,7 @@ def test_except_exception_does_not_catch_the_deadline():
 
 def test_a_deadline_that_was_met_does_not_interrupt_later():
     before = signal.getsignal(signal.SIGALRM)
-    with Deadline(0.2).enforced():
+    with Deadline(60).enforced():
         assert signal.getsignal(signal.SIGALRM) != before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0) and signal.getsignal(signal.SIGALRM) == before
 

@@ -145,9 +145,9 @@ def test_a_bad_sample_or_truth_is_an_error_that_names_the_file(competition, tmp_
             competition.score_files(path, sample)
     with pytest.raises(ScoringError, match=str(tmp_path)):
         competition.score_files(tmp_path, sample)
-    for both in ({}, {"sample": sample, "truth": tmp_path}):
+    for arguments in ({}, {"sample": sample, "truth": tmp_path}):
         with pytest.raises(ValueError, match="either `sample` or `truth` is required"):
-            competition.validate_file(sample, **both)
+            competition.validate_file(sample, **arguments)
 
 
 @every_new
@@ -234,7 +234,7 @@ def test_the_sample_of_the_competition_is_found(files, name, found, tmp_path):
     for path, content in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(content)
-        os.utime(tmp_path / path, (0, 0))
+        os.utime(tmp_path / path, (0, 0))  # files of equal size and time may still differ
     if found:
         assert find_sample(tmp_path, name) == tmp_path / found
     else:
@@ -264,8 +264,10 @@ def test_the_header_of_the_sample_determines_the_competition(competition, tmp_pa
 def test_rules_decide_unless_data_names_another_competition(tmp_path):
     acr, clip = COMPETITIONS["siim-acr"], COMPETITIONS["ranzcr-clip"]
     folder = str(tmp_path / acr.slug)
-    assert choose_competition(folder) == (acr, folder) and choose_competition(folder, "ranzcr-clip") == (clip, folder)
-    assert choose_competition(acr.slug, "siim-acr") == choose_competition("siim-acr") == (acr, acr.slug)
+    assert choose_competition(folder) == (acr, folder)
+    assert choose_competition(folder, "ranzcr-clip") == (clip, folder)
+    assert choose_competition("siim-acr") == (acr, acr.slug)
+    assert choose_competition(acr.slug, "siim-acr") == (acr, acr.slug)
     with pytest.raises(SettingsError, match=r"'rules' is 'ranzcr-clip', but 'data' \('siim-acr'\) belongs to 'siim-acr'"):
         choose_competition("siim-acr", "ranzcr-clip")
 

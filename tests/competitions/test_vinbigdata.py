@@ -310,10 +310,14 @@ def test_the_baseline_on_the_real_training_labels(real_data, tmp_path):
     assert VINBIGDATA.score_files(tmp_path, tmp_path / "baseline.csv")["score"] == pytest.approx(share / 15)
 
 
+def test_the_weights_to_try_for_no_finding_add_up_to_1_and_include_each_part_alone():
+    _, mixtures = VinBigDataFusion.GRIDS["no finding: classifier, no box"]
+    assert [sum(mixture) for mixture in mixtures] == pytest.approx([1] * len(mixtures))
+    assert {(1, 0), (0, 1)} <= set(mixtures)
+
+
 def test_the_probability_of_no_finding_needs_a_part_with_a_weight():
     with pytest.raises(SettingsError, match="classifier_weight or no_box_weight"):
         VinBigDataFusion(classifier_weight=0.0, no_box_weight=0.0)
-    _, mixtures = VinBigDataFusion.GRIDS["no finding: classifier, no box"]
-    assert [sum(mixture) for mixture in mixtures] == [1] * len(mixtures) and {(1, 0), (0, 1)} <= set(mixtures)
     assert VinBigDataFusion(classifier_weight=0.0, no_box_weight=0.5).no_box_weight == 0.5
     assert VinBigDataFusion(classifier_weight=0.5, no_box_weight=0.0).classifier_weight == 0.5

@@ -193,14 +193,7 @@ def test_boxes_are_scaled_with_their_images_and_resized_images_with_boxes_are_to
         ["i000", 3, 4, 9, 8],
         ["i001", 3, 1, 9, 2],
     ]
-    # i003 has no box.
-    assert source.faults.rows == [
-        (
-            "t.csv",
-            "i001",
-            "and 1 other images with boxes are resized, such as the first from 20 x 40 to 20 x 10 pixels; "
-            "the boxes are scaled",
-        )
-    ]
+    problem = "and 1 other images with boxes are resized, such as the first from 20 x 40 to 20 x 10 pixels; "
+    assert source.faults.rows == [("t.csv", "i001", f"{problem}the boxes are scaled")]  # i003 has no box
     scale_boxes(boxes[2:3], images, originals, source, "t.csv")
     assert len(source.faults.rows) == 1

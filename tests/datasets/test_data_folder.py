@@ -152,8 +152,7 @@ def test_image_files_that_were_never_read_are_counted_by_folder(write):
     # The five largest; f1 and f2 have one file each.
     assert re.findall(r"(f\d) (\d+)", problem) == [("f7", "7"), ("f6", "6"), ("f5", "5"), ("f4", "4"), ("f3", "3")]
     assert "2 more folders" in problem
-    for number in range(5):
-        few = DataFolder(write(f"few/f{number}/0.png") / "few")
+    few = DataFolder(write(*(f"few/f{number}/0.png" for number in range(5))) / "few")
     few.count_unread()
     assert few.faults.rows[0][2].endswith("by folder: f0 1, f1 1, f2 1, f3 1, f4 1")
     more = DataFolder(write("few/f5/0.png") / "few")

@@ -16,10 +16,8 @@ def test_each_diagnosis_is_one_of_the_data_set_and_of_the_kit(tmp_path):
     for path in rows.path:
         cv2.imwrite(path, np.zeros((4, 5), np.uint8))
     data = diagnosis_dataset(rows, DataFolder(tmp_path), ("normal", "viral", "COVID-19"), "get it", progress=False)
-    assert data.labels.to_numpy().tolist() == [["a", 0, 0, 1], ["b", 1, 0, 0]] and data.images.patient_id.tolist() == [
-        "q",
-        "p",
-    ]
+    assert data.labels.to_numpy().tolist() == [["a", 0, 0, 1], ["b", 1, 0, 0]]
+    assert data.images.patient_id.tolist() == ["q", "p"]
     assert data.faults.empty and data.published == {}
     for diagnoses, invalid in ((("normal",), "COVID-19"), (("normal", "COVID-19", "flu"), "flu")):
         with pytest.raises(ValueError, match=rf"unknown diagnoses \['{invalid}'\]; valid: normal"):

@@ -164,8 +164,11 @@ def test_a_pixel_is_inside_from_one_half(drawn):
     drawn.add("half", "lungs", half)
     drawn.add("quarter", "lungs", quarter)
     # Of masks of four times the size, the copy's pixel 1, 1 covers 16 pixels: all but the inner four, then only these.
-    outer, inner = (cv2.resize(both.astype(np.uint8), (160, 120), interpolation=cv2.INTER_NEAREST) for _ in range(2))
-    outer[4:8, 4:8], outer[5:7, 5:7], inner[5:7, 5:7] = 1, 0, 1
+    inner = cv2.resize(both.astype(np.uint8), (160, 120), interpolation=cv2.INTER_NEAREST)
+    outer = inner.copy()
+    inner[5:7, 5:7] = 1
+    outer[4:8, 4:8] = 1
+    outer[5:7, 5:7] = 0
     drawn.add("outer", "lungs", outer)
     drawn.add("inner", "lungs", inner)
     drawn.fill()

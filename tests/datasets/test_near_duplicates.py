@@ -1,12 +1,10 @@
 """Near-duplicates: a re-encoded, cropped, rescaled and brightened copy is found, another chest is not."""
 
 import cv2
-import imagehash
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
 from kitlib.datasets import near_duplicates
@@ -50,10 +48,9 @@ def test_copies_are_found_and_other_patients_are_not():
     assert groups.nunique() == 40
 
 
-def test_the_hash_of_a_small_image_is_imagehashs_of_256_bits():
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8)
-    expected = imagehash.phash(Image.fromarray(pixels), hash_size=16).hash.ravel()
-    assert expected.shape == (256,) and (perceptual_hash(pixels) == expected).all()
+def test_half_of_the_256_bits_are_above_the_median():
+    bits = perceptual_hash(np.random.default_rng(0).integers(0, 256, (64, 64)).astype(np.uint8))
+    assert bits.dtype == bool and bits.shape == (256,) and bits.sum() == 128
 
 
 @pytest.mark.parametrize("shape", [(3000, 90), (90, 3000), (2000, 600), (1, 700)])

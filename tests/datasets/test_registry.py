@@ -13,10 +13,13 @@ from kitlib.datasets.siim import read_test
 from kitlib.errors import DatasetError, SettingsError
 
 
-def test_every_reader_names_a_wrong_folder_and_shows_its_progress_unless_told_otherwise(tmp_path):
-    for read in READERS.values():
-        with pytest.raises(DatasetError, match="nowhere is not a folder"):
-            read(tmp_path / "nowhere")
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_every_reader_names_a_folder_that_is_missing(read, tmp_path):
+    with pytest.raises(DatasetError, match="nowhere is not a folder"):
+        read(tmp_path / "nowhere")
+
+
+def test_functions_that_read_images_show_their_progress_by_default():
     for function in (*READERS.values(), read_dataset, read_parts, read_pool, read_mask_pool, read_test, fill_masks):
         assert inspect.signature(function).parameters["progress"].default is True
 

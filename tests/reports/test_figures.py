@@ -74,22 +74,24 @@ def test_a_score_is_not_printed_over_a_higher_one():
 
 
 def test_scores_side_by_side_or_below_each_other_are_all_printed():
-    # In pixels of the picture, a score is at most 8.4 wide and 4 high.
-    places = {0.9: (10, 20), 0.8: (18.5, 20), 0.7: (10, 24), 0.6: (18.3, 21), 0.5: (1.7, 21), 0.4: (10, 27.9)}
+    # In pixels of the picture, a score is about 8 wide and 4 high; those of 0.6 and 0.5 would be over others.
+    places = {0.9: (10, 20), 0.8: (20, 20), 0.7: (10, 26), 0.6: (16, 21), 0.5: (10, 23)}
     rows = [("i1", 10 * x, 10 * y, 10 * x + 50, 10 * y + 50) for x, y in places.values()]
     (axis,) = figures.example_images(Cache(), IMAGES[1:], detections=boxes(*rows, score=list(places)), per_row=1).axes
-    assert [text.get_text() for text in axis.texts] == ["0.90", "0.80", "0.70"] and len(axis.patches) == 6
+    assert [text.get_text() for text in axis.texts] == ["0.90", "0.80", "0.70"] and len(axis.patches) == 5
 
 
 def test_names_of_findings_stay_inside_the_picture():
     truth = boxes(("i1", 550.0, 0.0, 600.0, 800.0), ("i1", -20.0, 300.0, 80.0, 400.0)).assign(finding=["effusion", "mass"])
     detections = boxes(("i1", 550.0, 0.0, 600.0, 800.0), score=[0.7]).assign(finding="effusion")
-    (axis,) = figures.example_images(Cache(), IMAGES[1:], boxes=truth, detections=detections, per_row=1).axes
+    figure = figures.example_images(Cache(), IMAGES[1:], boxes=truth, detections=detections, per_row=1)
+    (axis,) = figure.axes
     assert [text.get_text() for text in axis.texts] == ["effusion 0.70", "effusion", "mass"]
-    (x, y), lower, left = (text.get_position() for text in axis.texts)
-    # A letter takes 1.7 % of the width, 60, but a name at least 14 %; a line takes 5 % of the height, 80.
-    assert (x, y) == pytest.approx((60 * (1 - 13 * 0.017), 4)) and lower == pytest.approx((60 * (1 - 0.14), 79))
-    assert left == pytest.approx((0, 40 + 0.045 * 80))
+    figure.canvas.draw()
+    for text in axis.texts:
+        # The picture has 80 x 60 pixels; widths of names are estimates.
+        (left, bottom), (right, top) = axis.transData.inverted().transform(text.get_window_extent())
+        assert left >= -1 and right <= 61 and top >= -1 and bottom <= 81
 
 
 def test_of_a_long_id_only_the_end_is_a_title():
@@ -143,7 +145,7 @@ def test_the_axis_of_the_fusion_steps_exaggerates_nothing():
     # A bar's length would stand for the score, so the axis would have to begin at 0.
     assert not axis.patches and axis.lines[0].get_xdata().tolist() == [0.61, 0.62]
     assert [text.get_text() for text in axis.texts] == ["0.6100 (+0.0000)", "0.6200 (+0.0100)"]
-    assert [text.get_position() for text in axis.texts] == [(1.01, 0), (1.01, 1)]
+    assert [text.get_position()[1] for text in axis.texts] == [0, 1]
     assert axis.yaxis_inverted() and axis.get_xlabel() == "score, out of fold"
 
 
@@ -215,7 +217,8 @@ def test_each_class_has_a_line_of_observed_shares_with_dots_for_their_counts():
     assert drawn == [[[0, 0], [1, 1]], [[0.1, 0.2], [0.9, 0.7]], [[0.3, 0.4]]]
     for line, dots in zip(axis.lines[1:], axis.collections, strict=True):
         assert np.array_equal(dots.get_offsets(), line.get_xydata()) and to_hex(dots.get_facecolor()[0]) == line.get_color()
-    assert np.diff(axis.collections[0].get_sizes()) == pytest.approx(200 * (9 - 5) / 20)
+    small, large = axis.collections[0].get_sizes()  # for 5 and 9 images
+    assert small < large
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted probability", "observed share")
     assert axis.get_xlim() == axis.get_ylim() == (0, 1) and axis.get_legend()
 

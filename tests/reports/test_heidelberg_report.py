@@ -204,7 +204,10 @@ def test_without_a_predicted_or_an_annotated_box_there_is_no_best_confidence(sma
 
 
 def test_the_patients_of_a_single_fold_are_divided_into_two_equal_halves_which_are_always_the_same():
-    """If all boxes are hits, the best confidence of one half is the lowest score of the other half."""
+    """If all boxes are hits, the best confidence of one half is the lowest score of the other half.
+
+    Of three of the six scores, the lowest is one of the first four.
+    """
     scores = [0.11, 0.52, 0.63, 0.74, 0.86, 0.97]
     ids = [f"i{number}" for number in range(6)]
     images = pd.DataFrame({"image_id": ids, "study_id": ids, "patient_id": ids})
@@ -214,7 +217,7 @@ def test_the_patients_of_a_single_fold_are_divided_into_two_equal_halves_which_a
     labels = pd.DataFrame(columns=["id", *STUDY_CLASSES])
     confidences = {heidelberg_table({"m": mine}, images, labels, boxes, folds).loc["m", "confidence"] for _ in range(5)}
     (confidence,) = confidences
-    assert any(confidence == pytest.approx((scores[0] + other) / 2) for other in scores[1:])
+    assert any(confidence == pytest.approx((scores[0] + other) / 2) for other in scores[1:4])
 
 
 def test_study_means_are_over_all_classes_and_average_precisions_over_those_that_occur(small):

@@ -46,9 +46,8 @@ def test_the_most_confident_studies_come_first_and_the_least_confident_below():
     assert shown[0].splitlines()[1] == "ground truth: negative, no box" and shown[0].endswith("none 0.80")
     assert shown[2].splitlines()[1:3] == ["ground truth: typical, boxes", "predicted: indeterminate 0.80  typical 0.20"]
     # Two of four fill the first row; of three, the second row has one.
-    assert [axis.get_title().splitlines()[0] for axis in draw(studies, images, count=3).axes[:4]] == [
-        *("image000", "image004", "image006", "image002"),
-    ]
+    shown = [axis.get_title().splitlines()[0] for axis in draw(studies, images, count=3).axes[:4]]
+    assert shown == ["image000", "image004", "image006", "image002"]
 
 
 def test_probabilities_of_several_models_are_averaged_and_unknown_labels_are_left_out():
