@@ -96,7 +96,7 @@ def test_inputs_are_found_by_name_or_by_path_in_the_project_from_any_folder(tmp_
 
 
 def test_only_what_a_notebook_reads_must_exist(tmp_path, monkeypatch):
-    """The report reads the competition's files if it has a truth, pseudo-labelling if it has no run of its own images."""
+    """The report reads the competition's files if it has a truth; pseudo-labelling, if it is given no `source_run`."""
     for folder in ("inputs/data", "runs/old"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "notebooks").symlink_to(project_root() / "notebooks")
@@ -114,13 +114,13 @@ def test_only_what_a_notebook_reads_must_exist(tmp_path, monkeypatch):
     }
     steps = {name: {"notebook": notebook, "parameters": parameters} for name, (notebook, parameters) in notebooks.items()}
     plan = read_plan(write_plan(tmp_path, steps))
-    missing = [re.match("[^']*'[^']*", line)[0] for line in missing_inputs(plan, plan.planned)]
+    missing = [re.match(r"(.*?) '(.*?)'", line).groups() for line in missing_inputs(plan, plan.planned)]
     assert missing == [
-        "judged, pseudo: no input 'siim-covid19-detection",
-        "fuse: no run 'gone",
-        "by_name: no input 'rsna-pneumonia-detection-challenge",
-        "pools: no input 'no-pool",
-        "pools: no input 'no-neighbour",
+        ("judged, pseudo: no input", "siim-covid19-detection"),
+        ("fuse: no run", "gone"),
+        ("by_name: no input", "rsna-pneumonia-detection-challenge"),
+        ("pools: no input", "no-pool"),
+        ("pools: no input", "no-neighbour"),
     ]
 
 

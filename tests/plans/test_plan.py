@@ -1,6 +1,5 @@
 """Reading plans: which runs they have, what each run needs, and when it is done."""
 
-import hashlib
 import json
 import shutil
 
@@ -106,10 +105,13 @@ def test_settings_without_effect_on_results_change_no_key(tmp_path):
     assert {name: run.key for name, run in first.items()} == {name: run.key for name, run in again.items()}
 
 
-def test_a_key_is_that_of_earlier_versions_and_does_not_depend_on_the_order_of_overrides(tmp_path):
-    """If the same plan had other keys than before, its runs would be repeated."""
-    planned = read_plan(write_plan(tmp_path, steps={"true": {"command": ["true", 1]}})).planned
-    assert planned["true"].key == hashlib.sha256(b'["", {}, ["true", 1], "run true/metrics.json", []]').hexdigest()[:12]
+def test_a_key_is_that_of_earlier_versions(tmp_path):
+    """If the same plan had another key, its runs would be repeated."""
+    plan = read_plan(write_plan(tmp_path, steps={"true": {"command": ["true", 1]}}))
+    assert plan.planned["true"].key == "09eacbcdadba"
+
+
+def test_the_order_of_overrides_changes_no_key(tmp_path):
     keys = set()
     for changes in ({"epochs": 3, "dropout": 0.25}, {"dropout": 0.25, "epochs": 3}):
         study = {"notebook": "30_train_study", "parameters": {"prepare_run": "x", "overrides": changes}}

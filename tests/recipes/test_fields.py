@@ -1,4 +1,4 @@
-"""Recipes: overrides, contradictions that are refused, published settings, and choices that match the library."""
+"""Recipes: overrides, contradictions that are refused, small recipes, and choices that match the library."""
 
 from typing import get_args
 
@@ -35,15 +35,6 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
     shorter = recipe("heidelberg_study", StudyRecipe, epochs=2, dropout=0)
     assert (shorter.epochs, shorter.dropout, shorter.backbone) == (2, 0.0, "resnext101_32x8d")
     assert recipe("heidelberg_study", StudyRecipe).epochs == 58
-
-
-def test_heidelbergs_frozen_backbone_gets_the_input_that_it_was_trained_on():
-    # Report, section 3.4: "the same data augmentation as described in 3.1 is required".
-    study, backbone = recipe("heidelberg_study", StudyRecipe), RECIPES["heidelberg_backbone"]
-    names = ["image_size", "canvas", "placement", "channels", "normalisation", "horizontal_flip", "rotate_degrees", "turn_p"]
-    names += ["brightness_contrast", "blur_p", "erase_p", "shift", "keep", "schedule_every"]
-    assert {name: getattr(study, name) for name in names} == {name: getattr(backbone, name) for name in names}
-    assert (study.image_size, study.placement, study.channels) == (224, "centre_crop", 3)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +123,10 @@ def test_settings_that_a_kind_of_model_cannot_use_are_refused(kind, fields, mess
         (StudyRecipe, {"random_parts": ("backbone.x",), "starting_weights": "run"}),
         (StudyRecipe, {"sharpen_p": 0.5, "blur_p": 0.5}),
         (StudyRecipe, {"schedule": "step", "milestones": (3,)}),
+        (StudyRecipe, {"schedule": "plateau"}),
+        (StudyRecipe, MASKED),
+        (StudyRecipe, {"trained_on": "lungs", "views": ("lungs", "lungs_flip")}),
+        (StudyRecipe, {"trained_on": "either", "views": ("full", "lungs")}),
         (StudyRecipe, {"image_size": 8, "rotate_degrees": 180.0, "gamma_drawn": (0.01, 1.0)}),
         (DetectorRecipe, {"momentum": 0.0}),
         (DetectorRecipe, {"family": "yolo", "momentum": 0.0, "optimizer": "adamw", "width": 0.5, "box_loss": "giou"}),
@@ -140,37 +135,9 @@ def test_settings_that_a_kind_of_model_cannot_use_are_refused(kind, fields, mess
         (SparseSegmenterRecipe, {"positives": (), "bottom": 0.75}),
     ],
 )
-def test_settings_at_the_limits_are_accepted(kind, fields):
+def test_settings_at_the_limits_and_settings_that_fit_together_are_accepted(kind, fields):
     taken = override(kind(), **fields)
     assert {name: getattr(taken, name) for name in fields} == fields
-
-
-def test_a_small_recipe_trains_a_small_network_for_a_few_epochs():
-    """The demo and the tests rely on it: docs/training.md says that two cores train each in about a minute."""
-    small = {name: each for name, each in RECIPES.items() if name.startswith("small_")}
-    assert len(small) >= 9
-    for name, each in small.items():
-        assert each.image_size <= 128 and each.epochs <= 12 and each.batch_size <= 8, name
-        assert 3e-3 <= each.learning_rate <= 1e-2 and each.warmup_epochs <= 1, name
-        network = getattr(each, "backbone", getattr(each, "network", ""))
-        assert network.startswith("test_") or each.width <= 0.25, name
-        assert getattr(each, "hidden", 0) <= 128 and getattr(each, "dropout", 0) <= 0.2, name
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"lungs": "masks", "masked": True},
-        {"trained_on": "lungs", "views": ["lungs", "lungs_flip"]},
-        {"trained_on": "either", "views": ["full", "lungs"]},
-        {"schedule": "plateau"},
-    ],
-)
-def test_settings_that_fit_together_are_accepted(fields):
-    taken = override(StudyRecipe(), **fields)
-    assert {name: getattr(taken, name) for name in fields} == {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-    }
 
 
 @pytest.mark.parametrize(
@@ -213,26 +180,13 @@ def test_a_segmenter_of_a_sparse_structure_refuses_what_it_does_not_use(fields, 
         override(SparseSegmenterRecipe(), **fields)
 
 
-def test_the_published_segmenters_are_those_of_their_papers():
-    unet, resunet, tiramisu = (RECIPES[name] for name in ("unet_lungs", "resunet_lungs", "fc_densenet103_lungs"))
-    # UNet + HRNet paper, sections 3.2 and 4: 512 x 512, Dice, 0.005, 25 epochs; 8 dilations, 2 closings, 50,000 pixels.
-    assert (unet.network, unet.loss, unet.image_size, unet.learning_rate, unet.epochs) == ("unet", "dice", 512, 0.005, 25)
-    assert (unet.dilations, unet.closings, unet.least_area * 512**2) == (8, 2, pytest.approx(50_000))
-    assert {(each.dilations, each.closings, each.least_area) for each in (resunet, tiramisu)} == {(0, 0, 0.0)}
-    assert (unet.scale_x, unet.gamma_drawn, unet.rotate_degrees) == ((0.8, 1.1), (0.5, 3.0), 45.0)
-    # ResUNet + ensembles, section 4.1: 256 x 256, 45 epochs; turns of 180 degrees, shifts of 30 %, zoom of 20 %.
-    assert (resunet.network, resunet.image_size, resunet.epochs) == ("resunet", 256, 45)
-    assert (resunet.rotate_degrees, resunet.shift, resunet.scale_x) == (180.0, 0.3, (0.8, 1.2))
-    # Oh et al.'s code: equalised and gamma 0.5, cross entropy with half the background, Adam 1e-4, 1e-6, batches of 2.
-    assert (tiramisu.equalise, tiramisu.gamma, tiramisu.loss, tiramisu.background_weight) == (
-        True,
-        0.5,
-        "cross_entropy",
-        0.5,
-    )
-    assert (tiramisu.optimizer, tiramisu.learning_rate, tiramisu.weight_decay) == ("adam", 1e-4, 1e-6)
-    assert (tiramisu.batch_size, tiramisu.epochs, tiramisu.image_size) == (2, 100, 256)
-    assert set(tiramisu.structures) == {"heart", "left_lung", "right_lung"}
+def test_a_small_recipe_trains_a_small_network_for_a_few_epochs():
+    """docs/training.md says that two cores train each in about a minute."""
+    for name, small in RECIPES.items():
+        if name.startswith("small_"):
+            assert small.image_size <= 128 and small.epochs <= 12 and small.batch_size <= 8, name
+            # timm's test networks are tiny; the others are narrowed.
+            assert getattr(small, "backbone", "").startswith("test_") or small.width <= 0.25, name
 
 
 def test_the_choices_of_fields_are_those_of_the_library():
