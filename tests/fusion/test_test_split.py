@@ -87,6 +87,12 @@ def test_test_scores_that_do_not_belong_to_the_learners_are_refused(tables, mess
         gather_test_split(tables, gathered_scores(0, one=0.8, two=0.6), *PREPARED)
 
 
+def test_without_a_split_no_image_is_a_test_image():
+    images, *others = PREPARED
+    with pytest.raises(FusionError, match="3 ids with test scores are not in the test split; the first is t"):
+        gather_test_split([ONE], gathered_scores(0, one=0.8), images.drop(columns="split"), *others)
+
+
 def test_ensembles_are_trained_out_of_fold_and_evaluated_on_the_test_images():
     # `one` is always right out of fold and `two` always wrong, so `one` gets all weight. On the test images it is the other
     # way round, which must not change the weights.

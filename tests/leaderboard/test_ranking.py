@@ -230,6 +230,8 @@ def test_a_fusion_is_judged_by_the_competitions_score(tmp_path):
     assert [row.figure, row.images, row.cross_fitted] == ["competition score", 32, 0.8]
     assert [row.kaggle_public, row.kaggle_private] == [0.61, 0.6]
     assert len(set(leaderboard.table.folds_fingerprint)) == 1
+    unlisted = [run for run in list_runs([tmp_path]) if run.folder.name not in ("study", "yolo")]
+    assert rank(read_entries(unlisted)).table.set_index("name").score["fuse"] == pytest.approx(0.875)
     # The fusion's metrics contain the paths that its runs had before the folder was moved.
     write_json(fuse / "metrics.json", {"runs": ["/kaggle/working/study", "/kaggle/working/yolo"], "score": 0.9})
     assert board(tmp_path).table.set_index("name").score["fuse"] == pytest.approx(0.875)
