@@ -16,12 +16,13 @@ from tests.runs.test_coco import BOXES, FOLDS, IMAGES
 
 def test_a_line_has_fractions_of_the_image(tmp_path):
     boxes = pd.DataFrame([["c", 9, 10, 45, 60]], columns=["image_id", "xmin", "ymin", "xmax", "ymax"])
-    write_yolo(tmp_path, IMAGES, boxes)
+    folder = tmp_path / "new" / "folder"
+    write_yolo(folder, IMAGES, boxes)
     # Image c has 90 columns and 100 rows: the centre is (27, 35), the size 36 x 50.
-    assert (tmp_path / "labels" / "c.txt").read_text() == "0 0.3 0.35 0.4 0.5\n"
-    assert [(tmp_path / "labels" / f"{name}.txt").read_text() for name in "ab"] == ["", ""]
-    assert (tmp_path / "classes.txt").read_text() == "opacity\n"
-    assert yaml.safe_load((tmp_path / "data.yaml").read_text()) == {
+    assert (folder / "labels" / "c.txt").read_text() == "0 0.3 0.35 0.4 0.5\n"
+    assert [(folder / "labels" / f"{name}.txt").read_text() for name in "ab"] == ["", ""]
+    assert (folder / "classes.txt").read_text() == "opacity\n"
+    assert yaml.safe_load((folder / "data.yaml").read_text()) == {
         "train": "images",
         "val": "images",
         "names": {0: "opacity"},
