@@ -19,6 +19,8 @@ from kitlib.datasets.folds import make_folds
 from kitlib.datasets.siim import read_train
 from kitlib.fusion.ensemble_bundle import Ensemble, write_ensemble
 from kitlib.fusion.model_fusion import write_settings
+from kitlib.inference.answer import AnsweringModel
+from kitlib.inference.systems import System
 from kitlib.models.classifier import OUTPUTS, FindingsClassifier, StudyClassifier
 from kitlib.models.faster_rcnn import FasterRCNNDetector
 from kitlib.page.uploads import MAX_UPLOAD_BYTES
@@ -88,6 +90,13 @@ def sparse_run(folder: Path) -> Path:
     write_json(folder / "fold0" / "metrics.json", {"model": "bright", "fold": 0, "recipe": recipe})
     write_json(folder / "metrics.json", {"model": "bright"})
     return folder
+
+
+def described_system(name: str, *answers: str, classes: tuple[str, ...] = ("x", "y")) -> System:
+    """Return a system with one model for each kind of answer, of which no file exists."""
+    described = {"longest_side": 50, "wants_masks": False, "masked": False, "segmenter": "", "data_fingerprint": ""}
+    models = [AnsweringModel(Path(kind), kind, 0, frozenset({kind}), classes=classes, **described) for kind in answers]
+    return System(name, tuple(models))
 
 
 def write_classifiers(runs: Path, fingerprint: str = "") -> None:

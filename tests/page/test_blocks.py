@@ -1,4 +1,7 @@
-"""What the page's controls do: which handlers run, what they show, and what an error leaves. No browser, no models."""
+"""What the page's controls do: which handlers run, what they show, and what is left after an error.
+
+There is no browser and no model: a `Visitor` calls the handlers as a browser would, and `Shown` answers in words.
+"""
 
 import math
 import threading
@@ -15,28 +18,22 @@ from kitlib.__main__ import app
 from kitlib.classes import STUDY_CLASSES
 from kitlib.competitions.siim_covid19 import Fused
 from kitlib.errors import PageError
-from kitlib.inference.answer import AnsweringModel
 from kitlib.inference.loaded_models import Answer
-from kitlib.inference.systems import System
 from kitlib.page.opened_study import OpenedImage, OpenedStudy
 from kitlib.page.server import quiet_gradio
-from kitlib.page.view import BOXES, HEAT, TRUTH, View, Viewer
+from kitlib.page.view import BOXES, HEAT, KEEP_S, TRUTH, View, Viewer
 from kitlib.page.window_level import Windowed
-from tests.small_page import sparse_run
+from kitlib.reports.figures import SHOWN_SCORE
+from tests.small_page import described_system, sparse_run
 
 IMAGES = (OpenedImage("a", "a", Path("a.dcm"), 10, 20, is_dicom=True), OpenedImage("b", "b", Path("b.png"), 10, 20))
 STUDY = OpenedStudy("1.2.3", IMAGES, copies=None)
 HIDDEN_AT_FIRST = ["images", "threshold", "layers", "heat-class", "own-window", "center", "width", "rows", "json"]
 
 
-def system(name, *answers):
-    described = {"longest_side": 50, "wants_masks": False, "masked": False, "segmenter": "", "data_fingerprint": ""}
-    models = [AnsweringModel(Path(kind), kind, 0, frozenset({kind}), classes=("x", "y"), **described) for kind in answers]
-    return System(name, tuple(models))
-
-
 # Both study systems have the same classes, and "typical" is the most probable; of the classifier's classes it is "y".
-SYSTEMS = [system("study", "study"), system("other study", "study"), system("x and y", "classes"), system("boxes", "boxes")]
+KINDS = {"study": "study", "other study": "study", "x and y": "classes", "boxes": "boxes"}
+SYSTEMS = [described_system(name, kind) for name, kind in KINDS.items()]
 MODELS = pd.DataFrame({"model": ["m"], "fold": [0], "seconds": [0.25]})
 STUDIES = pd.DataFrame([(0.1, 0.7, 0.1, 0.1, False)], columns=[*STUDY_CLASSES, "prior"])
 FUSED = Answer(MODELS, (), fused=Fused(STUDIES, pd.DataFrame(), pd.DataFrame()))
@@ -78,16 +75,18 @@ class Shown(Viewer):
 
 
 class Pages:
-    """A gallery of 13 images, of which 2 are in the class "few"; it has 12 on a page."""
+    """A gallery of two images, one on each page, if all are shown, or of one of the class "few"."""
 
     name = "prepare"
 
+    def __init__(self, *choices):
+        self._choices = choices
+
     def choices(self):
-        return ["all", "few"]
+        return list(self._choices)
 
     def page(self, choice, number):
-        names = [f"{choice}, image{number}"] * {("all", 1): 12, ("all", 2): 1, ("few", 1): 2}[choice, number]
-        return [(np.zeros((4, 4), np.uint8), name) for name in names], {"all": 2, "few": 1}[choice]
+        return [(np.zeros((4, 4), np.uint8), f"{choice}, image{number}")], {"all": 2, "few": 1}[choice]
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +121,9 @@ class Visitor:
         if value:
             self[name]["value"] = value[0]
         target = (self.parts[name]._id, event)
-        caused = [handler for handler in self.page.fns.values() if target in handler.targets]
-        assert caused, f"{name} ignores {event}"
-        for handler in caused:
+        handlers = [handler for handler in self.page.fns.values() if target in handler.targets]
+        assert handlers, f"{name} ignores {event}"
+        for handler in handlers:
             self._run(handler, data)
 
     def _run(self, handler, data=None):
@@ -172,29 +171,31 @@ def test_at_first_no_study_is_open_and_its_controls_are_hidden(blocks, visitor):
     assert visitor.visible(visitor.parts) == [name for name in visitor.parts if name not in HIDDEN_AT_FIRST]
     assert [label for _, label in visitor["models"]["choices"]] == [each.name for each in SYSTEMS]
     assert visitor["models"]["value"] == "study"
-    assert visitor["threshold"].items() >= {"minimum": 0, "maximum": 1, "step": 0.01, "value": 0.2}.items()
+    assert visitor["threshold"].items() >= {"minimum": 0, "maximum": 1, "value": SHOWN_SCORE}.items()
     assert visitor["layers"]["value"] == [BOXES, TRUTH]
     assert [label for _, label in visitor["layers"]["choices"]] == [BOXES, TRUTH, HEAT]  # no model finds lungs
     assert "choice" not in visitor.parts  # without a gallery
-    assert visitor.parts["upload"].file_count == "multiple" and "up to 100 MB" in visitor["upload"]["label"]
     labelled = ["models", "images", "threshold", "layers", "heat-class", "own-window", "center", "width"]
     assert all(visitor[name]["label"] for name in labelled)
+    assert visitor.parts["upload"].file_count == "multiple" and "up to 100 MB" in visitor["upload"]["label"]
 
 
-def test_no_event_waits_in_a_queue_or_is_lost_or_public(visitor):
+def test_no_event_waits_in_a_queue_is_lost_or_is_public(visitor):
     handlers = visitor.page.fns.values()
     assert {(each.queue, each.trigger_mode, each.api_visibility) for each in handlers} == {(False, "always_last", "private")}
-    assert not visitor.page.analytics_enabled
-    # Uploads and downloads are deleted after an hour, and so is what is known of a visitor.
-    assert visitor.page.delete_cache[1] == 3600
+
+
+def test_uploads_and_studies_are_forgotten_and_no_visit_is_reported(visitor):
+    assert visitor.page.delete_cache[1] == KEEP_S and not visitor.page.analytics_enabled
     states = [part for part in visitor.page.blocks.values() if part.get_block_name() == "state"]
-    assert sorted(state.time_to_live for state in states) == [3600, 3600, math.inf]
+    # The open study and its window; the third state has no data.
+    assert sorted(state.time_to_live for state in states) == [KEEP_S, KEEP_S, math.inf]
 
 
 def test_an_upload_opens_the_study_and_shows_its_first_image(viewer, opened):
     assert viewer.asked == [["a.dcm", "b.png"]]
     assert "Study 1.2.3 of 2 images: 1 model answered in 0.25 s." in opened["status"]["value"]
-    assert opened["picture"]["value"] == "a by study: 0.2, ['boxes', 'annotated boxes'], typical"
+    assert opened["picture"]["value"] == f"a by study: {SHOWN_SCORE:g}, ['boxes', 'annotated boxes'], typical"
     assert (opened["bars"]["value"], opened["details"]["value"]) == ("bars of a", "details of a")
     # The study's models predict no boxes, so there is no threshold; `a` is a DICOM file.
     assert opened.visible(HIDDEN_AT_FIRST) == ["images", "layers", "own-window", "rows", "json"]
@@ -231,15 +232,15 @@ def test_other_models_answer_and_a_chosen_class_stays_if_they_have_it(viewer, op
     opened.do("images", "b")
     opened.do("heat-class", "none")
     opened.do("models", "other study")
-    assert opened["picture"]["value"] == "b by other study: 0.2, ['heat'], none"
+    assert opened["picture"]["value"] == f"b by other study: {SHOWN_SCORE:g}, ['heat'], none"
     opened.do("models", "x and y")
-    assert opened["picture"]["value"] == "b by x and y: 0.2, ['heat'], y"
+    assert opened["picture"]["value"] == f"b by x and y: {SHOWN_SCORE:g}, ['heat'], y"
     assert opened["heat-class"]["choices"] == ["x", "y"] and opened["rows"]["label"] == "Table"
     opened.do("models", "boxes")
     assert opened["threshold"]["visible"] and not opened["rows"]["visible"] and opened["json"]["visible"]
 
 
-def test_models_are_chosen_before_a_study_is_open_and_while_it_is_predicted(blocks, viewer, visitor, monkeypatch):
+def test_models_are_chosen_before_a_study_is_open_and_while_it_is_predicted(viewer, visitor, monkeypatch):
     visitor.do("models", "x and y")
     assert "No study is open." in visitor["status"]["value"] and visitor.visible(HIDDEN_AT_FIRST) == []
     upload = viewer.upload
@@ -307,26 +308,33 @@ def test_the_result_of_an_earlier_request_is_not_shown(viewer, visitor, monkeypa
     assert expected in visitor["status"]["value"] and "x and y" not in visitor["picture"]["value"]
 
 
-def test_window_and_level_reach_over_the_files_values_and_its_own_window(viewer, opened, monkeypatch):
-    """Values are 100 to 1100, with the window 2000 / 3000; the full range is 1001 wide."""
+def test_window_and_level_can_be_set_and_reset(opened):
     opened.do("own-window", True)
-    center = {"visible": True, "minimum": 100, "maximum": 2000, "value": 2000, "step": 2}  # 1000 values in 500 steps
-    assert opened["center"].items() >= center.items()
-    assert opened["width"].items() >= {"visible": True, "minimum": 1, "maximum": 3000, "value": 3000, "step": 2}.items()
+    # The values are 100 to 1100, and the file's own window is outside of them.
+    assert opened["center"].items() >= {"visible": True, "minimum": 100, "maximum": 2000, "value": 2000}.items()
+    assert opened["width"].items() >= {"visible": True, "minimum": 1, "maximum": 3000, "value": 3000}.items()
     assert opened["picture"]["value"].endswith("typical, (2000.0, 3000.0)")
     opened.do("center", 500)
     opened.do("width", 10)
     assert opened["picture"]["value"].endswith("typical, (500, 10)")
     opened.do("own-window", False)
     assert opened.visible(["center", "width"]) == [] and opened["picture"]["value"].endswith("typical")
-    low = Windowed(np.zeros((2, 2)), False, 0.0, 1.0, (-5.0, 2.0), False)
-    monkeypatch.setattr(viewer, "window", lambda view, image: low)
+
+
+def test_another_image_has_no_window_until_one_is_set(opened):
     opened.do("own-window", True)
-    assert opened["center"].items() >= {"minimum": -5, "maximum": 1, "value": -5, "step": 0.01}.items()
-    assert opened["width"].items() >= {"maximum": 4, "value": 2}.items()  # twice the full range
     opened.do("images", "a")
-    assert opened.visible(["center", "width"]) == [] and opened["own-window"].items() >= {"value": False}.items()
+    assert opened.visible(["center", "width"]) == [] and not opened["own-window"]["value"]
     assert opened["own-window"]["visible"] and opened["picture"]["value"].endswith("typical")
+
+
+def test_window_and_level_of_a_narrow_range_can_be_set(viewer, opened, monkeypatch):
+    narrow = Windowed(np.zeros((2, 2)), False, 0.0, 1.0, (-5.0, 2.0), False)
+    monkeypatch.setattr(viewer, "window", lambda view, image: narrow)
+    opened.do("own-window", True)
+    assert opened["center"].items() >= {"minimum": -5, "maximum": 1, "value": -5}.items()
+    assert opened["width"]["value"] == 2 <= opened["width"]["maximum"]
+    assert all(0 < opened[name]["step"] < 0.1 for name in ("center", "width"))
 
 
 def test_a_window_that_cannot_be_read_leaves_the_picture(viewer, opened, monkeypatch):
@@ -338,26 +346,30 @@ def test_a_window_that_cannot_be_read_leaves_the_picture(viewer, opened, monkeyp
     assert opened["picture"]["value"].startswith("<p>&lt;gone&gt;</p>a by study") and not opened["center"]["visible"]
 
 
-def test_the_gallery_turns_its_pages_and_opens_what_is_clicked(blocks):
-    viewer = Shown(Pages())
-    visitor = Visitor(blocks.build_page(viewer))
-    names = {part.label for part in visitor.page.blocks.values() if part.get_block_name() == "tabitem"}
+def test_the_gallery_turns_its_pages(blocks):
+    gallery = Visitor(blocks.build_page(Shown(Pages("all", "few"))))
+
+    def captions():
+        return [caption for _, caption in gallery["gallery"]["value"]]
+
+    names = {part.label for part in gallery.page.blocks.values() if part.get_block_name() == "tabitem"}
     assert names == {"Your images", "Gallery: prepare"}
-    assert ([label for _, label in visitor["choice"]["choices"]], visitor["choice"]["value"]) == (["all", "few"], "all")
-    assert visitor["page"].items() >= {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "visible": True}.items()
-    tiles = visitor.parts["gallery"]
-    assert len(visitor["gallery"]["value"]) == 12 and tiles.format == "jpeg" and not tiles.allow_preview
-    assert visitor["choice"]["label"] and visitor["page"]["label"] and not tiles.show_label
-    visitor.do("page", 2.0)
-    assert [caption for _, caption in visitor["gallery"]["value"]] == ["all, image2"]
-    visitor.do("choice", "few")
-    assert [caption for _, caption in visitor["gallery"]["value"]] == ["few, image1"] * 2
-    assert visitor["page"].items() >= {"maximum": 2, "value": 1, "visible": False}.items()
-    visitor.do("choice", "all")
-    assert visitor["page"].items() >= {"maximum": 2, "value": 1, "visible": True}.items()
-    small = Pages()
-    small.choices = lambda: ["few"]
-    assert not Visitor(blocks.build_page(Shown(small)))["page"]["visible"]
+    assert ([label for _, label in gallery["choice"]["choices"]], gallery["choice"]["value"]) == (["all", "few"], "all")
+    assert gallery["page"].items() >= {"minimum": 1, "maximum": 2, "value": 1, "step": 1, "visible": True}.items()
+    assert [image["caption"] for image in gallery["gallery"]["value"]] == ["all, image1"]
+    gallery.do("page", 2.0)
+    assert captions() == ["all, image2"]
+    gallery.do("choice", "few")
+    assert captions() == ["few, image1"] and gallery["page"].items() >= {"value": 1, "visible": False}.items()
+    gallery.do("choice", "all")
+    assert gallery["page"].items() >= {"maximum": 2, "value": 1, "visible": True}.items()
+
+
+def test_a_click_opens_an_image_of_a_gallery_of_one_page(blocks):
+    viewer = Shown(Pages("few"))
+    visitor = Visitor(blocks.build_page(viewer))
+    assert not visitor["page"]["visible"]
+    assert not visitor.parts["gallery"].allow_preview  # with which a click would only enlarge the thumbnail
     clicked = SimpleNamespace(value={"caption": "typical, 1 box, image001"})
     visitor.do("gallery", event="select", data=clicked)
     assert viewer.asked == ["image001"] and "Study 1.2.3" in visitor["status"]["value"]
@@ -390,9 +402,8 @@ def test_the_page_loads_its_first_models_while_it_opens(blocks, closed, tmp_path
     monkeypatch.setattr(blocks, "serve", lambda *given: served.append(given))
     sparse_run(tmp_path / "runs" / "caps")
     blocks.open_page(tmp_path / "runs", tmp_path, 123, "localhost", told.append)
-    ((page, port, host, begin, theme, style),) = served
+    ((page, port, host, begin, _, style),) = served
     assert (page.title, port, host, style) == (blocks.TITLE, 123, "localhost", blocks.STYLE) and closed == [True]
-    assert theme._stylesheets == theme._font_css == []  # no font is downloaded
     begin("http://here")
     assert done.wait(30) and told == ["http://here"] and loaded == [("caps", True)]
 

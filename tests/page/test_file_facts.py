@@ -108,8 +108,9 @@ def test_other_files_are_named_by_their_content(tmp_path, content, what):
 def test_files_that_may_be_images_are_not_foreign(tmp_path):
     whole = write(tmp_path / "x.dcm").read_bytes()
     # A preamble may be the header of another format (PS3.10 section 7.1), and a file may have no preamble.
-    odd = np.random.default_rng(0).bytes(500), b"text \0", b"x" * 1020 + b"\xff" + b"x" * 10
-    for content in (whole, b"II*\0" + whole[4:], whole[132:], *odd):
+    # Neither a zero byte nor 0xff is text in UTF-8.
+    not_text = np.random.default_rng(0).bytes(500), b"text \0", b"x" * 1020 + b"\xff" + b"x" * 10
+    for content in (whole, b"II*\0" + whole[4:], whole[132:], *not_text):
         (tmp_path / "x.dcm").write_bytes(content)
         assert recognise_foreign(tmp_path / "x.dcm") is None
     Image.fromarray(GREY).save(tmp_path / "x.png")
@@ -138,11 +139,12 @@ def test_a_damaged_length_shows_nothing_of_the_next_elements(tmp_path):
 def test_values_that_are_absent_are_not_shown_and_long_codes_are_illegible(tmp_path):
     facts = read_facts(write(tmp_path / "x.dcm", extra={"ViewPosition": "", "BodyPartExamined": "C" * 32}))
     assert "View" not in facts.shown and facts.body_part == "C" * 32
+    # A longer value is not a code; DICOM's have at most 16 letters.
     assert read_facts(write(tmp_path / "y.dcm", extra={"BodyPartExamined": "C" * 33})).body_part == "ILLEGIBLE"
 
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
-def test_a_picture_is_coloured_from_a_sixteenth_of_its_grey_levels_on(tmp_path, suffix):
+def test_channels_of_a_coloured_picture_differ_by_more_than_a_sixteenth_too(tmp_path, suffix):
     for away, coloured in ((16, False), (17, True)):  # of 256 greys
         picture = np.full((48, 64, 3), 100, np.uint8)
         picture[7, 9, 2] += away
@@ -150,7 +152,7 @@ def test_a_picture_is_coloured_from_a_sixteenth_of_its_grey_levels_on(tmp_path, 
         assert read_facts(tmp_path / f"x.{suffix}").coloured == coloured
 
 
-def test_a_sixteenth_is_of_the_stored_bits(tmp_path):
+def test_the_sixteenth_is_that_of_the_stored_bits(tmp_path):
     for away, coloured in ((256, False), (257, True)):  # of the 4,096 greys of 12 bits
         colour = np.full((48, 64, 3), 1000, np.uint16)
         colour[7, 9, 2] += away

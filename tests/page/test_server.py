@@ -66,6 +66,14 @@ def app(folder, going_on):
     assert asked == []
 
 
+def a_page():
+    import gradio
+
+    with gradio.Blocks() as blocks:
+        gradio.File()
+    return blocks
+
+
 @pytest.fixture
 def client(app):
     with TestClient(app, base_url=HOME) as client:
@@ -170,12 +178,8 @@ def test_a_file_that_is_too_large_is_answered_and_not_kept(client, folder):
 
 
 def test_all_uploads_together_have_a_limit_and_state_their_length(folder):
-    import gradio
-
-    with gradio.Blocks() as blocks:
-        gradio.File()
     present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    with TestClient(page_app(blocks, LIMIT, max_total_bytes=present + LIMIT), base_url=HOME) as client:
+    with TestClient(page_app(a_page(), LIMIT, max_total_bytes=present + LIMIT), base_url=HOME) as client:
         codes = [
             client.post("/gradio_api/upload", files={"files": (f"{n}.png", bytes([n]) * (LIMIT // 3))}).status_code
             for n in range(1, 4)
@@ -214,12 +218,12 @@ def test_files_of_other_servers_are_neither_looked_up_nor_fetched(client, route,
     assert (answer.status_code, answer.text) == (403, "Files of other servers cannot be opened.")
 
 
-def test_an_uploaded_file_may_be_in_an_event_and_so_may_none(client):
+def test_an_event_may_have_an_uploaded_file_or_none(client):
     (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", b"\x89PNG")}).json()
-    answer = client.post("/gradio_api/call/steps", json={"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]})
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    answer = client.post("/gradio_api/call/steps", json={"data": [file]})
     assert answer.status_code == 200 and "event_id" in answer.json()
-    answer = client.post("/gradio_api/call/steps", json={"data": [{"path": None, "meta": {"_type": "gradio.FileData"}}]})
-    assert answer.status_code != 403
+    assert client.post("/gradio_api/call/steps", json={"data": [file | {"path": None}]}).status_code != 403
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000, b"{}", b"[]", b"null", b'"text"', b'{"data": 1}'], ids=repr)
@@ -235,7 +239,8 @@ def test_an_odd_body_gets_a_short_answer_without_a_traceback(app, body):
 def test_a_request_that_is_too_long_is_refused(client):
     answer = client.post("/gradio_api/call/steps", json={"data": ["x" * 1_000_001]})
     assert answer.status_code == 413 and answer.text.startswith("A request may have at most 1,000,000 bytes")
-    assert client.post("/gradio_api/call/none", content=b'"' + b"x" * 999_998 + b'"').status_code != 413
+    longest = json.dumps("x" * 999_998)  # the quotes are two more bytes
+    assert client.post("/gradio_api/call/none", content=longest).status_code != 413
 
 
 @contextmanager
@@ -265,83 +270,65 @@ def test_answers_stream_as_they_come_and_only_the_loopback_is_asked(app, going_o
     assert set(asked) == {"127.0.0.1"}
 
 
-def test_a_port_in_use_is_reported_with_what_to_do(folder, app):
-    import gradio
-
-    with socket.create_server(("127.0.0.1", 0)) as opened, gradio.Blocks() as blocks:
+def test_a_port_in_use_is_reported_with_what_to_do(folder):
+    with socket.create_server(("127.0.0.1", 0)) as opened:
         port = opened.getsockname()[1]
         with pytest.raises(PageError, match=rf"Port {port} of 127\.0\.0\.1 is already in use.* --port {port + 1}\."):
-            serve(blocks, port)
+            serve(a_page(), port)
 
 
-def test_another_fault_of_a_port_is_reported_too(folder, app, monkeypatch):
+def test_another_fault_of_a_port_is_reported_too(folder, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(socket, "create_server", refuse)
     with pytest.raises(PageError, match=r"Port 80 of localhost cannot be opened \(Permission denied\)\."):
-        serve(blocks_of(), 80, "localhost")
-
-
-def blocks_of():
-    import gradio
-
-    with gradio.Blocks() as blocks:
-        gradio.File()
-    return blocks
+        serve(a_page(), 80, "localhost")
 
 
 @pytest.fixture
-def started(folder, monkeypatch):
-    """The servers that were made, with their settings; each runs until its event is set, if it has not ended before."""
-    servers = []
+def server(folder, monkeypatch):
+    """A replacement of the web server, which runs until its event `ends` is set."""
 
     class Server:
+        ends = threading.Event()
+
         def __init__(self, config):
-            self.config, self.ends, self.should_exit = config, threading.Event(), False
-            servers.append(self)
+            Server.started = self
+            self.app, self.should_exit = config.app, False
 
         def run(self, sockets):
-            (self.socket,), self.daemon = sockets, threading.current_thread().daemon
+            self.is_daemon = threading.current_thread().daemon
             self.ends.wait(30)
 
     monkeypatch.setattr("kitlib.page.server._Server", Server)
-    return servers
+    return Server
 
 
-def test_a_server_that_stops_by_itself_is_an_error(started, monkeypatch):
-    told, given = [], {}
+def test_a_server_that_stops_by_itself_is_an_error(server):
+    told = []
 
     def ready(address):
         told.append(address)
-        started[0].ends.set()
+        server.ends.set()
 
-    monkeypatch.setattr("kitlib.page.server.page_app", lambda blocks, **options: given.update(options))
     with pytest.raises(RuntimeError, match="stopped unexpectedly"):
-        serve(None, 0, "localhost", ready, theme="a theme", css="a style")
-    (server,) = started
-    assert re.fullmatch(r"http://localhost:\d+", told[0]) and server.daemon and server.should_exit
-    assert given == {"theme": "a theme", "css": "a style"}
-    config = server.config
-    # It logs no visits, does not name its software, accepts no web sockets, and believes no proxy.
-    assert not (config.access_log or config.server_header or config.proxy_headers) and config.log_config is None
-    assert (config.ws, config.lifespan, config.timeout_graceful_shutdown) == ("none", "on", 0)
+        serve(a_page(), 0, "localhost", ready)
+    assert re.fullmatch(r"http://localhost:\d+", told[0])
+    assert server.started.is_daemon  # so that a running prediction does not delay the end
 
 
-def test_ctrl_c_ends_the_server(started):
-    def ready(_):
-        started[0].ends.set()
-        raise KeyboardInterrupt
-
-    serve(blocks_of(), 0, "localhost", ready)
-    assert started[0].should_exit
-
-
-def test_the_page_has_its_theme_and_style(folder):
+def test_ctrl_c_ends_a_page_with_its_theme_and_style(server):
     import gradio
 
+    def ready(_):
+        server.ends.set()
+        raise KeyboardInterrupt
+
     theme = gradio.themes.Default(font=["my-font"])
-    with TestClient(page_app(blocks_of(), theme=theme, css="#mine { color: red }"), base_url=HOME) as client:
+    serve(a_page(), 0, "localhost", ready, theme, css="#mine { color: red }")
+    assert server.started.should_exit
+    with TestClient(server.started.app, base_url=HOME) as client:
         assert "my-font" in client.get("/theme.css").text and "#mine" in client.get("/config").json()["css"]
 
 
@@ -395,7 +382,7 @@ def test_signals_end_the_server_with_an_open_page_and_leave_no_files(gradio_fork
     assert here.poll(120)
     folder, home = here.recv()
     with urllib.request.urlopen(f"{home}/gradio_api/heartbeat/me", timeout=30) as heartbeat:
-        assert heartbeat.readline() == b"data: ALIVE\n"
+        assert heartbeat.readline() == b"data: ALIVE\n" and "server" not in heartbeat.headers
         assert folder.is_dir()
         os.kill(process.pid, number)
         process.join(30)

@@ -122,6 +122,8 @@ def test_a_window_changes_the_picture_and_not_the_answer(viewer, tmp_path):
     (tmp_path / "ramp.dcm").unlink()
     with pytest.raises(PageError, match="cannot be read any more"):
         viewer.window(view, image)
+    with pytest.raises(PageError, match="is not a DICOM file, so window and level cannot be set"):
+        viewer.window(view, replace(image, is_dicom=False))
 
 
 def test_bars_hold_the_numbers_of_the_answer_and_mark_the_annotated_class(viewer, view):
@@ -169,23 +171,20 @@ def test_a_heat_map_without_evidence_says_so(viewer, view, monkeypatch):
 
 def test_images_that_cannot_be_opened_or_decoded_are_refused(viewer, view, monkeypatch):
     unreadable = raising(UnreadableXray("x.dcm", "it is damaged"))
-    with monkeypatch.context() as patch, pytest.raises(PageError, match=r"This image cannot be opened: it is damaged\."):
-        patch.setattr(viewer.gallery, "open", unreadable)
+    monkeypatch.setattr(viewer.gallery, "open", unreadable)
+    with pytest.raises(PageError, match=r"This image cannot be opened: it is damaged\."):
         viewer.pick("any", FUSED)
     monkeypatch.setattr(viewer.models, "answer", unreadable)
     with pytest.raises(PageError, match=r"An image of this study cannot be decoded: it is damaged\."):
         viewer.switch(view, FUSED)
-    picture = replace(view.study.images[0], is_dicom=False)
-    with pytest.raises(PageError, match="is not a DICOM file, so window and level cannot be set"):
-        viewer.window(view, picture)
 
 
 def test_files_of_an_hour_ago_are_deleted(viewer, view):
     old, recent = (viewer.files(view)[1].parent for _ in range(2))
     for folder, seconds in ((old, 3610), (recent, 3000)):
         os.utime(folder, (time.time() - seconds,) * 2)
-    latest = viewer.files(view)[1].parent
-    assert not old.exists() and recent.exists() and latest.parent == recent.parent == viewer.folder / "answers"
+    viewer.files(view)
+    assert not old.exists() and recent.exists()
 
 
 def test_details_name_the_annotated_class_and_the_models_in_their_order(viewer, view):

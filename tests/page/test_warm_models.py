@@ -262,12 +262,19 @@ def test_values_without_a_model_are_class_frequencies_in_csv_and_null_in_json(fu
     assert typical == pytest.approx(PRIORS["typical"], abs=1e-6)
 
 
-def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, gallery, monkeypatch):
-    loaded, warm = [], WarmModels()
+@pytest.fixture
+def loaded(monkeypatch):
+    """The folders of the models that have been loaded, in this order."""
+    folders = []
     monkeypatch.setattr(
         "kitlib.inference.loaded_models.load_predictor",
-        lambda folder, **given: loaded.append(folder) or load_predictor(folder, **given),
+        lambda folder, **given: folders.append(folder) or load_predictor(folder, **given),
     )
+    return folders
+
+
+def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, gallery, loaded):
+    warm = WarmModels()
     first = warm.answer(fused, opened(gallery, 0))
     assert warm.answer(fused, opened(gallery, 0)) is first and len(loaded) == 3
     other = next(place for place in range(1, 16) if opened(gallery, place).fold == opened(gallery, 0).fold)
@@ -275,18 +282,14 @@ def test_models_load_once_and_a_repeated_question_is_not_predicted_again(fused, 
     assert len(loaded) == len(set(loaded)) == 3
 
 
-def test_models_are_loaded_beforehand_except_missing_ones(fused, monkeypatch, caplog):
-    loaded, warm = [], WarmModels()
-    monkeypatch.setattr(
-        "kitlib.inference.loaded_models.load_predictor",
-        lambda folder, **given: loaded.append(folder) or load_predictor(folder, **given),
-    )
-    gone = replace(fused.models[0], folder=Path("gone"))
-    some = replace(fused, models=(gone, fused.models[0]))
-    warm.load(some)
-    assert loaded == [gone.folder, fused.models[0].folder] and "gone cannot be loaded" in caplog.text
-    warm.load(some)
-    assert loaded[2:] == [gone.folder]
+def test_models_are_loaded_beforehand_and_missing_ones_are_tried_again(fused, loaded, caplog):
+    present, warm = fused.models[0], WarmModels()
+    missing = replace(present, folder=Path("gone"))
+    system = replace(fused, models=(missing, present))
+    warm.load(system)
+    assert loaded == [missing.folder, present.folder] and "gone cannot be loaded" in caplog.text
+    warm.load(system)
+    assert loaded == [missing.folder, present.folder, missing.folder]
 
 
 def test_a_segmenter_is_loaded_beforehand(systems, monkeypatch):

@@ -62,6 +62,7 @@ def test_boxes_are_in_original_pixels_from_the_threshold_on():
     assert [corners(rect) for rect in of_class(root, "predicted")] == [(0, 0, 200, 300), (100.5, 120.25, 180, 299)]
     low, high = of_class(root, "score")
     assert (low.text, high.text) == ("0.50", "0.90")
+    # Each score is near the upper left corner of its box, which is (0, 0) or (100.5, 120.25).
     assert float(low.get("x")) < 90 < float(high.get("x")) and float(low.get("y")) < 90 < float(high.get("y"))
     label = root.find(f"{SVG}svg").get("aria-label")
     assert label == "Chest X-ray with 2 boxes of opacity with a score of at least 0.50."
@@ -106,7 +107,7 @@ def test_several_findings_have_colours_names_and_a_table():
     root = drawn(boxes=boxes, truth=truth, threshold=0.3, findings=("<b>", "b", "c"))
     assert [text.text for text in of_class(root, "score")] == ["b 0.50", "<b> 0.90"]
     (annotated,) = of_class(root, "name")
-    assert annotated.text == "c" and float(annotated.get("y")) > 90  # below its box; scores are above theirs
+    assert annotated.text == "c" and float(annotated.get("y")) > 90  # below its box, which ends at 90
     (table,) = of_class(root, "box-table")
     rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
     assert rows[1:] == [["<b>", "0.900", "100, 120, 180, 299"], ["b", "0.500", "0, 0, 200, 300"]]
@@ -114,11 +115,18 @@ def test_several_findings_have_colours_names_and_a_table():
     assert label == "Chest X-ray with 2 boxes (1 <b>, 1 b) with a score of at least 0.30, 1 annotated box."
 
 
-def test_the_description_names_all_layers_and_counts_no_boxes_of_several_findings():
-    root = drawn(mask=np.ones((100, 67), bool), heat=np.ones((9, 9), np.float32))
-    assert root.find(f"{SVG}svg").get("aria-label") == "Chest X-ray with the outline of the lungs, a heat map."
-    root = drawn(boxes=BOXES.assign(finding="a"), threshold=0.95, findings=("a", "b"))
-    assert root.find(f"{SVG}svg").get("aria-label") == "Chest X-ray with 0 boxes with a score of at least 0.95."
+@pytest.mark.parametrize(
+    ("layers", "description"),
+    [
+        ({"mask": np.ones((100, 67), bool), "heat": np.ones((9, 9), np.float32)}, "the outline of the lungs, a heat map."),
+        (
+            {"boxes": BOXES.assign(finding="a"), "threshold": 0.95, "findings": ("a", "b")},
+            "0 boxes with a score of at least 0.95.",
+        ),
+    ],
+)
+def test_the_description_names_all_layers(layers, description):
+    assert drawn(**layers).find(f"{SVG}svg").get("aria-label") == f"Chest X-ray with {description}"
 
 
 def test_the_smallest_picture_is_one_pixel():
@@ -239,12 +247,13 @@ def test_class_frequencies_are_grey_and_explained():
     assert [label.endswith("its share of the training set") for label, _ in meters(root)] == [True] * 4 + [False]
     assert "None of the selected models predicts the class" in "".join(root.itertext())
     assert len(of_class(root, "bar priors")) == 4
-    assert meters(ElementTree.fromstring(draw_bars({"a": 0.0, "b": 1.0}))) == [
-        ("probability of a", "0.000"),
-        ("probability of b", "1.000"),
-    ]
     without = ElementTree.fromstring(draw_bars(SHARES, None, False))
     assert len(meters(without)) == 4 and "None of the selected models" not in "".join(without.itertext())
+
+
+def test_bars_of_0_and_1_are_drawn():
+    root = ElementTree.fromstring(draw_bars({"a": 0.0, "b": 1.0}))
+    assert meters(root) == [("probability of a", "0.000"), ("probability of b", "1.000")]
 
 
 @pytest.mark.parametrize(("classes", "none"), [(SHARES, 1.5), ({**SHARES, "typical": float("nan")}, 0)])
