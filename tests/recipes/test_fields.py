@@ -37,6 +37,15 @@ def test_overrides_replace_fields_and_leave_the_published_recipe_alone():
     assert recipe("heidelberg_study", StudyRecipe).epochs == 58
 
 
+def test_heidelbergs_frozen_backbone_gets_the_input_that_it_was_trained_on():
+    # Report, section 3.4: "the same data augmentation as described in 3.1 is required".
+    study, backbone = recipe("heidelberg_study", StudyRecipe), RECIPES["heidelberg_backbone"]
+    names = ["image_size", "canvas", "placement", "channels", "normalisation", "horizontal_flip", "rotate_degrees", "turn_p"]
+    names += ["brightness_contrast", "blur_p", "erase_p", "shift", "keep", "schedule_every"]
+    assert {name: getattr(study, name) for name in names} == {name: getattr(backbone, name) for name in names}
+    assert (study.image_size, study.placement, study.channels) == (224, "centre_crop", 3)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -1,4 +1,4 @@
-"""The papers' classifiers have their networks' published sizes, with their heads, and their papers' learning rates."""
+"""The papers' classifiers have their networks' published sizes, with their heads, and their papers' settings."""
 
 from itertools import pairwise
 
@@ -43,14 +43,36 @@ def test_flannel_has_five_networks_whole_and_patched():
     for name in FLANNEL_NETWORKS:
         whole, patched = RECIPES[f"flannel_{name}"], RECIPES[f"patched_{name}"]
         assert whole.backbone == patched.backbone == name and isinstance(patched, PatchRecipe)
-        # systems.md sections 1 and 2: the rate falls to a tenth at 150 of 200 epochs; that of patches stays.
+        # systems.md sections 1 and 2: 224 of 336, inception 299; Adam 1e-3, 1e-4, batches of 10, a tenth at 150 of 200.
+        assert (whole.image_size, whole.canvas) == ((299, 448) if name == "inception_v3" else (224, 336))
+        assert (whole.resize, whole.placement) == ("bicubic", "stretch")
+        assert patched.image_size == whole.image_size and (patched.canvas, patched.patches) == (1024, 100)
+        assert (whole.optimizer, whole.learning_rate, whole.weight_decay, whole.batch_size) == ("adam", 1e-3, 1e-4, 10)
         assert [learning_rate_factor(epoch, 200, whole) for epoch in (0, 149, 150, 199)] == pytest.approx([1, 1, 0.1, 0.1])
-        assert learning_rate_factor(199, 200, patched) == 1
+        assert whole.epochs == whole.patience == patched.epochs == 200
+        assert (patched.learning_rate, patched.l1, learning_rate_factor(199, 200, patched)) == (1e-5, 1e-5, 1)
+
+
+def test_hrnets_and_their_baselines_differ_by_their_network_alone():
+    # UNet + HRNet paper, Table 5.
+    settings = {name: recipe for name, recipe in LEARNERS.items() if name.startswith("hrnet")}
+    assert len(settings) == 6 and len({recipe.backbone for recipe in settings.values()}) == 6
+    for recipe in settings.values():
+        assert (recipe.learning_rate, recipe.momentum, recipe.weight_decay, recipe.batch_size) == (0.01, 0.8, 1e-4, 8)
+        assert (recipe.epochs, recipe.milestones, recipe.image_size, recipe.one_logit) == (25, (30, 60, 90), 512, True)
+        lungs = RECIPES["unet_lungs"]
+        augmented = ("rotate_degrees", "scale_x", "shear_degrees", "gamma_drawn", "salt_pepper", "blur_pixels", "noise")
+        for field in (*augmented, "turn_p", "shear_p", "salt_pepper_p", "blur_p", "noise_p", "horizontal_flip"):
+            assert getattr(recipe, field) == getattr(lungs, field), field
 
 
 def test_the_ensembles_learners_begin_with_the_head_alone():
-    for name in ("densenet201", "resnet152", "vgg19"):
+    for name, hidden in (("densenet201", 128), ("resnet152", 1024), ("vgg19", 4096)):
         recipe = LEARNERS[f"ensemble_{name}"]
+        assert (recipe.hidden, recipe.dropout, recipe.batch_size) == (hidden, 0.1, 32)
+        # "15 %": Keras' ImageDataGenerator takes rotation and shear in degrees, shift and zoom as shares.
+        assert (recipe.rotate_degrees, recipe.shear_degrees, recipe.shift) == (15, 15, 0.15)
+        assert recipe.scale_x == recipe.scale_y == (0.85, 1.15)
         steps = [recipe.learning_rate * learning_rate_factor(epoch, 60, recipe) for epoch in (0, 4, 5, 59)]
         assert steps == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
         with torch.device("meta"):
