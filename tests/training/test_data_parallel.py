@@ -32,7 +32,7 @@ def test_two_processes_judge_a_detector_by_all_boxes_together(tmp_path, quick_pr
 
 
 def test_an_error_in_a_process_is_raised_with_its_message(tmp_path, real_processes):
-    # Real processes import what they are given; `train_fold` would take them twice as long.
+    # Real processes import the module of the function that they run; that of `train_fold` takes twice as long to import.
     with pytest.raises(TrainingError) as failed:
         train_together(fail_to_train, small_task(SmallXrays(16), RECIPE), 1, tmp_path, 2)
     first, second = str(failed.value).splitlines()

@@ -37,7 +37,7 @@ class Waiting(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, _):
-        time.sleep(3)  # longer than the loader waits; it ends when this does
+        time.sleep(3)  # longer than the timeout; the loader ends only when its worker does
 
 
 def test_a_batch_that_does_not_arrive_is_an_error_that_says_what_to_do():
