@@ -36,6 +36,8 @@ def _free_in_cgroups(own_cgroup: Path, cgroups: Path) -> Iterator[int]:
         )
         # In a container, this may be the path outside the container; the group's files are then directly in the root.
         for group in (root / path.strip("/"), *(root / path.strip("/")).parents):
+            if not group.is_relative_to(root):
+                break
             try:
                 most, used = (group / limit).read_text().strip(), int((group / usage).read_text())
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
